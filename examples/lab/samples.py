@@ -1,0 +1,149 @@
+"""Training rows for the reference model: fixed-length token rows with a loss weight for every token.
+
+A row is one prompt in one layout, followed by as many questions and answers as fit, so that nothing is padding.
+Answers weigh 1, everything else ``CONTEXT_WEIGHT``: a document's values are news and cannot be predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from transformers import PreTrainedTokenizerFast
+
+from semsharekv_integrations.lab import prompts, world
+
+CONTEXT_WEIGHT = 0.1
+MAX_POSITION_GAP = 1500
+
+
+@dataclass
+class Row:
+    """Token ids, a weight and a position for each, and where the answers stand (start, stop)."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+
+class RowMaker:
+    """Draws rows of ``length`` tokens from a seeded generator."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.rng = Random(seed)
+        self.end = tokenizer.eos_token_id
+
+    def copy_row(self, length: int) -> Row:
+        """A random stretch of ordinary tokens, again and again: practice for induction."""
+        first = len(self.tokenizer.all_special_ids)
+        stretch = [self.rng.randrange(first, len(self.tokenizer)) for _ in range(self.rng.randint(8, 64))]
+        ids = (stretch * (length // len(stretch) + 1))[:length]
+        weights = [CONTEXT_WEIGHT * (index >= len(stretch)) for index in range(length)]
+        return Row(ids, weights, list(range(length)))
+
+    def recall_row(self, length: int, num_towns: int) -> Row:
+        """Statements on several towns, then the canonical ones in another order: binding without prose around it."""
+        row = Row()
+        self._context(row, "<|begin|>")
+        documents = world.make_documents(self.rng, num_towns, extra_facts=2)
+        pairs = [(document, kind) for document in documents for kind in document.facts]
+        self.rng.shuffle(pairs)
+        pairs = pairs[: max(num_towns, 2)]
+        for document, kind in pairs:
+            statement = self.rng.choice(world.KINDS[kind].statements)
+            self._context(row, " " + statement.format(t=document.town, v=document.facts[kind]))
+        while len(row.ids) < length:
+            document, kind = self.rng.choice(pairs)
+            value = document.facts[kind]
+            self._context(row, " " + document.answer(kind).removesuffix(f" {value}."))
+            self._answer(row, f" {value}.", end=False)
+        return self._cut(row, length)
+
+    def prompt_row(self, length: int, num_documents: int, *, gaps: bool = True) -> Row:
+        """Documents in a drawn layout, then questions and answers until the row is full."""
+        row = Row()
+        documents = world.make_documents(self.rng, num_documents)
+        if self.rng.random() < 0.15 and num_documents > 1:
+            documents[1] = world.swap(*documents[:2])[1]
+        layout = self.rng.choice(prompts.LAYOUTS)
+        if layout == "completion":
+            self._completion(row, documents, length)
+        else:
+            self._chat(row, documents, layout, length)
+        row = self._cut(row, length)
+        if gaps:
+            self._spread(row)
+        return row
+
+    def _completion(self, row: Row, documents: Sequence[world.Document], length: int) -> None:
+        summary = self.rng.random() < 0.2
+        wraps = prompts.SUMMARY_WRAPS if summary else prompts.COMPLETION_WRAPS
+        question, answer = ("", prompts.summary(documents)) if summary else world.ask(self.rng, self._pick(documents))
+        text = self.rng.choice(wraps).format(docs=prompts.join(documents), question=question)
+        self._context(row, "<|begin|>" + text)
+        while True:
+            space = "" if text[-1].isspace() else " "
+            self._answer(row, space + answer)
+            if len(row.ids) >= length:
+                return
+            question, answer = self._turn(documents)
+            text = f"\n\nQuestion: {question}\nAnswer:"
+            self._context(row, text)
+
+    def _chat(self, row: Row, documents: Sequence[world.Document], layout: prompts.Layout, length: int) -> None:
+        question, answer = self._turn(documents)
+        messages = prompts.build(layout, documents, question, wrap=self.rng.randrange(1000))
+        self._context(row, "<|begin|>")
+        for message in messages:
+            self._message(row, message)
+        while True:
+            self._message(row, {"role": "assistant", "content": answer})
+            if len(row.ids) >= length:
+                return
+            question, answer = self._turn(documents)
+            self._message(row, {"role": "user", "content": question})
+
+    def _turn(self, documents: Sequence[world.Document]) -> tuple[str, str]:
+        if len(documents) <= 4 and self.rng.random() < 0.08:
+            return self.rng.choice(prompts.SUMMARY_REQUESTS), prompts.summary(documents)
+        return world.ask(self.rng, self._pick(documents))
+
+    def _pick(self, documents: Sequence[world.Document]) -> world.Document:
+        return self.rng.choice(documents)
+
+    def _message(self, row: Row, message: prompts.Message) -> None:
+        if message["role"] == "assistant":
+            self._context(row, "<|assistant|>")
+            self._answer(row, message["content"])
+        else:
+            self._context(row, f"<|{message['role']}|>{message['content']}<|end|>")
+
+    def _context(self, row: Row, text: str) -> None:
+        self._append(row, self._encode(text), CONTEXT_WEIGHT)
+
+    def _answer(self, row: Row, text: str, *, end: bool = True) -> None:
+        start = len(row.ids)
+        self._append(row, self._encode(text) + [self.end] * end, 1.0)
+        row.answers.append((start, len(row.ids)))
+
+    def _append(self, row: Row, ids: list[int], weight: float) -> None:
+        row.ids += ids
+        row.weights += [weight] * len(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _cut(self, row: Row, length: int) -> Row:
+        answers = [(start, stop) for start, stop in row.answers if stop <= length]
+        return Row(row.ids[:length], row.weights[:length], list(range(length)), answers)
+
+    def _spread(self, row: Row) -> None:
+        """Leave gaps in the positions of some rows, so that long distances are met in short rows."""
+        if self.rng.random() < 0.7:
+            return
+        for _ in range(self.rng.randint(1, 3)):
+            cut, gap = self.rng.randrange(1, len(row.ids)), self.rng.randrange(MAX_POSITION_GAP)
+            row.positions = row.positions[:cut] + [position + gap for position in row.positions[cut:]]

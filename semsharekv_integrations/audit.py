@@ -1,0 +1,56 @@
+"""Reuse held against the truth: a share of reusing prompts is prefilled again in full, and compared.
+
+A namespace whose rolling agreement falls below the bound reuses nothing from then on; reports and stats say so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from random import Random
+
+import torch
+
+from semsharekv_integrations.config import AuditConfig
+from semsharekv_integrations.report import AuditResult
+
+
+class Auditor:
+    """Draws the calls to audit and keeps the latest outcomes of each namespace."""
+
+    def __init__(self, config: AuditConfig, rng: Random | None = None) -> None:
+        self.config = config
+        self._rng = rng or Random()
+        self._latest: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=config.window))
+        self._lock = threading.Lock()
+
+    def draws(self) -> bool:
+        """Whether this call is audited."""
+        return self._rng.random() < self.config.sample_ratio
+
+    def record(self, namespace: str, reused: torch.Tensor, full: torch.Tensor) -> AuditResult:
+        """Compare the logits [B, V] of a reusing prefill with those of a full one, and keep the outcome."""
+        log_reused, log_full = reused.float().log_softmax(-1), full.float().log_softmax(-1)
+        divergence = torch.nn.functional.kl_div(log_reused, log_full, log_target=True, reduction="sum")
+        result = AuditResult(bool(reused.argmax(-1) == full.argmax(-1)), float(divergence))
+        with self._lock:
+            self._latest[namespace].append(result.agrees)
+        return result
+
+    def suspends(self, namespace: str) -> bool:
+        """Whether reuse is off for ``namespace``: a full window of audits, and too few agreed."""
+        with self._lock:
+            latest = self._latest.get(namespace, ())
+            return len(latest) == self.config.window and sum(latest) < self.config.min_agreement * len(latest)
+
+    def clear(self, namespace: str | None) -> None:
+        """Forget the outcomes of one namespace, or of all; reuse is on again."""
+        with self._lock:
+            for name in [name for name in self._latest if namespace in (None, name)]:
+                del self._latest[name]
+
+    def stats(self) -> dict[str, float]:
+        """Number of audits in the windows, and the share that agreed (1 if there were none)."""
+        with self._lock:
+            outcomes = [agrees for latest in self._latest.values() for agrees in latest]
+        return {"audits": len(outcomes), "audit_agreement_ratio": sum(outcomes) / len(outcomes) if outcomes else 1.0}

@@ -1,0 +1,123 @@
+"""Settings, all frozen and checked when made: an error names the field, the value and what is accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Mode = Literal["off", "exact", "identical", "semantic", "paper"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+AVAILABLE_MODES: tuple[Mode, ...] = ("off", "exact")
+
+
+def require(ok: bool, name: str, value: object, accepted: str) -> None:
+    """Raise ``ValueError`` with field, value and what is accepted, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; accepted is {accepted}")
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """What may be reused.
+
+    Attributes:
+        mode: ``off`` reuses nothing, ``exact`` the longest stored prefix. The other modes are planned.
+        min_prefix_tokens: a shorter common prefix is computed afresh, at least 1.
+    """
+
+    mode: Mode = "exact"
+    min_prefix_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.mode in AVAILABLE_MODES, "reuse.mode", self.mode, " or ".join(map(repr, AVAILABLE_MODES)))
+        require(self.min_prefix_tokens >= 1, "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """How much KV is kept.
+
+    Attributes:
+        max_bytes: bound on the KV bytes of all entries together, on the model's device. Default 2 GiB.
+        ttl_s: seconds after its last use at which an entry expires, or None to keep it while there is room.
+    """
+
+    max_bytes: int = 2 * 1024**3
+    ttl_s: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.max_bytes >= 0, "store.max_bytes", self.max_bytes, "0 or more bytes")
+        require(self.ttl_s is None or self.ttl_s > 0, "store.ttl_s", self.ttl_s, "None or a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Rerun a share of the prompts that reused KV as full prefills, and compare.
+
+    Attributes:
+        sample_ratio: share of reusing prompts that are rerun, 0 to 1. Costs one full prefill each.
+        min_agreement: reuse is suspended for a namespace when its rolling top-1 agreement falls below this, 0 to 1.
+        window: number of latest audits that the rolling agreement is taken over; it needs a full window to suspend.
+    """
+
+    sample_ratio: float = 0.0
+    min_agreement: float = 0.9
+    window: int = 20
+
+    def __post_init__(self) -> None:
+        require(0 <= self.sample_ratio <= 1, "audit.sample_ratio", self.sample_ratio, "0 to 1")
+        require(0 <= self.min_agreement <= 1, "audit.min_agreement", self.min_agreement, "0 to 1")
+        require(self.window >= 1, "audit.window", self.window, "1 or more")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All settings of an engine.
+
+    Attributes:
+        reuse: what may be reused.
+        store: how much KV is kept.
+        audit: how often reuse is checked against a full prefill.
+        max_context_tokens: context window in tokens, or None for the model's own.
+    """
+
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    max_context_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.max_context_tokens
+        require(limit is None or limit >= 2, "max_context_tokens", limit, "None or 2 or more tokens")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen, in transformers' terms.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1.
+        stop: strings that end the text; they are not part of it.
+        temperature: 0 is greedy; above, logits are divided by it.
+        top_p: share of probability mass kept, above 0 up to 1.
+        top_k: number of likeliest tokens kept, or None for the model's own default.
+        repetition_penalty: above 1 discourages tokens seen before; None for the model's own default.
+        seed: seed of this call's own random generator, or None for a fresh one.
+    """
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "None or 1 or more")
+        penalty = self.repetition_penalty
+        require(penalty is None or penalty > 0, "repetition_penalty", penalty, "None or above 0")

@@ -1,0 +1,359 @@
+"""The engine: one prompt's way from text to text, one line per phase, and what a caller may do with the store.
+
+The flow is that of SemShareKV (arXiv 2509.24832, section 3) with exact prefixes as its only source so far. Knows
+nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see ``model``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from semsharekv_integrations.audit import Auditor
+from semsharekv_integrations.concurrency import iterate_in_thread
+from semsharekv_integrations.config import EngineConfig, SamplingConfig, require
+from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, PrefixMatch, Reference, Rendered
+from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.decoding import Decoder
+from semsharekv_integrations.model.loading import load
+from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
+from semsharekv_integrations.model.text import TextStream
+from semsharekv_integrations.report import AuditResult, DocumentUse, ReuseReport, SourceUse, Stopwatch
+from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
+from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.codec import read_references, write_references
+from semsharekv_integrations.store.memory import reference_id
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    ModelLoader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+class SemShareEngine:
+    """A transformers causal language model that keeps the KV cache of what it has seen.
+
+    Safe to use from several threads: calls interleave token by token, forward passes take turns.
+
+    Args:
+        model: any loaded decoder-only transformers model.
+        tokenizer: its tokenizer.
+        config: settings; the default reuses exact prefixes.
+
+    Raises:
+        UnsupportedModelError: if the model does not allow the configured mode.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig | None = None
+    ) -> None:
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._begin(lambda: (model, tokenizer), config, name)
+        self._ready()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        config: EngineConfig | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        **kwargs: Any,
+    ) -> SemShareEngine:
+        """An engine for a local folder, a hub id, or ``semsharekv/reference``; weights are loaded at first use.
+
+        Args:
+            name_or_path: what to load.
+            config: settings.
+            device: where to, or None for CUDA if there is one, else the CPU.
+            dtype: ``auto`` for that of the weights, else a torch dtype or its name.
+            kwargs: for ``AutoModelForCausalLM.from_pretrained``, such as ``revision`` or ``device_map``.
+        """
+        engine = cls.__new__(cls)
+        engine._begin(lambda: load(name_or_path, device=device, dtype=dtype, **kwargs), config, name_or_path)
+        return engine
+
+    def _begin(self, loader: ModelLoader, config: EngineConfig | None, name: str) -> None:
+        self.config = config or EngineConfig()
+        self.name = name
+        self.store = KVStore(self.config.store)
+        self.auditor = Auditor(self.config.audit)
+        self._loader = loader
+        self._parts: _ModelParts | None = None
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+
+    def _ready(self) -> _ModelParts:
+        with self._lock:
+            if self._parts is None:
+                self._parts = _ModelParts(*self._loader(), self.config)
+            return self._parts
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._parts is not None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, loaded if it was not."""
+        return self._ready().adapter.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded with it."""
+        return self._ready().tokenizer
+
+    @property
+    def context_window(self) -> int | None:
+        """Most tokens of prompt and answer together, or None if neither config nor model bounds it."""
+        return self._ready().context_window
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
+        """The whole answer to a text prompt or to messages (mappings with ``role`` and ``content``).
+
+        Raises:
+            ValueError: naming the option, its value and what is accepted.
+            PromptError: if the prompt cannot be rendered.
+            ContextWindowError: if it leaves no room for a new token.
+        """
+        return _last_of(self.stream(prompt, **options))
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generator[GenerationChunk, None, None]:
+        """The answer as it is generated; the last chunk carries the ``Generation``. Raises as ``generate`` does.
+
+        Closing the iterator cancels the call at the next token; what was computed until then is kept.
+        """
+        return self._run(Request.of(prompt, options))
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
+        """The answers to several prompts, in order; later ones reuse what earlier ones left."""
+        return [self.generate(prompt, **options) for prompt in prompts]
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
+        """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
+        async with aclosing(self.astream(prompt, **options)) as chunks:
+            return _last_of(iter([chunk async for chunk in chunks]))
+
+    def astream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncIterator[GenerationChunk]:
+        """As ``stream``, computed in a thread of its own."""
+        return iterate_in_thread(self.stream(prompt, **options))
+
+    def warm(
+        self, documents: Documents, namespace: str = "default", pinned: bool = False, ttl_s: float | None = None
+    ) -> int:
+        """Compute KV ahead of time for texts that prompts will start with.
+
+        Args:
+            documents: texts, or texts by id.
+            namespace: who may reuse them.
+            pinned: whether the byte bound never evicts them.
+            ttl_s: seconds after their last use at which they expire, or None.
+
+        Returns:
+            How many were stored; fewer than given if the store has no room, or in mode ``off``.
+        """
+        require(ttl_s is None or ttl_s > 0, "ttl_s", ttl_s, "None or a positive number of seconds")
+        texts = document_texts(documents)
+        return sum(
+            self._warm_one(key, text, checked_namespace(namespace), pinned, ttl_s) for key, text in texts.items()
+        )
+
+    def forget(self, document_id: str, namespace: str = "default") -> int:
+        """Drop every entry of ``namespace`` in which the document stands; how many there were."""
+        return self.store.forget(checked_namespace(namespace), document_id=document_id)
+
+    def clear(self, namespace: str | None = None, session: str | None = None) -> int:
+        """Drop the entries of one session or namespace, or everything; how many there were."""
+        require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
+        if session is None:
+            self.auditor.clear(namespace)
+            if self._parts is not None:
+                self._parts.renderer.forget_replies(namespace)
+        return self.store.clear() if namespace is None else self.store.forget(namespace, session=session)
+
+    def stats(self) -> dict[str, float]:
+        """Counts of requests and tokens since the start, and the state of the store and of the audit."""
+        with self._lock:
+            counts = {
+                name: self._counts[name] for name in ("requests", "prompt_tokens", "reused_tokens", "output_tokens")
+            }
+        return {**counts, **{f"store_{k}": v for k, v in self.store.stats().items()}, **self.auditor.stats()}
+
+    def save(self, path: str | Path) -> int:
+        """Write the stored KV to one safetensors file, atomically, readable by its owner; how many entries."""
+        return write_references(Path(path), self.store.references(), self._ready().adapter.fingerprint())
+
+    def load(self, path: str | Path) -> int:
+        """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
+
+        Raises:
+            StoreFileError: if the file is damaged or was written with another model.
+        """
+        adapter = self._ready().adapter
+        return sum(map(self.store.put, read_references(Path(path), adapter.fingerprint(), adapter.device)))
+
+    def _run(self, request: Request) -> Generator[GenerationChunk, None, None]:
+        """One prompt's flow. Every phase is timed; loading the model is not part of it."""
+        parts = self._ready()
+        answer = _Answer()
+        with answer.watch.phase("render"):
+            rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
+            request = request.fitted(len(rendered.token_ids), parts.context_window)
+        with answer.watch.phase("lookup"):
+            prefix, declined = self._lookup(rendered, request.namespace)
+        with answer.watch.phase("prefill"):
+            prefill = parts.adapter.prefill(rendered.token_ids, prefix)
+            report = _report_of(parts, rendered, prefix, prefill, declined)
+        try:
+            for text in parts.decode(rendered, prefill, request.sampling, answer):
+                yield GenerationChunk(text)
+        except GeneratorExit:
+            self._remember(request, rendered, prefill, answer)
+            raise
+        with answer.watch.phase("remember"):
+            self._remember(request, rendered, prefill, answer)
+        with answer.watch.phase("audit"):
+            report = replace(report, audit=self._audit(request.namespace, rendered, prefix, prefill))
+        yield GenerationChunk("", answer.generation(report))
+
+    def _lookup(self, rendered: Rendered, namespace: str) -> tuple[PrefixMatch | None, str | None]:
+        """The longest stored prefix, or why there is none; it always leaves one token to compute."""
+        reuse = self.config.reuse
+        if reuse.mode == "off":
+            return None, None
+        if self.auditor.suspends(namespace):
+            return None, f"audit suspended reuse in namespace {namespace!r}"
+        match = self.store.longest_prefix(rendered.token_ids, namespace, max_tokens=len(rendered.token_ids) - 1)
+        if match is None:
+            return None, "no stored prefix"
+        if match.num_tokens < reuse.min_prefix_tokens:
+            return None, f"longest stored prefix of {match.num_tokens} tokens is under min_prefix_tokens"
+        return match, None
+
+    def _remember(self, request: Request, rendered: Rendered, prefill: Prefill, answer: _Answer) -> None:
+        """Store the KV of prompt and answer; all of it is exact. The last token sampled has none yet."""
+        parts = self._ready()
+        with self._lock:
+            self._counts.update(requests=1, prompt_tokens=len(rendered.token_ids), output_tokens=len(answer.token_ids))
+        parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
+        if self.config.reuse.mode == "off":
+            return
+        token_ids = np.concatenate([rendered.token_ids, np.array(answer.token_ids, dtype=np.int64)])
+        documents = frozenset(segment.document_id for segment in rendered.segments)
+        self._store(parts, token_ids, prefill, request.namespace, document_ids=documents, session=request.session)
+
+    def _store(self, parts: _ModelParts, token_ids: Any, prefill: Prefill, namespace: str, **labels: Any) -> bool:
+        layers = parts.adapter.layers_of(prefill.cache)
+        token_ids = token_ids[: layers[0].keys.shape[2]]
+        return self.store.put(Reference(reference_id(namespace, token_ids), namespace, token_ids, layers, **labels))
+
+    def _warm_one(self, key: str, text: str, namespace: str, pinned: bool, ttl_s: float | None) -> bool:
+        if self.config.reuse.mode == "off":
+            return False
+        parts = self._ready()
+        rendered = parts.renderer.render(text, {}, namespace)
+        Request.of(text, {}).fitted(len(rendered.token_ids), parts.context_window)
+        labels = {"document_ids": frozenset({key}), "pinned": pinned, "expires_after_s": ttl_s}
+        return self._store(parts, rendered.token_ids, parts.adapter.prefill(rendered.token_ids), namespace, **labels)
+
+    def _audit(
+        self, namespace: str, rendered: Rendered, prefix: PrefixMatch | None, prefill: Prefill
+    ) -> AuditResult | None:
+        if prefix is None or not self.auditor.draws():
+            return None
+        full = self._ready().adapter.prefill(rendered.token_ids)
+        return self.auditor.record(namespace, prefill.logits, full.logits)
+
+
+class _ModelParts:
+    """What exists once the model is there."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> None:
+        self.tokenizer = tokenizer
+        self.mode = config.reuse.mode
+        self.adapter = ModelAdapter(model, config.reuse.mode)
+        self.renderer = PromptRenderer(tokenizer)
+        self.context_window = config.max_context_tokens or self.adapter.context_window
+
+    def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: _Answer) -> Iterator[str]:
+        """The new text, piece by piece, recorded in ``answer``; only the model's own time counts as decoding."""
+        text = TextStream(self.tokenizer, sampling.stop)
+        with answer.watch.phase("decode"):
+            decoder = Decoder(self.adapter, rendered.token_ids, sampling)
+            steps = decoder.tokens(prefill)
+        last = False
+        while not last and not text.stopped:
+            with answer.watch.phase("decode"):
+                token_id, last = next(steps)
+                piece = text.push(token_id)
+            answer.add(token_id, piece)
+            if piece:
+                yield piece
+        rest = text.finish()
+        answer.text += rest
+        answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
+        if rest:
+            yield rest
+
+
+@dataclass
+class _Answer:
+    """One generation as it grows."""
+
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ttft_s: float = 0.0
+    finish_reason: FinishReason = "cancelled"
+
+    def add(self, token_id: int, piece: str) -> None:
+        if not self.token_ids:
+            self.ttft_s = self.watch.elapsed_s
+        self.token_ids.append(token_id)
+        self.text += piece
+
+    def generation(self, report: ReuseReport) -> Generation:
+        report = replace(
+            report,
+            ttft_s=self.ttft_s,
+            decode_s=self.watch.phases_s["decode"],
+            phases_s=dict(self.watch.phases_s),
+            output_tokens=len(self.token_ids),
+        )
+        return Generation(self.text, self.token_ids, self.finish_reason, report)
+
+
+def _report_of(
+    parts: _ModelParts, rendered: Rendered, prefix: PrefixMatch | None, prefill: Prefill, declined: str | None
+) -> ReuseReport:
+    prompt_tokens = len(rendered.token_ids)
+    reused = prefix.num_tokens if prefix else 0
+    return ReuseReport(
+        mode=parts.mode,
+        prompt_tokens=prompt_tokens,
+        prefix_tokens=reused,
+        recomputed_tokens=prompt_tokens - reused,
+        compute_ratio=(prompt_tokens - reused) / prompt_tokens,
+        declined=declined,
+        sources=(SourceUse(prefix.reference.id, reused),) if prefix else (),
+        documents=tuple(
+            DocumentUse(s.document_id, s.stop - s.start, max(0, min(s.stop, reused) - s.start))
+            for s in rendered.segments
+        ),
+        kv_bytes=parts.adapter.kv_bytes(prefill.cache),
+    )
+
+
+def _last_of(chunks: Iterator[GenerationChunk]) -> Generation:
+    generation = [chunk.generation for chunk in chunks][-1]
+    assert generation is not None, "the last chunk carries the generation"
+    return generation

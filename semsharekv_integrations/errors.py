@@ -1,0 +1,27 @@
+"""Errors that callers may want to catch. Bad arguments raise ``ValueError`` naming field, value and bound."""
+
+from __future__ import annotations
+
+
+class SemShareError(Exception):
+    """Base of all errors of this package that are not plain bad arguments."""
+
+
+class UnsupportedModelError(SemShareError):
+    """The model does not allow what was asked of it; the message names what was found."""
+
+
+class ModelLoadError(SemShareError):
+    """The model or its tokenizer could not be loaded; the message names the path or hub id."""
+
+
+class ContextWindowError(SemShareError, ValueError):
+    """The prompt leaves no room for a single new token in the model's context window."""
+
+
+class PromptError(SemShareError, ValueError):
+    """The prompt cannot be rendered: it is empty, malformed, or refused by the chat template."""
+
+
+class StoreFileError(SemShareError):
+    """A file of stored KV is missing, damaged, or belongs to another model or format version."""

@@ -1,0 +1,104 @@
+"""The data that the parts hand to each other.
+
+Axis legend, for every shape comment in this package:
+    B batch (always 1), T tokens, S stored tokens, H key-value heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from semsharekv_integrations.report import ReuseReport
+
+TokenIds = NDArray[np.int64]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class LayerKV(NamedTuple):
+    """Keys (after RoPE) and values of one layer, both [B, H, S, D]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """KV of a token sequence from position 0, as a stored entry. Never mutated.
+
+    Attributes:
+        id: stable digest of namespace and token ids.
+        namespace: the only namespace that may read it.
+        token_ids: [S], one for each position that has KV.
+        layers: one pair for each layer.
+        document_ids: the caller's documents that stand in it, for ``forget``.
+        session: the conversation it came from, or None.
+        pinned: never evicted by the byte bound.
+        expires_after_s: seconds after its last use at which it expires, or None.
+    """
+
+    id: str
+    namespace: str
+    token_ids: TokenIds
+    layers: tuple[LayerKV, ...]
+    document_ids: frozenset[str] = frozenset()
+    session: str | None = None
+    pinned: bool = False
+    expires_after_s: float | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+
+
+class PrefixMatch(NamedTuple):
+    """The first ``num_tokens`` tokens of a prompt equal those of ``reference``."""
+
+    reference: Reference
+    num_tokens: int
+
+
+class Segment(NamedTuple):
+    """Tokens ``start`` to ``stop`` (exclusive) of a prompt are the document ``document_id``."""
+
+    document_id: str
+    start: int
+    stop: int
+
+
+class Rendered(NamedTuple):
+    """A prompt as token ids [T], and where the caller's documents stand in it."""
+
+    token_ids: TokenIds
+    segments: Sequence[Segment]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of one call.
+
+    Attributes:
+        text: the new text, without stop strings and special tokens.
+        token_ids: every token sampled, the end-of-sequence token and those of a stop string included.
+        finish_reason: ``stop`` (end of sequence or stop string), ``length``, or ``cancelled`` by the consumer.
+        report: what was reused and what it cost.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    report: ReuseReport
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of text as it is generated; the last one, perhaps empty, carries the whole generation."""
+
+    text: str
+    generation: Generation | None = None

@@ -1,0 +1,1 @@
+"""The only importers of transformers' internals: loading, rendering, prefill and decoding."""

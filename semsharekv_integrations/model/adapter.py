@@ -1,0 +1,147 @@
+"""One loaded model: what it allows, prefill behind a reused prefix, and single decode steps.
+
+Knows transformers' caches and attention masks. Reused keys stand at their old positions here, so nothing is rotated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from semsharekv_integrations.config import Mode
+from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, TokenIds
+
+_PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_PROBE_TOKENS = 12
+
+
+class Prefill(NamedTuple):
+    """Logits of the last prompt token [B, V], and the cache that decoding goes on with."""
+
+    logits: torch.Tensor
+    cache: DynamicCache
+
+
+class ModelAdapter:
+    """A transformers causal language model as the engine sees it. Forward passes are serialized by a lock.
+
+    Raises:
+        UnsupportedModelError: if the model is no decoder, or cannot continue from a stored prefix in ``mode``.
+    """
+
+    def __init__(self, model: PreTrainedModel, mode: Mode) -> None:
+        self.model = model.eval()
+        self.config = model.config.get_text_config(decoder=True)
+        self.mode = mode
+        self._lock = threading.Lock()
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
+        if mode != "off":
+            self._require_prefix_reuse()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def context_window(self) -> int | None:
+        """Most positions that the model was made for, or None if its config does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    def prefill(self, token_ids: TokenIds, prefix: PrefixMatch | None = None) -> Prefill:
+        """Run the prompt's tokens [T] behind ``prefix``, which must leave at least one of them.
+
+        The reference's tensors are read, never written: the cache's first update makes new ones.
+        """
+        start = prefix.num_tokens if prefix else 0
+        assert 0 <= start < len(token_ids), "at least one prompt token is computed"
+        cache = self._cache_from(prefix) if prefix else self._empty_cache()
+        logits = self._forward(torch.from_numpy(token_ids[start:])[None], cache, start)  # [B, V]
+        return Prefill(logits, cache)
+
+    def decode_step(self, token_id: int, position: int, cache: DynamicCache) -> torch.Tensor:
+        """Logits [B, V] after one more token; the cache grows by it."""
+        return self._forward(torch.tensor([[token_id]]), cache, position)
+
+    def layers_of(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
+        """The cache's keys and values, without copying; all layers hold the same tokens."""
+        layers = tuple(LayerKV(layer.keys, layer.values) for layer in cache.layers)
+        assert len({tensor.shape[2] for layer in layers for tensor in layer}) == 1, "layers differ in length"
+        return layers
+
+    def kv_bytes(self, cache: DynamicCache) -> int:
+        """Bytes of the keys and values in the cache; recurrent states are not counted."""
+        kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+
+    def fingerprint(self) -> str:
+        """A digest of configuration, dtype and a sample of every weight: KV is only good for the model that made it."""
+        config = {
+            k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        }
+        digest = hashlib.blake2b(repr((sorted(config.items(), key=repr), self.model.dtype)).encode(), digest_size=16)
+        for name, weight in self.model.named_parameters():
+            sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _forward(self, ids: torch.Tensor, cache: DynamicCache, start: int) -> torch.Tensor:
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
+        extra: dict[str, Any] = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        with self._lock, torch.inference_mode():
+            output = self.model(
+                input_ids=ids.to(self.device), position_ids=positions, past_key_values=cache, use_cache=True, **extra
+            )
+        return output.logits[:, -1]
+
+    def _empty_cache(self) -> DynamicCache:
+        """Plain transformers' own cache in mode ``off``; else one that keeps every token, sliding layers included."""
+        return DynamicCache(config=self.model.config) if self.mode == "off" else DynamicCache()
+
+    def _cache_from(self, prefix: PrefixMatch) -> DynamicCache:
+        cache = DynamicCache()
+        for keys, values in prefix.reference.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys[:, :, : prefix.num_tokens], values[:, :, : prefix.num_tokens]
+            cache.layers.append(layer)
+        return cache
+
+    def _require_prefix_reuse(self) -> None:
+        name = type(self.model).__name__
+        found = sorted(set(getattr(self.config, "layer_types", None) or ()) - _PREFIX_LAYER_TYPES)
+        if found:
+            raise UnsupportedModelError(
+                f"{name} has layers of type {', '.join(found)}, which keep no KV per token; use mode='off'"
+            )
+        if not self._continues_from_prefix():
+            raise UnsupportedModelError(
+                f"{name} gives other logits behind a reused prefix than in a full prefill; use mode='off'"
+            )
+
+    def _continues_from_prefix(self) -> bool:
+        """Whether a probe prefilled in two pieces ends in the logits of one piece. Exact up to rounding."""
+        probe = torch.arange(_PROBE_TOKENS) % self.config.vocab_size
+        ids, half = probe.numpy(), _PROBE_TOKENS // 2
+        try:
+            whole = self.prefill(ids)
+            if len(whole.cache.layers) == 0 or any(not isinstance(layer, DynamicLayer) for layer in whole.cache.layers):
+                return False
+            cache = self.prefill(ids[:half]).cache
+            logits = self._forward(probe[half:][None], cache, half)
+        except (TypeError, AttributeError, ValueError):  # the model takes no such cache
+            return False
+        scale = whole.logits.float().std().clamp_min(1e-6)
+        return bool((logits.float() - whole.logits.float()).abs().max() <= 0.1 * scale)

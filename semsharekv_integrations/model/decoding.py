@@ -1,0 +1,103 @@
+"""Token by token behind a prefill, with transformers' own logits processors and stopping criteria.
+
+``generate`` is called once, with a callable that only hands back what it prepared: sampling options keep exactly
+the meaning they have in transformers, while the prefill and the loop are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from semsharekv_integrations.config import SamplingConfig
+from semsharekv_integrations.kv import TokenIds
+from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+
+
+class _Prepared(NamedTuple):
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+
+
+class Decoder:
+    """Chooses tokens for one call.
+
+    Args:
+        adapter: the model.
+        prompt_ids: [T]; penalties on repetition look at them.
+        sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
+    """
+
+    def __init__(self, adapter: ModelAdapter, prompt_ids: TokenIds, sampling: SamplingConfig) -> None:
+        self._adapter = adapter
+        self._ids = torch.from_numpy(prompt_ids)[None].to(adapter.device)  # [B, T]
+        self._prepared = self._prepare(sampling)
+        self._greedy = sampling.temperature == 0
+        self._random = torch.Generator(device=adapter.device)
+        self._random.seed() if sampling.seed is None else self._random.manual_seed(sampling.seed)
+
+    def tokens(self, prefill: Prefill) -> Iterator[tuple[int, bool]]:
+        """Each new token, and whether it is the last; the prefill's cache then holds all but the last token."""
+        logits = prefill.logits
+        while True:
+            token_id, scores = self._choose(logits)
+            self._ids = torch.cat([self._ids, torch.tensor([[token_id]], device=self._ids.device)], dim=1)
+            last = bool(self._prepared.stopping_criteria(self._ids, scores).all())
+            yield token_id, last
+            if last:
+                return
+            logits = self._adapter.decode_step(token_id, self._ids.shape[1] - 1, prefill.cache)
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether ``token_id`` is one of the model's end-of-sequence tokens."""
+        ends = self._adapter.model.generation_config.eos_token_id
+        return token_id in (ends if isinstance(ends, list) else [ends])
+
+    def _choose(self, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
+        with torch.inference_mode():
+            scores = self._prepared.logits_processor(self._ids, logits.float().to(self._ids.device))  # [B, V]
+            if self._greedy:
+                return int(scores.argmax(-1)), scores
+            chosen = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
+            return int(chosen), scores
+
+    def _prepare(self, sampling: SamplingConfig) -> _Prepared:
+        def hand_back(
+            model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+        ) -> _Prepared:
+            return _Prepared(logits_processor, stopping_criteria)
+
+        return self._adapter.model.generate(
+            self._ids,
+            attention_mask=torch.ones_like(self._ids),
+            custom_generate=hand_back,
+            generation_config=self._generation_config(sampling),
+        )
+
+    def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
+        """The model's own settings, overruled by what the caller set."""
+        config = copy.deepcopy(self._adapter.model.generation_config)
+        greedy = sampling.temperature == 0
+        config.update(
+            max_new_tokens=sampling.max_new_tokens,
+            max_length=None,
+            do_sample=not greedy,
+            num_beams=1,
+            num_return_sequences=1,
+            cache_implementation=None,
+            use_cache=True,
+            stop_strings=None,
+            temperature=None if greedy else sampling.temperature,
+            top_p=None if greedy else sampling.top_p,
+        )
+        if greedy:
+            config.update(top_k=None, min_p=None, typical_p=None)
+        elif sampling.top_k is not None:
+            config.update(top_k=sampling.top_k)
+        if sampling.repetition_penalty is not None:
+            config.update(repetition_penalty=sampling.repetition_penalty)
+        return config

@@ -1,0 +1,176 @@
+"""Prompts to token ids: plain text, or messages through the tokenizer's chat template.
+
+Generated replies are remembered as token ids. Text that is decoded and tokenized again can come out as other tokens,
+which would break the exact prefix of a conversation's next turn; so where a remembered reply stands in the rendered
+text, its own tokens are put in, if they decode to the same text.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations.errors import PromptError
+from semsharekv_integrations.kv import Rendered, Segment
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+MAX_REMEMBERED_REPLIES = 4096
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class PromptRenderer:
+    """Renders prompts with one tokenizer; safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._replies: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def render(self, prompt: Prompt, documents: Mapping[str, str], namespace: str) -> Rendered:
+        """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
+
+        Raises:
+            PromptError: if it is empty, malformed, or refused by the chat template.
+        """
+        if isinstance(prompt, str):
+            text, pieces = prompt, [self._plain(prompt)]
+        else:
+            text = self.chat_text(prompt)
+            pieces = self._chat_pieces(text, prompt, namespace)
+        token_ids = [token_id for ids, _ in pieces for token_id in ids]
+        if not token_ids:
+            raise PromptError("prompt is empty; accepted is text or messages of at least one token")
+        starts = [start for _, offsets in pieces for start in offsets]
+        return Rendered(np.array(token_ids, dtype=np.int64), _segments(text, starts, documents))
+
+    def remember_reply(self, text: str, token_ids: Sequence[int], namespace: str) -> None:
+        """Keep the tokens of a generated reply, special tokens left out, for later turns of its conversation."""
+        ids = [token_id for token_id in token_ids if token_id not in self._tokenizer.all_special_ids]
+        if not text or self._decode(ids) != text:
+            return
+        with self._lock:
+            self._replies[namespace, text] = ids
+            self._replies.move_to_end((namespace, text))
+            while len(self._replies) > MAX_REMEMBERED_REPLIES:
+                self._replies.popitem(last=False)
+
+    def forget_replies(self, namespace: str | None) -> None:
+        """Drop the remembered replies of one namespace, or of all."""
+        with self._lock:
+            for key in [key for key in self._replies if namespace in (None, key[0])]:
+                del self._replies[key]
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """The messages through the chat template; a last assistant message is left open, to be continued."""
+        checked = [_checked(index, message) for index, message in enumerate(messages)]
+        if not checked:
+            raise PromptError("prompt has no messages; accepted is at least one")
+        if self._tokenizer.chat_template is None:
+            return _generic_chat_text(checked)
+        try:
+            return self._template(checked)
+        except TemplateError as error:
+            folded = _fold_system(checked)
+            if folded is None:
+                raise PromptError(f"the model's chat template refuses the messages: {error}") from error
+            return self._retry_template(folded)
+
+    def _retry_template(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self._template(messages)
+        except TemplateError as error:
+            raise PromptError(f"the model's chat template refuses the messages: {error}") from error
+
+    def _template(self, messages: list[dict[str, Any]]) -> str:
+        open_end = messages[-1]["role"] == "assistant"
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not open_end, continue_final_message=open_end
+            )
+        )
+
+    def _plain(self, text: str) -> tuple[list[int], list[int]]:
+        bos = self._tokenizer.bos_token
+        return self._encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def _chat_pieces(self, text: str, messages: Sequence[Message], namespace: str) -> list[tuple[list[int], list[int]]]:
+        add_special = self._tokenizer.chat_template is None
+        whole = self._encode(text, add_special_tokens=add_special)
+        pieces: list[tuple[list[int], list[int]]] = []
+        done = cursor = 0  # characters put into pieces; characters searched
+        for message in messages:
+            at = text.find(message["content"], cursor)
+            if at < 0:
+                continue
+            cursor = at + len(message["content"])
+            if (ids := self._reply_ids(message, namespace)) is not None:
+                before = self._encode(text[done:at], base=done, add_special_tokens=add_special and not done)
+                pieces += [before, (ids, [at] * len(ids))]
+                done = cursor
+        if not pieces:
+            return [whole]
+        pieces.append(self._encode(text[done:], base=done))
+        spliced = [token_id for ids, _ in pieces for token_id in ids]
+        return (
+            pieces if self._decode(spliced, keep_special=True) == self._decode(whole[0], keep_special=True) else [whole]
+        )
+
+    def _reply_ids(self, message: Message, namespace: str) -> list[int] | None:
+        if message["role"] != "assistant":
+            return None
+        with self._lock:
+            return self._replies.get((namespace, message["content"]))
+
+    def _encode(self, text: str, *, base: int = 0, add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids, and the character at which each starts (none from tokenizers that cannot tell)."""
+        fast = self._tokenizer.is_fast
+        encoded = self._tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=fast, verbose=False
+        )
+        offsets = [base + start for start, _ in encoded["offset_mapping"]] if fast else []
+        return list(encoded["input_ids"]), offsets
+
+    def _decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special))
+
+
+def _checked(index: int, message: Message) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise PromptError(f"messages[{index}].role is {role!r}; accepted is one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise PromptError(f"messages[{index}].content is {type(content).__name__}; accepted is a string")
+    return dict(message)
+
+
+def _generic_chat_text(messages: list[dict[str, Any]]) -> str:
+    warnings.warn("the tokenizer has no chat_template: messages are rendered as 'role: content' lines", stacklevel=2)
+    lines = [f"{message['role']}: {message['content']}" for message in messages]
+    return "\n".join(lines) if messages[-1]["role"] == "assistant" else "\n".join([*lines, "assistant:"])
+
+
+def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The system message put before the first user message, for templates that know no system role."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return None
+    system, user, *rest = messages
+    return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> list[Segment]:
+    """Where each document's text first stands, in tokens; documents that are not in the text are left out."""
+    found = []
+    for document_id, content in documents.items():
+        at = text.find(content.strip())
+        if at >= 0 and starts and content.strip():
+            found.append(Segment(document_id, bisect_left(starts, at), bisect_left(starts, at + len(content.strip()))))
+    return found

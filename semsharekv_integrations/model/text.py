@@ -1,0 +1,65 @@
+"""Token ids to text, piece by piece: whole characters only, and nothing that may belong to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"
+
+
+class TextStream:
+    """The text of one generation as it grows.
+
+    Decoding starts a few tokens back, since some tokenizers put a space before a token only behind another one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._context_start = 0  # decoding starts here
+        self._text_start = 0  # tokens before this are in the text already
+        self._held = ""  # may be the start of a stop string
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; sets ``stopped`` when a stop string is complete."""
+        self._ids.append(token_id)
+        return self._release(self._new_text(final=False), final=False)
+
+    def finish(self) -> str:
+        """The text held back until now; nothing if a stop string ended it."""
+        return "" if self.stopped else self._release(self._new_text(final=True), final=True)
+
+    def _new_text(self, *, final: bool) -> str:
+        context = self._decode(self._ids[self._context_start : self._text_start])
+        whole = self._decode(self._ids[self._context_start :])
+        if len(whole) <= len(context) or (whole.endswith(_INCOMPLETE) and not final):
+            return ""
+        self._context_start, self._text_start = self._text_start, len(self._ids)
+        return whole[len(context) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _release(self, text: str, *, final: bool) -> str:
+        self._held += text
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = self._held[: min(found)], ""
+            return released
+        keep = 0 if final else self._possible_stop_chars()
+        cut = len(self._held) - keep
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
+
+    def _possible_stop_chars(self) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+                return size
+        return 0

@@ -1,0 +1,111 @@
+"""What a call reused and what it cost: the report that every generation carries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from semsharekv_integrations.config import Mode
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """How many prompt tokens took their KV from one stored reference."""
+
+    reference_id: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DocumentUse:
+    """How many tokens of one of the caller's documents stand in the prompt, and how many came from the store."""
+
+    document_id: str
+    tokens: int
+    reused_tokens: int
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """A reusing prefill beside a full one: same most likely token, and KL divergence in nats (full to reused)."""
+
+    agrees: bool
+    kl_divergence: float
+
+
+@dataclass(frozen=True)
+class ReuseReport:
+    """What one call reused. The four token counts from ``prefix_tokens`` on add up to ``prompt_tokens``.
+
+    Attributes:
+        mode: the mode that the call ran in.
+        prompt_tokens: tokens of the prompt, special tokens included.
+        prefix_tokens: tokens whose KV was taken from the exact stored prefix.
+        identical_tokens: tokens whose KV was taken from identical runs elsewhere.
+        fuzzy_tokens: tokens whose KV was taken from different tokens.
+        recomputed_tokens: tokens whose KV was computed in this call.
+        compute_ratio: token-layers computed over tokens times layers, 0 to 1.
+        sources: the stored references used.
+        documents: the caller's documents found in the prompt.
+        declined: why nothing was reused though the mode allows it, or None.
+        audit: the outcome of the audit, if this call was drawn for one.
+        phases_s: seconds by phase, in the order of the flow.
+        ttft_s: seconds from the call to the first new token, model loading excluded.
+        decode_s: seconds from the first new token to the last.
+        output_tokens: tokens generated, the end-of-sequence token included.
+        kv_bytes: bytes of the prompt's KV after prefill.
+        kv_retained_ratio: share of the prompt's KV kept for decoding, 0 to 1.
+    """
+
+    mode: Mode
+    prompt_tokens: int
+    prefix_tokens: int = 0
+    identical_tokens: int = 0
+    fuzzy_tokens: int = 0
+    recomputed_tokens: int = 0
+    compute_ratio: float = 1.0
+    sources: tuple[SourceUse, ...] = ()
+    documents: tuple[DocumentUse, ...] = ()
+    declined: str | None = None
+    audit: AuditResult | None = None
+    phases_s: dict[str, float] = field(default_factory=dict)
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    output_tokens: int = 0
+    kv_bytes: int = 0
+    kv_retained_ratio: float = 1.0
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens whose KV was not computed in this call."""
+        return self.prefix_tokens + self.identical_tokens + self.fuzzy_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, fit for JSON."""
+        plain = asdict(self)
+        return plain | {"sources": list(plain["sources"]), "documents": list(plain["documents"])}
+
+
+class Stopwatch:
+    """Seconds by phase and in all; one for each call, in one thread at a time."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.phases_s: dict[str, float] = {}
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this stopwatch was made."""
+        return time.perf_counter() - self.started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the phase ``name``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases_s[name] = self.phases_s.get(name, 0.0) + time.perf_counter() - began

@@ -1,0 +1,102 @@
+"""What a caller asked for, checked before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from semsharekv_integrations.config import SamplingConfig, require
+from semsharekv_integrations.errors import ContextWindowError
+from semsharekv_integrations.model.prompt import Prompt
+
+Documents = Sequence[str] | Mapping[str, str]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of every generating method.
+
+    The first seven are explained at ``SamplingConfig``; ``stop`` may also be one string or None. ``namespace`` says
+    whose KV may be read and where new KV goes. ``documents`` are texts, or texts by id, that stand in the prompt: the
+    report then says how much of each was reused, and ``forget`` knows them. ``session`` names the conversation.
+    """
+
+    max_new_tokens: int
+    stop: Sequence[str] | str | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    repetition_penalty: float | None
+    seed: int | None
+    namespace: str
+    documents: Documents | None
+    session: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked call."""
+
+    prompt: Prompt
+    sampling: SamplingConfig
+    namespace: str
+    documents: dict[str, str]
+    session: str | None
+
+    @classmethod
+    def of(cls, prompt: Prompt, options: GenerateOptions) -> Request:
+        """Check the options.
+
+        Raises:
+            ValueError: naming the option, its value and what is accepted.
+        """
+        unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
+        require(not unknown, "options", unknown, ", ".join(GenerateOptions.__annotations__))
+        rest = dict(options)
+        namespace, session = checked_namespace(rest.pop("namespace", "default")), rest.pop("session", None)
+        documents = document_texts(rest.pop("documents", None))
+        stop = rest.pop("stop", None) or ()
+        sampling = SamplingConfig(stop=(stop,) if isinstance(stop, str) else tuple(stop), **rest)  # type: ignore[arg-type]
+        require(session is None or isinstance(session, str), "session", session, "None or a string")
+        return cls(prompt, sampling, namespace, documents, session)  # type: ignore[arg-type]
+
+    def fitted(self, prompt_tokens: int, context_window: int | None) -> Request:
+        """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
+
+        Raises:
+            ContextWindowError: if that is nothing.
+        """
+        if context_window is None:
+            return self
+        room = context_window - prompt_tokens
+        if room < 1:
+            raise ContextWindowError(
+                f"prompt has {prompt_tokens} tokens; accepted is up to {context_window - 1}, "
+                f"since the context window of {context_window} must also hold a new token"
+            )
+        return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
+
+
+def checked_namespace(namespace: object) -> str:
+    """The namespace, if it is a non-empty string."""
+    require(isinstance(namespace, str) and bool(namespace), "namespace", namespace, "a non-empty string")
+    return str(namespace)
+
+
+def document_texts(documents: object) -> dict[str, str]:
+    """Texts by id; a text given without one gets a digest of itself."""
+    if documents is None:
+        return {}
+    named = dict(documents) if isinstance(documents, Mapping) else None
+    if named is None and isinstance(documents, Sequence) and not isinstance(documents, str):
+        named = {document_id(text): text for text in documents}
+    texts_only = named is not None and all(isinstance(text, str) for text in named.values())
+    require(texts_only, "documents", type(documents).__name__, "texts in a list, or texts by id in a dict")
+    return named or {}
+
+
+def document_id(text: object) -> str:
+    """The id of a document that was given none: a digest of its text, 12 hexadecimal digits."""
+    require(isinstance(text, str), "documents", type(text).__name__, "texts in a list, or texts by id in a dict")
+    return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()
