@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ class _End:
         self.error = error
 
 
-async def iterate_in_thread(items: Generator[T, None, None]) -> AsyncIterator[T]:
+async def iterate_in_thread(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
     """Yield what ``items`` yields, without blocking the event loop.
 
     When the consumer stops early or its task is cancelled, ``items`` is closed at its next item, in its own thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal, get_args
 
 Mode = Literal["off", "exact", "identical", "semantic", "paper"]
@@ -14,6 +15,22 @@ def require(ok: bool, name: str, value: object, accepted: str) -> None:
     """Raise ``ValueError`` with field, value and what is accepted, unless ``ok``."""
     if not ok:
         raise ValueError(f"{name} is {value!r}; accepted is {accepted}")
+
+
+def check_lifetime(name: str, ttl_s: object) -> None:
+    """Raise ``ValueError`` unless ``ttl_s`` is None or a positive number of seconds."""
+    accepted = ttl_s is None or (is_number(ttl_s) and ttl_s > 0)  # type: ignore[operator]
+    require(accepted, name, ttl_s, "None or a positive number of seconds")
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether ``value`` is an integer, and at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an integer or a float, and neither infinite nor NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class ReuseConfig:
 
     def __post_init__(self) -> None:
         require(self.mode in AVAILABLE_MODES, "reuse.mode", self.mode, " or ".join(map(repr, AVAILABLE_MODES)))
-        require(self.min_prefix_tokens >= 1, "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
+        require(is_whole(self.min_prefix_tokens, 1), "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -46,8 +63,8 @@ class StoreConfig:
     ttl_s: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.max_bytes >= 0, "store.max_bytes", self.max_bytes, "0 or more bytes")
-        require(self.ttl_s is None or self.ttl_s > 0, "store.ttl_s", self.ttl_s, "None or a positive number of seconds")
+        require(is_whole(self.max_bytes, 0), "store.max_bytes", self.max_bytes, "0 or more bytes")
+        check_lifetime("store.ttl_s", self.ttl_s)
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,19 @@ class AuditConfig:
     window: int = 20
 
     def __post_init__(self) -> None:
-        require(0 <= self.sample_ratio <= 1, "audit.sample_ratio", self.sample_ratio, "0 to 1")
-        require(0 <= self.min_agreement <= 1, "audit.min_agreement", self.min_agreement, "0 to 1")
-        require(self.window >= 1, "audit.window", self.window, "1 or more")
+        require(
+            is_number(self.sample_ratio) and 0 <= self.sample_ratio <= 1,
+            "audit.sample_ratio",
+            self.sample_ratio,
+            "0 to 1",
+        )
+        require(
+            is_number(self.min_agreement) and 0 <= self.min_agreement <= 1,
+            "audit.min_agreement",
+            self.min_agreement,
+            "0 to 1",
+        )
+        require(is_whole(self.window, 1), "audit.window", self.window, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         limit = self.max_context_tokens
-        require(limit is None or limit >= 2, "max_context_tokens", limit, "None or 2 or more tokens")
+        require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
 
 
 @dataclass(frozen=True)
@@ -114,10 +141,14 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        require(is_whole(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "1 or more")
         require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
-        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "None or 1 or more")
+        require(is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        require(self.top_k is None or is_whole(self.top_k, 1), "top_k", self.top_k, "None or 1 or more")
         penalty = self.repetition_penalty
-        require(penalty is None or penalty > 0, "repetition_penalty", penalty, "None or above 0")
+        require(
+            penalty is None or (is_number(penalty) and penalty > 0), "repetition_penalty", penalty, "None or above 0"
+        )
+        seed_fits = self.seed is None or (is_whole(self.seed, 0) and self.seed < 2**63)
+        require(seed_fits, "seed", self.seed, "None or an integer from 0 to 2**63 - 1")

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.concurrency import iterate_in_thread
-from semsharekv_integrations.config import EngineConfig, SamplingConfig, require
-from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, PrefixMatch, Reference, Rendered
+from semsharekv_integrations.config import EngineConfig, SamplingConfig, check_lifetime, require
+from semsharekv_integrations.kv import Generation, GenerationChunk, PrefixMatch, Reference, Rendered
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import load
 from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
 from semsharekv_integrations.model.text import TextStream
-from semsharekv_integrations.report import AuditResult, DocumentUse, ReuseReport, SourceUse, Stopwatch
+from semsharekv_integrations.report import AuditResult
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
@@ -125,14 +126,14 @@ class SemShareEngine:
             PromptError: if the prompt cannot be rendered.
             ContextWindowError: if it leaves no room for a new token.
         """
-        return _last_of(self.stream(prompt, **options))
+        return last_of(self.stream(prompt, **options))
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generator[GenerationChunk, None, None]:
         """The answer as it is generated; the last chunk carries the ``Generation``. Raises as ``generate`` does.
 
         Closing the iterator cancels the call at the next token; what was computed until then is kept.
         """
-        return self._run(Request.of(prompt, options))
+        return spoken(self._run(Request.of(prompt, options)))
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
         """The answers to several prompts, in order; later ones reuse what earlier ones left."""
@@ -141,11 +142,16 @@ class SemShareEngine:
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
         async with aclosing(self.astream(prompt, **options)) as chunks:
-            return _last_of(iter([chunk async for chunk in chunks]))
+            return last_of(iter([chunk async for chunk in chunks]))
 
-    def astream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncIterator[GenerationChunk]:
+    async def astream(
+        self, prompt: Prompt, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """As ``stream``, computed in a thread of its own."""
-        return iterate_in_thread(self.stream(prompt, **options))
+        async with aclosing(iterate_in_thread(self._run(Request.of(prompt, options)))) as chunks:
+            async for chunk in chunks:
+                if chunk.text or chunk.generation:
+                    yield chunk
 
     def warm(
         self, documents: Documents, namespace: str = "default", pinned: bool = False, ttl_s: float | None = None
@@ -161,11 +167,9 @@ class SemShareEngine:
         Returns:
             How many were stored; fewer than given if the store has no room, or in mode ``off``.
         """
-        require(ttl_s is None or ttl_s > 0, "ttl_s", ttl_s, "None or a positive number of seconds")
-        texts = document_texts(documents)
-        return sum(
-            self._warm_one(key, text, checked_namespace(namespace), pinned, ttl_s) for key, text in texts.items()
-        )
+        check_lifetime("ttl_s", ttl_s)
+        namespace, texts = checked_namespace(namespace), document_texts(documents)
+        return sum(self._warm_one(key, text, namespace, pinned, ttl_s) for key, text in texts.items())
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many there were."""
@@ -174,6 +178,8 @@ class SemShareEngine:
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
         """Drop the entries of one session or namespace, or everything; how many there were."""
         require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
+        if namespace is not None:
+            checked_namespace(namespace)
         if session is None:
             self.auditor.clear(namespace)
             if self._parts is not None:
@@ -204,7 +210,7 @@ class SemShareEngine:
     def _run(self, request: Request) -> Generator[GenerationChunk, None, None]:
         """One prompt's flow. Every phase is timed; loading the model is not part of it."""
         parts = self._ready()
-        answer = _Answer()
+        answer = Answer()
         with answer.watch.phase("render"):
             rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
             request = request.fitted(len(rendered.token_ids), parts.context_window)
@@ -212,15 +218,16 @@ class SemShareEngine:
             prefix, declined = self._lookup(rendered, request.namespace)
         with answer.watch.phase("prefill"):
             prefill = parts.adapter.prefill(rendered.token_ids, prefix)
-            report = _report_of(parts, rendered, prefix, prefill, declined)
+            kv_bytes = parts.adapter.kv_bytes(prefill.cache)
+            report = report_of(parts.mode, rendered, prefix, kv_bytes, declined)
         try:
             for text in parts.decode(rendered, prefill, request.sampling, answer):
                 yield GenerationChunk(text)
         except GeneratorExit:
-            self._remember(request, rendered, prefill, answer)
+            self._remember(request, rendered, prefix, prefill, answer)
             raise
         with answer.watch.phase("remember"):
-            self._remember(request, rendered, prefill, answer)
+            self._remember(request, rendered, prefix, prefill, answer)
         with answer.watch.phase("audit"):
             report = replace(report, audit=self._audit(request.namespace, rendered, prefix, prefill))
         yield GenerationChunk("", answer.generation(report))
@@ -230,6 +237,9 @@ class SemShareEngine:
         reuse = self.config.reuse
         if reuse.mode == "off":
             return None, None
+        limit = self._ready().adapter.stable_positions
+        if limit is not None and len(rendered.token_ids) > limit:
+            return None, f"beyond {limit} tokens the model rotates keys by other frequencies"
         if self.auditor.suspends(namespace):
             return None, f"audit suspended reuse in namespace {namespace!r}"
         match = self.store.longest_prefix(rendered.token_ids, namespace, max_tokens=len(rendered.token_ids) - 1)
@@ -239,30 +249,41 @@ class SemShareEngine:
             return None, f"longest stored prefix of {match.num_tokens} tokens is under min_prefix_tokens"
         return match, None
 
-    def _remember(self, request: Request, rendered: Rendered, prefill: Prefill, answer: _Answer) -> None:
+    def _remember(
+        self, request: Request, rendered: Rendered, prefix: PrefixMatch | None, prefill: Prefill, answer: Answer
+    ) -> None:
         """Store the KV of prompt and answer; all of it is exact. The last token sampled has none yet."""
         parts = self._ready()
         with self._lock:
-            self._counts.update(requests=1, prompt_tokens=len(rendered.token_ids), output_tokens=len(answer.token_ids))
+            self._counts.update(
+                requests=1,
+                prompt_tokens=len(rendered.token_ids),
+                reused_tokens=prefix.num_tokens if prefix else 0,
+                output_tokens=len(answer.token_ids),
+            )
         parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
         if self.config.reuse.mode == "off":
             return
         token_ids = np.concatenate([rendered.token_ids, np.array(answer.token_ids, dtype=np.int64)])
-        documents = frozenset(segment.document_id for segment in rendered.segments)
-        self._store(parts, token_ids, prefill, request.namespace, document_ids=documents, session=request.session)
+        starts = request.document_starts(rendered, prefix)
+        self._store(parts, token_ids, prefill, request.namespace, document_starts=starts, session=request.session)
 
     def _store(self, parts: _ModelParts, token_ids: Any, prefill: Prefill, namespace: str, **labels: Any) -> bool:
         layers = parts.adapter.layers_of(prefill.cache)
         token_ids = token_ids[: layers[0].keys.shape[2]]
+        if len(token_ids) > (parts.adapter.stable_positions or len(token_ids)):
+            return False
         return self.store.put(Reference(reference_id(namespace, token_ids), namespace, token_ids, layers, **labels))
 
     def _warm_one(self, key: str, text: str, namespace: str, pinned: bool, ttl_s: float | None) -> bool:
         if self.config.reuse.mode == "off":
             return False
         parts = self._ready()
-        rendered = parts.renderer.render(text, {}, namespace)
-        Request.of(text, {}).fitted(len(rendered.token_ids), parts.context_window)
-        labels = {"document_ids": frozenset({key}), "pinned": pinned, "expires_after_s": ttl_s}
+        request = Request.of(text, {"documents": {key: text}})
+        rendered = parts.renderer.render(text, request.documents, namespace)
+        request.fitted(len(rendered.token_ids), parts.context_window)
+        starts = request.document_starts(rendered, None)
+        labels = {"document_starts": starts, "pinned": pinned, "expires_after_s": ttl_s}
         return self._store(parts, rendered.token_ids, parts.adapter.prefill(rendered.token_ids), namespace, **labels)
 
     def _audit(
@@ -284,8 +305,8 @@ class _ModelParts:
         self.renderer = PromptRenderer(tokenizer)
         self.context_window = config.max_context_tokens or self.adapter.context_window
 
-    def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: _Answer) -> Iterator[str]:
-        """The new text, piece by piece, recorded in ``answer``; only the model's own time counts as decoding."""
+    def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
+        """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""
         text = TextStream(self.tokenizer, sampling.stop)
         with answer.watch.phase("decode"):
             decoder = Decoder(self.adapter, rendered.token_ids, sampling)
@@ -296,64 +317,9 @@ class _ModelParts:
                 token_id, last = next(steps)
                 piece = text.push(token_id)
             answer.add(token_id, piece)
-            if piece:
-                yield piece
+            yield piece
         rest = text.finish()
         answer.text += rest
         answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
         if rest:
             yield rest
-
-
-@dataclass
-class _Answer:
-    """One generation as it grows."""
-
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    ttft_s: float = 0.0
-    finish_reason: FinishReason = "cancelled"
-
-    def add(self, token_id: int, piece: str) -> None:
-        if not self.token_ids:
-            self.ttft_s = self.watch.elapsed_s
-        self.token_ids.append(token_id)
-        self.text += piece
-
-    def generation(self, report: ReuseReport) -> Generation:
-        report = replace(
-            report,
-            ttft_s=self.ttft_s,
-            decode_s=self.watch.phases_s["decode"],
-            phases_s=dict(self.watch.phases_s),
-            output_tokens=len(self.token_ids),
-        )
-        return Generation(self.text, self.token_ids, self.finish_reason, report)
-
-
-def _report_of(
-    parts: _ModelParts, rendered: Rendered, prefix: PrefixMatch | None, prefill: Prefill, declined: str | None
-) -> ReuseReport:
-    prompt_tokens = len(rendered.token_ids)
-    reused = prefix.num_tokens if prefix else 0
-    return ReuseReport(
-        mode=parts.mode,
-        prompt_tokens=prompt_tokens,
-        prefix_tokens=reused,
-        recomputed_tokens=prompt_tokens - reused,
-        compute_ratio=(prompt_tokens - reused) / prompt_tokens,
-        declined=declined,
-        sources=(SourceUse(prefix.reference.id, reused),) if prefix else (),
-        documents=tuple(
-            DocumentUse(s.document_id, s.stop - s.start, max(0, min(s.stop, reused) - s.start))
-            for s in rendered.segments
-        ),
-        kv_bytes=parts.adapter.kv_bytes(prefill.cache),
-    )
-
-
-def _last_of(chunks: Iterator[GenerationChunk]) -> Generation:
-    generation = [chunk.generation for chunk in chunks][-1]
-    assert generation is not None, "the last chunk carries the generation"
-    return generation

@@ -6,8 +6,8 @@ Axis legend, for every shape comment in this package:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class Reference:
         namespace: the only namespace that may read it.
         token_ids: [S], one for each position that has KV.
         layers: one pair for each layer.
-        document_ids: the caller's documents that stand in it, for ``forget``.
+        document_starts: the caller's documents that stand in it, for ``forget``, each with its first token.
         session: the conversation it came from, or None.
         pinned: never evicted by the byte bound.
         expires_after_s: seconds after its last use at which it expires, or None.
@@ -46,7 +46,7 @@ class Reference:
     namespace: str
     token_ids: TokenIds
     layers: tuple[LayerKV, ...]
-    document_ids: frozenset[str] = frozenset()
+    document_starts: Mapping[str, int] = field(default_factory=dict)
     session: str | None = None
     pinned: bool = False
     expires_after_s: float | None = None

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from semsharekv_integrations.config import SamplingConfig, require
 from semsharekv_integrations.errors import ContextWindowError
+from semsharekv_integrations.kv import PrefixMatch, Rendered
 from semsharekv_integrations.model.prompt import Prompt
 
 Documents = Sequence[str] | Mapping[str, str]
@@ -56,8 +57,7 @@ class Request:
         rest = dict(options)
         namespace, session = checked_namespace(rest.pop("namespace", "default")), rest.pop("session", None)
         documents = document_texts(rest.pop("documents", None))
-        stop = rest.pop("stop", None) or ()
-        sampling = SamplingConfig(stop=(stop,) if isinstance(stop, str) else tuple(stop), **rest)  # type: ignore[arg-type]
+        sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
         require(session is None or isinstance(session, str), "session", session, "None or a string")
         return cls(prompt, sampling, namespace, documents, session)  # type: ignore[arg-type]
 
@@ -76,6 +76,25 @@ class Request:
                 f"since the context window of {context_window} must also hold a new token"
             )
         return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
+
+    def document_starts(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, int]:
+        """Every document that an entry of this prompt is forgotten with, and the token at which it starts.
+
+        One that was named but is not there word for word may stand anywhere; those in the reused prefix stand here too.
+        """
+        inherited = prefix.reference.document_starts.items() if prefix else ()
+        reused = prefix.num_tokens if prefix else 0
+        unplaced = dict.fromkeys(self.documents, len(rendered.token_ids) - 1)
+        placed = {segment.document_id: segment.start for segment in rendered.segments}
+        return {key: start for key, start in inherited if start < reused} | unplaced | placed
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    """None, one string or a sequence of them, as a tuple; what is in it is checked by ``SamplingConfig``."""
+    if stop is None:
+        return ()
+    require(isinstance(stop, (str, Sequence)), "stop", stop, "None, a string or a sequence of strings")
+    return (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
 
 
 def checked_namespace(namespace: object) -> str:

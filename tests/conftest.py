@@ -13,6 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 
+torch.set_num_threads(1)  # on models this small, more threads only get in each other's way
+
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 37,
@@ -30,7 +32,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 9},
     "gemma3_text": {"head_dim": 16, "sliding_window": 9},
-    "phi3": {"pad_token_id": 2},
+    "phi3": {"pad_token_id": 2, "sliding_window": 9},
+    "olmo2": {},
+    "granite": {},
+    "gpt_neox": {},
+    "stablelm": {},
 }
 EngineMaker = Callable[..., SemShareEngine]
 

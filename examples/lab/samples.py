@@ -16,6 +16,9 @@ from semsharekv_integrations.lab import prompts, world
 
 CONTEXT_WEIGHT = 0.1
 MAX_POSITION_GAP = 1500
+NO_SUBJECT = -100
+TERSE_STATEMENTS = ("{k} of {t}: {v}.", "{k}, {t}: {v}.", "{t}, {k}: {v}.")  # keys close to the value, to begin with
+MAX_RECALLED = 10  # statements in a recall row
 
 
 @dataclass
@@ -35,6 +38,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.rng = Random(seed)
         self.end = tokenizer.eos_token_id
+        self._towns = {self._encode(f" {town}")[0]: index for index, town in enumerate(world.TOWNS)}
 
     def copy_row(self, length: int) -> Row:
         """A random stretch of ordinary tokens, again and again: practice for induction."""
@@ -45,22 +49,37 @@ class RowMaker:
         return Row(ids, weights, list(range(length)))
 
     def recall_row(self, length: int, num_towns: int) -> Row:
-        """Statements on several towns, then the canonical ones in another order: binding without prose around it."""
+        """Statements on several towns, then the canonical ones in another order: binding without prose around it.
+
+        Every town has every one of the few kinds drawn, so that neither town nor kind alone tells the value.
+        """
         row = Row()
         self._context(row, "<|begin|>")
-        documents = world.make_documents(self.rng, num_towns, extra_facts=2)
-        pairs = [(document, kind) for document in documents for kind in document.facts]
-        self.rng.shuffle(pairs)
-        pairs = pairs[: max(num_towns, 2)]
-        for document, kind in pairs:
-            statement = self.rng.choice(world.KINDS[kind].statements)
-            self._context(row, " " + statement.format(t=document.town, v=document.facts[kind]))
+        towns, kinds = (
+            self.rng.sample(world.TOWNS, num_towns),
+            self.rng.sample(sorted(world.KINDS), self.rng.randint(1, 3)),
+        )
+        values = {(town, kind): world.KINDS[kind].draw(self.rng) for town in towns for kind in kinds}
+        pairs = self.rng.sample(sorted(values), min(len(values), MAX_RECALLED))
+        for town, kind in pairs:
+            statement = self.rng.choice((*world.KINDS[kind].statements, *TERSE_STATEMENTS))
+            self._context(row, " " + statement.format(t=town, v=values[town, kind], k=world.KINDS[kind].label))
         while len(row.ids) < length:
-            document, kind = self.rng.choice(pairs)
-            value = document.facts[kind]
-            self._context(row, " " + document.answer(kind).removesuffix(f" {value}."))
+            town, kind = self.rng.choice(pairs)
+            value = values[town, kind]
+            asked = self.rng.choice((world.KINDS[kind].statements[0], *TERSE_STATEMENTS))
+            statement = asked.format(t=town, v=value, k=world.KINDS[kind].label)
+            self._context(row, " " + statement.removesuffix(f" {value}."))
             self._answer(row, f" {value}.", end=False)
         return self._cut(row, length)
+
+    def subjects(self, ids: Sequence[int]) -> list[int]:
+        """For each token the index of the town named last, up to and including it; before any, ``NO_SUBJECT``."""
+        found, last = [], NO_SUBJECT
+        for token_id in ids:
+            last = self._towns.get(token_id, last)
+            found.append(last)
+        return found
 
     def prompt_row(self, length: int, num_documents: int, *, gaps: bool = True) -> Row:
         """Documents in a drawn layout, then questions and answers until the row is full."""

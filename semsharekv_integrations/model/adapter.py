@@ -6,7 +6,9 @@ Knows transformers' caches and attention masks. Reused keys stand at their old p
 from __future__ import annotations
 
 import hashlib
+import inspect
 import threading
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,13 @@ from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, TokenIds
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_TOKENS = 12
+_NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 
 
 class Prefill(NamedTuple):
@@ -32,7 +37,8 @@ class ModelAdapter:
     """A transformers causal language model as the engine sees it. Forward passes are serialized by a lock.
 
     Raises:
-        UnsupportedModelError: if the model is no decoder, or cannot continue from a stored prefix in ``mode``.
+        UnsupportedModelError: if the model is no decoder, takes no cache, or cannot continue from a stored prefix
+            in ``mode``.
     """
 
     def __init__(self, model: PreTrainedModel, mode: Mode) -> None:
@@ -40,8 +46,13 @@ class ModelAdapter:
         self.config = model.config.get_text_config(decoder=True)
         self.mode = mode
         self._lock = threading.Lock()
-        if model.config.is_encoder_decoder or not model.can_generate():
+        if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
+        self._accepts = frozenset(inspect.signature(type(base).forward).parameters)
+        self._cache_argument = next((name for name in _CACHE_ARGUMENTS if name in self._accepts), "")
+        if not self._cache_argument:
+            raise UnsupportedModelError(f"{type(model).__name__} takes neither {' nor '.join(_CACHE_ARGUMENTS)}")
         if mode != "off":
             self._require_prefix_reuse()
 
@@ -55,10 +66,26 @@ class ModelAdapter:
         """Most positions that the model was made for, or None if its config does not say."""
         return getattr(self.config, "max_position_embeddings", None)
 
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return int(self.config.num_hidden_layers)
+    @cached_property
+    def stable_positions(self) -> int | None:
+        """Most tokens for which a token's KV does not depend on how many there are, or None if it never does.
+
+        Rope of type dynamic or longrope rotates all tokens otherwise once there are more: KV of a shorter text is
+        then not that of the longer one's prefix.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        groups = [rope, *(group for group in rope.values() if isinstance(group, dict))]
+        limits = [
+            group.get("original_max_position_embeddings") or self.config.max_position_embeddings
+            for group in groups
+            if group.get("rope_type") in _LENGTH_DEPENDENT_ROPE
+        ]
+        return min(limits, default=None)
+
+    @cached_property
+    def _restart_position(self) -> int | None:
+        """Where transformers' own ``generate`` starts again with an empty cache: Phi-3 and kin switch their rope."""
+        return getattr(self.config, "original_max_position_embeddings", None) if self.stable_positions else None
 
     def prefill(self, token_ids: TokenIds, prefix: PrefixMatch | None = None) -> Prefill:
         """Run the prompt's tokens [T] behind ``prefix``, which must leave at least one of them.
@@ -71,9 +98,15 @@ class ModelAdapter:
         logits = self._forward(torch.from_numpy(token_ids[start:])[None], cache, start)  # [B, V]
         return Prefill(logits, cache)
 
-    def decode_step(self, token_id: int, position: int, cache: DynamicCache) -> torch.Tensor:
-        """Logits [B, V] after one more token; the cache grows by it."""
-        return self._forward(torch.tensor([[token_id]]), cache, position)
+    def decode_step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [B, V] after the last of all tokens so far [B, T]; the cache grows by it."""
+        position = ids.shape[1] - 1
+        if position == self._restart_position:
+            fresh = self._empty_cache()
+            logits = self._forward(ids, fresh, 0)
+            cache.layers = fresh.layers
+            return logits
+        return self._forward(ids[:, -1:], cache, position)
 
     def layers_of(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
         """The cache's keys and values, without copying; all layers hold the same tokens."""
@@ -88,9 +121,7 @@ class ModelAdapter:
 
     def fingerprint(self) -> str:
         """A digest of configuration, dtype and a sample of every weight: KV is only good for the model that made it."""
-        config = {
-            k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-        }
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _NOT_IN_FINGERPRINT}
         digest = hashlib.blake2b(repr((sorted(config.items(), key=repr), self.model.dtype)).encode(), digest_size=16)
         for name, weight in self.model.named_parameters():
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
@@ -99,11 +130,10 @@ class ModelAdapter:
 
     def _forward(self, ids: torch.Tensor, cache: DynamicCache, start: int) -> torch.Tensor:
         positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
-        extra: dict[str, Any] = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        inputs: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, self._cache_argument: cache}
+        accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
-            output = self.model(
-                input_ids=ids.to(self.device), position_ids=positions, past_key_values=cache, use_cache=True, **extra
-            )
+            output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
         return output.logits[:, -1]
 
     def _empty_cache(self) -> DynamicCache:
@@ -139,9 +169,10 @@ class ModelAdapter:
             whole = self.prefill(ids)
             if len(whole.cache.layers) == 0 or any(not isinstance(layer, DynamicLayer) for layer in whole.cache.layers):
                 return False
-            cache = self.prefill(ids[:half]).cache
-            logits = self._forward(probe[half:][None], cache, half)
+            first = Reference("probe", "probe", ids[:half], self.layers_of(self.prefill(ids[:half]).cache))
+            logits = self.prefill(ids, PrefixMatch(first, half)).logits
         except (TypeError, AttributeError, ValueError):  # the model takes no such cache
             return False
         scale = whole.logits.float().std().clamp_min(1e-6)
-        return bool((logits.float() - whole.logits.float()).abs().max() <= 0.1 * scale)
+        tolerance = 1e-3 if whole.logits.dtype == torch.float32 else 0.1  # share of the logits' spread
+        return bool((logits.float() - whole.logits.float()).abs().max() <= tolerance * scale)

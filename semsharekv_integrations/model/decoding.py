@@ -50,7 +50,7 @@ class Decoder:
             yield token_id, last
             if last:
                 return
-            logits = self._adapter.decode_step(token_id, self._ids.shape[1] - 1, prefill.cache)
+            logits = self._adapter.decode_step(self._ids, prefill.cache)
 
     def is_end(self, token_id: int) -> bool:
         """Whether ``token_id`` is one of the model's end-of-sequence tokens."""

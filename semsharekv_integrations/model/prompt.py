@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class PromptRenderer:
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
         """
+        if not isinstance(prompt, (str, Sequence)):
+            raise PromptError(f"prompt is {type(prompt).__name__}; accepted is text or a sequence of messages")
         if isinstance(prompt, str):
             text, pieces = prompt, [self._plain(prompt)]
         else:
@@ -54,8 +57,13 @@ class PromptRenderer:
 
     def remember_reply(self, text: str, token_ids: Sequence[int], namespace: str) -> None:
         """Keep the tokens of a generated reply, special tokens left out, for later turns of its conversation."""
-        ids = [token_id for token_id in token_ids if token_id not in self._tokenizer.all_special_ids]
-        if not text or self._decode(ids) != text:
+        if not text:
+            return
+        special = set(self._tokenizer.all_special_ids)
+        ids = [token_id for token_id in token_ids if token_id not in special]
+        while len(ids) > 1 and len(self._decode(ids)) > len(text):  # the tokens of a stop string
+            ids.pop()
+        if self._decode(ids) != text:
             return
         with self._lock:
             self._replies[namespace, text] = ids
@@ -78,7 +86,7 @@ class PromptRenderer:
             return _generic_chat_text(checked)
         try:
             return self._template(checked)
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             folded = _fold_system(checked)
             if folded is None:
                 raise PromptError(f"the model's chat template refuses the messages: {error}") from error
@@ -87,7 +95,7 @@ class PromptRenderer:
     def _retry_template(self, messages: list[dict[str, Any]]) -> str:
         try:
             return self._template(messages)
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             raise PromptError(f"the model's chat template refuses the messages: {error}") from error
 
     def _template(self, messages: list[dict[str, Any]]) -> str:
@@ -144,6 +152,8 @@ class PromptRenderer:
 
 
 def _checked(index: int, message: Message) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"messages[{index}] is {type(message).__name__}; accepted is a mapping with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise PromptError(f"messages[{index}].role is {role!r}; accepted is one of {', '.join(ROLES)}")
@@ -167,10 +177,15 @@ def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> list[Segment]:
-    """Where each document's text first stands, in tokens; documents that are not in the text are left out."""
-    found = []
+    """Where each document's text first stands, in tokens; documents that are not in the text are left out.
+
+    The first token is the one that holds the first character, perhaps behind a space.
+    """
+    starts, found = list(accumulate(starts, max)), []  # special tokens put behind the text say that they start at 0
     for document_id, content in documents.items():
-        at = text.find(content.strip())
-        if at >= 0 and starts and content.strip():
-            found.append(Segment(document_id, bisect_left(starts, at), bisect_left(starts, at + len(content.strip()))))
+        content = content.strip()
+        at = text.find(content)
+        if at >= 0 and starts and content:
+            first = max(0, bisect_right(starts, at) - 1)
+            found.append(Segment(document_id, first, bisect_left(starts, at + len(content))))
     return found

@@ -1,4 +1,8 @@
-"""Token ids to text, piece by piece: whole characters only, and nothing that may belong to a stop string."""
+"""Token ids to text, piece by piece: whole characters only, and nothing that may belong to a stop string.
+
+Where several stop strings stand in the text, the one that is complete first ends it (the longest, of several that
+end together): so the text does not depend on how it was cut into tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self._stop_ids = {token_id for token, token_id in special if token in stop}  # never in the decoded text
         self._ids: list[int] = []
         self._context_start = 0  # decoding starts here
         self._text_start = 0  # tokens before this are in the text already
@@ -27,7 +33,10 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; sets ``stopped`` when a stop string is complete."""
         self._ids.append(token_id)
-        return self._release(self._new_text(final=False), final=False)
+        ends = token_id in self._stop_ids
+        text = self._release(self._new_text(final=ends), final=ends)
+        self.stopped = self.stopped or ends
+        return text
 
     def finish(self) -> str:
         """The text held back until now; nothing if a stop string ended it."""
@@ -46,10 +55,10 @@ class TextStream:
 
     def _release(self, text: str, *, final: bool) -> str:
         self._held += text
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            released, self._held = self._held[: min(found)], ""
+            released, self._held = self._held[: min(found)[1]], ""
             return released
         keep = 0 if final else self._possible_stop_chars()
         cut = len(self._held) - keep

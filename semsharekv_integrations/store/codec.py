@@ -1,11 +1,15 @@
-"""References in one safetensors file: tensors as they are, everything else in its header as JSON."""
+"""References in one safetensors file: tensors as they are, everything else in its header as JSON, a digest over both.
+
+The digest finds damage, not forgery: whoever can write the file can write the digest too.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,15 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
     for n, reference in enumerate(references):
         for index, layer in enumerate(reference.layers):
             tensors[f"{n}.{index}.keys"], tensors[f"{n}.{index}.values"] = (t.contiguous().cpu() for t in layer)
-    header = {"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": [_header(r) for r in references]}
+    header = json.dumps(
+        {"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": [_header(r) for r in references]}
+    )
+    metadata = {"semsharekv": header, "digest": _digest(header, sorted(tensors.items()))}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # owner-only permissions
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"semsharekv": json.dumps(header)})
+        save_file(tensors, temporary, metadata=metadata)
         os.chmod(temporary, 0o600)
         os.replace(temporary, path)
     except BaseException:
@@ -49,11 +56,14 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {})["semsharekv"])
+            metadata = file.metadata() or {}
+            header = json.loads(metadata["semsharekv"])
             _require_same(path, "version", header["version"], FORMAT_VERSION)
             _require_same(path, "model fingerprint", header["fingerprint"], fingerprint)
+            named = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            _require_same(path, "digest", _digest(metadata["semsharekv"], named), metadata["digest"])
             return [_read(file, n, entry) for n, entry in enumerate(header["entries"])]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
 
 
@@ -62,12 +72,21 @@ def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
         raise StoreFileError(f"{path} has {name} {found!r}; accepted is {wanted!r}")
 
 
+def _digest(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Of the header and of every tensor's name, dtype, shape and bytes, in the order given."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
 def _header(reference: Reference) -> dict[str, Any]:
     return {
         "namespace": reference.namespace,
         "layers": len(reference.layers),
         "session": reference.session,
-        "document_ids": sorted(reference.document_ids),
+        "document_starts": dict(reference.document_starts),
         "pinned": reference.pinned,
         "expires_after_s": reference.expires_after_s,
     }
@@ -85,7 +104,7 @@ def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
         namespace=entry["namespace"],
         token_ids=token_ids,
         layers=layers,
-        document_ids=frozenset(entry["document_ids"]),
+        document_starts=entry["document_starts"],
         session=entry["session"],
         pinned=entry["pinned"],
         expires_after_s=entry["expires_after_s"],

@@ -24,7 +24,7 @@ def reference_id(namespace: str, token_ids: TokenIds) -> str:
     return digest.hexdigest()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     reference: Reference
     last_used_s: float
@@ -69,7 +69,7 @@ class KVStore:
         """Keep ``reference``; whether it, or a longer entry that contains it, is in the store afterwards.
 
         Entries that are a prefix of it are replaced by it, their labels joined to its own. Refused, and counted,
-        if it is larger than what the bound leaves beside pinned entries.
+        if it is larger than what the bound leaves beside pinned entries; nothing changes then.
         """
         with self._lock:
             self._expire()
@@ -79,12 +79,13 @@ class KVStore:
                 container.reference = _joined(container.reference, reference)
                 container.last_used_s = self._clock()
                 return True
+            if not self._fits(reference.num_bytes):
+                self._counts["refused"] += 1
+                return False
             for entry in self._prefixes_of(reference):
                 reference = _joined(reference, entry.reference)
                 self._remove(entry)
-            if not self._make_room(reference.num_bytes):
-                self._counts["refused"] += 1
-                return False
+            self._evict_for(reference.num_bytes)
             entries[reference.id] = _Entry(reference, self._clock())
             self._num_bytes += reference.num_bytes
             return True
@@ -95,7 +96,7 @@ class KVStore:
             doomed = [
                 entry
                 for entry in self._entries.get(namespace, {}).values()
-                if (document_id is None or document_id in entry.reference.document_ids)
+                if (document_id is None or document_id in entry.reference.document_starts)
                 and (session is None or entry.reference.session == session)
             ]
             for entry in doomed:
@@ -132,7 +133,7 @@ class KVStore:
                 for key, entry in group.items():
                     assert entry.reference.namespace == namespace and entry.reference.id == key
                     assert key == reference_id(namespace, entry.reference.token_ids)
-                    assert not self._prefixes_of(entry.reference), "an unpinned entry is a prefix of another"
+                    assert self._prefixes_of(entry.reference) in ([], [entry]), "an unpinned entry is a prefix"
 
     def _container_of(self, reference: Reference) -> _Entry | None:
         num_tokens = len(reference.token_ids)
@@ -144,26 +145,27 @@ class KVStore:
         return None
 
     def _prefixes_of(self, reference: Reference) -> list[_Entry]:
-        """Shorter entries that ``reference`` begins with; pinned ones are left to stand by themselves."""
+        """Entries that ``reference`` begins with or equals; pinned ones are left to stand by themselves."""
         return [
             entry
             for entry in self._entries[reference.namespace].values()
             if not entry.reference.pinned
-            and (shared := len(entry.reference.token_ids)) < len(reference.token_ids)
-            and common_prefix_tokens(entry.reference.token_ids, reference.token_ids) == shared
+            and common_prefix_tokens(entry.reference.token_ids, reference.token_ids) == len(entry.reference.token_ids)
         ]
 
-    def _make_room(self, num_bytes: int) -> bool:
+    def _fits(self, num_bytes: int) -> bool:
+        """Whether the bound leaves so much beside pinned entries."""
+        pinned = [e.reference for group in self._entries.values() for e in group.values() if e.reference.pinned]
+        return num_bytes + sum(reference.num_bytes for reference in pinned) <= self.config.max_bytes
+
+    def _evict_for(self, num_bytes: int) -> None:
+        """Remove unpinned entries, least recently used first, until so much fits."""
         evictable = [e for group in self._entries.values() for e in group.values() if not e.reference.pinned]
-        needed = self._num_bytes + num_bytes - self.config.max_bytes
-        if needed > sum(entry.reference.num_bytes for entry in evictable):
-            return False
         for entry in sorted(evictable, key=lambda entry: entry.last_used_s):
             if self._num_bytes + num_bytes <= self.config.max_bytes:
-                break
+                return
             self._remove(entry)
             self._counts["evicted"] += 1
-        return True
 
     def _expire(self) -> None:
         now = self._clock()
@@ -183,7 +185,7 @@ def _joined(kept: Reference, absorbed: Reference) -> Reference:
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
     return replace(
         kept,
-        document_ids=kept.document_ids | absorbed.document_ids,
+        document_starts={**absorbed.document_starts, **kept.document_starts},
         session=kept.session or absorbed.session,
         expires_after_s=min(lifetimes, default=None),
     )

@@ -1,0 +1,138 @@
+"""LangChain's chat model interface over a ``SemShareEngine``.
+
+Every way to call it goes through ``_stream`` or its asynchronous twin. Knows nothing about tokens or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, closing, suppress
+from pathlib import Path
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, ModelProfile
+from langchain_core.language_models.chat_models import generate_from_stream
+from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from pydantic import Field, SecretStr
+from transformers import AutoConfig
+
+from semsharekv_integrations.kv import GenerationChunk
+from semsharekv_integrations.langchain.base import LocalModel
+from semsharekv_integrations.langchain.messages import engine_messages
+from semsharekv_integrations.langchain.outputs import details_of, usage_of
+from semsharekv_integrations.model.loading import resolve
+
+
+class ChatSemShareKV(LocalModel, BaseChatModel):
+    """A local transformers model as a LangChain chat model, which reuses the KV cache of what it has seen.
+
+    Messages go through the model's chat template. Each answer's ``usage_metadata`` counts reused prompt tokens as
+    ``input_token_details["cache_read"]``; its ``response_metadata`` holds ``model_name``, ``finish_reason`` and
+    ``kv_cache`` (the ``ReuseReport``), all plain JSON. In a stream exactly one chunk, the last, carries them.
+
+    Every call also takes the sampling fields and ``namespace`` by keyword (None means the field's value), ``session``
+    (the conversation's name; by default LangChain's ``thread_id``) and ``documents`` that stand in the prompt (texts,
+    LangChain documents, or texts by id). Anything else is refused.
+
+    Example::
+
+        chat = ChatSemShareKV(model="semsharekv/reference", max_tokens=64)
+        chat.invoke("What happened in Prorna ?").response_metadata["kv_cache"]["prefix_tokens"]
+    """
+
+    streaming: bool | None = None
+    """True: ``invoke`` takes LangChain's streaming path too. False: ``stream`` yields the answer as one message."""
+
+    timeout: float | None = None
+    """Accepted for models that can be swapped; has no effect on a local model."""
+
+    max_retries: int | None = None
+    """Accepted for models that can be swapped; has no effect on a local model."""
+
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """Accepted for models that can be swapped; has no effect on a local model."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "chat-semsharekv"
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with closing(self.engine.stream(engine_messages(messages), **self._call(stop, kwargs))) as chunks:
+            for chunk in chunks:
+                piece = self._piece(chunk)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=piece)
+                yield piece
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async with aclosing(self.engine.astream(engine_messages(messages), **self._call(stop, kwargs))) as chunks:
+            async for chunk in chunks:
+                piece = self._piece(chunk)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=piece)
+                yield piece
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return generate_from_stream(
+            iter([piece async for piece in self._astream(messages, stop, run_manager, **kwargs)])
+        )
+
+    def _piece(self, chunk: GenerationChunk) -> ChatGenerationChunk:
+        if chunk.generation is None:
+            return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
+        details = details_of(chunk.generation, self.model)
+        message = AIMessageChunk(
+            content=chunk.text,
+            usage_metadata=usage_of(chunk.generation),
+            response_metadata=details,
+            chunk_position="last",
+        )
+        return ChatGenerationChunk(message=message, generation_info=details)
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        """What LangChain may rely on; loads no weights and asks no network."""
+        profile = ModelProfile(text_inputs=True, text_outputs=True, tool_calling=False, structured_output=False)
+        window = self._context_window()
+        return profile if window is None else profile | ModelProfile(max_input_tokens=window)
+
+    def _context_window(self) -> int | None:
+        """In tokens, if it is known before the weights are loaded: given, or stated in a local folder's config."""
+        if self.engine.is_loaded:
+            return self.engine.context_window
+        folder = Path(resolve(self.model))
+        if self.config.max_context_tokens is not None or not folder.is_dir():
+            return self.config.max_context_tokens
+        trusted = self.model_kwargs.get("trust_remote_code", False)
+        with suppress(OSError, ValueError, KeyError):  # the engine says what is wrong when it loads the model
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).get_text_config(decoder=True)
+            return getattr(found, "max_position_embeddings", None)
+        return None

@@ -1,0 +1,134 @@
+"""What a model's fields and a single call may set of the engine's options, and how one is laid over the other.
+
+Knows nothing about prompts, messages or loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from langchain_core.documents import Document
+from langchain_core.runnables import ensure_config
+from pydantic import BaseModel, model_validator
+
+from semsharekv_integrations.config import require
+from semsharekv_integrations.request import Documents, GenerateOptions, Request, document_id
+
+_PASSED_ON = {"stream"}  # BaseChatModel decides by it whether to stream, and hands it on
+
+
+class SamplingFields(BaseModel):
+    """Options that a model has as fields and that every call may set anew. Unknown names are refused."""
+
+    temperature: float = 0.0
+    """0 is greedy; above, logits are divided by it. Default 0."""
+
+    top_p: float = 1.0
+    """Share of probability mass kept, above 0 up to 1. Default 1."""
+
+    top_k: int | None = None
+    """Number of likeliest tokens kept, or None for the model's own default."""
+
+    repetition_penalty: float | None = None
+    """Above 1 discourages tokens seen before; None for the model's own default."""
+
+    seed: int | None = None
+    """Seed of each call's own random generator, or None for a fresh one."""
+
+    max_tokens: int = 256
+    """Most tokens to generate, at least 1; also taken under the name ``max_new_tokens``. Default 256."""
+
+    stop: list[str] | None = None
+    """Strings that end the text and are not part of it; a call's own ``stop`` replaces them."""
+
+    namespace: str = "default"
+    """Whose KV may be read, and where new KV goes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):  # an instance in another model's field
+            return values
+        values = with_max_tokens(values)
+        unknown = sorted(values.keys() - cls.model_fields.keys())
+        require(not unknown, "keyword arguments", unknown, ", ".join(cls.model_fields))
+        return values
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        Request.of("", self._sampling_options())
+        return self
+
+    def _sampling_options(self) -> GenerateOptions:
+        return GenerateOptions(
+            max_new_tokens=self.max_tokens,
+            stop=self.stop,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            namespace=self.namespace,
+        )
+
+
+class CallOptions(SamplingFields):
+    """What one call sets."""
+
+    documents: Any = None
+    """Texts that stand in the prompt: texts or LangChain documents in a list, or texts by id."""
+
+    session: str | None = None
+    """Name of the conversation; by default the ``thread_id`` that LangChain runs the call under, if any."""
+
+    @classmethod
+    def of(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> CallOptions:
+        """The model's fields, overridden by what the call sets to anything but None.
+
+        Raises:
+            ValueError: naming the option, its value and what is accepted.
+        """
+        given = with_max_tokens({"stop": stop, **call})
+        given = {name: value for name, value in given.items() if value is not None and name not in _PASSED_ON}
+        thread_id = ensure_config().get("configurable", {}).get("thread_id")
+        session = None if thread_id is None else str(thread_id)
+        defaults = {name: getattr(fields, name) for name in SamplingFields.model_fields}
+        return cls(**{"session": session, **defaults, **given})
+
+    def for_engine(self) -> GenerateOptions:
+        """As keyword arguments of the engine's methods."""
+        extra = GenerateOptions(documents=engine_documents(self.documents), session=self.session)
+        return self._sampling_options() | extra
+
+
+def with_max_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the token limit under its one name here, ``max_tokens``."""
+    renamed = dict(values)
+    limit = renamed.pop("max_new_tokens", None)
+    if limit is not None:
+        other = renamed.get("max_tokens")
+        require(other in (None, limit), "max_new_tokens", limit, f"{other}, as max_tokens says, or only one of them")
+        renamed["max_tokens"] = limit
+    return renamed
+
+
+def engine_documents(documents: Any) -> Documents | None:
+    """Texts by id where LangChain documents are among them; anything else unchanged, for the engine to check.
+
+    A document's id is its ``id``, else its metadata's ``id``, else a digest of its text.
+    """
+    if isinstance(documents, str) or not isinstance(documents, Sequence):
+        return documents
+    texts: dict[str, str] = {}
+    for item in documents:
+        key, text = _named(item) if isinstance(item, Document) else (document_id(item), item)
+        require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
+        texts[key] = text
+    return texts
+
+
+def _named(document: Document) -> tuple[str, str]:
+    key = document.id or document.metadata.get("id")
+    return str(key) if key else document_id(document.page_content), document.page_content

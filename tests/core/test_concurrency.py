@@ -1,0 +1,235 @@
+"""Threads and tasks: the same answers as one after another, an event loop that runs on, calls that can end early."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from contextvars import ContextVar
+
+import pytest
+from conftest import EngineMaker
+
+from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations.concurrency import iterate_in_thread
+
+PROMPTS = [
+    f"{start} {end}" for start in ("Report on Prorna.", "News from Velmar.") for end in ("Who?", "When?", "Why?")
+]
+LONG = {"max_new_tokens": 400, "temperature": 3.0, "seed": 4}  # hot enough to meet no end token soon
+
+
+async def wait_until(done: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if done():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it never happened")
+
+
+@pytest.fixture
+def steps(monkeypatch) -> Callable[[SemShareEngine], list[float]]:
+    """Record the time of every decode step of an engine."""
+
+    def record(engine: SemShareEngine) -> list[float]:
+        times: list[float] = []
+        adapter = engine._ready().adapter
+        step = adapter.decode_step
+
+        def timed(*args):
+            times.append(time.perf_counter())
+            return step(*args)
+
+        monkeypatch.setattr(adapter, "decode_step", timed)
+        return times
+
+    return record
+
+
+def break_decoding(engine: SemShareEngine, monkeypatch, after: int) -> None:
+    adapter = engine._ready().adapter
+    step, left = adapter.decode_step, iter(range(after))
+
+    def failing(*args):
+        if next(left, None) is None:
+            raise RuntimeError("out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(adapter, "decode_step", failing)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}])
+def test_threads_get_what_one_after_another_gets(make_engine: EngineMaker, options) -> None:
+    alone, shared = make_engine("off"), make_engine()
+    wanted = [alone.generate(prompt, max_new_tokens=8, **options).token_ids for prompt in PROMPTS]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda p: shared.generate(p, max_new_tokens=8, **options).token_ids, PROMPTS * 3)
+        assert list(found) == wanted * 3
+    shared.store.check()
+    assert shared.stats()["requests"] == len(PROMPTS) * 3
+
+
+def test_the_weights_are_loaded_once(llama, tokenizer) -> None:
+    engine = SemShareEngine.from_pretrained("unused")
+    loads = []
+
+    def load():
+        loads.append(1)
+        time.sleep(0.05)
+        return llama, tokenizer
+
+    engine._loader = load
+    assert not engine.is_loaded
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda p: engine.generate(p, max_new_tokens=1), PROMPTS))
+    assert loads == [1] and engine.is_loaded
+
+
+async def test_tasks_get_the_same(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    wanted = [make_engine("off").generate(prompt, max_new_tokens=5).token_ids for prompt in PROMPTS]
+    found = await asyncio.gather(*(engine.agenerate(prompt, max_new_tokens=5) for prompt in PROMPTS))
+    assert [generation.token_ids for generation in found] == wanted
+    chunks = [chunk async for chunk in engine.astream(PROMPTS[0], max_new_tokens=5)]
+    assert chunks[-1].generation is not None and chunks[-1].generation.token_ids == wanted[0]
+    assert "".join(chunk.text for chunk in chunks) == chunks[-1].generation.text
+
+
+async def test_the_event_loop_runs_on(make_engine: EngineMaker, monkeypatch) -> None:
+    engine = make_engine()
+    adapter = engine._ready().adapter
+    prefill = adapter.prefill
+    monkeypatch.setattr(adapter, "prefill", lambda *args: (time.sleep(0.3), prefill(*args))[1])
+    task, ticks = asyncio.create_task(engine.agenerate(PROMPTS[0], max_new_tokens=3)), 0
+    while not task.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    assert ticks >= 10
+
+
+async def test_cancelling_a_task_ends_its_generation(make_engine: EngineMaker, steps) -> None:
+    engine, threads = make_engine(), threading.active_count()
+    times = steps(engine)
+    task = asyncio.create_task(engine.agenerate(PROMPTS[0], **LONG))
+    await wait_until(lambda: len(times) > 3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await wait_until(lambda: threading.active_count() == threads)
+    assert len(times) < LONG["max_new_tokens"] - 100
+    assert_consistent(engine, make_engine("off"))
+
+
+async def test_tokens_without_text_can_be_cancelled(make_engine: EngineMaker, steps, monkeypatch) -> None:
+    """A model that says nothing but special tokens gives the consumer no chunk to stop at."""
+    engine, threads = make_engine(), threading.active_count()
+    times = steps(engine)
+    monkeypatch.setattr("semsharekv_integrations.model.text.TextStream.push", lambda self, token_id: "")
+    task = asyncio.create_task(engine.agenerate(PROMPTS[0], **LONG))
+    await wait_until(lambda: len(times) > 3)
+    task.cancel()
+    await wait_until(lambda: threading.active_count() == threads)
+    assert len(times) < LONG["max_new_tokens"] - 100
+
+
+async def test_closing_an_async_stream_ends_it(make_engine: EngineMaker, steps) -> None:
+    engine, threads = make_engine(), threading.active_count()
+    times = steps(engine)
+    async with aclosing(engine.astream(PROMPTS[0], **LONG)) as chunks:
+        async for chunk in chunks:
+            assert chunk.text
+            break
+    await wait_until(lambda: threading.active_count() == threads)
+    assert len(times) < LONG["max_new_tokens"] - 100
+    assert_consistent(engine, make_engine("off"))
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 5])
+def test_closing_a_stream_keeps_what_was_computed(make_engine: EngineMaker, num_chunks: int) -> None:
+    engine = make_engine()
+    stream = engine.stream(PROMPTS[0], **LONG)
+    for _ in range(num_chunks):
+        next(stream)
+    stream.close()
+    assert engine.stats()["requests"] == engine.stats()["store_entries"] == min(num_chunks, 1)
+    assert_consistent(engine, make_engine("off"))
+
+
+def test_dropping_a_stream_is_closing_it(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    for _ in engine.stream(PROMPTS[0], **LONG):
+        break
+    assert engine.stats()["requests"] == 1
+
+
+def assert_consistent(engine: SemShareEngine, off: SemShareEngine) -> None:
+    """What a call that ended early left is sound: the next one equals ``off``."""
+    engine.store.check()
+    for reference in engine.store.references():
+        assert all(t.shape[2] == len(reference.token_ids) for layer in reference.layers for t in layer)
+    for prompt in (PROMPTS[0], PROMPTS[0] + " And where?"):
+        for options in ({"max_new_tokens": 6}, {**LONG, "max_new_tokens": 12}):
+            assert engine.generate(prompt, **options).token_ids == off.generate(prompt, **options).token_ids
+
+
+@pytest.mark.parametrize("after", [0, 2])
+async def test_an_error_while_decoding_comes_out_and_leaves_nothing(make_engine, monkeypatch, after: int) -> None:
+    engine, threads = make_engine(), threading.active_count()
+    engine.generate(PROMPTS[0], max_new_tokens=3)
+    before = engine.stats()
+    with monkeypatch.context() as patch:
+        break_decoding(engine, patch, after)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate(PROMPTS[0], max_new_tokens=9)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(engine.stream(PROMPTS[0], max_new_tokens=9))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await engine.agenerate(PROMPTS[0], max_new_tokens=9)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            async for _ in engine.astream(PROMPTS[0], max_new_tokens=9):
+                pass
+    await wait_until(lambda: threading.active_count() == threads)
+    assert {**engine.stats(), "store_hits": 0} == {**before, "store_hits": 0}
+    assert_consistent(engine, make_engine("off"))
+
+
+async def test_a_bad_argument_comes_out_of_every_way_in(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        engine.generate("x", max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        engine.stream("x", max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        await engine.agenerate("x", max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        async for _ in engine.astream("x", max_new_tokens=0):
+            pass
+
+
+async def test_context_variables_reach_the_thread() -> None:
+    variable: ContextVar[int] = ContextVar("variable", default=0)
+    variable.set(7)
+    assert [value async for value in iterate_in_thread(variable.get() + n for n in range(2))] == [7, 8]
+
+
+def test_a_closed_loop_does_not_break_the_thread() -> None:
+    released, closed = threading.Event(), threading.Event()
+
+    def items():
+        try:
+            yield 1
+            released.wait(5)
+            yield 2
+        finally:
+            closed.set()
+
+    async def take_one() -> None:
+        async for _ in iterate_in_thread(items()):
+            return
+
+    asyncio.run(take_one())
+    released.set()
+    assert closed.wait(5)

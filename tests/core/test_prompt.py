@@ -1,0 +1,215 @@
+"""Prompts to token ids: as the tokenizer and its chat template say, refused where they say nothing sensible."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from conftest import EngineMaker
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from semsharekv_integrations import PromptError
+from semsharekv_integrations.model.prompt import MAX_REMEMBERED_REPLIES, PromptRenderer
+
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+USER = {"role": "user", "content": "What happened in Prorna?"}
+REPLY = {"role": "assistant", "content": "A flood."}
+
+
+@pytest.fixture
+def renderer(tokenizer) -> PromptRenderer:
+    return PromptRenderer(tokenizer)
+
+
+def with_template(tokenizer, template: str | None):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return PromptRenderer(changed)
+
+
+def ids(renderer: PromptRenderer, prompt) -> list[int]:
+    return list(renderer.render(prompt, {}, "default").token_ids)
+
+
+def test_text_is_tokenized_as_the_tokenizer_does(renderer, tokenizer) -> None:
+    assert ids(renderer, "A flood hit.") == tokenizer("A flood hit.").input_ids
+    assert ids(renderer, tokenizer.bos_token + "A flood hit.") == tokenizer("A flood hit.").input_ids  # not twice
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_messages_go_through_the_chat_template(renderer, tokenizer, kind) -> None:
+    messages = [SYSTEM, USER, REPLY, USER]
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids(renderer, kind(messages)) == wanted
+
+
+def test_a_last_assistant_message_is_continued(renderer, tokenizer) -> None:
+    found = tokenizer.decode(ids(renderer, [USER, REPLY]))
+    assert found.endswith("<|assistant|>A flood.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "no messages"),
+        ((), "no messages"),
+        (None, "prompt is NoneType"),
+        (7, "prompt is int"),
+        (["text"], r"messages\[0\] is str"),
+        (b"bytes", r"messages\[0\] is int"),
+        ([USER, {"role": "user"}], r"messages\[1\].content is NoneType"),
+        ([{"role": "user", "content": ["parts"]}], r"messages\[0\].content is list"),
+        ([{"content": "x"}], r"messages\[0\].role is None"),
+        ([{"role": "robot", "content": "x"}], "role is 'robot'; accepted is one of system"),
+    ],
+)
+def test_malformed_prompts_are_refused(renderer, prompt, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        renderer.render(prompt, {}, "default")
+
+
+def test_an_empty_text_is_the_start_token_or_refused(renderer, tokenizer) -> None:
+    assert ids(renderer, "") == [tokenizer.bos_token_id]
+    without = copy.deepcopy(tokenizer)
+    without._tokenizer.post_processor = None
+    with pytest.raises(PromptError, match="prompt is empty"):
+        PromptRenderer(without).render("", {}, "default")
+
+
+def test_errors_leave_the_engine_usable(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    with pytest.raises(PromptError):
+        engine.generate([])
+    with pytest.raises(ValueError, match="stop"):
+        engine.generate("x", stop=["a", 3])
+    assert engine.stats()["requests"] == 0
+    assert engine.generate("x", max_new_tokens=1).report.prompt_tokens == 2
+
+
+def test_a_template_without_system_role_gets_it_with_the_first_user_message(tokenizer) -> None:
+    renderer = with_template(
+        tokenizer,
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m['content'] }}]{% endfor %}",
+    )
+    assert renderer.chat_text([SYSTEM, USER]) == f"[{SYSTEM['content']}\n\n{USER['content']}]"
+    for messages in ([SYSTEM], [USER, SYSTEM]):
+        with pytest.raises(PromptError, match="no system"):
+            renderer.chat_text(messages)
+
+
+def test_a_template_that_cannot_continue_a_reply_is_a_prompt_error(tokenizer) -> None:
+    renderer = with_template(tokenizer, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
+    with pytest.raises(PromptError, match="chat template"):
+        renderer.chat_text([USER, REPLY])
+
+
+def test_without_a_template_there_are_plain_lines_and_a_warning(tokenizer) -> None:
+    renderer = with_template(tokenizer, None)
+    with pytest.warns(UserWarning, match="no chat_template"):
+        assert renderer.chat_text([USER]) == "user: What happened in Prorna?\nassistant:"
+    with pytest.warns(UserWarning, match="no chat_template"):
+        assert ids(renderer, [USER])[0] == tokenizer.bos_token_id
+
+
+@given(reply=st.text(alphabet="aflod. \n世🌊<|end|>", min_size=1, max_size=12), cuts=st.integers(0, 2**12))
+def test_a_spliced_reply_never_changes_the_text(tokenizer, reply: str, cuts: int) -> None:
+    """Whatever the reply's tokens, and wherever its text stands besides."""
+    renderer, pieces, start = PromptRenderer(tokenizer), [], 0
+    for at in range(1, len(reply) + 1):
+        if cuts >> at & 1 or at == len(reply):
+            pieces += tokenizer.encode(reply[start:at], add_special_tokens=False)
+            start = at
+    renderer.remember_reply(tokenizer.decode(pieces, skip_special_tokens=True), pieces, "default")
+    for messages in (
+        [USER, {"role": "assistant", "content": reply}, USER],
+        [{"role": "user", "content": reply * 2}, {"role": "assistant", "content": reply}],
+        [USER, {"role": "assistant", "content": reply}, USER, {"role": "assistant", "content": reply}, USER],
+    ):
+        found = tokenizer.decode(ids(renderer, messages))
+        assert found == tokenizer.decode(ids(PromptRenderer(tokenizer), messages))
+
+
+def test_tokenizers_that_put_a_space_before_every_text_splice_nothing() -> None:
+    """Text in pieces would come out with other spaces than the whole: then the whole is taken."""
+    words = ["▁[", "▁a", "▁b", "▁ab", "▁]", "a", "b", "[", "]", "▁"]
+    spaced = Tokenizer(
+        WordPiece({word: n for n, word in enumerate(words)}, unk_token="▁", continuing_subword_prefix="")
+    )
+    spaced.pre_tokenizer = Metaspace(prepend_scheme="always")
+    spaced.decoder = decoders.Metaspace(prepend_scheme="always")
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, chat_template=template)
+    renderer = PromptRenderer(tokenizer)
+    renderer.remember_reply("ab", [5, 6], "default")
+    messages = [USER | {"content": "b"}, REPLY | {"content": "ab"}, USER | {"content": "b"}]
+    assert ("default", "ab") in renderer._replies
+    assert ids(renderer, messages) == tokenizer(renderer.chat_text(messages)).input_ids
+
+
+def test_the_number_of_replies_is_bounded(renderer, tokenizer) -> None:
+    letters = {a + b + c: [] for a in "abcdefghijklmnopq" for b in "abcdefghijklmnopq" for c in "abcdefghijklmnopq"}
+    for text in letters:
+        renderer.remember_reply(text, tokenizer.encode(text, add_special_tokens=False), "default")
+    assert len(letters) > MAX_REMEMBERED_REPLIES == len(renderer._replies)
+
+
+class TestSegments:
+    def test_a_document_is_found_where_it_stands(self, renderer, tokenizer) -> None:
+        text = "A flood hit Prorna in May."
+        rendered = renderer.render([SYSTEM, {"role": "user", "content": f"News: {text} Really?"}], {"d": text}, "x")
+        (segment,) = rendered.segments
+        assert tokenizer.decode(rendered.token_ids[segment.start : segment.stop]).strip() == text
+        (whole,) = renderer.render(text, {"d": text}, "x").segments
+        assert (whole.start, whole.stop) == (1, len(tokenizer(text).input_ids))  # without the start token
+
+    def test_special_tokens_behind_the_text_do_not_matter(self, tokenizer) -> None:
+        ending = copy.deepcopy(tokenizer)
+        ending._tokenizer.post_processor = TemplateProcessing(
+            single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 0), ("<|end|>", 1)]
+        )
+        rendered = PromptRenderer(ending).render("News: a flood hit.", {"d": "flood hit."}, "x")
+        assert rendered.token_ids[-1] == 1
+        (segment,) = rendered.segments
+        found = tokenizer.decode(rendered.token_ids[segment.start : segment.stop], skip_special_tokens=True)
+        assert found == " flood hit."
+
+    def test_what_is_not_there_is_left_out(self, renderer) -> None:
+        assert not renderer.render("A flood.", {"d": "A fire.", "e": " "}, "x").segments
+
+    def test_behind_a_spliced_reply(self, renderer, tokenizer) -> None:
+        letters = [token for letter in "flood" for token in tokenizer.encode(letter, add_special_tokens=False)]
+        renderer.remember_reply("flood", letters, "x")
+        text = "The mayor is Anna Belmor."
+        messages = [USER, {"role": "assistant", "content": "flood"}, {"role": "user", "content": f"{text} Right?"}]
+        rendered = renderer.render(messages, {"d": text}, "x")
+        (segment,) = rendered.segments
+        assert tokenizer.decode(rendered.token_ids[segment.start : segment.stop]).strip() == text
+
+    def test_a_tokenizer_without_offsets_finds_none_and_forget_still_works(self, make_engine, tokenizer) -> None:
+        engine = make_engine()
+        real = engine._ready().renderer._tokenizer
+        slow = SimpleNamespace(
+            is_fast=False,
+            bos_token=real.bos_token,
+            all_special_ids=real.all_special_ids,
+            decode=real.decode,
+            __call__=None,
+        )
+
+        class Slow(SimpleNamespace):
+            def __call__(self, text, return_offsets_mapping, **options):
+                assert not return_offsets_mapping
+                return real(text, **options)
+
+        engine._ready().renderer._tokenizer = Slow(**vars(slow))
+        report = engine.generate("News: a flood.", documents={"d": "a flood."}, max_new_tokens=2).report
+        assert report.documents == ()
+        assert engine.forget("d") == 1

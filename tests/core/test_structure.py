@@ -1,0 +1,124 @@
+"""The layout's rules: who may import whom, what an import may load, and how long things may get."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import semsharekv_integrations
+
+ROOT = Path(semsharekv_integrations.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
+# From the top down. A module may import from lower layers and from its own.
+LAYERS = (
+    {"langchain", "llama_index", "cli", "demo", "chat", "serve"},
+    {"engine"},
+    {"answer", "concurrency", "request"},
+    {"model", "store", "audit"},
+    {"core"},
+    {"kv"},
+    {"report"},
+    {"config", "errors"},
+)
+LAB = {"lab"}  # measures; imported by no other part, and world and prompts import nothing
+FRAMEWORKS = ("torch", "transformers", "langchain_core", "llama_index", "safetensors", "numpy")
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MOST_FUNCTION_LINES = 330, 60, 40
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def level(name: str) -> int:
+    return next(index for index, layer in enumerate(LAYERS) if name in layer)
+
+
+def imports(path: Path, *, runtime_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports, at any depth; without those for type checking alone if so asked."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.If) and checking and runtime_only:
+            nodes += node.orelse
+        else:
+            nodes += ast.iter_child_nodes(node)
+
+
+def parts_imported(path: Path) -> set[str]:
+    dotted = [name.split(".") for name in imports(path) if name.startswith("semsharekv_integrations")]
+    # a public name taken from the package itself stands for the module that defines it
+    return {semsharekv_integrations._MODULE_OF.get(names[1], names[1]) for names in dotted if len(names) > 1}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != ROOT / "__init__.py"], ids=lambda p: p.stem)
+def test_arrows_point_down_only(path: Path) -> None:
+    name = name_of(path)
+    for other in parts_imported(path) - {name}:
+        if name in LAB:
+            assert path.stem not in ("world", "prompts"), f"{path.name} imports {other}"
+        elif other in LAB | {"__version__"}:
+            assert level(name) == 0, f"{name} imports {other}"
+        else:
+            assert level(name) < level(other) or level(name) == level(other) == 0, f"{name} imports {other}"
+
+
+def test_frameworks_do_not_import_each_other() -> None:
+    for path in FILES:
+        for one, other in (("langchain", "llama_index"), ("llama_index", "langchain")):
+            if name_of(path) == one:
+                assert other not in parts_imported(path)
+
+
+def test_the_model_folder_alone_knows_transformers() -> None:
+    """What stands above the engine may load a configuration or a tokenizer, by their public names."""
+    public = {"transformers.AutoConfig", "transformers.AutoTokenizer", "transformers.PreTrainedTokenizerBase"}
+    for path in FILES:
+        found = {name for name in imports(path, runtime_only=True) if name.split(".")[0] == "transformers"}
+        allowed = public if name_of(path) in LAYERS[0] else set()
+        assert name_of(path) in {"model"} | LAB or found <= allowed, path
+
+
+def test_the_core_needs_no_framework() -> None:
+    top = LAYERS[0] | LAB
+    for path in FILES:
+        if name_of(path) not in top:
+            assert not any(n.startswith(("langchain", "llama_index", "typer", "rich")) for n in imports(path)), path
+
+
+def test_importing_the_package_loads_no_framework() -> None:
+    code = f"import sys, semsharekv_integrations as s; dir(s); print([m for m in {FRAMEWORKS} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_there() -> None:
+    for name in semsharekv_integrations.__all__:
+        assert getattr(semsharekv_integrations, name).__name__ == name
+    assert set(semsharekv_integrations.__all__) == set(semsharekv_integrations._MODULE_OF)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = semsharekv_integrations.nothing
+
+
+def test_files_and_functions_stay_short() -> None:
+    lengths = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) or not path.read_text().strip(), f"{path} has no docstring"
+        if name_of(path) not in LAB:
+            assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lengths.append((node.end_lineno or 0) - node.lineno + 1)
+                assert lengths[-1] <= MAX_FUNCTION_LINES, f"{path}: {node.name}"
+    assert sorted(lengths)[int(len(lengths) * 0.9)] <= MOST_FUNCTION_LINES

@@ -1,0 +1,81 @@
+"""What a model does not allow is refused when the engine is made, naming what was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import SIZES, EngineMaker, make_model
+from test_parity import FIRST, engine_of, plain_tokens
+from transformers import AutoModelForCausalLM, BertConfig, T5Config, T5ForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
+
+from semsharekv_integrations import UnsupportedModelError
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 9},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_recurrent_layers_run_only_in_mode_off(architecture: str, tokenizer) -> None:
+    model = make_model(architecture, len(tokenizer), **RECURRENT[architecture])
+    with pytest.raises(UnsupportedModelError, match=r"\w+ has layers of type (linear_attention|conv).*mode='off'"):
+        engine_of(model, tokenizer, "exact")
+    off = engine_of(model, tokenizer, "off")
+    generation = off.generate(FIRST, max_new_tokens=7)
+    assert generation.token_ids == plain_tokens(model, tokenizer, FIRST)
+    assert generation.report.kv_bytes >= 0
+
+
+@pytest.mark.parametrize("mode", ["off", "exact"])
+def test_encoder_decoders_are_refused(mode: str, tokenizer) -> None:
+    model = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=9, num_layers=1, num_heads=2))
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is not a causal language model"):
+        engine_of(model, tokenizer, mode)
+
+
+def test_models_without_a_cache_argument_are_refused(tokenizer) -> None:
+    model = make_model("rwkv", len(tokenizer), attention_hidden_size=32)
+    with pytest.raises(UnsupportedModelError, match="RwkvForCausalLM takes neither past_key_values nor cache_params"):
+        engine_of(model, tokenizer, "off")
+
+
+def test_attention_that_looks_ahead_cannot_continue_from_a_prefix(tokenizer) -> None:
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    with pytest.raises(UnsupportedModelError, match="other logits behind a reused prefix"):
+        engine_of(model, tokenizer, "exact")
+
+
+def test_a_cache_that_loses_tokens_is_noticed(make_engine: EngineMaker, monkeypatch) -> None:
+    update = DynamicLayer.update
+
+    def forgetful(self, keys, values, *args, **kwargs):
+        keys, values = update(self, keys, values, *args, **kwargs)
+        self.keys = self.keys * 0.9
+        return keys, values
+
+    monkeypatch.setattr(DynamicLayer, "update", forgetful)
+    with pytest.raises(UnsupportedModelError, match="other logits"):
+        make_engine()
+    make_engine("off")
