@@ -90,11 +90,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def _engine(args: argparse.Namespace, console: Console) -> SemShareEngine:
     """The engine for ``args``, with its weights loaded behind a progress display."""
     with _progress(console, f"Loading {args.model}", quiet=args.json):
-        from transformers.utils.logging import disable_progress_bar
-
         from semsharekv_integrations.engine import SemShareEngine
+        from semsharekv_integrations.model.loading import hide_progress_bars
 
-        disable_progress_bar()  # there is one already
+        hide_progress_bars()
         config = EngineConfig(reuse=ReuseConfig(mode=args.mode))
         engine = SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
         _ = engine.model

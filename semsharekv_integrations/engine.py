@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from semsharekv_integrations.config import EngineConfig, SamplingConfig, check_l
 from semsharekv_integrations.kv import Generation, GenerationChunk, PrefixMatch, Reference, Rendered
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.decoding import Decoder
-from semsharekv_integrations.model.loading import load
+from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
 from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
 from semsharekv_integrations.model.text import TextStream
 from semsharekv_integrations.report import AuditResult
@@ -35,8 +35,6 @@ from semsharekv_integrations.store.memory import reference_id
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    ModelLoader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class SemShareEngine:
@@ -57,7 +55,7 @@ class SemShareEngine:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig | None = None
     ) -> None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._begin(lambda: (model, tokenizer), config, name)
+        self._begin(GivenModel(model, tokenizer), config, name)
         self._ready()
 
     @classmethod
@@ -79,15 +77,15 @@ class SemShareEngine:
             kwargs: for ``AutoModelForCausalLM.from_pretrained``, such as ``revision`` or ``device_map``.
         """
         engine = cls.__new__(cls)
-        engine._begin(lambda: load(name_or_path, device=device, dtype=dtype, **kwargs), config, name_or_path)
+        engine._begin(NamedModel(name_or_path, device, dtype, kwargs), config, name_or_path)
         return engine
 
-    def _begin(self, loader: ModelLoader, config: EngineConfig | None, name: str) -> None:
+    def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
         self.config = config or EngineConfig()
         self.name = name
         self.store = KVStore(self.config.store)
         self.auditor = Auditor(self.config.audit)
-        self._loader = loader
+        self._source = source
         self._parts: _ModelParts | None = None
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
@@ -95,7 +93,7 @@ class SemShareEngine:
     def _ready(self) -> _ModelParts:
         with self._lock:
             if self._parts is None:
-                self._parts = _ModelParts(*self._loader(), self.config)
+                self._parts = _ModelParts(self._source, self.config)
             return self._parts
 
     @property
@@ -110,13 +108,13 @@ class SemShareEngine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded with it."""
-        return self._ready().tokenizer
+        """The model's tokenizer; loads no weights."""
+        return self._source.tokenizer
 
     @property
     def context_window(self) -> int | None:
-        """Most tokens of prompt and answer together, or None if neither config nor model bounds it."""
-        return self._ready().context_window
+        """Most tokens of prompt and answer together, or None if nothing bounds it; loads no weights."""
+        return self.config.max_context_tokens or _window_of(self._source)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """The whole answer to a text prompt or to messages (mappings with ``role`` and ``content``).
@@ -213,7 +211,7 @@ class SemShareEngine:
         answer = Answer()
         with answer.watch.phase("render"):
             rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
-            request = request.fitted(len(rendered.token_ids), parts.context_window)
+            request = request.fitted(len(rendered.token_ids), self.context_window)
         with answer.watch.phase("lookup"):
             prefix, declined = self._lookup(rendered, request.namespace)
         with answer.watch.phase("prefill"):
@@ -281,7 +279,7 @@ class SemShareEngine:
         parts = self._ready()
         request = Request.of(text, {"documents": {key: text}})
         rendered = parts.renderer.render(text, request.documents, namespace)
-        request.fitted(len(rendered.token_ids), parts.context_window)
+        request.fitted(len(rendered.token_ids), self.context_window)
         starts = request.document_starts(rendered, None)
         labels = {"document_starts": starts, "pinned": pinned, "expires_after_s": ttl_s}
         return self._store(parts, rendered.token_ids, parts.adapter.prefill(rendered.token_ids), namespace, **labels)
@@ -298,12 +296,11 @@ class SemShareEngine:
 class _ModelParts:
     """What exists once the model is there."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
+        self.tokenizer = source.tokenizer
         self.mode = config.reuse.mode
-        self.adapter = ModelAdapter(model, config.reuse.mode)
-        self.renderer = PromptRenderer(tokenizer)
-        self.context_window = config.max_context_tokens or self.adapter.context_window
+        self.adapter = ModelAdapter(source.load(), config.reuse.mode)
+        self.renderer = PromptRenderer(self.tokenizer)
 
     def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
         """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""
@@ -323,3 +320,8 @@ class _ModelParts:
         answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
         if rest:
             yield rest
+
+
+def _window_of(source: ModelSource) -> int | None:
+    """Most positions that the model was made for, or None if its configuration does not say."""
+    return getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.lab import prompts, world
-from semsharekv_integrations.model.loading import REFERENCE_MODEL, load, resolve
+from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel, resolve
 from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
 
 HELD_OUT_SEED = 90_000
@@ -51,7 +51,8 @@ class Judge:
     """The model, and whether it would greedily give an answer."""
 
     def __init__(self, name_or_path: str) -> None:
-        self.model, self.tokenizer = load(name_or_path, device="cpu", dtype="float32")
+        source = NamedModel(name_or_path, device="cpu", dtype="float32", options={})
+        self.model, self.tokenizer = source.load(), source.tokenizer
         self.renderer = PromptRenderer(self.tokenizer)
 
     @torch.inference_mode()

@@ -66,7 +66,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         return CallOptions.of(self, stop, kwargs).for_engine()
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads the model."""
+        """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return list(self.engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))

@@ -16,8 +16,8 @@ from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import Field, SecretStr
-from transformers import AutoConfig
 
+from semsharekv_integrations.errors import ModelLoadError
 from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import engine_messages
@@ -125,14 +125,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return profile if window is None else profile | ModelProfile(max_input_tokens=window)
 
     def _context_window(self) -> int | None:
-        """In tokens, if it is known before the weights are loaded: given, or stated in a local folder's config."""
-        if self.engine.is_loaded:
-            return self.engine.context_window
-        folder = Path(resolve(self.model))
-        if self.config.max_context_tokens is not None or not folder.is_dir():
+        """In tokens, if it is known without the network: given, of a loaded model, or stated in a local folder."""
+        local = self.engine.is_loaded or Path(resolve(self.model)).is_dir()
+        if not local:
             return self.config.max_context_tokens
-        trusted = self.model_kwargs.get("trust_remote_code", False)
-        with suppress(OSError, ValueError, KeyError):  # the engine says what is wrong when it loads the model
-            found = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).get_text_config(decoder=True)
-            return getattr(found, "max_position_embeddings", None)
+        with suppress(ModelLoadError):  # the engine says what is wrong when it loads the model
+            return self.engine.context_window
         return None

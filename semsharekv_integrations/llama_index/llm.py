@@ -7,9 +7,8 @@ from the same flow there. Knows nothing about tokens, caches or how KV is reused
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -26,7 +25,6 @@ from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, fie
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from semsharekv_integrations.config import AVAILABLE_MODES, EngineConfig, Mode, require
 from semsharekv_integrations.engine import SemShareEngine
@@ -38,21 +36,12 @@ from semsharekv_integrations.llama_index.translate import (
     engine_messages,
     stream_responses,
 )
-from semsharekv_integrations.model.loading import resolve
 from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.request import GenerateOptions, Request
 
 _FIELD_OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop", "namespace")
 _CALL_OPTIONS = (*GenerateOptions.__annotations__, "max_tokens")
 _IGNORED_OPTIONS = ("extra_headers",)  # LlamaIndex's DocumentContextExtractor sends it to every LLM
-_TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "token", "local_files_only")
-
-
-class _ModelCard(NamedTuple):
-    """What can be known of a model without its weights; the attributes are named as the engine's."""
-
-    context_window: int | None
-    tokenizer: PreTrainedTokenizerBase
 
 
 class SemShareKVLLM(LLM):
@@ -120,7 +109,6 @@ class SemShareKVLLM(LLM):
     is_chat_model: bool | None = None
 
     _engine: SemShareEngine = PrivateAttr()
-    _card: _ModelCard | None = PrivateAttr(default=None)
 
     def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
         fields = {"model": model, **fields}
@@ -167,11 +155,11 @@ class SemShareKVLLM(LLM):
 
         A model that names no context window counts as LlamaIndex's default of 3,900 tokens.
         """
-        facts, is_chat_model = self._facts(), self.is_chat_model
+        is_chat_model = self.is_chat_model
         return LLMMetadata(
-            context_window=facts.context_window or DEFAULT_CONTEXT_WINDOW,
+            context_window=self._engine.context_window or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens,
-            is_chat_model=bool(facts.tokenizer.chat_template) if is_chat_model is None else is_chat_model,
+            is_chat_model=bool(self._engine.tokenizer.chat_template) if is_chat_model is None else is_chat_model,
             model_name=self.model,
         )
 
@@ -183,15 +171,7 @@ class SemShareKVLLM(LLM):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
-        return list(self._facts().tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _facts(self) -> SemShareEngine | _ModelCard:
-        if self._engine.is_loaded:
-            return self._engine
-        if self._card is None:
-            with suppress(OSError, ValueError, KeyError):  # the engine's own loading says best what is wrong
-                self._card = _read_card(self._engine, self.model_kwargs)
-        return self._card or self._engine
+        return list(self._engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -272,13 +252,3 @@ def _require_agreement(own: dict[str, Any], given: dict[str, Any]) -> None:
         value = given.get(name)
         accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
         require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")
-
-
-def _read_card(engine: SemShareEngine, model_kwargs: dict[str, Any]) -> _ModelCard:
-    path = resolve(engine.name)
-    options = {name: model_kwargs[name] for name in _TOKENIZER_OPTIONS if name in model_kwargs}
-    window = engine.config.max_context_tokens
-    if window is None:
-        config = AutoConfig.from_pretrained(path, **options).get_text_config(decoder=True)
-        window = getattr(config, "max_position_embeddings", None)
-    return _ModelCard(window, AutoTokenizer.from_pretrained(path, **options))

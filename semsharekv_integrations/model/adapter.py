@@ -61,11 +61,6 @@ class ModelAdapter:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
 
-    @property
-    def context_window(self) -> int | None:
-        """Most positions that the model was made for, or None if its config does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
-
     @cached_property
     def stable_positions(self) -> int | None:
         """Most tokens for which a token's KV does not depend on how many there are, or None if it never does.

@@ -1,16 +1,114 @@
-"""Load a causal language model and its tokenizer from a path or hub id, and refuse what is neither."""
+"""Where a model comes from: configuration, tokenizer and weights, by name or as given objects.
+
+Each is read when first asked for, so that what a framework wants to know beforehand loads no weights.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
 
 from semsharekv_integrations.errors import ModelLoadError
 
 REFERENCE_MODEL = "semsharekv/reference"
+_SHARED_OPTIONS = ("revision", "trust_remote_code", "token", "local_files_only")
+
+
+class ModelSource(Protocol):
+    """A model that may not be in memory yet. All three may raise ``ModelLoadError``."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration; loads no weights."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer; loads no weights."""
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights, in evaluation mode; called once."""
+
+
+class GivenModel:
+    """A model and a tokenizer that are in memory already."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model = model
+        self.config: PretrainedConfig = model.config
+        self.tokenizer = tokenizer
+
+    def load(self) -> PreTrainedModel:
+        """The model as it was given."""
+        return self._model.eval()
+
+
+class NamedModel:
+    """A local folder, a hub id, or ``semsharekv/reference``.
+
+    Args:
+        name: of the model.
+        device: where the model goes, or None for CUDA if there is one, else the CPU. Leave it None with ``device_map``.
+        dtype: ``auto`` for the dtype that the model's configuration names, else a torch dtype or its name.
+        options: for ``AutoModelForCausalLM.from_pretrained``; ``revision``, ``trust_remote_code``, ``token`` and
+            ``local_files_only`` go to configuration and tokenizer too.
+    """
+
+    def __init__(
+        self, name: str, device: str | torch.device | None, dtype: str | torch.dtype, options: dict[str, Any]
+    ) -> None:
+        self.name = name
+        self._path = resolve(name)
+        self._device = device
+        self._dtype = dtype
+        self._options = options
+        self._shared = {key: options[key] for key in _SHARED_OPTIONS if key in options}
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Read from the model's folder or the hub."""
+        with self._naming_what_failed():
+            return AutoConfig.from_pretrained(self._path, **self._shared)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Read from the model's folder or the hub."""
+        with self._naming_what_failed():
+            return AutoTokenizer.from_pretrained(self._path, **self._shared)
+
+    def load(self) -> PreTrainedModel:
+        """Read the weights and put them on their device."""
+        dtype = _checked_dtype(self._dtype)
+        with self._naming_what_failed():
+            model = AutoModelForCausalLM.from_pretrained(self._path, dtype=dtype, **self._options)
+        if "device_map" not in self._options:
+            model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.eval()
+
+    @contextmanager
+    def _naming_what_failed(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelLoadError(f"model {self.name!r} could not be loaded: {error}") from error
+
+
+def hide_progress_bars() -> None:
+    """Turn off transformers' own progress bars, for callers that show their own."""
+    disable_progress_bar()
 
 
 def resolve(name_or_path: str) -> str:
@@ -20,35 +118,7 @@ def resolve(name_or_path: str) -> str:
     return name_or_path
 
 
-def load(
-    name_or_path: str, *, device: str | torch.device | None, dtype: str | torch.dtype, **kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (in evaluation mode) and tokenizer.
-
-    Args:
-        name_or_path: local folder, hub id, or ``semsharekv/reference``.
-        device: where the model goes, or None for CUDA if there is one, else the CPU. Leave it None with ``device_map``.
-        dtype: ``auto`` for the dtype of the weights, else a torch dtype or its name.
-        kwargs: for ``AutoModelForCausalLM.from_pretrained``; ``revision`` and ``trust_remote_code`` go to both.
-
-    Raises:
-        ModelLoadError: naming what could not be loaded and why.
-    """
-    path = resolve(name_or_path)
-    shared = {
-        key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "local_files_only") if key in kwargs
-    }
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"model {name_or_path!r} could not be loaded: {error}") from error
-    if "device_map" not in kwargs:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval(), tokenizer
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EngineMaker
 
 from semsharekv_integrations import AuditConfig
 from semsharekv_integrations.audit import Auditor
+from tiny_models import EngineMaker
 
 PROMPT = "Report on Prorna in the Daily Courier."
 

@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 import torch
-from conftest import EngineMaker, make_model
 
 from semsharekv_integrations import StoreFileError
 from semsharekv_integrations.store import codec
+from tiny_models import EngineMaker, make_model
 
 PROMPTS = ["Report on Prorna in the Daily Courier.", "What happened in Velmar?"]
 

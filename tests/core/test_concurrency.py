@@ -11,10 +11,11 @@ from contextlib import aclosing
 from contextvars import ContextVar
 
 import pytest
-from conftest import EngineMaker
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.concurrency import iterate_in_thread
+from semsharekv_integrations.model.loading import GivenModel
+from tiny_models import EngineMaker
 
 PROMPTS = [
     f"{start} {end}" for start in ("Report on Prorna.", "News from Velmar.") for end in ("Who?", "When?", "Why?")
@@ -72,17 +73,39 @@ def test_threads_get_what_one_after_another_gets(make_engine: EngineMaker, optio
     assert shared.stats()["requests"] == len(PROMPTS) * 3
 
 
+def test_forward_passes_take_turns(make_engine: EngineMaker, llama, monkeypatch) -> None:
+    """Some models keep state in their modules, such as the frequencies of their rope."""
+    engine, running, most = make_engine(), [], []
+    forward = llama.forward
+
+    def watched(*args, **kwargs):
+        running.append(1)
+        time.sleep(0.002)
+        most.append(len(running))
+        output = forward(*args, **kwargs)
+        running.pop()
+        return output
+
+    monkeypatch.setattr(llama, "forward", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda p: engine.generate(p, max_new_tokens=4), PROMPTS))
+    assert set(most) == {1}
+
+
 def test_the_weights_are_loaded_once(llama, tokenizer) -> None:
-    engine = SemShareEngine.from_pretrained("unused")
     loads = []
 
-    def load():
-        loads.append(1)
-        time.sleep(0.05)
-        return llama, tokenizer
+    class Slow(GivenModel):
+        def load(self):
+            loads.append(1)
+            time.sleep(0.05)
+            return super().load()
 
-    engine._loader = load
-    assert not engine.is_loaded
+    engine = SemShareEngine.from_pretrained("unused")
+    engine._source = Slow(llama, tokenizer)
+    assert engine.context_window == llama.config.max_position_embeddings
+    assert engine.tokenizer is tokenizer
+    assert not engine.is_loaded and not loads
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda p: engine.generate(p, max_new_tokens=1), PROMPTS))
     assert loads == [1] and engine.is_loaded

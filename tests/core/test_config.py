@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EngineMaker
 
 from semsharekv_integrations import (
     AuditConfig,
@@ -20,6 +19,7 @@ from semsharekv_integrations import (
     StoreConfig,
 )
 from semsharekv_integrations.request import GenerateOptions, Request
+from tiny_models import EngineMaker
 
 PROMPT = "Report on Prorna in the Daily Courier."
 CONFIGS = (ReuseConfig, StoreConfig, AuditConfig, EngineConfig, SamplingConfig)

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import EngineMaker, make_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import ContextWindowError, SamplingConfig
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.decoding import Decoder
+from tiny_models import EngineMaker, make_model
 
 PROMPT = "Report on Prorna in the Daily Courier. People affected by it numbered 1204."
 

@@ -6,11 +6,11 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from conftest import ARCHITECTURES, make_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine
 from semsharekv_integrations.lab import world
+from tiny_models import ARCHITECTURES, make_model
 
 NEW_TOKENS = 7
 FIRST, SECOND = (document.text for document in world.make_documents(Random(3), 2, extra_facts=1))

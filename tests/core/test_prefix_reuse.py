@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from conftest import EngineMaker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.model.prompt import PromptRenderer
+from tiny_models import EngineMaker
 
 ASK = [{"role": "user", "content": "What happened in Prorna, and who is the mayor of Velmar?"}]
 

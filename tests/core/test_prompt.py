@@ -6,7 +6,6 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-from conftest import EngineMaker
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from semsharekv_integrations import PromptError
 from semsharekv_integrations.model.prompt import MAX_REMEMBERED_REPLIES, PromptRenderer
+from tiny_models import EngineMaker
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 USER = {"role": "user", "content": "What happened in Prorna?"}

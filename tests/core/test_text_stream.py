@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from conftest import EngineMaker
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from semsharekv_integrations.model.text import TextStream
+from tiny_models import EngineMaker
 
 TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(REFERENCE_MODEL))
 ORDINARY = [i for i in range(len(TOKENIZER)) if i not in TOKENIZER.all_special_ids]

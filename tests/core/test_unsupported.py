@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, EngineMaker, make_model
 from test_parity import FIRST, engine_of, plain_tokens
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations import UnsupportedModelError
+from tiny_models import SIZES, EngineMaker, make_model
 
 RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {},
