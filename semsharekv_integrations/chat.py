@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.errors import PromptError
+from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.kv import Generation
 
 HELP = "/exit ends the chat, /reset forgets the conversation, /stats shows the store"
@@ -89,7 +89,7 @@ def _shown_turn(conversation: Conversation, text: str, console: Console) -> None
         report = conversation.say(
             text, lambda piece: console.print(piece, end="", markup=False, highlight=False)
         ).report
-    except PromptError as error:
+    except SemShareError as error:
         console.print(f"[red]{error}[/]")
         return
     console.print(

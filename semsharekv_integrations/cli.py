@@ -87,9 +87,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
 
 
-def _engine(args: argparse.Namespace, console: Console) -> SemShareEngine:
+def _engine(args: argparse.Namespace) -> SemShareEngine:
     """The engine for ``args``, with its weights loaded behind a progress display."""
-    with _progress(console, f"Loading {args.model}", quiet=args.json):
+    with _progress(f"Loading {args.model}", quiet=args.json):
         from semsharekv_integrations.engine import SemShareEngine
         from semsharekv_integrations.model.loading import hide_progress_bars
 
@@ -101,20 +101,21 @@ def _engine(args: argparse.Namespace, console: Console) -> SemShareEngine:
 
 
 @contextmanager
-def _progress(console: Console, title: str, *, quiet: bool, total: int | None = None) -> Iterator[Any]:
-    """A progress bar that vanishes when done; yields the function that advances it."""
+def _progress(title: str, *, quiet: bool, total: int | None = None) -> Iterator[Any]:
+    """A progress bar on standard error's terminal that vanishes when done; yields the function that advances it."""
+    console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 
 
 def _demo(args: argparse.Namespace) -> int:
     console = Console()
-    engine = _engine(args, console)
+    engine = _engine(args)
     from semsharekv_integrations.demo import NUM_CALLS, Demo
 
-    with _progress(console, "Running chains", quiet=args.json, total=NUM_CALLS) as advance:
+    with _progress("Running chains", quiet=args.json, total=NUM_CALLS) as advance:
         calls = []
         for call in Demo(engine, args.documents, args.seed).run():
             calls.append(call)
@@ -164,7 +165,7 @@ def _mark(good: bool) -> str:
 
 def _chat(args: argparse.Namespace) -> int:
     console = Console()
-    engine = _engine(args, console)
+    engine = _engine(args)
     from semsharekv_integrations.chat import Conversation, run_chat
 
     if args.save and args.save.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,9 +45,7 @@ def test_demo_in_mode_off_reuses_nothing(capsys: pytest.CaptureFixture[str]) -> 
     assert all(call["report"]["prefix_tokens"] == 0 for call in json.loads(capsys.readouterr().out))
 
 
-def test_chat_reuses_the_conversation(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
+def test_chat_reuses_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("The mayor of Velmar is Anna Kelsen.\nWho is the mayor of Velmar?\n"))
     assert run("chat", "--json", "--max-new-tokens", "12") == 0
     first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -54,6 +53,39 @@ def test_chat_reuses_the_conversation(
     before = first["kv_cache"]["prompt_tokens"] + first["kv_cache"]["output_tokens"] - 1
     assert report["prefix_tokens"] >= before - 1
     assert report["prefix_tokens"] + report["recomputed_tokens"] == report["prompt_tokens"]
+
+
+def test_chat_for_people_shows_reuse_and_outlives_a_bad_turn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_long = "Velmar " * 9000
+    lines = [
+        "The mayor of Velmar is Anna Kelsen. Who is the mayor of Velmar?",
+        too_long,
+        "/stats",
+        "/reset",
+        "Hello",
+        "/exit",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert run("chat", "--max-new-tokens", "12") == 0
+    shown = capsys.readouterr().out
+    assert "In Velmar, the mayor was Anna Kelsen." in shown
+    assert "context window" in shown
+    assert '"requests": 1' in shown
+    assert shown.count("prompt tokens reused") == 2
+
+
+def test_chat_keeps_its_store_in_the_file_it_is_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reports = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Who is the mayor of Velmar?\n"))
+        assert run("chat", "--json", "--max-new-tokens", "4", "--save", str(tmp_path / "kv")) == 0
+        reports.append(json.loads(capsys.readouterr().out)["kv_cache"])
+    assert reports[0]["prefix_tokens"] == 0
+    assert reports[1]["recomputed_tokens"] == 1
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.rng = Random(seed)
         self.end = tokenizer.eos_token_id
+        self._full_stop = self._encode(".")[0]
         self._towns = {self._encode(f" {town}")[0]: index for index, town in enumerate(world.TOWNS)}
 
     def copy_row(self, length: int) -> Row:
@@ -81,7 +82,7 @@ class RowMaker:
             found.append(last)
         return found
 
-    def prompt_row(self, length: int, num_documents: int, *, gaps: bool = True) -> Row:
+    def prompt_row(self, length: int, num_documents: int, gap_share: float) -> Row:
         """Documents in a drawn layout, then questions and answers until the row is full."""
         row = Row()
         documents = world.make_documents(self.rng, num_documents)
@@ -93,12 +94,12 @@ class RowMaker:
         else:
             self._chat(row, documents, layout, length)
         row = self._cut(row, length)
-        if gaps:
+        if self.rng.random() < gap_share:
             self._spread(row)
         return row
 
     def _completion(self, row: Row, documents: Sequence[world.Document], length: int) -> None:
-        summary = self.rng.random() < 0.2
+        summary = self.rng.random() < 0.3
         wraps = prompts.SUMMARY_WRAPS if summary else prompts.COMPLETION_WRAPS
         question, answer = ("", prompts.summary(documents)) if summary else world.ask(self.rng, self._pick(documents))
         text = self.rng.choice(wraps).format(docs=prompts.join(documents), question=question)
@@ -126,7 +127,7 @@ class RowMaker:
             self._message(row, {"role": "user", "content": question})
 
     def _turn(self, documents: Sequence[world.Document]) -> tuple[str, str]:
-        if len(documents) <= 4 and self.rng.random() < 0.08:
+        if len(documents) <= 4 and self.rng.random() < 0.15:
             return self.rng.choice(prompts.SUMMARY_REQUESTS), prompts.summary(documents)
         return world.ask(self.rng, self._pick(documents))
 
@@ -160,9 +161,8 @@ class RowMaker:
         return Row(row.ids[:length], row.weights[:length], list(range(length)), answers)
 
     def _spread(self, row: Row) -> None:
-        """Leave gaps in the positions of some rows, so that long distances are met in short rows."""
-        if self.rng.random() < 0.7:
-            return
-        for _ in range(self.rng.randint(1, 3)):
-            cut, gap = self.rng.randrange(1, len(row.ids)), self.rng.randrange(MAX_POSITION_GAP)
+        """Leave gaps in the positions, between sentences, so that long distances are met in short rows."""
+        ends = [index + 1 for index, token_id in enumerate(row.ids[:-1]) if token_id == self._full_stop]
+        for cut in self.rng.sample(ends, min(len(ends), self.rng.randint(1, 3))):
+            gap = self.rng.randrange(MAX_POSITION_GAP)
             row.positions = row.positions[:cut] + [position + gap for position in row.positions[cut:]]

@@ -52,7 +52,8 @@ LEVELS = (
     Level("three to five", 768, 3, 5, 0.93),
     Level("six to ten", 1536, 6, 10, 1.0),
 )
-LEVEL_SHARES = (0.5, 0.3, 0.2)  # of steps on the newest level, on bare recall, on any opened one
+GAP_SHARE = 0.15  # of rows with gaps in their positions
+LEVEL_SHARES = (0.6, 0.05, 0.35)  # of steps on the newest level, on bare recall, on any opened one
 SUBJECT_LAYER, SUBJECT_WEIGHT = 2, 0.3
 PEAK_LR, WARMUP_STEPS, FINAL_LR_SHARE = 2e-3, 100, 0.05
 EVAL_EVERY_STEPS = 100
@@ -186,15 +187,16 @@ def draw_batch(maker: RowMaker, level: int, copy_share: float) -> Batch:
     rng = maker.rng
     index = rng.choices([level, 0, rng.randint(0, level)], LEVEL_SHARES)[0]
     chosen = LEVELS[index]
-    return collate([draw_row(maker, chosen, copy_share) for _ in range(SHAPES[chosen.length])], maker)
+    return collate([draw_row(maker, chosen, copy_share, GAP_SHARE) for _ in range(SHAPES[chosen.length])], maker)
 
 
-def draw_row(maker: RowMaker, level: Level, copy_share: float = 0.0) -> Row:
+def draw_row(maker: RowMaker, level: Level, copy_share: float = 0.0, gap_share: float = 0.0) -> Row:
+    """One row; to measure on, without copying and gaps, which no prompt has."""
     if maker.rng.random() < copy_share:
         return maker.copy_row(level.length)
     if level.high == 0:
         return maker.recall_row(level.length, maker.rng.randint(1, 6))
-    return maker.prompt_row(level.length, maker.rng.randint(level.low, level.high))
+    return maker.prompt_row(level.length, maker.rng.randint(level.low, level.high), gap_share)
 
 
 @torch.no_grad()

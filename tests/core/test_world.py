@@ -145,7 +145,12 @@ def test_training_rows_read_like_prompts(samples, tokenizer) -> None:
 
 def test_training_rows_have_their_length(samples, tokenizer) -> None:
     maker = samples.RowMaker(tokenizer, seed=1)
-    for row in (maker.copy_row(200), maker.recall_row(200, 3), maker.prompt_row(300, 2), maker.prompt_row(300, 3)):
+    for row in (
+        maker.copy_row(200),
+        maker.recall_row(200, 3),
+        maker.prompt_row(300, 2, 0.0),
+        maker.prompt_row(300, 3, 1.0),
+    ):
         assert len(row.ids) == len(row.weights) == len(row.positions) in (200, 300)
         assert row.positions == sorted(set(row.positions))
         assert all(0 <= start < stop <= len(row.ids) for start, stop in row.answers)
