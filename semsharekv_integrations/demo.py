@@ -93,7 +93,7 @@ class Demo:
         questions: int = 3,
     ) -> Iterator[Call]:
         documents = world.make_documents(self.rng, self.num_documents)
-        asked = [world.ask(self.rng, self.rng.choice(documents)) for _ in range(questions - summarize)]
+        asked = world.converse(self.rng, documents, questions - summarize)
         if summarize:
             asked.insert(0, (prompts.SUMMARY_REQUESTS[0], prompts.summary(documents)))
         reusing, full = make(self.engine, documents), make(self.off, documents)

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from tiny_models import EngineMaker, make_model
 
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+settings.load_profile("unhurried")
 torch.set_num_threads(1)  # on models this small, more threads only get in each other's way
 
 

@@ -8,7 +8,7 @@ Knows nothing about prompts, tokenizers or models: see ``lab.prompts`` for how d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
@@ -378,7 +378,18 @@ def swap(first: Document, second: Document) -> tuple[Document, Document]:
     )
 
 
+def distract(rng: Random, document: Document) -> Document:
+    """The same wording and kinds on another town, with values of its own: what a retriever confuses it with."""
+    other = edit(rng, document, tuple(sorted(document.facts)))
+    return replace(other, town=rng.choice([town for town in TOWNS if town != document.town]))
+
+
 def ask(rng: Random, document: Document, kind: str | None = None) -> tuple[str, str]:
     """A question on ``kind`` (default: drawn from what the document states) and its right answer."""
     kind = kind or rng.choice(sorted(document.facts))
     return rng.choice(KINDS[kind].questions).format(t=document.town), document.answer(kind)
+
+
+def converse(rng: Random, documents: Sequence[Document], num_turns: int) -> list[tuple[str, str]]:
+    """Questions on any of the documents, each with its right answer, in the order of a conversation."""
+    return [ask(rng, rng.choice(documents)) for _ in range(num_turns)]

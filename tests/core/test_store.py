@@ -169,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestStore.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 def test_tensors_are_shaped_as_the_legend_says() -> None:

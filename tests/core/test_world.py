@@ -159,3 +159,20 @@ def test_training_rows_have_their_length(samples, tokenizer) -> None:
 def test_names_are_single_tokens(tokenizer) -> None:
     for name in (*world.TOWNS, *world.FIRST_NAMES, *world.SURNAMES, *world.COMPANIES, *world.MONTHS):
         assert len(tokenizer.encode(f" {name}", add_special_tokens=False)) == 1, name
+
+
+def test_a_distractor_shares_wording_and_nothing_else() -> None:
+    rng = Random(8)
+    for document in world.make_documents(rng, 20):
+        other = world.distract(rng, document)
+        assert other.sentences == document.sentences and other.town != document.town
+        assert other.facts.keys() == document.facts.keys()
+        assert all(other.facts[kind] != value for kind, value in document.facts.items())
+
+
+def test_a_conversation_asks_what_its_documents_state() -> None:
+    documents = world.make_documents(Random(9), 3)
+    turns = world.converse(Random(1), documents, 12)
+    assert turns == world.converse(Random(1), documents, 12) and len(turns) == 12
+    right = {document.answer(kind) for document in documents for kind in document.facts}
+    assert {answer for _, answer in turns} <= right
