@@ -28,7 +28,7 @@ class Call:
         scenario: which part of the demo.
         question: what was asked.
         answer: what the model said.
-        right: whether that is the one right answer.
+        right: whether that is the one right answer (of a summary, with its lines in any order).
         same_as_off: whether a full prefill gave the same text.
         report: the reuse report.
         off_ttft_s: seconds to the first token with a full prefill.
@@ -100,7 +100,7 @@ class Demo:
         for question, expected in asked:
             answer, report = reusing(question)
             off_answer, off_report = full(question)
-            right = " ".join(answer.split()) == " ".join(expected.split())
+            right = prompts.right_share(answer, expected) == 1
             yield Call(name, question, answer, right, answer == off_answer, report, off_report["ttft_s"])
 
     def _chain(self, engine: SemShareEngine, documents: list[world.Document]) -> Ask:

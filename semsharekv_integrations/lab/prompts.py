@@ -79,8 +79,14 @@ def join(documents: Sequence[Document]) -> str:
 
 
 def summary(documents: Sequence[Document]) -> str:
-    """The right answer to a request for a summary: one line for each document, in their order."""
+    """The right answer to a request for a summary: one line for each document; see ``right_share`` for their order."""
     return "\n".join(document.summary for document in documents)
+
+
+def right_share(said: str, expected: str) -> float:
+    """Share of the expected lines that ``said`` has, in any order; 0 if it has more lines than expected."""
+    lines, wanted = ([line.strip() for line in text.strip().splitlines()] for text in (said, expected))
+    return 0.0 if len(lines) > len(wanted) else len(set(lines) & set(wanted)) / len(wanted)
 
 
 def build(layout: Layout, documents: Sequence[Document], question: str, wrap: int = 0) -> str | list[Message]:
