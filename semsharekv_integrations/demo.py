@@ -15,7 +15,7 @@ from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.lab import prompts, world
 
-ANSWER_TOKENS = 160
+ANSWER_TOKENS_PER_DOCUMENT = 60  # a summary has a line for each
 NUM_CALLS = 10
 Ask = Callable[[str], tuple[str, dict[str, Any]]]  # a question to its answer and the call's reuse report
 
@@ -70,6 +70,7 @@ class Demo:
         self.engine = engine
         self.off = SemShareEngine(engine.model, engine.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
         self.num_documents = num_documents
+        self.answer_tokens = ANSWER_TOKENS_PER_DOCUMENT * max(num_documents, 1)
         self.rng = Random(seed)
         self._warm_up()
 
@@ -110,7 +111,7 @@ class Demo:
         from semsharekv_integrations.langchain import ChatSemShareKV
 
         template = [("system", "You are a helpful assistant. Use these documents:\n\n{context}"), ("human", "{input}")]
-        model = ChatSemShareKV(engine=engine, namespace="demo-chain", max_tokens=ANSWER_TOKENS)
+        model = ChatSemShareKV(engine=engine, namespace="demo-chain", max_tokens=self.answer_tokens)
         chain = ChatPromptTemplate.from_messages(template) | model.bind(documents=_by_town(documents))
 
         def ask(question: str) -> tuple[str, dict[str, Any]]:
@@ -126,7 +127,7 @@ class Demo:
 
         from semsharekv_integrations.llama_index import SemShareKVLLM
 
-        llm = SemShareKVLLM(engine=engine, namespace="demo-query", max_tokens=ANSWER_TOKENS)
+        llm = SemShareKVLLM(engine=engine, namespace="demo-query", max_tokens=self.answer_tokens)
         Settings.tokenizer = llm.tokenize
         index = SummaryIndex.from_documents([Document(text=document.text) for document in documents])
         query_engine = index.as_query_engine(llm=llm, response_mode="compact")
@@ -140,7 +141,7 @@ class Demo:
 
         from semsharekv_integrations.langchain import ChatSemShareKV
 
-        model = ChatSemShareKV(engine=engine, namespace="demo-chat", max_tokens=ANSWER_TOKENS)
+        model = ChatSemShareKV(engine=engine, namespace="demo-chat", max_tokens=self.answer_tokens)
         history: list[BaseMessage] = [SystemMessage(prompts.PLAIN_SYSTEMS[0])]
 
         def ask(question: str) -> tuple[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ def test_demo_shows_prefix_reuse_and_equal_answers(capsys: pytest.CaptureFixture
     assert all(call["same_as_off"] for call in calls)
     scenarios = {call["scenario"] for call in calls}
     for scenario in scenarios:
+        assert all(call["right"] for call in calls if call["scenario"] == scenario and "ummar" not in call["question"])
         first, *later = [call["report"] for call in calls if call["scenario"] == scenario]
         assert first["prefix_tokens"] < first["prompt_tokens"] / 2
         assert all(report["prefix_tokens"] > report["prompt_tokens"] / 2 for report in later)

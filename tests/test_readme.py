@@ -21,7 +21,7 @@ def test_only_known_languages() -> None:
 
 
 @pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=lambda code: code.split("\n")[0][:40])
-def test_python_block_runs_and_shows_reuse(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_block_runs_and_answers(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, str(README), "exec"), {"__name__": "readme"})
     assert "Anna Kelsen" in capsys.readouterr().out
 
