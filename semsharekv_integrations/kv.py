@@ -27,6 +27,14 @@ class LayerKV(NamedTuple):
     values: torch.Tensor
 
 
+class Segment(NamedTuple):
+    """Tokens ``start`` to ``stop`` (exclusive) of a prompt are the document ``document_id``, or a passage (id "")."""
+
+    document_id: str
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Reference:
     """KV of a token sequence from position 0, as a stored entry. Never mutated.
@@ -37,6 +45,9 @@ class Reference:
         token_ids: [S], one for each position that has KV.
         layers: one pair for each layer.
         document_starts: the caller's documents that stand in it, for ``forget``, each with its first token.
+        segments: the documents and passages that stand in its exact part, in order; what is matched by similarity.
+        exact_tokens: number of leading tokens whose KV is that of a full prefill; None for all. What follows is
+            tainted: it came after a borrowed token, and may serve nothing but the same session's exact continuation.
         session: the conversation it came from, or None.
         pinned: never evicted by the byte bound.
         expires_after_s: seconds after its last use at which it expires, or None.
@@ -47,6 +58,8 @@ class Reference:
     token_ids: TokenIds
     layers: tuple[LayerKV, ...]
     document_starts: Mapping[str, int] = field(default_factory=dict)
+    segments: tuple[Segment, ...] = ()
+    exact_tokens: int | None = None
     session: str | None = None
     pinned: bool = False
     expires_after_s: float | None = None
@@ -57,6 +70,12 @@ class Reference:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
 
+    @property
+    def is_tainted(self) -> bool:
+        """Whether some of its KV is approximate."""
+        return self.exact_tokens is not None and self.exact_tokens < len(self.token_ids)
+
+
 class PrefixMatch(NamedTuple):
     """The first ``num_tokens`` tokens of a prompt equal those of ``reference``."""
 
@@ -64,19 +83,26 @@ class PrefixMatch(NamedTuple):
     num_tokens: int
 
 
-class Segment(NamedTuple):
-    """Tokens ``start`` to ``stop`` (exclusive) of a prompt are the document ``document_id``."""
+class Run(NamedTuple):
+    """Tokens from ``start`` on of a prompt equal those of ``reference`` from ``source_start`` on."""
 
-    document_id: str
     start: int
-    stop: int
+    reference: Reference
+    source_start: int
+    num_tokens: int
 
 
 class Rendered(NamedTuple):
-    """A prompt as token ids [T], and where the caller's documents stand in it."""
+    """A prompt as token ids [T], where the caller's documents stand in it, and where the last user turn does.
+
+    ``passages`` are the paragraphs of the prompt, which stand in for documents where none are known.
+    ``question`` is the last user turn as a range of tokens, or None in a plain text prompt.
+    """
 
     token_ids: TokenIds
     segments: Sequence[Segment]
+    passages: Sequence[Segment] = ()
+    question: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from semsharekv_integrations.lab.world import TOWNS
 from tokenizer import MAX_CONTEXT_TOKENS
 from tokenizer import build as build_tokenizer
 
-SHAPES = {256: 12, 384: 8, 768: 4, 1536: 2}  # row length -> rows per step, about 3,072 tokens each
+SHAPES = {256: 12, 384: 8, 768: 4, 1536: 2, 3584: 1}  # row length -> rows per step, about 3,072 tokens each
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ LEVELS = (
     Level("recall", 256, 0, 0, 0.8),
     Level("one", 256, 1, 1, 0.93),
     Level("two", 384, 2, 2, 0.93),
-    Level("three to five", 768, 3, 5, 0.93),
-    Level("six to ten", 1536, 6, 10, 1.0),
+    Level("three to five", 768, 3, 5, 0.88),
+    Level("six to ten", 1536, 6, 10, 0.88),
+    Level("eleven to thirty", 3584, 11, 30, 1.0),
 )
 GAP_SHARE = 0.15  # of rows with gaps in their positions
 LEVEL_SHARES = (0.6, 0.05, 0.35)  # of steps on the newest level, on bare recall, on any opened one
