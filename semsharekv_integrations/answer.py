@@ -5,12 +5,15 @@ Knows nothing about models and stores: it is told what they did.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from semsharekv_integrations.config import Mode
-from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, PrefixMatch, Rendered
+from semsharekv_integrations.core.plan import Mask, ReusePlan
+from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Rendered
+from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.report import DocumentUse, ReuseReport, SourceUse, Stopwatch
 
 
@@ -43,26 +46,38 @@ class Answer:
         return Generation(self.text, self.token_ids, self.finish_reason, report)
 
 
-def report_of(
-    mode: Mode, rendered: Rendered, prefix: PrefixMatch | None, kv_bytes: int, declined: str | None
-) -> ReuseReport:
+def report_of(mode: Mode, rendered: Rendered, plan: ReusePlan, outcome: Outcome, kv_bytes: int) -> ReuseReport:
     """What is known once the prompt's KV is there."""
-    prompt_tokens = len(rendered.token_ids)
-    reused = prefix.num_tokens if prefix else 0
+    reused = ~outcome.computed
+    fuzzy = int((plan.fuzzy & reused).sum())
+    prefix = min(plan.prefix_tokens, outcome.exact_tokens)
     return ReuseReport(
         mode=mode,
-        prompt_tokens=prompt_tokens,
-        prefix_tokens=reused,
-        recomputed_tokens=prompt_tokens - reused,
-        compute_ratio=(prompt_tokens - reused) / prompt_tokens,
-        declined=declined,
-        sources=(SourceUse(prefix.reference.id, reused),) if prefix else (),
+        prompt_tokens=len(reused),
+        prefix_tokens=prefix,
+        identical_tokens=int(reused.sum()) - fuzzy - prefix,
+        fuzzy_tokens=fuzzy,
+        recomputed_tokens=int(outcome.computed.sum()),
+        compute_ratio=outcome.compute_ratio,
+        declined=outcome.fell_back or plan.declined,
+        deviation=outcome.deviation,
+        sources=_sources(plan, reused),
         documents=tuple(
-            DocumentUse(s.document_id, s.stop - s.start, max(0, min(s.stop, reused) - s.start))
+            DocumentUse(s.document_id, s.stop - s.start, int(reused[s.start : s.stop].sum()))
             for s in rendered.segments
         ),
         kv_bytes=kv_bytes,
     )
+
+
+def _sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
+    """How many tokens each reference gave, most first."""
+    tokens: Counter[str] = Counter()
+    if plan.prefix:
+        tokens[plan.prefix.reference.id] += plan.prefix_tokens
+    for borrowing in plan.borrowings:
+        tokens[borrowing.reference.id] += int(reused[borrowing.targets].sum())
+    return tuple(SourceUse(key, count) for key, count in tokens.most_common() if count)
 
 
 def spoken(chunks: Generator[GenerationChunk, None, None]) -> Generator[GenerationChunk, None, None]:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from semsharekv_integrations import __version__
-from semsharekv_integrations.config import AVAILABLE_MODES, EngineConfig, ReuseConfig
+from semsharekv_integrations.config import MODES, EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder or hub id (default: {DEFAULT_MODEL}, built in)")
-    parser.add_argument("--mode", choices=AVAILABLE_MODES, default="exact", help="what may be reused (default: exact)")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="what may be reused (default: exact)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Mode = Literal["off", "exact", "identical", "semantic", "paper"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-AVAILABLE_MODES: tuple[Mode, ...] = ("off", "exact")
 
 
 def require(ok: bool, name: str, value: object, accepted: str) -> None:
@@ -33,21 +32,159 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
+def is_share(value: object) -> bool:
+    """Whether ``value`` is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class ReuseRules:
+    """What decides which KV is borrowed and how much of it is computed again, with a value for every setting.
+
+    Attributes:
+        min_run_tokens: shortest run of identical tokens that is borrowed, at least 2.
+        boundary_tokens: first tokens of each borrowed run that are computed.
+        edit_tokens: as ``boundary_tokens``, for runs that follow changed words within the same text.
+        tail_tokens: fewest tokens at the prompt's end that count as the question, at least 1.
+        attention_ratio: share of the borrowed tokens that is computed because the question attends to them, 0 to 1.
+        deviation_ratio: share of the borrowed tokens that is computed because they deviate from fresh KV, 0 to 1;
+            needs ``full_layers``.
+        final_share: what is left of both shares at the last layer, 0 to 1; it decays exponentially with depth.
+        full_layers: first layers that are computed for all tokens, after which deviation is measured. Different tokens
+            can be borrowed only if there is one.
+        max_deviation: mean deviation of the borrowed tokens, as measured after ``full_layers`` (0 is equal), above which
+            the prompt is finished as a full prefill.
+        max_compute_ratio: a plan predicted to compute more than this share of what the exact prefix leaves is declined.
+        fuzzy: whether different tokens and short runs of similar texts are borrowed.
+        min_similarity: least similarity (0 to 1) of a stored text to one in the prompt for fuzzy borrowing; None for
+            what the embedder was calibrated to.
+        min_token_similarity: least cosine (0 to 1) of two tokens' RoPE'd embeddings for one to be borrowed for the other.
+        guard_facts: whether tokens with digits, names and negations are never borrowed from a different token.
+        lsh_bits: bits of the locality-sensitive hash in token matching, or 0 for brute force.
+        retention_ratio: share of the prompt's KV kept for decoding, averaged over layers, or None for all of it.
+    """
+
+    min_run_tokens: int = 8
+    boundary_tokens: int = 2
+    edit_tokens: int = 4
+    tail_tokens: int = 8
+    attention_ratio: float = 0.1
+    deviation_ratio: float = 0.0
+    final_share: float = 1.0
+    full_layers: int = 0
+    max_deviation: float = 2.0
+    max_compute_ratio: float = 0.9
+    fuzzy: bool = False
+    min_similarity: float | None = None
+    min_token_similarity: float = 0.5
+    guard_facts: bool = True
+    lsh_bits: int = 256
+    retention_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("min_run_tokens", 2), ("boundary_tokens", 0), ("edit_tokens", 0), ("full_layers", 0)):
+            require(is_whole(getattr(self, name), least), f"reuse.{name}", getattr(self, name), f"{least} or more")
+        require(is_whole(self.tail_tokens, 1), "reuse.tail_tokens", self.tail_tokens, "1 or more")
+        for name in ("attention_ratio", "deviation_ratio", "final_share", "max_compute_ratio", "min_token_similarity"):
+            require(is_share(getattr(self, name)), f"reuse.{name}", getattr(self, name), "0 to 1")
+        for name in ("fuzzy", "guard_facts"):
+            require(isinstance(getattr(self, name), bool), f"reuse.{name}", getattr(self, name), "True or False")
+        require(
+            is_number(self.max_deviation) and self.max_deviation > 0,
+            "reuse.max_deviation",
+            self.max_deviation,
+            "above 0",
+        )
+        needs_layer = self.deviation_ratio > 0 or self.fuzzy
+        require(
+            not needs_layer or self.full_layers > 0,
+            "reuse.full_layers",
+            self.full_layers,
+            "1 or more where deviation_ratio is above 0 or fuzzy is on",
+        )
+        for name in ("min_similarity", "retention_ratio"):
+            value = getattr(self, name)
+            require(value is None or (is_share(value) and value > 0), f"reuse.{name}", value, "None, or above 0 up to 1")
+        bits = self.lsh_bits
+        require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "0 or 8 or more")
+
+
+MODE_RULES: dict[Mode, ReuseRules] = {
+    "identical": ReuseRules(),
+    "semantic": ReuseRules(fuzzy=True, full_layers=1, deviation_ratio=0.1),
+    "paper": ReuseRules(
+        fuzzy=True,
+        full_layers=1,
+        boundary_tokens=0,
+        edit_tokens=0,
+        attention_ratio=0.0,
+        deviation_ratio=0.4,
+        final_share=0.25,
+        min_similarity=0.8,
+        min_token_similarity=0.0,
+        guard_facts=False,
+        retention_ratio=0.58,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class ReuseConfig:
     """What may be reused.
 
+    Every setting but the first three is None for the mode's own value: see ``ReuseRules``, which explains them, and
+    ``MODE_RULES``.
+
     Attributes:
-        mode: ``off`` reuses nothing, ``exact`` the longest stored prefix. The other modes are planned.
+        mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
+            anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described.
         min_prefix_tokens: a shorter common prefix is computed afresh, at least 1.
+        embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
+            input embeddings.
     """
 
     mode: Mode = "exact"
     min_prefix_tokens: int = 1
+    embedder: str | None = None
+    min_run_tokens: int | None = None
+    boundary_tokens: int | None = None
+    edit_tokens: int | None = None
+    tail_tokens: int | None = None
+    attention_ratio: float | None = None
+    deviation_ratio: float | None = None
+    final_share: float | None = None
+    full_layers: int | None = None
+    max_deviation: float | None = None
+    max_compute_ratio: float | None = None
+    fuzzy: bool | None = None
+    min_similarity: float | None = None
+    min_token_similarity: float | None = None
+    guard_facts: bool | None = None
+    lsh_bits: int | None = None
+    retention_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.mode in AVAILABLE_MODES, "reuse.mode", self.mode, " or ".join(map(repr, AVAILABLE_MODES)))
+        require(self.mode in MODES, "reuse.mode", self.mode, " or ".join(map(repr, MODES)))
         require(is_whole(self.min_prefix_tokens, 1), "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
+        named = isinstance(self.embedder, str) and bool(self.embedder)
+        require(self.embedder is None or named, "reuse.embedder", self.embedder, "None or a path or hub id")
+        given = sorted(self._given())
+        require(self.is_approximate or not given, "reuse", ", ".join(given), f"nothing of it in mode {self.mode!r}")
+        _ = self.rules
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether KV is reused off the prefix."""
+        return self.mode in MODE_RULES
+
+    @property
+    def rules(self) -> ReuseRules:
+        """The mode's rules with what was given here."""
+        return replace(MODE_RULES.get(self.mode, ReuseRules()), **self._given())
+
+    def _given(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(ReuseRules)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

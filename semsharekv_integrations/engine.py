@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -19,18 +20,23 @@ import numpy as np
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.concurrency import iterate_in_thread
-from semsharekv_integrations.config import EngineConfig, SamplingConfig, check_lifetime, require
-from semsharekv_integrations.kv import Generation, GenerationChunk, PrefixMatch, Reference, Rendered
+from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig, check_lifetime, require
+from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
+from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
+from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered, TokenIds
+from semsharekv_integrations.matching import FuzzyMatcher, segments_of
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
 from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
+from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
 from semsharekv_integrations.model.text import TextStream
+from semsharekv_integrations.planner import Planner
+from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.report import AuditResult
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
-from semsharekv_integrations.store.memory import reference_id
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +99,7 @@ class SemShareEngine:
     def _ready(self) -> _ModelParts:
         with self._lock:
             if self._parts is None:
-                self._parts = _ModelParts(self._source, self.config)
+                self._parts = _ModelParts(self._source, self.config, self.store)
             return self._parts
 
     @property
@@ -212,66 +218,65 @@ class SemShareEngine:
         with answer.watch.phase("render"):
             rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
             request = request.fitted(len(rendered.token_ids), self.context_window)
-        with answer.watch.phase("lookup"):
-            prefix, declined = self._lookup(rendered, request.namespace)
+        with answer.watch.phase("plan"):
+            suspended = self.auditor.suspends(request.namespace)
+            plan = parts.planner.plan(rendered, request.namespace, request.session, suspended)
         with answer.watch.phase("prefill"):
-            prefill = parts.adapter.prefill(rendered.token_ids, prefix)
-            kv_bytes = parts.adapter.kv_bytes(prefill.cache)
-            report = report_of(parts.mode, rendered, prefix, kv_bytes, declined)
+            outcome = parts.execute(plan)
+            kv_bytes = parts.adapter.kv_bytes(outcome.prefill.cache)
+            report = report_of(parts.mode, rendered, plan, outcome, kv_bytes)
         try:
-            for text in parts.decode(rendered, prefill, request.sampling, answer):
+            for text in parts.decode(rendered, outcome.prefill, request.sampling, answer):
                 yield GenerationChunk(text)
         except GeneratorExit:
-            self._remember(request, rendered, prefix, prefill, answer)
+            self._remember(request, rendered, plan, outcome, answer)
             raise
         with answer.watch.phase("remember"):
-            self._remember(request, rendered, prefix, prefill, answer)
+            self._remember(request, rendered, plan, outcome, answer)
         with answer.watch.phase("audit"):
-            report = replace(report, audit=self._audit(request.namespace, rendered, prefix, prefill))
+            report = replace(report, audit=self._audit(request.namespace, plan, outcome))
         yield GenerationChunk("", answer.generation(report))
 
-    def _lookup(self, rendered: Rendered, namespace: str) -> tuple[PrefixMatch | None, str | None]:
-        """The longest stored prefix, or why there is none; it always leaves one token to compute."""
-        reuse = self.config.reuse
-        if reuse.mode == "off":
-            return None, None
-        limit = self._ready().adapter.stable_positions
-        if limit is not None and len(rendered.token_ids) > limit:
-            return None, f"beyond {limit} tokens the model rotates keys by other frequencies"
-        if self.auditor.suspends(namespace):
-            return None, f"audit suspended reuse in namespace {namespace!r}"
-        match = self.store.longest_prefix(rendered.token_ids, namespace, max_tokens=len(rendered.token_ids) - 1)
-        if match is None:
-            return None, "no stored prefix"
-        if match.num_tokens < reuse.min_prefix_tokens:
-            return None, f"longest stored prefix of {match.num_tokens} tokens is under min_prefix_tokens"
-        return match, None
-
     def _remember(
-        self, request: Request, rendered: Rendered, prefix: PrefixMatch | None, prefill: Prefill, answer: Answer
+        self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer
     ) -> None:
-        """Store the KV of prompt and answer; all of it is exact. The last token sampled has none yet."""
+        """Store the KV of prompt and answer, as far as it is exact. The last token sampled has none yet."""
         parts = self._ready()
         with self._lock:
             self._counts.update(
                 requests=1,
                 prompt_tokens=len(rendered.token_ids),
-                reused_tokens=prefix.num_tokens if prefix else 0,
+                reused_tokens=int((~outcome.computed).sum()),
                 output_tokens=len(answer.token_ids),
             )
         parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
-        if self.config.reuse.mode == "off":
-            return
         token_ids = np.concatenate([rendered.token_ids, np.array(answer.token_ids, dtype=np.int64)])
-        starts = request.document_starts(rendered, prefix)
-        self._store(parts, token_ids, prefill, request.namespace, document_starts=starts, session=request.session)
+        starts = request.document_starts(rendered, plan.prefix)
+        self._store(token_ids, rendered, outcome, request.namespace, starts, request.session)
 
-    def _store(self, parts: _ModelParts, token_ids: Any, prefill: Prefill, namespace: str, **labels: Any) -> bool:
-        layers = parts.adapter.layers_of(prefill.cache)
-        token_ids = token_ids[: layers[0].keys.shape[2]]
-        if len(token_ids) > (parts.adapter.stable_positions or len(token_ids)):
+    def _store(
+        self,
+        token_ids: TokenIds,
+        rendered: Rendered,
+        outcome: Outcome,
+        namespace: str,
+        document_starts: Mapping[str, int],
+        session: str | None = None,
+        **labels: Any,
+    ) -> bool:
+        """Whether all of it went into the store; ``labels`` are those of ``Reference``."""
+        adapter = self._ready().adapter
+        if self.config.reuse.mode == "off":
             return False
-        return self.store.put(Reference(reference_id(namespace, token_ids), namespace, token_ids, layers, **labels))
+        layers = adapter.layers_of(outcome.prefill.cache)
+        token_ids = token_ids[: layers[0].keys.shape[2]]
+        if len(token_ids) > (adapter.stable_positions or len(token_ids)):
+            return False
+        segments = tuple(segments_of(rendered))
+        found = references_of(
+            token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session
+        )
+        return all([self.store.put(replace(reference, **labels)) for reference in found])
 
     def _warm_one(self, key: str, text: str, namespace: str, pinned: bool, ttl_s: float | None) -> bool:
         if self.config.reuse.mode == "off":
@@ -280,27 +285,40 @@ class SemShareEngine:
         request = Request.of(text, {"documents": {key: text}})
         rendered = parts.renderer.render(text, request.documents, namespace)
         request.fitted(len(rendered.token_ids), self.context_window)
+        outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None))
         starts = request.document_starts(rendered, None)
-        labels = {"document_starts": starts, "pinned": pinned, "expires_after_s": ttl_s}
-        return self._store(parts, rendered.token_ids, parts.adapter.prefill(rendered.token_ids), namespace, **labels)
+        labels = {"pinned": pinned, "expires_after_s": ttl_s}
+        return self._store(rendered.token_ids, rendered, outcome, namespace, starts, **labels)
 
-    def _audit(
-        self, namespace: str, rendered: Rendered, prefix: PrefixMatch | None, prefill: Prefill
-    ) -> AuditResult | None:
-        if prefix is None or not self.auditor.draws():
+    def _audit(self, namespace: str, plan: ReusePlan, outcome: Outcome) -> AuditResult | None:
+        if outcome.computed.all() or not self.auditor.draws():
             return None
-        full = self._ready().adapter.prefill(rendered.token_ids)
-        return self.auditor.record(namespace, prefill.logits, full.logits)
+        full = self._ready().adapter.prefill(plan.token_ids)
+        return self.auditor.record(namespace, outcome.prefill.logits, full.logits)
 
 
 class _ModelParts:
     """What exists once the model is there."""
 
-    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
+    def __init__(self, source: ModelSource, config: EngineConfig, store: KVStore) -> None:
         self.tokenizer = source.tokenizer
         self.mode = config.reuse.mode
         self.adapter = ModelAdapter(source.load(), config.reuse.mode)
+        self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = PromptRenderer(self.tokenizer)
+        selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
+        self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
+        matcher = self._matcher(config.reuse, store, selective) if selective and config.reuse.rules.fuzzy else None
+        limit = self.adapter.stable_positions
+        self.planner = Planner(config.reuse, store, matcher, self.num_layers, limit)
+
+    def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
+        frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
+        embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
+        if config.embedder is not None:
+            embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
+        pieces = self.renderer.pieces_of
+        return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
 
     def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
         """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""

@@ -44,13 +44,15 @@ class ReuseReport:
         mode: the mode that the call ran in.
         prompt_tokens: tokens of the prompt, special tokens included.
         prefix_tokens: tokens whose KV was taken from the exact stored prefix.
-        identical_tokens: tokens whose KV was taken from identical runs elsewhere.
-        fuzzy_tokens: tokens whose KV was taken from different tokens.
-        recomputed_tokens: tokens whose KV was computed in this call.
+        identical_tokens: tokens whose KV was taken from runs of identical tokens elsewhere, or from what the same
+            session left that is not exact.
+        fuzzy_tokens: tokens whose KV was taken from tokens matched by similarity, the same or different ones.
+        recomputed_tokens: tokens whose KV was computed at every layer in this call.
         compute_ratio: token-layers computed over tokens times layers, 0 to 1.
+        deviation: mean deviation of borrowed KV from fresh KV (0 is equal), where it was measured.
         sources: the stored references used.
         documents: the caller's documents found in the prompt.
-        declined: why nothing was reused though the mode allows it, or None.
+        declined: why nothing, or nothing but the prefix, was reused though the mode allows it, or None.
         audit: the outcome of the audit, if this call was drawn for one.
         phases_s: seconds by phase, in the order of the flow.
         ttft_s: seconds from the call to the first new token, model loading excluded.
@@ -67,6 +69,7 @@ class ReuseReport:
     fuzzy_tokens: int = 0
     recomputed_tokens: int = 0
     compute_ratio: float = 1.0
+    deviation: float | None = None
     sources: tuple[SourceUse, ...] = ()
     documents: tuple[DocumentUse, ...] = ()
     declined: str | None = None
@@ -80,7 +83,7 @@ class ReuseReport:
 
     @property
     def reused_tokens(self) -> int:
-        """Prompt tokens whose KV was not computed in this call."""
+        """Prompt tokens whose KV was not computed, or not at every layer, in this call."""
         return self.prefix_tokens + self.identical_tokens + self.fuzzy_tokens
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
 from pydantic import ConfigDict, Field, model_validator
 
-from semsharekv_integrations.config import AVAILABLE_MODES, EngineConfig, Mode, require
+from semsharekv_integrations.config import MODES, EngineConfig, Mode, require
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
 from semsharekv_integrations.request import GenerateOptions
@@ -112,7 +112,7 @@ def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
     require(isinstance(name, str) and bool(name), "model", name, _UNNAMED)
     require(isinstance(config, EngineConfig), "config", config, "an EngineConfig")
     if "mode" in given:
-        require(given["mode"] in AVAILABLE_MODES, "mode", given["mode"], " or ".join(map(repr, AVAILABLE_MODES)))
+        require(given["mode"] in MODES, "mode", given["mode"], " or ".join(map(repr, MODES)))
         config = replace(config, reuse=replace(config.reuse, mode=given["mode"]))
     options = given.get("model_kwargs", {})
     require(isinstance(options, Mapping), "model_kwargs", options, "a dict")

@@ -26,7 +26,7 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 
-from semsharekv_integrations.config import AVAILABLE_MODES, EngineConfig, Mode, require
+from semsharekv_integrations.config import MODES, EngineConfig, Mode, require
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.llama_index.translate import (
     astream_responses,
@@ -126,7 +126,7 @@ class SemShareKVLLM(LLM):
     @field_validator("mode", mode="before")
     @classmethod
     def _checked_mode(cls, mode: Any) -> Any:
-        require(mode in (None, *AVAILABLE_MODES), "mode", mode, " or ".join(map(repr, AVAILABLE_MODES)))
+        require(mode in (None, *MODES), "mode", mode, " or ".join(map(repr, MODES)))
         return mode
 
     @field_validator("device", "dtype", mode="before")

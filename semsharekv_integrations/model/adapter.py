@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class ModelAdapter:
         self.model = model.eval()
         self.config = model.config.get_text_config(decoder=True)
         self.mode = mode
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
@@ -60,6 +61,15 @@ class ModelAdapter:
     def device(self) -> torch.device:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def embedding_matrix(self) -> torch.Tensor:
+        """The input embeddings of all tokens [V, hidden]."""
+        return self.model.get_input_embeddings().weight.detach()
+
+    def embed(self, token_ids: TokenIds) -> torch.Tensor:
+        """The input embeddings of ``token_ids`` [N, hidden]: the E-cache, looked up when it is needed."""
+        return self.embedding_matrix[torch.from_numpy(token_ids).to(self.device)]
 
     @cached_property
     def stable_positions(self) -> int | None:
@@ -90,18 +100,48 @@ class ModelAdapter:
         start = prefix.num_tokens if prefix else 0
         assert 0 <= start < len(token_ids), "at least one prompt token is computed"
         cache = self._cache_from(prefix) if prefix else self._empty_cache()
-        logits = self._forward(torch.from_numpy(token_ids[start:])[None], cache, start)  # [B, V]
-        return Prefill(logits, cache)
+        return Prefill(self.forward(token_ids[start:], cache, start), cache)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Keeps other threads from running the model meanwhile."""
+        return self._lock
+
+    def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> torch.Tensor:
+        """Logits [B, V] of the last of ``token_ids`` [N], which stand at positions from ``start`` on behind ``cache``."""
+        return self._forward(torch.from_numpy(token_ids)[None], cache, torch.arange(start, start + len(token_ids)))
+
+    def forward_rows(
+        self, token_ids: TokenIds, rows: torch.Tensor, cache: DynamicCache, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, V] of the last of ``rows`` [N], tokens of the prompt [T] picked by ``mask`` [B, 1, N, T]'s rows."""
+        ids = torch.from_numpy(token_ids).to(rows.device)[rows]
+        return self._forward(ids[None], cache, rows, attention_mask=mask)
+
+    def kv_at(self, token_ids: TokenIds, start: int) -> tuple[LayerKV, ...]:
+        """KV of ``token_ids`` [N] by themselves, at positions from ``start`` on."""
+        cache = self._empty_cache()
+        self.forward(token_ids, cache, start)
+        return self.layers_of(cache)
+
+    def probe_ids(self) -> TokenIds:
+        """A few token ids [N] to try the model on."""
+        return torch.arange(_PROBE_TOKENS).remainder(self.config.vocab_size).numpy()
+
+    def same_logits(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two computations of the same logits [B, V] differ by no more than rounding."""
+        scale = other.float().std().clamp_min(1e-6)
+        tolerance = 1e-3 if other.dtype == torch.float32 else 0.1  # share of the logits' spread
+        return bool((one.float() - other.float()).abs().max() <= tolerance * scale)
 
     def decode_step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Logits [B, V] after the last of all tokens so far [B, T]; the cache grows by it."""
         position = ids.shape[1] - 1
         if position == self._restart_position:
             fresh = self._empty_cache()
-            logits = self._forward(ids, fresh, 0)
+            logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
             cache.layers = fresh.layers
             return logits
-        return self._forward(ids[:, -1:], cache, position)
+        return self._forward(ids[:, -1:], cache, torch.tensor([position]))
 
     def layers_of(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
         """The cache's keys and values, without copying; all layers hold the same tokens."""
@@ -123,9 +163,12 @@ class ModelAdapter:
             digest.update(name.encode() + sample.numpy().tobytes())
         return digest.hexdigest()
 
-    def _forward(self, ids: torch.Tensor, cache: DynamicCache, start: int) -> torch.Tensor:
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
-        inputs: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, self._cache_argument: cache}
+    def _forward(
+        self, ids: torch.Tensor, cache: DynamicCache, positions: torch.Tensor, **more: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions`` [N]."""
+        inputs: dict[str, Any] = {"position_ids": positions.to(self.device)[None], "logits_to_keep": 1, **more}
+        inputs[self._cache_argument] = cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
             output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
@@ -158,8 +201,7 @@ class ModelAdapter:
 
     def _continues_from_prefix(self) -> bool:
         """Whether a probe prefilled in two pieces ends in the logits of one piece. Exact up to rounding."""
-        probe = torch.arange(_PROBE_TOKENS) % self.config.vocab_size
-        ids, half = probe.numpy(), _PROBE_TOKENS // 2
+        ids, half = self.probe_ids(), _PROBE_TOKENS // 2
         try:
             whole = self.prefill(ids)
             if len(whole.cache.layers) == 0 or any(not isinstance(layer, DynamicLayer) for layer in whole.cache.layers):
@@ -168,6 +210,4 @@ class ModelAdapter:
             logits = self.prefill(ids, PrefixMatch(first, half)).logits
         except (TypeError, AttributeError, ValueError):  # the model takes no such cache
             return False
-        scale = whole.logits.float().std().clamp_min(1e-6)
-        tolerance = 1e-3 if whole.logits.dtype == torch.float32 else 0.1  # share of the logits' spread
-        return bool((logits.float() - whole.logits.float()).abs().max() <= tolerance * scale)
+        return self.same_logits(logits, whole.logits)

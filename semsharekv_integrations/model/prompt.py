@@ -7,6 +7,7 @@ text, its own tokens are put in, if they decode to the same text.
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from bisect import bisect_left, bisect_right
@@ -20,11 +21,12 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.errors import PromptError
-from semsharekv_integrations.kv import Rendered, Segment
+from semsharekv_integrations.kv import Rendered, Segment, TokenIds
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 MAX_REMEMBERED_REPLIES = 4096
+_PASSAGE = re.compile(r"\S(?:.|\n(?!\s*\n))*")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -52,8 +54,21 @@ class PromptRenderer:
         token_ids = [token_id for ids, _ in pieces for token_id in ids]
         if not token_ids:
             raise PromptError("prompt is empty; accepted is text or messages of at least one token")
-        starts = [start for _, offsets in pieces for start in offsets]
-        return Rendered(np.array(token_ids, dtype=np.int64), _segments(text, starts, documents))
+        starts = list(accumulate((start for _, offsets in pieces for start in offsets), max))
+        return Rendered(
+            np.array(token_ids, dtype=np.int64),
+            _segments(text, starts, documents),
+            _passages(text, starts),
+            None if isinstance(prompt, str) else _question(text, starts, prompt),
+        )
+
+    def text_of(self, token_ids: TokenIds) -> str:
+        """The text of ``token_ids`` [N], without special tokens."""
+        return self._decode(token_ids.tolist())
+
+    def pieces_of(self, token_ids: TokenIds) -> list[str]:
+        """The text of each token [N], with the space that stands before it where a word begins."""
+        return [self._piece(token_id) for token_id in token_ids.tolist()]
 
     def remember_reply(self, text: str, token_ids: Sequence[int], namespace: str) -> None:
         """Keep the tokens of a generated reply, special tokens left out, for later turns of its conversation."""
@@ -147,6 +162,11 @@ class PromptRenderer:
         offsets = [base + start for start, _ in encoded["offset_mapping"]] if fast else []
         return list(encoded["input_ids"]), offsets
 
+    def _piece(self, token_id: int) -> str:
+        """One token's text; SentencePiece's mark for a leading space is kept, as decoding alone would drop it."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token if token.startswith("▁") else self._decode([token_id], keep_special=True)
+
     def _decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special))
 
@@ -179,13 +199,31 @@ def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> list[Segment]:
     """Where each document's text first stands, in tokens; documents that are not in the text are left out.
 
-    The first token is the one that holds the first character, perhaps behind a space.
+    ``starts`` is where each token starts, in characters; special tokens put behind the text claim the last place.
     """
-    starts, found = list(accumulate(starts, max)), []  # special tokens put behind the text say that they start at 0
+    found = []
     for document_id, content in documents.items():
         content = content.strip()
         at = text.find(content)
         if at >= 0 and starts and content:
-            first = max(0, bisect_right(starts, at) - 1)
-            found.append(Segment(document_id, first, bisect_left(starts, at + len(content))))
+            found.append(Segment(document_id, *_tokens_between(starts, at, at + len(content))))
     return found
+
+
+def _passages(text: str, starts: list[int]) -> list[Segment]:
+    """The parts of the text between blank lines, in tokens."""
+    spans = [match.span() for match in _PASSAGE.finditer(text)] if starts else []
+    found = [Segment("", *_tokens_between(starts, *span)) for span in spans]
+    return [segment for segment in found if segment.stop > segment.start]
+
+
+def _question(text: str, starts: list[int], messages: Sequence[Message]) -> tuple[int, int] | None:
+    """Where the content of the last user message stands, in tokens."""
+    contents = [message["content"].strip() for message in messages if message["role"] == "user"]
+    at = text.rfind(contents[-1]) if contents and starts else -1
+    return None if at < 0 else _tokens_between(starts, at, at + len(contents[-1]))
+
+
+def _tokens_between(starts: list[int], first: int, last: int) -> tuple[int, int]:
+    """The tokens of the characters from ``first`` to ``last``; the first may begin before, perhaps with a space."""
+    return max(0, bisect_right(starts, first) - 1), bisect_left(starts, last)

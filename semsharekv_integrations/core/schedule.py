@@ -1,0 +1,16 @@
+"""How much of the budget each layer gets: it shrinks exponentially with depth, as in SemShareKV."""
+
+from __future__ import annotations
+
+
+def decaying_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
+    """One share for each layer, from ``first`` down to ``last``, by the same factor from layer to layer.
+
+    Both are from 0 to 1 and ``first`` is not below ``last``. A ``last`` of 0 leaves nothing after the first layer.
+    """
+    if num_layers == 1:
+        return (first,)
+    if first == 0 or last == 0:
+        return (first, *[0.0] * (num_layers - 1))
+    factor = (last / first) ** (1 / (num_layers - 1))
+    return tuple(first * factor**layer for layer in range(num_layers))

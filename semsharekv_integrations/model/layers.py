@@ -1,0 +1,54 @@
+"""The decoder layers of a model, and what its configuration says that rules reuse off the prefix out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from semsharekv_integrations.errors import UnsupportedModelError
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
+
+
+def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
+    """The modules that keys and values come from, in order.
+
+    Raises:
+        UnsupportedModelError: if there is no list of ``num_hidden_layers`` modules.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return list(module)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
+
+
+def windows_of(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """For each layer how many positions a token sees, itself included; None for all before it."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        slides = window is not None and getattr(config, "use_sliding_window", True)
+        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, mode: str) -> None:
+    """Refuse what the configuration already rules out.
+
+    Raises:
+        UnsupportedModelError: naming what was found.
+    """
+    name = type(model).__name__
+    found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if found:
+        raise UnsupportedModelError(f"{name} has layers of type {', '.join(found)}; mode {mode!r} needs plain attention")
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        raise UnsupportedModelError(f"{name} has multimodal rope (mrope_section); use mode='exact'")
+    if config._attn_implementation not in _ATTENTION:
+        raise UnsupportedModelError(
+            f"{name} has attn_implementation {config._attn_implementation!r}; mode {mode!r} accepts "
+            f"{' or '.join(map(repr, sorted(_ATTENTION)))}"
+        )

@@ -1,0 +1,204 @@
+"""The selective prefill: a plan carried out by the model's own layers, on the rows that need it.
+
+SemShareKV (arXiv 2509.24832, section 3): the KV of similar tokens is gathered into the prompt's order, and only some
+tokens are computed, fewer with depth. Departs from the paper: borrowed keys are turned to their new position, deviation
+is measured behind the full layers, and the question's attention selects tokens as well. It is seen in a pass of the
+question alone over the borrowed KV, which costs little because a question is short.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.core.plan import PROJECTION_SHARE, Mask, ReusePlan, build_plan
+from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
+from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.kv import LayerKV, Reference, Run, TokenIds
+from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.attention import watched_attention
+from semsharekv_integrations.model.gathered import GatheredCache, gather
+from semsharekv_integrations.model.layers import decoder_layers, require_reuse_off_prefix, windows_of
+from semsharekv_integrations.model.rotation import PROBE_SHIFT, find_rotations
+from semsharekv_integrations.model.rows import LayerView, Measure, RowPass
+
+
+class Outcome(NamedTuple):
+    """A plan as it was carried out.
+
+    Attributes:
+        prefill: what decoding goes on with.
+        compute_ratio: token-layers computed over tokens times layers.
+        computed: [T] tokens that were computed at every layer.
+        exact_tokens: number of leading tokens whose KV is that of a full prefill.
+        deviation: mean deviation of the borrowed tokens, or None if it was not measured.
+        fell_back: why everything behind the prefix was computed though the plan borrowed, or None.
+    """
+
+    prefill: Prefill
+    compute_ratio: float
+    computed: Mask
+    exact_tokens: int
+    deviation: float | None = None
+    fell_back: str | None = None
+
+
+def prefill_behind_prefix(adapter: ModelAdapter, plan: ReusePlan) -> Outcome:
+    """A full prefill of what ``plan`` leaves behind the exact prefix; it borrows nothing else."""
+    computed = np.arange(len(plan.token_ids)) >= plan.prefix_tokens
+    prefill = adapter.prefill(plan.token_ids, plan.prefix)
+    return Outcome(prefill, float(computed.mean()), computed, _exact_tokens(plan, computed))
+
+
+def _exact_tokens(plan: ReusePlan, computed: Mask) -> int:
+    """Number of leading tokens that stand on nothing approximate; every token to come, if that is all."""
+    if plan.prefix and plan.prefix.reference.is_tainted:
+        exact = plan.prefix.reference.exact_tokens or 0
+        if exact < plan.prefix_tokens:
+            return exact
+    borrowed = np.flatnonzero(~computed[plan.prefix_tokens :])
+    return plan.prefix_tokens + int(borrowed[0]) if len(borrowed) else sys.maxsize
+
+
+@dataclass(eq=False)
+class _State:
+    """What one selective pass has found out."""
+
+    plan: ReusePlan
+    optional: torch.Tensor
+    must: torch.Tensor
+    attended: torch.Tensor | None = None
+    priority: torch.Tensor | None = None
+    deviation: float | None = None
+    fell_back: str | None = None
+
+    @classmethod
+    def of(cls, plan: ReusePlan, device: torch.device) -> _State:
+        return cls(plan, torch.from_numpy(plan.optional).to(device), torch.from_numpy(plan.must).to(device))
+
+    def rank(self, deviations: torch.Tensor | None) -> None:
+        """Priorities from the signals there are."""
+        signals = []
+        if self.attended is not None:
+            signals.append(Signal(self.attended, self.plan.attention_tokens))
+        if deviations is not None:
+            signals.append(Signal(deviations, self.plan.deviation_tokens))
+        self.priority = priorities(signals, self.optional)
+
+    def judge(self, deviations: torch.Tensor) -> None:
+        """Take measured deviations [T] in: rank by them, or give the reuse up."""
+        self.deviation = float(deviations[self.optional].mean()) if self.optional.any() else 0.0
+        if self.deviation > self.plan.max_deviation:
+            self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
+        self.rank(deviations)
+
+    def active(self, layer: int) -> torch.Tensor:
+        """[T] tokens that ``layer`` computes."""
+        assert self.priority is not None, "priorities are known"
+        return self.must | selected(self.priority, self.plan.shares[layer])
+
+
+class SelectivePrefill:
+    """Carries plans out on one model.
+
+    Args:
+        adapter: the model.
+
+    Raises:
+        UnsupportedModelError: if its keys cannot be moved, or a selective pass over exact KV does not give the logits of
+            a full prefill.
+    """
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        require_reuse_off_prefix(adapter.model, adapter.config, adapter.mode)
+        self._adapter = adapter
+        self._view = LayerView(decoder_layers(adapter.model, adapter.config), windows_of(adapter.config))
+        probe = adapter.probe_ids()
+        here, there = (adapter.kv_at(probe, start) for start in (0, PROBE_SHIFT))
+        self.rotations = find_rotations(adapter.model, here, there, PROBE_SHIFT)
+        self._prove(probe, here)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self._view.modules)
+
+    def run(self, plan: ReusePlan) -> Outcome:
+        """Carry ``plan`` out. Stored references are read, never written."""
+        if not plan.borrowings:
+            return prefill_behind_prefix(self._adapter, plan)
+        with self._adapter.exclusive(), torch.inference_mode():
+            return self._run(plan, gather(plan, self.rotations))
+
+    def _run(self, plan: ReusePlan, cache: GatheredCache) -> Outcome:
+        state = _State.of(plan, self._adapter.device)
+        row_layers = 0.0
+        if plan.attention_tokens:
+            state.attended = self._attention_of_question(plan, cache)
+            row_layers += int(plan.question.sum()) * self.num_layers
+        if plan.measures_deviation:
+            row_layers += PROJECTION_SHARE * (len(plan.token_ids) - plan.prefix_tokens)
+        else:
+            state.rank(None)
+        first = _positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, self._adapter.device)
+        if not plan.full_layers:
+            first = state.active(0).nonzero()[:, 0]
+        selective = RowPass(self._view, cache, first, partial(_choose, state, cache), self._adapter.model.dtype)
+        with selective.installed():
+            logits = self._adapter.forward_rows(plan.token_ids, first, cache, selective.first_mask)
+        computed = np.zeros(len(plan.token_ids), dtype=bool)
+        computed[selective.rows.cpu().numpy()] = True
+        ratio = (row_layers + selective.row_layers) / (len(plan.token_ids) * self.num_layers)
+        exact = _exact_tokens(plan, computed)
+        return Outcome(Prefill(logits, cache.finished()), ratio, computed, exact, state.deviation, state.fell_back)
+
+    def _attention_of_question(self, plan: ReusePlan, cache: GatheredCache) -> torch.Tensor:
+        """[T] attention from the question to each token whose KV is there, averaged over rows, heads and layers."""
+        absent = ~(plan.borrowed | plan.question)
+        absent[: plan.prefix_tokens] = False
+        rows = _positions(plan.question, self._adapter.device)
+        hidden = torch.from_numpy(absent).to(rows.device)
+        ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, self._adapter.model.dtype, hidden)
+        with watched_attention(self._adapter.config) as collected, ahead.installed():
+            self._adapter.forward_rows(plan.token_ids, rows, cache, ahead.first_mask)
+        return torch.stack([weights.mean(0).to(rows.device) for weights in collected]).mean(0)  # [T]
+
+    def _prove(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
+        """A selective pass over the probe's own KV must end in the logits of its full prefill."""
+        name = type(self._adapter.model).__name__
+        rules = ReuseRules(full_layers=1, attention_ratio=0.2, deviation_ratio=0.2)
+        run = Run(0, Reference("probe", "probe", probe, layers), 0, len(probe) - 2)
+        question = np.arange(len(probe)) >= len(probe) - 2
+        plan = build_plan(probe, None, [run], [], question, rules, self.num_layers)
+        try:
+            logits = self.run(plan).prefill.logits
+        except (TypeError, AttributeError, ValueError, RuntimeError, LookupError) as error:
+            raise UnsupportedModelError(f"{name} cannot compute some rows alone ({error}); use mode='exact'") from error
+        if not self._adapter.same_logits(logits, self._adapter.prefill(probe).logits):
+            raise UnsupportedModelError(f"{name} gives other logits when some rows are computed alone; use mode='exact'")
+
+
+def _choose(state: _State, cache: GatheredCache, layer: int, rows: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """The rows that ``layer`` goes on with; deviation is measured on the way into the first layer that narrows."""
+    plan = state.plan
+    if layer < plan.full_layers or state.fell_back:
+        return rows
+    if layer == plan.full_layers and plan.measures_deviation:
+        fresh, gathered = measure(), cache.layers[layer]
+        deviations = torch.zeros_like(state.must, dtype=torch.float32)
+        deviations[rows] = deviation(fresh, gathered.take(rows)).to(rows.device)
+        gathered.put(rows, fresh)
+        state.judge(deviations)
+        if state.fell_back:
+            return rows
+    return rows[state.active(layer)[rows]]
+
+
+def _positions(mask: Mask, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(mask.nonzero()[0]).to(device)

@@ -1,0 +1,116 @@
+"""Re-rotated keys equal keys computed at the new place, for every rope type and pairing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semsharekv_integrations.core.rope import Rotation, rotate
+from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.rotation import find_rotations
+from tiny_models import ARCHITECTURES, make_model
+
+VOCAB, SHIFT = 99, 57
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+}
+
+
+def ids_of(num_tokens: int = 20) -> np.ndarray:
+    return np.random.default_rng(3).integers(3, VOCAB, num_tokens)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "cohere"])
+def test_moved_keys_are_those_of_the_new_place(architecture: str) -> None:
+    adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
+    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    rotations = find_rotations(adapter.model, here, there, SHIFT)
+    elsewhere = adapter.kv_at(ids_of(), 3 * SHIFT)
+    for index, rotation in enumerate(rotations):
+        assert rotation is not None
+        assert rotation.interleaved == (architecture == "cohere")
+        moved = rotate(here[index].keys, torch.full((20,), 3 * SHIFT), rotation)
+        torch.testing.assert_close(moved, elsewhere[index].keys, atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(here[index].keys, elsewhere[index].keys, atol=1e-2)
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_every_rope_type_turns_by_its_own_frequencies(rope: dict[str, Any]) -> None:
+    adapter = ModelAdapter(make_model("llama", VOCAB, rope_parameters=rope), "identical")
+    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    for index, rotation in enumerate(find_rotations(adapter.model, here, there, SHIFT)):
+        assert rotation is not None
+        back = rotate(there[index].keys, torch.full((20,), -SHIFT), rotation)
+        torch.testing.assert_close(back, here[index].keys, atol=1e-4, rtol=1e-3)
+
+
+def test_layer_0_is_exact_for_an_identical_token_behind_another_context() -> None:
+    adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
+    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    rotations = find_rotations(adapter.model, here, there, SHIFT)
+    assert rotations[0] is not None
+    changed = np.concatenate([ids_of()[::-1], ids_of()])
+    whole = adapter.kv_at(changed, 0)
+    moved = rotate(here[0].keys, torch.full((20,), 20), rotations[0])
+    torch.testing.assert_close(moved, whole[0].keys[:, :, 20:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(here[0].values, whole[0].values[:, :, 20:], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(here[1].values, whole[1].values[:, :, 20:], atol=1e-2)
+
+
+def test_partial_rotary_leaves_the_other_dimensions() -> None:
+    rotation = Rotation(torch.tensor([1.0, 0.1]))
+    keys = torch.randn(1, 2, 5, 7)
+    moved = rotate(keys, torch.arange(5), rotation)
+    assert torch.equal(moved[..., 4:], keys[..., 4:])
+    assert torch.equal(moved[:, :, 0], keys[:, :, 0])
+    assert not torch.allclose(moved[:, :, 1:, :4], keys[:, :, 1:, :4])
+
+
+@given(st.integers(-5000, 5000), st.integers(-5000, 5000), st.booleans())
+def test_rotations_add_up_and_keep_norms(first: int, second: int, interleaved: bool) -> None:
+    rotation = Rotation(torch.tensor([1.0, 0.3, 0.01, 0.0005]), interleaved)
+    keys = torch.linspace(-1, 1, 24).view(1, 3, 1, 8)
+    one, other, both = (torch.tensor([shift]) for shift in (first, second, first + second))
+    moved = rotate(rotate(keys, one, rotation), other, rotation)
+    torch.testing.assert_close(moved, rotate(keys, both, rotation), atol=3e-3, rtol=0)
+    torch.testing.assert_close(moved.norm(dim=-1), keys.norm(dim=-1))
+
+
+def test_half_precision_keys_are_turned_in_float32() -> None:
+    rotation = Rotation(torch.tensor([1.0, 0.3]))
+    keys = torch.randn(1, 1, 1, 4)
+    moved = rotate(keys.bfloat16(), torch.tensor([3001]), rotation)
+    assert moved.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        moved.float(), rotate(keys.bfloat16().float(), torch.tensor([3001]), rotation), atol=8e-3, rtol=8e-3
+    )
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_learned_positions_are_refused(architecture: str) -> None:
+    adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
+    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    with pytest.raises(UnsupportedModelError, match="layer 0: keys at another position"):
+        find_rotations(adapter.model, here, there, SHIFT)
