@@ -63,10 +63,10 @@ def report_of(mode: Mode, rendered: Rendered, plan: ReusePlan, outcome: Outcome,
         deviation=outcome.deviation,
         sources=_sources(plan, reused),
         documents=tuple(
-            DocumentUse(s.document_id, s.stop - s.start, int(reused[s.start : s.stop].sum()))
-            for s in rendered.segments
+            DocumentUse(s.document_id, s.stop - s.start, int(reused[s.start : s.stop].sum())) for s in rendered.segments
         ),
         kv_bytes=kv_bytes,
+        kv_retained_bytes=kv_bytes,
     )
 
 

@@ -50,15 +50,15 @@ class ReuseRules:
         deviation_ratio: share of the borrowed tokens that is computed because they deviate from fresh KV, 0 to 1;
             needs ``full_layers``.
         final_share: what is left of both shares at the last layer, 0 to 1; it decays exponentially with depth.
-        full_layers: first layers that are computed for all tokens, after which deviation is measured. Different tokens
-            can be borrowed only if there is one.
-        max_deviation: mean deviation of the borrowed tokens, as measured after ``full_layers`` (0 is equal), above which
-            the prompt is finished as a full prefill.
+        full_layers: first layers that are computed for all tokens, after which deviation is measured; different
+            tokens can be borrowed only if there is one.
+        max_deviation: mean deviation of the borrowed tokens, as measured after ``full_layers`` (0 is equal), above
+            which the prompt is finished as a full prefill.
         max_compute_ratio: a plan predicted to compute more than this share of what the exact prefix leaves is declined.
         fuzzy: whether different tokens and short runs of similar texts are borrowed.
         min_similarity: least similarity (0 to 1) of a stored text to one in the prompt for fuzzy borrowing; None for
             what the embedder was calibrated to.
-        min_token_similarity: least cosine (0 to 1) of two tokens' RoPE'd embeddings for one to be borrowed for the other.
+        min_token_similarity: least cosine (0 to 1) of two tokens' RoPE'd embeddings for the one to be borrowed.
         guard_facts: whether tokens with digits, names and negations are never borrowed from a different token.
         lsh_bits: bits of the locality-sensitive hash in token matching, or 0 for brute force.
         retention_ratio: share of the prompt's KV kept for decoding, averaged over layers, or None for all of it.
@@ -104,7 +104,9 @@ class ReuseRules:
         )
         for name in ("min_similarity", "retention_ratio"):
             value = getattr(self, name)
-            require(value is None or (is_share(value) and value > 0), f"reuse.{name}", value, "None, or above 0 up to 1")
+            require(
+                value is None or (is_share(value) and value > 0), f"reuse.{name}", value, "None, or above 0 up to 1"
+            )
         bits = self.lsh_bits
         require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "0 or 8 or more")
 
@@ -181,6 +183,11 @@ class ReuseConfig:
     def rules(self) -> ReuseRules:
         """The mode's rules with what was given here."""
         return replace(MODE_RULES.get(self.mode, ReuseRules()), **self._given())
+
+    @property
+    def indexed_run_tokens(self) -> int | None:
+        """Shortest run of identical tokens that the store must find, or None where none is asked for."""
+        return self.rules.min_run_tokens if self.mode in ("identical", "semantic") else None
 
     def _given(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(ReuseRules)}

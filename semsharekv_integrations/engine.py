@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -20,18 +19,14 @@ import numpy as np
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.concurrency import iterate_in_thread
-from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig, check_lifetime, require
+from semsharekv_integrations.config import EngineConfig, check_lifetime, require
 from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
-from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered, TokenIds
-from semsharekv_integrations.matching import FuzzyMatcher, segments_of
-from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
-from semsharekv_integrations.model.decoding import Decoder
+from semsharekv_integrations.matching import segments_of
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
-from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
-from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
-from semsharekv_integrations.model.text import TextStream
-from semsharekv_integrations.planner import Planner
+from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.model.selective import Outcome
+from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.report import AuditResult
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
@@ -89,17 +84,17 @@ class SemShareEngine:
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
         self.config = config or EngineConfig()
         self.name = name
-        self.store = KVStore(self.config.store)
+        self.store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
         self._source = source
-        self._parts: _ModelParts | None = None
+        self._parts: ModelParts | None = None
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
 
-    def _ready(self) -> _ModelParts:
+    def _ready(self) -> ModelParts:
         with self._lock:
             if self._parts is None:
-                self._parts = _ModelParts(self._source, self.config, self.store)
+                self._parts = ModelParts(self._source, self.config, self.store)
             return self._parts
 
     @property
@@ -223,34 +218,46 @@ class SemShareEngine:
             plan = parts.planner.plan(rendered, request.namespace, request.session, suspended)
         with answer.watch.phase("prefill"):
             outcome = parts.execute(plan)
-            kv_bytes = parts.adapter.kv_bytes(outcome.prefill.cache)
-            report = report_of(parts.mode, rendered, plan, outcome, kv_bytes)
+            report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
+        kept = outcome.prefill
+        if parts.retainer is not None:
+            with answer.watch.phase("retain"):
+                self._remember(request, rendered, plan, outcome)
+                kept = parts.retainer.shortened(plan, outcome.prefill)
+                num_bytes = parts.adapter.kv_bytes(kept.cache)
+                ratio = num_bytes / report.kv_bytes
+                report = replace(report, kv_retained_bytes=num_bytes, kv_retained_ratio=ratio)
         try:
-            for text in parts.decode(rendered, outcome.prefill, request.sampling, answer):
+            for text in parts.decode(rendered, kept, request.sampling, answer):
                 yield GenerationChunk(text)
         except GeneratorExit:
-            self._remember(request, rendered, plan, outcome, answer)
+            self._finish(request, rendered, plan, outcome, answer)
             raise
         with answer.watch.phase("remember"):
-            self._remember(request, rendered, plan, outcome, answer)
+            self._finish(request, rendered, plan, outcome, answer)
         with answer.watch.phase("audit"):
             report = replace(report, audit=self._audit(request.namespace, plan, outcome))
         yield GenerationChunk("", answer.generation(report))
 
-    def _remember(
-        self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer
-    ) -> None:
-        """Store the KV of prompt and answer, as far as it is exact. The last token sampled has none yet."""
-        parts = self._ready()
+    def _finish(self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer) -> None:
+        """Count the call, and remember what it said and, unless that was done before, its KV."""
         with self._lock:
             self._counts.update(
                 requests=1,
-                prompt_tokens=len(rendered.token_ids),
+                prompt_tokens=len(outcome.computed),
                 reused_tokens=int((~outcome.computed).sum()),
                 output_tokens=len(answer.token_ids),
             )
+        parts = self._ready()
         parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
-        token_ids = np.concatenate([rendered.token_ids, np.array(answer.token_ids, dtype=np.int64)])
+        if parts.retainer is None:
+            self._remember(request, rendered, plan, outcome, answer.token_ids)
+
+    def _remember(
+        self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answered: Sequence[int] = ()
+    ) -> None:
+        """Store the KV of prompt and answer, as far as it is exact. The last token sampled has none yet."""
+        token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
         starts = request.document_starts(rendered, plan.prefix)
         self._store(token_ids, rendered, outcome, request.namespace, starts, request.session)
 
@@ -273,10 +280,9 @@ class SemShareEngine:
         if len(token_ids) > (adapter.stable_positions or len(token_ids)):
             return False
         segments = tuple(segments_of(rendered))
-        found = references_of(
-            token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session
-        )
-        return all([self.store.put(replace(reference, **labels)) for reference in found])
+        found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session)
+        stored = [self.store.put(replace(reference, **labels)) for reference in found]
+        return all(stored)
 
     def _warm_one(self, key: str, text: str, namespace: str, pinned: bool, ttl_s: float | None) -> bool:
         if self.config.reuse.mode == "off":
@@ -287,7 +293,7 @@ class SemShareEngine:
         request.fitted(len(rendered.token_ids), self.context_window)
         outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None))
         starts = request.document_starts(rendered, None)
-        labels = {"pinned": pinned, "expires_after_s": ttl_s}
+        labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
         return self._store(rendered.token_ids, rendered, outcome, namespace, starts, **labels)
 
     def _audit(self, namespace: str, plan: ReusePlan, outcome: Outcome) -> AuditResult | None:
@@ -295,49 +301,6 @@ class SemShareEngine:
             return None
         full = self._ready().adapter.prefill(plan.token_ids)
         return self.auditor.record(namespace, outcome.prefill.logits, full.logits)
-
-
-class _ModelParts:
-    """What exists once the model is there."""
-
-    def __init__(self, source: ModelSource, config: EngineConfig, store: KVStore) -> None:
-        self.tokenizer = source.tokenizer
-        self.mode = config.reuse.mode
-        self.adapter = ModelAdapter(source.load(), config.reuse.mode)
-        self.num_layers = self.adapter.config.num_hidden_layers
-        self.renderer = PromptRenderer(self.tokenizer)
-        selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
-        self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
-        matcher = self._matcher(config.reuse, store, selective) if selective and config.reuse.rules.fuzzy else None
-        limit = self.adapter.stable_positions
-        self.planner = Planner(config.reuse, store, matcher, self.num_layers, limit)
-
-    def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
-        frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
-        embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
-        if config.embedder is not None:
-            embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
-        pieces = self.renderer.pieces_of
-        return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
-
-    def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
-        """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""
-        text = TextStream(self.tokenizer, sampling.stop)
-        with answer.watch.phase("decode"):
-            decoder = Decoder(self.adapter, rendered.token_ids, sampling)
-            steps = decoder.tokens(prefill)
-        last = False
-        while not last and not text.stopped:
-            with answer.watch.phase("decode"):
-                token_id, last = next(steps)
-                piece = text.push(token_id)
-            answer.add(token_id, piece)
-            yield piece
-        rest = text.finish()
-        answer.text += rest
-        answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
-        if rest:
-            yield rest
 
 
 def _window_of(source: ModelSource) -> int | None:

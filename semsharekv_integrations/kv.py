@@ -69,7 +69,6 @@ class Reference:
         """Bytes of all keys and values."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
-
     @property
     def is_tainted(self) -> bool:
         """Whether some of its KV is approximate."""

@@ -1,8 +1,8 @@
 """Fuzzy matches: tokens of a prompt that may take the KV of alike tokens of a stored text.
 
-In mode ``semantic`` each document or passage of the prompt has its own reference, the stored passage nearest in meaning,
-or none. In mode ``paper`` the whole prompt has one, as in SemShareKV (arXiv 2509.24832, section 3). Tokens are then
-matched by their RoPE'd embeddings. Knows the tokenizer only as a function from ids to pieces of text.
+In mode ``semantic`` each document or passage of the prompt has its own reference, the stored passage nearest in
+meaning, or none. In mode ``paper`` the whole prompt has one, as in SemShareKV (arXiv 2509.24832, section 3). Tokens
+are then matched by their RoPE'd embeddings. Knows the tokenizer only as a function from ids to pieces of text.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class FuzzyMatcher:
         ]
 
     def prompt_matches(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
-        """Matches of the whole prompt with the stored prompt that is most alike by LSH distance, if it is alike enough."""
+        """Matches of the whole prompt with the stored one most alike by LSH distance, if it is alike enough."""
         whole = Segment("", 0, len(rendered.token_ids))
         target = self._embed(rendered.token_ids)
         candidates = [

@@ -62,9 +62,7 @@ class Planner:
             return prefix_plan(token_ids, prefix, self._num_layers, stopped or declined)
         return self._approximate(rendered, namespace, prefix)
 
-    def _prefix(
-        self, rendered: Rendered, namespace: str, session: str | None
-    ) -> tuple[PrefixMatch | None, str | None]:
+    def _prefix(self, rendered: Rendered, namespace: str, session: str | None) -> tuple[PrefixMatch | None, str | None]:
         limit = len(rendered.token_ids) - 1
         match = self._store.longest_prefix(rendered.token_ids, namespace, max_tokens=limit, session=session)
         if match is None:
@@ -76,10 +74,8 @@ class Planner:
     def _approximate(self, rendered: Rendered, namespace: str, prefix: PrefixMatch | None) -> ReusePlan:
         token_ids, start = rendered.token_ids, prefix.num_tokens if prefix else 0
         runs: list[Run] = []
-        if self._config.mode != "paper":
-            runs = self._store.identical_runs(
-                token_ids, namespace, start=start, stop=len(token_ids) - 1, min_run_tokens=self._rules.min_run_tokens
-            )
+        if self._config.indexed_run_tokens is not None:
+            runs = self._store.identical_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
         question = question_of(rendered, self._rules.tail_tokens)
         question[:start] = False
         matches = []

@@ -59,7 +59,8 @@ class ReuseReport:
         decode_s: seconds from the first new token to the last.
         output_tokens: tokens generated, the end-of-sequence token included.
         kv_bytes: bytes of the prompt's KV after prefill.
-        kv_retained_ratio: share of the prompt's KV kept for decoding, 0 to 1.
+        kv_retained_bytes: bytes of it that were kept for decoding.
+        kv_retained_ratio: the latter over the former, 0 to 1.
     """
 
     mode: Mode
@@ -79,6 +80,7 @@ class ReuseReport:
     decode_s: float = 0.0
     output_tokens: int = 0
     kv_bytes: int = 0
+    kv_retained_bytes: int = 0
     kv_retained_ratio: float = 1.0
 
     @property

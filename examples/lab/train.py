@@ -153,7 +153,9 @@ def loss_of(model: LlamaForCausalLM, subject_head: torch.nn.Linear, batch: Batch
     """
     hidden, early = (states.flatten(0, 1)[batch.picked] for states in hidden_states(model, batch.ids, batch.positions))
     losses = functional.cross_entropy(model.lm_head(hidden), batch.ids.flatten()[batch.picked + 1], reduction="none")
-    subject_loss = functional.cross_entropy(subject_head(early), batch.subjects, ignore_index=NO_SUBJECT)
+    subject_loss = functional.cross_entropy(
+        subject_head(early), batch.subjects, ignore_index=NO_SUBJECT, reduction="sum"
+    ) / (batch.subjects != NO_SUBJECT).sum().clamp_min(1)
     return (losses * batch.weights).sum() / batch.weights.sum() + SUBJECT_WEIGHT * subject_loss
 
 

@@ -19,7 +19,9 @@ from semsharekv_integrations.core.schedule import decaying_shares
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 
 Mask = NDArray[np.bool_]
-PROJECTION_SHARE = 0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
+PROJECTION_SHARE = (
+    0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
+)
 
 
 class Borrowing(NamedTuple):
@@ -183,9 +185,7 @@ def worthwhile(plan: ReusePlan, rules: ReuseRules) -> ReusePlan:
     return plan if reason is None else prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
 
 
-def prefix_plan(
-    token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None
-) -> ReusePlan:
+def prefix_plan(token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None) -> ReusePlan:
     """Nothing but the prefix is borrowed; ``declined`` says why."""
     behind = np.arange(len(token_ids)) >= (prefix.num_tokens if prefix else 0)
     return ReusePlan(token_ids, prefix, (), behind, behind, num_layers, 0, 0, (0.0,) * num_layers, 0, 0.0, declined)

@@ -1,8 +1,8 @@
 """Rotary position embeddings: keys that were computed at one position, turned to stand at another.
 
 RoPE (arXiv 2104.09864) turns every pair of key dimensions by position times inverse frequency, so a key moves by
-``shift`` positions when its pairs are turned by ``shift`` times that frequency. Models that scale cosine and sine (YaRN)
-have done so already: only the pure angle is applied here. Knows nothing about models.
+``shift`` positions when its pairs are turned by ``shift`` times that frequency. Models that scale cosine and sine
+(YaRN) have done so already: only the pure angle is applied here. Knows nothing about models.
 """
 
 from __future__ import annotations

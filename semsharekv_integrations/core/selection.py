@@ -21,7 +21,7 @@ class Signal(NamedTuple):
 
 
 def priorities(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
-    """For every token [T] its best rank over the signals, as a share of their quotas; infinity if not ``eligible`` [T]."""
+    """[T] each token's best rank over the signals, as a share of their quotas; infinity if not ``eligible`` [T]."""
     best = torch.full(eligible.shape, float("inf"), device=eligible.device)
     places = eligible.nonzero()[:, 0]
     for scores, quota_tokens in signals:
@@ -40,8 +40,8 @@ def selected(priority: torch.Tensor, share: float) -> torch.Tensor:
 def deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
     """How far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
 
-    The L2 norms of both differences, each as a share of the mean norm of the fresh ones, summed (the paper adds the plain
-    norms; keys are often much larger than values, which would then not count).
+    The L2 norms of both differences, each as a share of the mean norm of the fresh ones, summed (the paper adds the
+    plain norms; keys are often much larger than values, which would then not count).
 
     Args:
         fresh: keys and values [B, H, N, D], computed for this prompt.

@@ -107,13 +107,13 @@ class ModelAdapter:
         return self._lock
 
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> torch.Tensor:
-        """Logits [B, V] of the last of ``token_ids`` [N], which stand at positions from ``start`` on behind ``cache``."""
+        """Logits [B, V] of the last of ``token_ids`` [N], at positions from ``start`` on, behind ``cache``."""
         return self._forward(torch.from_numpy(token_ids)[None], cache, torch.arange(start, start + len(token_ids)))
 
     def forward_rows(
         self, token_ids: TokenIds, rows: torch.Tensor, cache: DynamicCache, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [B, V] of the last of ``rows`` [N], tokens of the prompt [T] picked by ``mask`` [B, 1, N, T]'s rows."""
+        """Logits [B, V] of the last of ``rows`` [N] of a prompt [T], which see what ``mask`` [B, 1, N, T] says."""
         ids = torch.from_numpy(token_ids).to(rows.device)[rows]
         return self._forward(ids[None], cache, rows, attention_mask=mask)
 

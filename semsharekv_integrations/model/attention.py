@@ -21,7 +21,7 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[torch.Tensor]]:
     Meant for a few rows: their weights are materialized. Needs an explicit 4D mask. Biases beyond scale, mask and soft
     cap (attention sinks, for one) are left out, as the weights only serve as a signal.
     """
-    if _NAME not in AttentionInterface().keys():
+    if _NAME not in AttentionInterface():
         AttentionInterface.register(_NAME, _watch)
     before, collected = config._attn_implementation, list[torch.Tensor]()
     token = _watched.set(collected)

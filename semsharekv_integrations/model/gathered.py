@@ -18,7 +18,7 @@ from semsharekv_integrations.core.rope import Rotation, turn
 from semsharekv_integrations.kv import LayerKV
 
 
-class Measured(Exception):  # noqa: N818 it is no error: it ends a layer once its keys and values are known
+class Measured(Exception):
     """Fresh keys and values [B, H, N, D] of a layer whose rest is not wanted."""
 
     def __init__(self, layer: LayerKV) -> None:
@@ -32,6 +32,7 @@ class GatheredLayer(DynamicLayer):
     Attributes:
         rows: [N] positions of the tokens that the layer computes next.
         measures: whether an update raises ``Measured`` instead.
+        frozen: whether updates change nothing, since what they bring is there.
     """
 
     def __init__(self, layer: LayerKV) -> None:
@@ -39,13 +40,14 @@ class GatheredLayer(DynamicLayer):
         self.lazy_initialization(layer.keys, layer.values)
         self.keys, self.values = layer
         self.rows = torch.arange(0)
-        self.measures = False
+        self.measures = self.frozen = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> LayerKV:
         """Put the fresh keys and values [B, H, N, D] of ``rows`` in place; all of them [B, H, T, D]."""
         if self.measures:
             raise Measured(LayerKV(key_states, value_states))
-        self.put(self.rows, LayerKV(key_states, value_states))
+        if not self.frozen:
+            self.put(self.rows, LayerKV(key_states, value_states))
         return LayerKV(self.keys, self.values)
 
     def put(self, rows: torch.Tensor, fresh: LayerKV) -> None:

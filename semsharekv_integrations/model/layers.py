@@ -44,7 +44,9 @@ def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, m
     name = type(model).__name__
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if found:
-        raise UnsupportedModelError(f"{name} has layers of type {', '.join(found)}; mode {mode!r} needs plain attention")
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(found)}; mode {mode!r} accepts {' and '.join(sorted(_LAYER_TYPES))}"
+        )
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         raise UnsupportedModelError(f"{name} has multimodal rope (mrope_section); use mode='exact'")
     if config._attn_implementation not in _ATTENTION:

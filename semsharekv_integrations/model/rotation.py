@@ -1,8 +1,8 @@
 """How a loaded model's layers turn their keys by position: found among its buffers, and proven on a real forward pass.
 
-A probe is run at two places; each layer's rotation is the candidate that carries the keys of the one over to the other.
-A model for which none does (learned positions, rotation of a part that is not the first, frequencies that change) cannot
-have keys moved, and is refused for the modes that move them.
+A probe is run at two places; each layer's rotation is the candidate that carries the keys of the one over to the
+other. A model for which none does (learned positions, rotation of a part that is not the first, frequencies that
+change) cannot have keys moved, and is refused for the modes that move them.
 """
 
 from __future__ import annotations

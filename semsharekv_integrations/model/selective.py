@@ -9,6 +9,7 @@ question alone over the borrowed KV, which costs little because a question is sh
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -111,8 +112,8 @@ class SelectivePrefill:
         adapter: the model.
 
     Raises:
-        UnsupportedModelError: if its keys cannot be moved, or a selective pass over exact KV does not give the logits of
-            a full prefill.
+        UnsupportedModelError: if its keys cannot be moved, or a selective pass over exact KV does not give the
+            logits of a full prefill.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
@@ -123,6 +124,11 @@ class SelectivePrefill:
         here, there = (adapter.kv_at(probe, start) for start in (0, PROBE_SHIFT))
         self.rotations = find_rotations(adapter.model, here, there, PROBE_SHIFT)
         self._prove(probe, here)
+
+    @property
+    def windows(self) -> Sequence[int | None]:
+        """How many positions each layer sees; None for all."""
+        return self._view.windows
 
     @property
     def num_layers(self) -> int:
@@ -140,7 +146,10 @@ class SelectivePrefill:
         state = _State.of(plan, self._adapter.device)
         row_layers = 0.0
         if plan.attention_tokens:
-            state.attended = self._attention_of_question(plan, cache)
+            absent = ~(plan.borrowed | plan.question)
+            absent[: plan.prefix_tokens] = False
+            layers = self.attention_of(plan.token_ids, plan.question, cache, absent)
+            state.attended = torch.stack([weights.to(self._adapter.device) for weights in layers]).mean(0)  # [T]
             row_layers += int(plan.question.sum()) * self.num_layers
         if plan.measures_deviation:
             row_layers += PROJECTION_SHARE * (len(plan.token_ids) - plan.prefix_tokens)
@@ -158,16 +167,19 @@ class SelectivePrefill:
         exact = _exact_tokens(plan, computed)
         return Outcome(Prefill(logits, cache.finished()), ratio, computed, exact, state.deviation, state.fell_back)
 
-    def _attention_of_question(self, plan: ReusePlan, cache: GatheredCache) -> torch.Tensor:
-        """[T] attention from the question to each token whose KV is there, averaged over rows, heads and layers."""
-        absent = ~(plan.borrowed | plan.question)
-        absent[: plan.prefix_tokens] = False
-        rows = _positions(plan.question, self._adapter.device)
+    def attention_of(
+        self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask
+    ) -> list[torch.Tensor]:
+        """For each layer [T], the attention from ``question`` [T] to each token, averaged over rows and heads.
+
+        A pass of the question alone: ``cache`` takes up its KV. ``absent`` [T] marks tokens that have none yet.
+        """
+        rows = _positions(question, self._adapter.device)
         hidden = torch.from_numpy(absent).to(rows.device)
         ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, self._adapter.model.dtype, hidden)
-        with watched_attention(self._adapter.config) as collected, ahead.installed():
-            self._adapter.forward_rows(plan.token_ids, rows, cache, ahead.first_mask)
-        return torch.stack([weights.mean(0).to(rows.device) for weights in collected]).mean(0)  # [T]
+        with self._adapter.exclusive(), watched_attention(self._adapter.config) as collected, ahead.installed():
+            self._adapter.forward_rows(token_ids, rows, cache, ahead.first_mask)
+        return [weights.mean(0) for weights in collected]
 
     def _prove(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
         """A selective pass over the probe's own KV must end in the logits of its full prefill."""
@@ -181,7 +193,7 @@ class SelectivePrefill:
         except (TypeError, AttributeError, ValueError, RuntimeError, LookupError) as error:
             raise UnsupportedModelError(f"{name} cannot compute some rows alone ({error}); use mode='exact'") from error
         if not self._adapter.same_logits(logits, self._adapter.prefill(probe).logits):
-            raise UnsupportedModelError(f"{name} gives other logits when some rows are computed alone; use mode='exact'")
+            raise UnsupportedModelError(f"{name} gives other logits if some rows are computed alone; use mode='exact'")
 
 
 def _choose(state: _State, cache: GatheredCache, layer: int, rows: torch.Tensor, measure: Measure) -> torch.Tensor:

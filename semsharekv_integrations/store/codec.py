@@ -19,14 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from semsharekv_integrations.errors import StoreFileError
-from semsharekv_integrations.kv import LayerKV, Reference
+from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.store.memory import reference_id
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_references(path: Path, references: Sequence[Reference], fingerprint: str) -> int:
-    """Write beside ``path``, then rename over it: a reader sees the old file or the new one, never a part."""
+    """Write beside ``path``, then rename over it: a reader sees the old file or the new one, never a part.
+
+    All must be exact: approximate KV is never written.
+    """
+    assert not any(reference.is_tainted for reference in references), "approximate KV is never written"
     tensors = {f"{n}.ids": torch.from_numpy(reference.token_ids) for n, reference in enumerate(references)}
     for n, reference in enumerate(references):
         for index, layer in enumerate(reference.layers):
@@ -87,6 +91,7 @@ def _header(reference: Reference) -> dict[str, Any]:
         "layers": len(reference.layers),
         "session": reference.session,
         "document_starts": dict(reference.document_starts),
+        "segments": reference.segments,
         "pinned": reference.pinned,
         "expires_after_s": reference.expires_after_s,
     }
@@ -105,6 +110,7 @@ def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
         token_ids=token_ids,
         layers=layers,
         document_starts=entry["document_starts"],
+        segments=tuple(Segment(*segment) for segment in entry["segments"]),
         session=entry["session"],
         pinned=entry["pinned"],
         expires_after_s=entry["expires_after_s"],

@@ -18,8 +18,10 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts
 LAYERS = (
     {"langchain", "llama_index", "cli", "demo", "chat", "serve"},
     {"engine"},
-    {"answer", "concurrency", "request"},
-    {"model", "store", "audit"},
+    {"parts"},
+    {"answer", "concurrency", "request", "planner"},
+    {"matching", "remember"},
+    {"model", "store", "audit", "index"},
     {"core"},
     {"kv"},
     {"report"},

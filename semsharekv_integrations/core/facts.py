@@ -1,0 +1,138 @@
+"""The fact guard: which tokens of a prompt state a fact, and so must never be borrowed from a different token.
+
+Not part of SemShareKV (arXiv 2509.24832), whose fuzzy matching replaces a number by any near number. A word is guarded
+if it has a digit, spells a number, is written like a name, or negates; so is every word of a script without letter
+case, where names cannot be told. Wrongly guarding a word costs some reuse; missing one may cost a right answer, so
+doubt guards.
+
+What it cannot see: facts in plain lower-case words (rose or fell, red or blue), names in lower case, spelled numbers
+of other languages than English, negations outside the languages listed. Knows nothing about tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+NEGATIONS = _words(
+    # English
+    "no not never none nor neither nobody nothing nowhere without cannot hardly barely scarcely unless except "
+    # Dutch, French, German, Italian, Polish, Portuguese, Russian, Spanish
+    "niet geen nooit zonder ne pas jamais aucun aucune sans rien nicht kein keine keinen keinem keiner nie niemals "
+    "ohne non mai senza bez nigdy não nunca sem не нет ни без никогда jamás sin ningún ninguno ninguna"
+)
+NUMBER_WORDS = _words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds thousand thousands "
+    "million millions billion billions trillion trillions dozen dozens half quarter third double triple once twice "
+    "first second fourth fifth sixth seventh eighth ninth tenth percent"
+)
+# Words that open a sentence without being a name. None of them is a common name, as May, Will and Mark are.
+FUNCTION_WORDS = _words(
+    "a about after all also although among an and another any are around as at because before behind both but by could "
+    "did do does during each either even every few for from had has have he her here his how however i if in into is "
+    "it its just many more most much my near of on only or other our over people several she should since so some "
+    "such than that the their them then there these they this those though through to today under until up was we "
+    "were what when where whether which while who whose why with would yesterday yet you your"
+)
+
+_WORD = re.compile(r"\S+")
+_EDGES = ".,;:!?\"'()[]{}<>|*_#`~“”‘’«»„…¿¡-–—"  # around a word, and no part of it; a sign before a digit is
+_SENTENCE_END = re.compile(r"[.!?…][\"')\]”’»]*$")
+_ABBREVIATION = re.compile(r"(?:^|[^\w])(?:[A-Z]\w{0,3}|\w\.\w)\.$")  # Dr. Sen. J. U.S.; a short name at worst
+_NEGATED = re.compile(r"n['’]t$")
+_LEADING_SIGNS = "-–.<>~"
+_SIGNS = "%‰°"
+
+
+def guarded_tokens(pieces: Sequence[str]) -> NDArray[np.bool_]:
+    """Which tokens state a fact, [T]; the tokens of one word share their fate, punctuation around it stays free.
+
+    Args:
+        pieces: [T] texts of the tokens in prompt order. A word begins with a space (or the ``▁`` of SentencePiece); a
+            token that is part of a character is the replacement character U+FFFD, as when decoded by itself.
+    """
+    text = "".join(pieces).replace("▁", " ")
+    edges = np.array([0, *accumulate(map(len, pieces))])
+    spans = np.array(list(_guarded_spans(text)), dtype=np.int64).reshape(-1, 2)
+    first = np.searchsorted(edges, spans[:, 0], side="right") - 1  # the token that holds the word's first character
+    behind = np.searchsorted(edges, spans[:, 1], side="left")
+    changes = np.zeros(len(pieces) + 1, dtype=np.int64)
+    np.add.at(changes, first, 1)
+    np.add.at(changes, behind, -1)
+    return (np.cumsum(changes)[:-1] > 0) & (np.diff(edges) > 0)
+
+
+def _guarded_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end, in characters, of every guarded word."""
+    known: dict[tuple[str, bool], tuple[bool, bool]] = {}  # prompts repeat their words
+    starts_sentence, end = True, 0
+    for match in _WORD.finditer(text):
+        chunk, start = match.group(), match.start()
+        starts_sentence = starts_sentence or "\n" in text[end:start]
+        end = match.end()
+        key = (chunk, starts_sentence)
+        if key not in known:
+            known[key] = (_is_guarded(chunk, starts_sentence), _ends_sentence(chunk))
+        is_guarded, starts_sentence = known[key]
+        if is_guarded:
+            yield _trimmed(chunk, start)
+
+
+def _ends_sentence(chunk: str) -> bool:
+    return bool(_SENTENCE_END.search(chunk)) and not _ABBREVIATION.search(chunk)
+
+
+def _trimmed(chunk: str, start: int) -> tuple[int, int]:
+    """Where the word stands without punctuation; a sign or a point that leads a number belongs to it."""
+    left, right = len(chunk) - len(chunk.lstrip(_EDGES)), len(chunk.rstrip(_EDGES))
+    while left and chunk[left - 1] in _LEADING_SIGNS and not chunk[left].isalpha():
+        left -= 1
+    return start + left, start + right
+
+
+def _is_guarded(chunk: str, starts_sentence: bool) -> bool:
+    word = chunk.strip(_EDGES)
+    lower = word.lower()
+    if word.islower() and word.isascii() and word.isalpha():  # most words, decided fast
+        return lower in NEGATIONS or lower in NUMBER_WORDS
+    parts = re.split(r"[-–—/]", lower)
+    return (
+        any(map(_states_fact, word))
+        or any(part in NEGATIONS or part in NUMBER_WORDS for part in parts)
+        or bool(_NEGATED.search(lower))
+        or _looks_like_name(word, starts_sentence)
+    )
+
+
+def _states_fact(character: str) -> bool:
+    """Whether it is a digit, a unit of an amount, or a letter of a script without case (or a part of a character)."""
+    if character.isascii():
+        return character.isdigit() or character in "$%"
+    if character.isalpha():
+        return character.lower() == character.upper()
+    return character == "\ufffd" or character in _SIGNS or character.isnumeric() or _is_mark(character)
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it is a currency sign, or a vowel sign as scripts without case have them."""
+    return unicodedata.category(character) in ("Sc", "Mn", "Mc")
+
+
+def _looks_like_name(word: str, starts_sentence: bool) -> bool:
+    """Whether it has an upper-case letter, other than the first one of a function word that opens a sentence."""
+    if word == word.lower():
+        return False
+    stem = re.split(r"['’]", word)[0]  # It's, They've
+    opens = starts_sentence and stem[1:] == stem[1:].lower() and stem.lower() in FUNCTION_WORDS
+    return not opens

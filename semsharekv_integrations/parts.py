@@ -1,0 +1,75 @@
+"""What exists once the model is there: its adapter, renderer, planner and executor, put together for one mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from semsharekv_integrations.answer import Answer
+from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
+from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
+from semsharekv_integrations.kv import Rendered
+from semsharekv_integrations.matching import FuzzyMatcher
+from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.decoding import Decoder
+from semsharekv_integrations.model.loading import ModelSource
+from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.model.retaining import Retainer
+from semsharekv_integrations.model.selective import SelectivePrefill, prefill_behind_prefix
+from semsharekv_integrations.model.text import TextStream
+from semsharekv_integrations.planner import Planner
+from semsharekv_integrations.store import KVStore
+
+
+class ModelParts:
+    """The parts that one engine works with.
+
+    Args:
+        source: of model and tokenizer; the weights are loaded.
+        config: settings of the engine.
+        store: where references are.
+
+    Raises:
+        UnsupportedModelError: if the model does not allow the configured mode.
+    """
+
+    def __init__(self, source: ModelSource, config: EngineConfig, store: KVStore) -> None:
+        self.tokenizer = source.tokenizer
+        self.mode = config.reuse.mode
+        self.adapter = ModelAdapter(source.load(), config.reuse.mode)
+        self.num_layers = self.adapter.config.num_hidden_layers
+        self.renderer = PromptRenderer(self.tokenizer)
+        selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
+        self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
+        ratio = config.reuse.rules.retention_ratio
+        self.retainer = Retainer(self.adapter, selective, ratio) if selective and ratio is not None else None
+        matcher = self._matcher(config.reuse, store, selective) if selective and config.reuse.rules.fuzzy else None
+        limit = self.adapter.stable_positions
+        self.planner = Planner(config.reuse, store, matcher, self.num_layers, limit)
+
+    def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
+        frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
+        embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
+        if config.embedder is not None:
+            embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
+        pieces = self.renderer.pieces_of
+        return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
+
+    def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
+        """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""
+        text = TextStream(self.tokenizer, sampling.stop)
+        with answer.watch.phase("decode"):
+            decoder = Decoder(self.adapter, rendered.token_ids, sampling)
+            steps = decoder.tokens(prefill)
+        last = False
+        while not last and not text.stopped:
+            with answer.watch.phase("decode"):
+                token_id, last = next(steps)
+                piece = text.push(token_id)
+            answer.add(token_id, piece)
+            yield piece
+        rest = text.finish()
+        answer.text += rest
+        answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
+        if rest:
+            yield rest

@@ -1,0 +1,207 @@
+"""Where every window of so many tokens stands in the stored sequences of one namespace, for ``core.runs``.
+
+A log-structured merge of sorted arrays: a sequence adds a small block, and a block is merged into the one before it
+unless that is twice as long, so there are no more blocks than the logarithm of what is stored. What is removed is
+skipped at once and purged in merges. Takes 16 bytes for each stored token, at most twice that until purged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semsharekv_integrations.core.runs import (
+    Hashes,
+    Occurrence,
+    greedy_cover,
+    window_hashes,
+    windows_by_hash,
+)
+from semsharekv_integrations.kv import TokenIds
+
+MAX_CANDIDATES = 8  # latest occurrences of a window that are compared
+SCANNED_AT_ONCE = 1024
+POSITION_BITS = 32
+
+Places = NDArray[np.int64]  # number of a source, shifted, plus a position in it: newer sources have higher places
+Live = NDArray[np.bool_]  # whether the source with each number ever given is still there
+
+
+class IndexedRun(NamedTuple):
+    """Tokens from ``start`` on equal those of the sequence added as ``key`` from ``source_start`` on."""
+
+    start: int
+    key: str
+    source_start: int
+    num_tokens: int
+
+
+class _Source(NamedTuple):
+    key: str
+    token_ids: TokenIds  # [S], not copied
+    num_windows: int  # those that are indexed
+
+
+class _Block(NamedTuple):
+    """Hashes [N] and places [N] of windows, ordered by hash, then place."""
+
+    hashes: Hashes
+    places: Places
+
+    def places_of(self, window_hash: np.uint64) -> Places:
+        start, stop = (int(self.hashes.searchsorted(window_hash, side)) for side in ("left", "right"))
+        return self.places[start:stop]
+
+    def only(self, live: Live) -> _Block:
+        keep = live[self.places >> POSITION_BITS]
+        return self if keep.all() else _Block(self.hashes[keep], self.places[keep])
+
+
+NOTHING = _Block(np.empty(0, np.uint64), np.empty(0, np.int64))
+
+
+class RunIndex:
+    """Sequences by key, found by any stretch of them. Not safe to use from several threads by itself.
+
+    Args:
+        min_run_tokens: length of the windows, so of the shortest run that is found.
+    """
+
+    def __init__(self, min_run_tokens: int) -> None:
+        self.min_run_tokens = min_run_tokens
+        self._sources: dict[int, _Source] = {}  # number -> source; numbers only grow
+        self._numbers: dict[str, int] = {}  # key -> number
+        self._num_added = 0
+        self._blocks: list[_Block] = []  # older ones first
+
+    def add(self, key: str, token_ids: TokenIds) -> None:
+        """Index a sequence [S], which must not change from now on, under a key that is not there."""
+        assert key not in self._numbers
+        hashes = window_hashes(token_ids, self.min_run_tokens)
+        positions = windows_by_hash(hashes, self.min_run_tokens)
+        self._numbers[key] = self._num_added
+        self._sources[self._num_added] = _Source(key, token_ids, len(positions))
+        if len(positions):
+            self._blocks.append(_Block(hashes[positions], positions | self._num_added << POSITION_BITS))
+        self._num_added += 1  # before merging, which asks what is live
+        while len(self._blocks) > 1 and len(self._blocks[-2].hashes) < 2 * len(self._blocks[-1].hashes):
+            self._blocks[-2:] = [self._merged(*self._blocks[-2:])]
+
+    def remove(self, key: str) -> None:
+        """Forget a sequence; it is not found from now on."""
+        del self._sources[self._numbers.pop(key)]
+        num_live = self._num_live_windows()
+        if self.num_windows > 2 * num_live:
+            self._blocks = [reduce(self._merged, self._blocks, NOTHING)] if num_live else []
+
+    def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
+        """Runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
+
+        A run goes on for as long as its source agrees. Every window of the prompt that occurs in a sequence starts
+        inside a run. Of several occurrences the longest is taken, among the latest few and those beside which the run
+        before would continue.
+        """
+        hashes = window_hashes(token_ids, self.min_run_tokens)
+        live = self._live()
+        distinct, which = np.unique(hashes, return_inverse=True)  # ordered: searching is several times as fast
+        held = np.zeros(len(distinct), dtype=bool)
+        for block in self._blocks:
+            held |= _holds_live(block, distinct, live)
+        matches = greedy_cover(
+            token_ids,
+            np.flatnonzero(held[which]),
+            lambda position, expected: self._occurrences(hashes[position], expected, live),
+            lambda source: self._sources[source].token_ids,
+            self.min_run_tokens,
+        )
+        return [IndexedRun(m.start, self._sources[m.source].key, m.source_start, m.num_tokens) for m in matches]
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all sequences that can be found."""
+        return set(self._numbers)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows in memory, those of removed sequences that are not yet purged included; 16 bytes each."""
+        return sum(len(block.hashes) for block in self._blocks)
+
+    def check(self) -> None:
+        """The law: blocks are ordered and few, exactly the windows of live sequences are found, the rest is bounded."""
+        assert {source.key: number for number, source in self._sources.items()} == self._numbers
+        assert self.num_windows <= 2 * self._num_live_windows(), "removed windows are not purged"
+        for block in self._blocks:
+            assert (np.lexsort((block.places, block.hashes)) == np.arange(len(block.hashes))).all(), "out of order"
+        for older, newer in pairwise(self._blocks):
+            assert len(older.hashes) >= 2 * len(newer.hashes), "too many blocks"
+        live = self._live()
+        found = [place for block in self._blocks for place in block.only(live).places.tolist()]
+        for number, source in self._sources.items():
+            hashes = window_hashes(source.token_ids, self.min_run_tokens)
+            positions = windows_by_hash(hashes, self.min_run_tokens)
+            assert {number << POSITION_BITS | int(at) for at in positions} <= set(found), "a window is not indexed"
+        assert len(found) == self._num_live_windows(), "a window is indexed twice"
+
+    def _occurrences(self, window_hash: np.uint64, expected: Occurrence | None, live: Live) -> Iterable[Occurrence]:
+        """The latest live occurrences of a hash, and those just before and behind the expected one."""
+        places: list[int] = []
+        beside: list[int] = []
+        for block in reversed(self._blocks):
+            here = block.places_of(window_hash)
+            if not len(here):
+                continue
+            places += _latest(here, live, MAX_CANDIDATES - len(places)).tolist()
+            if expected is not None:
+                at = int(here.searchsorted(expected.source << POSITION_BITS | expected.start))
+                near = here[max(at - 1, 0) : at + 1]
+                beside += near[live[near >> POSITION_BITS]].tolist()
+        return (Occurrence(place >> POSITION_BITS, place & (1 << POSITION_BITS) - 1) for place in places + beside)
+
+    def _merged(self, older: _Block, newer: _Block) -> _Block:
+        """One block for two, the older before the newer among equal hashes, without what was removed."""
+        live = self._live()
+        older, newer = older.only(live), newer.only(live)
+        inserted = older.hashes.searchsorted(newer.hashes, side="right") + np.arange(len(newer.hashes))
+        is_older = np.ones(len(older.hashes) + len(newer.hashes), dtype=bool)
+        is_older[inserted] = False
+        merged = _Block(np.empty(len(is_older), np.uint64), np.empty(len(is_older), np.int64))
+        for array, first, second in zip(merged, older, newer, strict=True):
+            array[is_older], array[inserted] = first, second
+        return merged
+
+    def _live(self) -> Live:
+        live = np.zeros(self._num_added, dtype=bool)
+        live[list(self._sources)] = True
+        return live
+
+    def _num_live_windows(self) -> int:
+        return sum(source.num_windows for source in self._sources.values())
+
+
+def _latest(places: Places, live: Live, count: int) -> Places:
+    """The last ``count`` live ones of ``places``."""
+    found, stop = places[:0], len(places)
+    while stop > 0 and len(found) < count:
+        part = places[max(stop - SCANNED_AT_ONCE, 0) : stop]
+        found = np.concatenate([part[live[part >> POSITION_BITS]], found])[-count:]
+        stop -= len(part)
+    return found
+
+
+def _holds_live(block: _Block, hashes: Hashes, live: Live) -> NDArray[np.bool_]:
+    """Whether ``block`` has a live window of each hash [T]: looks at the latest one, then at earlier ones."""
+    hits = np.zeros(len(hashes), dtype=bool)
+    at = block.hashes.searchsorted(hashes, side="right") - 1
+    pending = np.arange(len(hashes))
+    while pending.size:
+        pending = pending[(at[pending] >= 0) & (block.hashes[at[pending]] == hashes[pending])]
+        is_live = live[block.places[at[pending]] >> POSITION_BITS]
+        hits[pending[is_live]] = True
+        pending = pending[~is_live]
+        at[pending] -= 1
+    return hits
