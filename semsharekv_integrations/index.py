@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
-POOLED_THRESHOLD = 0.8  # both calibrated by examples/lab/calibrate_similarity.py
+# Both by examples/lab/calibrate_similarity.py, on the safe side: some reworded documents borrow nothing.
+POOLED_THRESHOLD = 0.8
 SENTENCE_THRESHOLD = 0.7
 _PRIOR_SEGMENTS, _PRIOR_SHARE = 4, 0.1  # a token nobody has seen counts as if in 10% of four segments
 

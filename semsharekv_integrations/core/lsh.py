@@ -71,8 +71,9 @@ def nearest_tokens(
         target: [T, hidden], rotated or plain.
         reference: [S, hidden], at least one token, treated alike.
         bits: hash bits of a token; None compares every pair exactly, on the tensors' device, which is faster up to
-            about 1,000 tokens on either side. See ``examples/lab/calibrate_similarity.py``.
+            about 500 tokens on either side. See ``examples/lab/calibrate_similarity.py``.
         candidates: number of nearest tokens by hash whose exact cosines decide; 1 takes the nearest hash as it is.
+            Four cost next to nothing more, and at 256 bits raise recall from 0.67 to 0.87 at 4,096 tokens.
 
     Raises:
         ValueError: if there is no reference token.

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds
+from semsharekv_integrations.model.attention import blocked_attention, blocks_of
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
@@ -108,7 +109,9 @@ class ModelAdapter:
 
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> torch.Tensor:
         """Logits [B, V] of the last of ``token_ids`` [N], at positions from ``start`` on, behind ``cache``."""
-        return self._forward(torch.from_numpy(token_ids)[None], cache, torch.arange(start, start + len(token_ids)))
+        positions = torch.arange(start, start + len(token_ids))
+        with self._lock, blocked_attention(self.config, blocks_of(positions)):
+            return self._forward(torch.from_numpy(token_ids)[None], cache, positions)
 
     def forward_rows(
         self, token_ids: TokenIds, rows: torch.Tensor, cache: DynamicCache, mask: torch.Tensor

@@ -1,17 +1,63 @@
-"""What some rows attend to, seen through transformers' attention interface while a forward pass runs."""
+"""Attention seen and shortened, through transformers' attention interface, while a forward pass runs.
+
+``watched_attention`` collects what some rows attend to. ``blocked_attention`` computes rows in blocks, each over the
+keys up to its last row alone: behind a prefix, or with rows picked from a prompt, an explicit mask is needed, and with
+one every row is computed against every key, twice what causal attention needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-_NAME = "semsharekv_watched"
-_watched: ContextVar[list[torch.Tensor] | None] = ContextVar("watched", default=None)
+ROWS_PER_BLOCK, MOST_BLOCKS = 64, 8
+_WATCHED, _BLOCKED = "semsharekv_watched", "semsharekv_blocked"
+_collected: ContextVar[list[torch.Tensor] | None] = ContextVar("collected", default=None)
+_blocks: ContextVar[Sequence[Block]] = ContextVar("blocks", default=())
+
+
+class Block(NamedTuple):
+    """Rows ``start`` to ``stop`` (exclusive) of those computed see none of the keys from ``num_keys`` on."""
+
+    start: int
+    stop: int
+    num_keys: int
+
+
+def blocks_of(positions: torch.Tensor) -> Sequence[Block]:
+    """Blocks of rows at ``positions`` [N], ascending; none if there are too few rows to be worth it."""
+    num_blocks = min(MOST_BLOCKS, len(positions) // ROWS_PER_BLOCK)
+    if num_blocks < 2:
+        return ()
+    edges = [len(positions) * index // num_blocks for index in range(num_blocks + 1)]
+    last_rows = positions[torch.tensor(edges[1:]) - 1].tolist()
+    return [Block(*block) for block in zip(edges, edges[1:], (row + 1 for row in last_rows), strict=False)]
+
+
+def use_blocks(blocks: Sequence[Block]) -> None:
+    """What ``blocked_attention`` goes by from now on."""
+    _blocks.set(blocks)
+
+
+@contextmanager
+def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) -> Iterator[None]:
+    """Compute attention block by block inside, if the model uses ``sdpa``; the result is the same up to rounding."""
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    token = _blocks.set(blocks)
+    try:
+        with _implementation(config, _BLOCKED):
+            yield
+    finally:
+        _blocks.reset(token)
 
 
 @contextmanager
@@ -21,16 +67,52 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[torch.Tensor]]:
     Meant for a few rows: their weights are materialized. Needs an explicit 4D mask. Biases beyond scale, mask and soft
     cap (attention sinks, for one) are left out, as the weights only serve as a signal.
     """
-    if _NAME not in AttentionInterface():
-        AttentionInterface.register(_NAME, _watch)
-    before, collected = config._attn_implementation, list[torch.Tensor]()
-    token = _watched.set(collected)
-    config._attn_implementation = _NAME
+    token = _collected.set(collected := [])
     try:
-        yield collected
+        with _implementation(config, _WATCHED):
+            yield collected
+    finally:
+        _collected.reset(token)
+
+
+@contextmanager
+def _implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Another attention function inside; a model used elsewhere at the same time gets the same results from it."""
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _by_blocks}[name])
+        AttentionMaskInterface.register(name, sdpa_mask)
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
     finally:
         config._attn_implementation = before
-        _watched.reset(token)
+
+
+def _by_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of query [B, heads, N, D] over key and value [B, H, T, D]; mask [B, 1, N, T], or None for causal."""
+    blocks = _blocks.get()
+    if attention_mask is None or not blocks or blocks[-1].stop != query.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    mixed = [
+        sdpa_attention_forward(
+            module,
+            query[:, :, start:stop],
+            key[:, :, :num_keys],
+            value[:, :, :num_keys],
+            attention_mask[:, :, start:stop, :num_keys],
+            **options,
+        )[0]
+        for start, stop, num_keys in blocks
+    ]
+    return torch.cat(mixed, dim=1), None  # [B, N, heads, D]
 
 
 def _watch(
@@ -51,7 +133,7 @@ def _watch(
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     weights = (logits + attention_mask.float()).softmax(-1)  # [B, heads, N, T]
-    if (collected := _watched.get()) is not None:
+    if (collected := _collected.get()) is not None:
         collected.append(weights[0].mean(1))
     mixed = weights.to(value.dtype).view(batch, key.shape[1], -1, key.shape[2]) @ value  # [B, H, heads / H * N, D]
     return mixed.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None

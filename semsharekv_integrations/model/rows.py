@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from semsharekv_integrations.kv import LayerKV
+from semsharekv_integrations.model.attention import blocks_of, use_blocks
 from semsharekv_integrations.model.gathered import GatheredCache, Measured
 
 _CACHE_NAMES = ("past_key_values", "layer_past")  # of the decoder layers' cache argument
@@ -73,6 +74,7 @@ class RowPass:
             module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
             for index, module in enumerate(self._view.modules)
         ]
+        use_blocks(blocks_of(self._rows))
         try:
             yield
         finally:
@@ -120,6 +122,7 @@ class RowPass:
         """The mask [1, 1, N, T], kept while rows and window stay."""
         if len(rows) != self._mask.shape[2] or window != self._window:
             self._mask, self._window = self._mask_of(rows, window), window
+            use_blocks(blocks_of(rows))
         return self._mask
 
     def _mask_of(self, rows: torch.Tensor, window: int | None) -> torch.Tensor:

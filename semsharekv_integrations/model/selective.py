@@ -23,7 +23,7 @@ from semsharekv_integrations.core.selection import Signal, deviation, priorities
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
-from semsharekv_integrations.model.attention import watched_attention
+from semsharekv_integrations.model.attention import blocked_attention, watched_attention
 from semsharekv_integrations.model.gathered import GatheredCache, gather
 from semsharekv_integrations.model.layers import decoder_layers, require_reuse_off_prefix, windows_of
 from semsharekv_integrations.model.rotation import PROBE_SHIFT, find_rotations
@@ -159,7 +159,7 @@ class SelectivePrefill:
         if not plan.full_layers:
             first = state.active(0).nonzero()[:, 0]
         selective = RowPass(self._view, cache, first, partial(_choose, state, cache), self._adapter.model.dtype)
-        with selective.installed():
+        with blocked_attention(self._adapter.config), selective.installed():
             logits = self._adapter.forward_rows(plan.token_ids, first, cache, selective.first_mask)
         computed = np.zeros(len(plan.token_ids), dtype=bool)
         computed[selective.rows.cpu().numpy()] = True

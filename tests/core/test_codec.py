@@ -6,11 +6,14 @@ import stat
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from semsharekv_integrations import StoreFileError
+from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.store import codec
+from semsharekv_integrations.store.memory import reference_id
 from tiny_models import EngineMaker, make_model
 
 PROMPTS = ["Report on Prorna in the Daily Courier.", "What happened in Velmar?"]
@@ -50,6 +53,34 @@ def test_round_trip_in_half_precision(make_engine: EngineMaker, tokenizer, tmp_p
         assert kept.id == read.id
         for one, other in zip(kept.layers, read.layers, strict=True):
             assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+
+
+def made(**labels: object) -> Reference:
+    token_ids = np.arange(5)
+    layer = LayerKV(torch.rand(1, 2, 5, 3), torch.rand(1, 2, 5, 3))
+    return Reference(reference_id("a", token_ids), "a", token_ids, (layer,), **labels)  # type: ignore[arg-type]
+
+
+def test_labels_survive(tmp_path: Path) -> None:
+    labels = {
+        "document_starts": {"d": 1},
+        "segments": (Segment("d", 1, 3), Segment("", 3, 5)),
+        "session": "s",
+        "pinned": True,
+        "expires_after_s": 3.0,
+    }
+    kept = made(**labels)
+    codec.write_references(tmp_path / "kv", [kept, made()], "model")
+    read, bare = codec.read_references(tmp_path / "kv", "model", torch.device("cpu"))
+    assert {name: getattr(read, name) for name in labels} == labels and read.id == kept.id
+    assert all(isinstance(segment, Segment) for segment in read.segments)
+    assert bare.segments == () and not bare.is_tainted
+
+
+def test_approximate_kv_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="approximate"):
+        codec.write_references(tmp_path / "kv", [made(), made(exact_tokens=4, session="s")], "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_store(make_engine: EngineMaker, tmp_path: Path) -> None:
@@ -107,7 +138,7 @@ def test_what_is_no_file_of_ours(make_engine: EngineMaker, tmp_path: Path) -> No
 
 def test_another_format_version_is_named(make_engine: EngineMaker, saved: Path, monkeypatch) -> None:
     monkeypatch.setattr(codec, "FORMAT_VERSION", 99)
-    with pytest.raises(StoreFileError, match="version 1; accepted is 99"):
+    with pytest.raises(StoreFileError, match="version 2; accepted is 99"):
         make_engine().load(saved)
 
 

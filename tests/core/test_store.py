@@ -1,4 +1,4 @@
-"""The store against a simple model of it: bounds, lifetimes, namespaces, and its law after every step."""
+"""The store against a simple model of it: bounds, lifetimes, namespaces, sessions, and its law after every step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from semsharekv_integrations import StoreConfig
-from semsharekv_integrations.kv import LayerKV, Reference
+from semsharekv_integrations.kv import LayerKV, Reference, Run, Segment
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.memory import reference_id
 
 BYTES_PER_TOKEN = 2 * 2 * 4  # keys and values, two numbers each, four bytes
+MIN_RUN_TOKENS = 2
 NAMESPACES = st.sampled_from(["a", "b"])
+SESSIONS = st.sampled_from(["s", "t"])
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
 
 
@@ -37,16 +39,22 @@ def reference(tokens: tuple[int, ...], namespace: str = "a", **labels: object) -
 
 def store_of(max_tokens: int = 1000, ttl_s: float | None = None) -> tuple[KVStore, Clock]:
     clock = Clock()
-    return KVStore(StoreConfig(max_bytes=max_tokens * BYTES_PER_TOKEN, ttl_s=ttl_s), clock), clock
+    config = StoreConfig(max_bytes=max_tokens * BYTES_PER_TOKEN, ttl_s=ttl_s)
+    return KVStore(config, clock, min_run_tokens=MIN_RUN_TOKENS), clock
 
 
-def lookup(store: KVStore, tokens: tuple[int, ...], namespace: str = "a") -> int:
-    match = store.longest_prefix(np.array(tokens, dtype=np.int64), namespace, max_tokens=len(tokens))
+def lookup(store: KVStore, tokens: tuple[int, ...], namespace: str = "a", session: str | None = None) -> int:
+    ids = np.array(tokens, dtype=np.int64)
+    match = store.longest_prefix(ids, namespace, max_tokens=len(tokens), session=session)
     if match is None:
         return 0
     assert match.reference.namespace == namespace
     assert tuple(match.reference.token_ids[: match.num_tokens]) == tokens[: match.num_tokens]
     return match.num_tokens
+
+
+def runs_of(store: KVStore, tokens: tuple[int, ...], namespace: str = "a") -> list[Run]:
+    return store.identical_runs(np.array(tokens, dtype=np.int64), namespace, start=0, stop=len(tokens))
 
 
 @dataclass
@@ -57,6 +65,11 @@ class Kept:
     ttl_s: float | None
     documents: set[str]
     used_s: float
+    tainted_session: str | None = None
+
+    def shared_with(self, tokens: tuple[int, ...]) -> int:
+        pairs = zip(self.tokens, tokens, strict=False)
+        return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(self.tokens), len(tokens)))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -85,7 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
         labels = {"pinned": pinned, "expires_after_s": ttl_s, "document_starts": {document: 0}}
         stored = self.store.put(reference(tokens, namespace, **labels))
         new = Kept(namespace, tokens, pinned, ttl_s, {document}, self.clock.now_s)
-        mine = [k for k in self.kept if k.namespace == namespace]
+        mine = [k for k in self.kept if k.namespace == namespace and not k.tainted_session]
         containers = [k for k in mine if k.tokens[: len(tokens)] == tokens and (k.pinned or not pinned)]
         if containers:
             assert stored
@@ -95,16 +108,33 @@ class StoreMachine(RuleBasedStateMachine):
             labelled[0].used_s = self.clock.now_s
             labelled[0].ttl_s = min(filter(None, (labelled[0].ttl_s, ttl_s)), default=None)
             return
+        absorbed = [k for k in mine if not k.pinned and tokens[: len(k.tokens)] == k.tokens]
+        self.settle(new, stored, absorbed, absorbed)
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES, session=SESSIONS, exact=st.integers(0, 5), pinned=st.booleans())
+    def put_tainted(self, tokens: tuple[int, ...], namespace: str, session: str, exact: int, pinned: bool) -> None:
+        self.clock.now_s += 0.01
+        self.expire()
+        labels = {"exact_tokens": min(exact, len(tokens) - 1), "document_starts": {session: 0}, "pinned": pinned}
+        stored = self.store.put(reference(tokens, namespace, session=session, **labels))
+        new = Kept(namespace, tokens, False, None, {session}, self.clock.now_s, tainted_session=session)
+        former = [k for k in self.kept if (k.namespace, k.tainted_session) == (namespace, session)]
+        self.settle(new, stored, former, [k for k in former if tokens[: len(k.tokens)] == k.tokens])
+
+    def settle(self, new: Kept, stored: bool, replaced: list[Kept], absorbed: list[Kept]) -> None:
+        """Whether it had to be stored; if so, what goes for it, with labels joined and the oldest evicted."""
+        num_tokens = len(new.tokens)
         room = self.MAX_TOKENS - sum(len(k.tokens) for k in self.kept if k.pinned)
-        assert stored == (len(tokens) <= room)
+        assert stored == (num_tokens <= room)
         if not stored:
             return
-        for k in [k for k in mine if not k.pinned and tokens[: len(k.tokens)] == k.tokens]:
-            self.kept.remove(k)
+        for k in absorbed:
             new.documents |= k.documents
             new.ttl_s = min(filter(None, (new.ttl_s, k.ttl_s)), default=None)
+        for k in replaced:
+            self.kept.remove(k)
         for k in sorted((k for k in self.kept if not k.pinned), key=lambda k: k.used_s):
-            if sum(len(k.tokens) for k in self.kept) + len(tokens) <= self.MAX_TOKENS:
+            if sum(len(k.tokens) for k in self.kept) + num_tokens <= self.MAX_TOKENS:
                 break
             self.kept.remove(k)
         self.kept.append(new)
@@ -115,27 +145,49 @@ class StoreMachine(RuleBasedStateMachine):
                 return set(found.document_starts)
         return set()
 
-    @rule(tokens=TOKENS, namespace=NAMESPACES)
-    def look_up(self, tokens: tuple[int, ...], namespace: str) -> None:
+    @rule(tokens=TOKENS, namespace=NAMESPACES, session=st.none() | SESSIONS)
+    def look_up(self, tokens: tuple[int, ...], namespace: str, session: str | None) -> None:
         self.clock.now_s += 0.01
         self.expire()
         ids = np.array(tokens, dtype=np.int64)
-        match = self.store.longest_prefix(ids, namespace, max_tokens=len(tokens) - 1)
-        shared = [
-            next((n for n, (x, y) in enumerate(zip(k.tokens, tokens, strict=False)) if x != y), len(k.tokens))
-            for k in self.kept
-            if k.namespace == namespace
-        ]
-        longest = min(max(shared, default=0), len(tokens) - 1)
+        match = self.store.longest_prefix(ids, namespace, max_tokens=len(tokens) - 1, session=session)
+        readable = [k for k in self.kept if k.namespace == namespace and k.tainted_session in (None, session)]
+        longest = min(max((k.shared_with(tokens) for k in readable), default=0), len(tokens) - 1)
         assert (match.num_tokens if match else 0) == longest
         if match:
-            assert match.reference.namespace == namespace
-            assert tuple(match.reference.token_ids[:longest]) == tokens[:longest]
-            assert tuple(match.reference.layers[0].keys[0, 0, :longest, 0].int().tolist()) == tokens[:longest]
-            used = next(
-                k for k in self.kept if (k.namespace, k.tokens) == (namespace, tuple(match.reference.token_ids))
-            )
-            used.used_s = self.clock.now_s
+            found = match.reference
+            assert found.namespace == namespace
+            assert tuple(found.token_ids[:longest]) == tokens[:longest]
+            assert tuple(found.layers[0].keys[0, 0, :longest, 0].int().tolist()) == tokens[:longest]
+            exact = max((k.shared_with(tokens) for k in readable if not k.tainted_session), default=0)
+            assert found.is_tainted == (exact < longest), "of equal ones the ordinary entry is taken"
+            self.use(found)
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES, data=st.data())
+    def look_for_runs(self, tokens: tuple[int, ...], namespace: str, data: st.DataObject) -> None:
+        self.clock.now_s += 0.01
+        self.expire()
+        start = data.draw(st.integers(0, len(tokens)))
+        stop = data.draw(st.integers(start, len(tokens)))
+        exact = [k.tokens for k in self.kept if k.namespace == namespace and not k.tainted_session]
+        known = {t[at : at + MIN_RUN_TOKENS] for t in exact for at in range(len(t) - MIN_RUN_TOKENS + 1)}
+        ids = np.array(tokens, dtype=np.int64)
+        covered: set[int] = set()
+        for run in self.store.identical_runs(ids, namespace, start=start, stop=stop):
+            found = tuple(run.reference.token_ids[run.source_start : run.source_start + run.num_tokens])
+            assert found == tokens[run.start : run.start + run.num_tokens] and tuple(run.reference.token_ids) in exact
+            assert not run.reference.is_tainted and run.reference.namespace == namespace
+            assert start <= min({run.start} - covered) and run.start + run.num_tokens <= stop
+            covered |= set(range(run.start, run.start + run.num_tokens))
+            self.use(run.reference)
+        for at in range(start, stop - MIN_RUN_TOKENS + 1):
+            assert at in covered or tokens[at : at + MIN_RUN_TOKENS] not in known
+
+    def use(self, found: Reference) -> None:
+        session = found.session if found.is_tainted else None
+        key = (found.namespace, tuple(found.token_ids), session)
+        used = next(k for k in self.kept if (k.namespace, k.tokens, k.tainted_session) == key)
+        used.used_s = self.clock.now_s
 
     @rule(seconds=st.floats(0.5, 6))
     def wait(self, seconds: float) -> None:
@@ -163,8 +215,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check()
         self.expire()
         found = [(r.namespace, tuple(r.token_ids), r.pinned) for r in self.store.references()]
-        assert sorted(found) == sorted((k.namespace, k.tokens, k.pinned) for k in self.kept)
-        assert self.store.stats()["bytes"] == sum(len(k.tokens) for k in self.kept) * BYTES_PER_TOKEN
+        ordinary = [k for k in self.kept if not k.tainted_session]
+        assert sorted(found) == sorted((k.namespace, k.tokens, k.pinned) for k in ordinary)
+        stats = self.store.stats()
+        assert (stats["entries"], stats["tainted_entries"]) == (len(self.kept), len(self.kept) - len(ordinary))
+        assert stats["bytes"] == sum(len(k.tokens) for k in self.kept) * BYTES_PER_TOKEN
         self.store.check()
 
 
@@ -236,12 +291,139 @@ def test_a_use_renews_the_lifetime() -> None:
     assert lookup(store, (1, 2)) == 0
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda store: store._entries.clear(), lambda store: setattr(store, "_num_bytes", store._num_bytes + 1)]
-)
+def test_segments_of_an_absorbed_entry_are_kept_where_there_are_none() -> None:
+    store, _ = store_of()
+    mine, other = (Segment("d", 0, 2),), (Segment("e", 1, 2),)
+    for tokens, kept in (((1, 2), other), ((1, 2, 3), ()), ((1,), mine), ((1, 2, 3, 4), mine)):
+        store.put(reference(tokens, segments=kept))
+        (found,) = store.references()
+        assert found.segments == (kept if len(tokens) == 4 else other)
+
+
+def tainted(tokens: tuple[int, ...], session: str | None = "s", namespace: str = "a", **labels: object) -> Reference:
+    return reference(tokens, namespace, session=session, exact_tokens=len(tokens) - 1, **labels)
+
+
+def test_tainted_kv_serves_its_own_session_alone() -> None:
+    store, _ = store_of()
+    prompt = (1, 2, 3, 4)
+    assert store.put(tainted(prompt))
+    assert lookup(store, (*prompt, 5), session="s") == 4
+    assert lookup(store, prompt, session="t") == lookup(store, prompt) == lookup(store, prompt, "b", "s") == 0
+    assert runs_of(store, prompt) == store.references() == [], "not even its exact part is found"
+    assert store.put(reference(prompt[:3]))
+    assert lookup(store, prompt, session="s") == 4 and lookup(store, prompt, session="t") == 3
+    assert [run.num_tokens for run in runs_of(store, prompt)] == [3]
+    assert store.stats()["tainted_entries"] == 1 and store.stats()["entries"] == 2
+
+
+def test_tainted_kv_leaves_no_trace_on_an_ordinary_entry_that_contains_it() -> None:
+    store, _ = store_of()
+    store.put(reference((1, 2, 3)))
+    assert store.put(tainted((1, 2), document_starts={"d": 0}))
+    (ordinary,) = store.references()
+    assert ordinary.session is None and not ordinary.document_starts and store.stats()["tainted_entries"] == 1
+
+
+def test_tainted_kv_without_a_session_is_refused() -> None:
+    store, _ = store_of()
+    assert not store.put(tainted((1, 2), session=None))
+    assert (store.stats()["refused"], store.stats()["entries"]) == (1, 0)
+
+
+def test_the_latest_tainted_entry_of_a_session_replaces_the_one_before() -> None:
+    store, clock = store_of(max_tokens=5)
+    store.put(tainted((1, 2), document_starts={"d": 0}, expires_after_s=5.0))
+    assert not store.put(tainted((3,) * 6)) and lookup(store, (1, 2), session="s") == 2, "a refusal changes nothing"
+    assert store.put(tainted((1, 2, 3))) and store.stats()["bytes"] == 3 * BYTES_PER_TOKEN
+    assert store.forget("a", document_id="d") == 1, "what begins with the former entry carries its documents"
+    store.put(tainted((1, 2), document_starts={"d": 0}))
+    store.put(tainted((5, 6)))
+    assert store.forget("a", document_id="d") == 0 and lookup(store, (1, 2), session="s") == 0
+    assert store.forget("a", session="t") == 0 and store.forget("a", session="s") == 1
+    store.put(tainted((5, 6), expires_after_s=1.0))
+    clock.now_s += 1
+    assert lookup(store, (5, 6), session="s") == 0 and store.stats()["expired"] == 1
+
+
+def test_tainted_entries_are_evicted_like_others() -> None:
+    store, clock = store_of(max_tokens=4)
+    store.put(tainted((1, 1), pinned=True))
+    clock.now_s += 1
+    store.put(reference((2, 2)))
+    clock.now_s += 1
+    assert store.put(tainted((3, 3), session="t"))
+    assert [lookup(store, (n, n), session=s) for n, s in ((1, "s"), (2, None), (3, "t"))] == [0, 2, 2]
+
+
+def test_runs_are_found_at_any_offset_from_any_entry_and_count_as_a_use() -> None:
+    store, clock = store_of(max_tokens=9)
+    for tokens in ((9, 1, 2, 3), (8, 8, 4, 5), (7,)):
+        clock.now_s += 1
+        store.put(reference(tokens))
+    ids = np.array((4, 5, 0, 1, 2, 3, 4, 5), dtype=np.int64)
+    found = store.identical_runs(ids, "a", start=2, stop=8)
+    assert [(run.start, run.source_start, run.num_tokens) for run in found] == [(3, 1, 3), (6, 2, 2)]
+    clock.now_s += 1
+    runs_of(store, (1, 2))
+    store.put(reference((6, 6, 6, 6)))
+    assert runs_of(store, (4, 5)) == [] and len(runs_of(store, (1, 2))) == 1, "the least recently used goes first"
+    assert store.identical_runs(ids, "b", start=0, stop=8) == []
+
+
+def test_runs_end_with_their_entry() -> None:
+    store, clock = store_of(max_tokens=6, ttl_s=10)
+    for leave in (
+        lambda: store.forget("a"),
+        store.clear,
+        lambda: setattr(clock, "now_s", clock.now_s + 10),
+        lambda: store.put(reference((5,) * 6)),
+        lambda: store.put(reference((6,) * 6, "b")),
+    ):
+        store.put(reference((1, 2, 3)))
+        (run,) = runs_of(store, (0, 2, 3))
+        assert run == Run(1, run.reference, 1, 2)
+        leave()
+        assert runs_of(store, (0, 2, 3)) == []
+        store.check()
+
+
+def test_runs_follow_an_entry_that_is_replaced() -> None:
+    store, _ = store_of()
+    store.put(reference((1, 2, 3)))
+    store.put(reference((1, 2, 3, 4)))
+    (run,) = runs_of(store, (2, 3, 4))
+    assert run.num_tokens == 3 and run.reference is store.references()[0]
+    store.put(reference((1, 2), document_starts={"d": 0}))  # what it is joined to is another object from now on
+    (run,) = runs_of(store, (2, 3, 4))
+    assert run.reference is store.references()[0] and "d" in run.reference.document_starts
+
+
+def test_a_store_without_an_index_of_runs_says_so() -> None:
+    store = KVStore(StoreConfig())
+    assert store.put(reference((1, 2, 3)))
+    store.check()
+    with pytest.raises(AssertionError, match="min_run_tokens"):
+        runs_of(store, (1, 2, 3))
+
+
+DAMAGES = {
+    "entries gone": lambda store: store._spaces.clear(),
+    "bytes": lambda store: setattr(store, "_num_bytes", store._num_bytes + 1),
+    "not indexed": lambda store: store._spaces["a"].runs.remove(reference_id("a", np.array((1, 2)))),
+    "windows gone": lambda store: store._spaces["a"].runs._blocks.clear(),
+    "indexed twice": lambda store: store._spaces["a"].runs._blocks.append(store._spaces["a"].runs._blocks[0]),
+    "tainted among ordinary": lambda store: store._spaces["a"].ordinary.update(x=store._spaces["a"].tainted.pop("s")),
+    "foreign session": lambda store: store._spaces["a"].tainted.update(t=store._spaces["a"].tainted.pop("s")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_check_sees_damage(damage) -> None:
     store, _ = store_of()
     store.put(reference((1, 2)))
+    store.put(tainted((1, 3)))
+    store.check()
     damage(store)
     with pytest.raises(AssertionError):
         store.check()
@@ -250,7 +432,7 @@ def test_check_sees_damage(damage) -> None:
 def test_check_sees_an_entry_in_a_foreign_namespace() -> None:
     store, _ = store_of()
     store.put(reference((1, 2)))
-    (entry,) = store._entries["a"].values()
+    (entry,) = store._spaces["a"].ordinary.values()
     entry.reference = replace(entry.reference, namespace="b")
     with pytest.raises(AssertionError):
         store.check()
