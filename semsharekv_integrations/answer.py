@@ -10,6 +10,8 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.core.plan import Mask, ReusePlan
 from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Rendered
@@ -26,6 +28,12 @@ class Answer:
     text: str = ""
     ttft_s: float = 0.0
     finish_reason: FinishReason = "cancelled"
+    first_logits: list[torch.Tensor] = field(default_factory=list)
+
+    def see(self, most: int, logits: torch.Tensor) -> None:
+        """Keep the logits [B, V] of the first ``most`` tokens, for an audit."""
+        if len(self.first_logits) < most:
+            self.first_logits.append(logits)
 
     def add(self, token_id: int, piece: str) -> None:
         """One more token, and the text that it made certain."""

@@ -29,10 +29,11 @@ class Auditor:
         return self._rng.random() < self.config.sample_ratio
 
     def record(self, namespace: str, reused: torch.Tensor, full: torch.Tensor) -> AuditResult:
-        """Compare the logits [B, V] of a reusing prefill with those of a full one, and keep the outcome."""
+        """Compare the logits [N, V] of an answer's first tokens with those behind a full prefill; keep the outcome."""
         log_reused, log_full = reused.float().log_softmax(-1), full.float().log_softmax(-1)
-        divergence = torch.nn.functional.kl_div(log_reused, log_full, log_target=True, reduction="sum")
-        result = AuditResult(bool(reused.argmax(-1) == full.argmax(-1)), float(divergence))
+        divergence = torch.nn.functional.kl_div(log_reused, log_full, log_target=True, reduction="batchmean")
+        agrees = bool((reused.argmax(-1) == full.argmax(-1)).all())
+        result = AuditResult(agrees, float(divergence), len(full))
         with self._lock:
             self._latest[namespace].append(result.agrees)
         return result

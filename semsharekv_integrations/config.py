@@ -218,11 +218,13 @@ class AuditConfig:
     Attributes:
         sample_ratio: share of reusing prompts that are rerun, 0 to 1. Costs one full prefill each.
         min_agreement: reuse is suspended for a namespace when its rolling top-1 agreement falls below this, 0 to 1.
+        tokens: how many first tokens of the answer are compared, at least 1; a call agrees if all of them do.
         window: number of latest audits that the rolling agreement is taken over; it needs a full window to suspend.
     """
 
     sample_ratio: float = 0.0
     min_agreement: float = 0.9
+    tokens: int = 8
     window: int = 20
 
     def __post_init__(self) -> None:
@@ -238,6 +240,7 @@ class AuditConfig:
             self.min_agreement,
             "0 to 1",
         )
+        require(is_whole(self.tokens, 1), "audit.tokens", self.tokens, "1 or more")
         require(is_whole(self.window, 1), "audit.window", self.window, "1 or more")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+import torch
 
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
@@ -28,13 +29,12 @@ from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.remember import references_of
-from semsharekv_integrations.report import AuditResult
+from semsharekv_integrations.report import AuditResult, ReuseReport
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -236,7 +236,7 @@ class SemShareEngine:
         with answer.watch.phase("remember"):
             self._finish(request, rendered, plan, outcome, answer)
         with answer.watch.phase("audit"):
-            report = replace(report, audit=self._audit(request.namespace, plan, outcome))
+            report = replace(report, audit=self._audit(request.namespace, rendered, report, answer))
         yield GenerationChunk("", answer.generation(report))
 
     def _finish(self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer) -> None:
@@ -296,11 +296,15 @@ class SemShareEngine:
         labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
         return self._store(rendered.token_ids, rendered, outcome, namespace, starts, **labels)
 
-    def _audit(self, namespace: str, plan: ReusePlan, outcome: Outcome) -> AuditResult | None:
-        if outcome.computed.all() or not self.auditor.draws():
+    def _audit(self, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer) -> AuditResult | None:
+        """The answer's first tokens once more, behind a full prefill, if this call reused KV and is drawn."""
+        whole = not report.reused_tokens and report.kv_retained_ratio == 1
+        if whole or not self.auditor.draws():
             return None
-        full = self._ready().adapter.prefill(plan.token_ids)
-        return self.auditor.record(namespace, outcome.prefill.logits, full.logits)
+        reused = torch.cat(answer.first_logits)  # [N, V]
+        answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)
+        full = self._ready().adapter.logits_behind(rendered.token_ids, answered)
+        return self.auditor.record(namespace, reused, full)
 
 
 def _window_of(source: ModelSource) -> int | None:

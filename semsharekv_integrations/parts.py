@@ -39,6 +39,7 @@ class ModelParts:
         self.adapter = ModelAdapter(source.load(), config.reuse.mode)
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = PromptRenderer(self.tokenizer)
+        self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
         self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
         ratio = config.reuse.rules.retention_ratio
@@ -60,7 +61,7 @@ class ModelParts:
         text = TextStream(self.tokenizer, sampling.stop)
         with answer.watch.phase("decode"):
             decoder = Decoder(self.adapter, rendered.token_ids, sampling)
-            steps = decoder.tokens(prefill)
+            steps = decoder.tokens(prefill, partial(answer.see, self._audited_tokens))
         last = False
         while not last and not text.stopped:
             with answer.watch.phase("decode"):

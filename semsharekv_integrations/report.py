@@ -30,10 +30,17 @@ class DocumentUse:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """A reusing prefill beside a full one: same most likely token, and KL divergence in nats (full to reused)."""
+    """The first tokens of an answer behind reused KV and behind a full prefill.
+
+    Attributes:
+        agrees: whether the most likely token was the same at every one of them.
+        kl_divergence: in nats, full to reused, averaged over them.
+        tokens: how many were compared.
+    """
 
     agrees: bool
     kl_divergence: float
+    tokens: int
 
 
 @dataclass(frozen=True)

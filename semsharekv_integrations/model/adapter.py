@@ -103,6 +103,15 @@ class ModelAdapter:
         cache = self._cache_from(prefix) if prefix else self._empty_cache()
         return Prefill(self.forward(token_ids[start:], cache, start), cache)
 
+    def logits_behind(self, token_ids: TokenIds, answered: TokenIds) -> torch.Tensor:
+        """Logits [N + 1, V] after a full prefill of ``token_ids`` [T] and after each token of ``answered`` [N]."""
+        cache = self._empty_cache()
+        logits = [self.forward(token_ids, cache, 0)]
+        if len(answered):
+            positions = torch.arange(len(token_ids), len(token_ids) + len(answered))
+            logits.append(self._forward(torch.from_numpy(answered)[None], cache, positions, keep=len(answered))[0])
+        return torch.cat(logits)
+
     def exclusive(self) -> AbstractContextManager[object]:
         """Keeps other threads from running the model meanwhile."""
         return self._lock
@@ -167,15 +176,16 @@ class ModelAdapter:
         return digest.hexdigest()
 
     def _forward(
-        self, ids: torch.Tensor, cache: DynamicCache, positions: torch.Tensor, **more: torch.Tensor
+        self, ids: torch.Tensor, cache: DynamicCache, positions: torch.Tensor, keep: int = 0, **more: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions`` [N]."""
-        inputs: dict[str, Any] = {"position_ids": positions.to(self.device)[None], "logits_to_keep": 1, **more}
+        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions`` [N], or [B, keep, V] of the last ``keep``."""
+        place = positions.to(self.device)[None]
+        inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
             output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
-        return output.logits[:, -1]
+        return output.logits[:, -keep:] if keep else output.logits[:, -1]
 
     def _empty_cache(self) -> DynamicCache:
         """Plain transformers' own cache in mode ``off``; else one that keeps every token, sliding layers included."""

@@ -13,8 +13,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ROWS_PER_BLOCK, MOST_BLOCKS = 64, 8
@@ -67,7 +68,8 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[torch.Tensor]]:
     Meant for a few rows: their weights are materialized. Needs an explicit 4D mask. Biases beyond scale, mask and soft
     cap (attention sinks, for one) are left out, as the weights only serve as a signal.
     """
-    token = _collected.set(collected := [])
+    collected: list[torch.Tensor] = []
+    token = _collected.set(collected)
     try:
         with _implementation(config, _WATCHED):
             yield collected
@@ -101,18 +103,19 @@ def _by_blocks(
     blocks = _blocks.get()
     if attention_mask is None or not blocks or blocks[-1].stop != query.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # [B, heads, T, D]
     mixed = [
-        sdpa_attention_forward(
-            module,
+        scaled_dot_product_attention(
             query[:, :, start:stop],
             key[:, :, :num_keys],
             value[:, :, :num_keys],
-            attention_mask[:, :, start:stop, :num_keys],
-            **options,
-        )[0]
+            attn_mask=attention_mask[:, :, start:stop, :num_keys],
+            scale=options.get("scaling"),
+        )
         for start, stop, num_keys in blocks
     ]
-    return torch.cat(mixed, dim=1), None  # [B, N, heads, D]
+    return torch.cat(mixed, dim=2).transpose(1, 2).contiguous(), None  # [B, N, heads, D]
 
 
 def _watch(

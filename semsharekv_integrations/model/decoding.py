@@ -7,7 +7,7 @@ the meaning they have in transformers, while the prefill and the loop are ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +40,15 @@ class Decoder:
         self._random = torch.Generator(device=adapter.device)
         self._random.seed() if sampling.seed is None else self._random.manual_seed(sampling.seed)
 
-    def tokens(self, prefill: Prefill) -> Iterator[tuple[int, bool]]:
-        """Each new token, and whether it is the last; the prefill's cache then holds all but the last token."""
+    def tokens(self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None) -> Iterator[tuple[int, bool]]:
+        """Each new token, and whether it is the last; the prefill's cache then holds all but the last token.
+
+        ``see`` is shown the model's logits [B, V] for each.
+        """
         logits = prefill.logits
         while True:
+            if see is not None:
+                see(logits)
             token_id, scores = self._choose(logits)
             self._ids = torch.cat([self._ids, torch.tensor([[token_id]], device=self._ids.device)], dim=1)
             last = bool(self._prepared.stopping_criteria(self._ids, scores).all())
