@@ -1,7 +1,8 @@
 """The demonstration: a summarization chain, a query engine and a chat, each call beside a full prefill.
 
 The articles are made up (see ``lab.world``), so the right answers are known. Every call runs twice on the same
-weights: with reuse, and with mode ``off`` as the baseline for time and text.
+weights: with reuse, and with mode ``off`` as the baseline for time and text. In modes that reuse KV off the prefix, the
+articles of chain and query engine come in another order at each call, and in mode ``semantic`` also reworded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from semsharekv_integrations.lab import prompts, world
 
 ANSWER_TOKENS_PER_DOCUMENT = 60  # a summary has a line for each
 NUM_CALLS = 10
-Ask = Callable[[str], tuple[str, dict[str, Any]]]  # a question to its answer and the call's reuse report
+Ask = Callable[[str, list[world.Document]], tuple[str, dict[str, Any]]]  # question on documents to answer and report
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Call:
 
     @property
     def reused_documents(self) -> list[str]:
-        """Ids of the articles whose every token came from the cache."""
-        return [use["document_id"] for use in self.report["documents"] if use["reused_tokens"] == use["tokens"]]
+        """Ids of the articles most of whose tokens came from the cache."""
+        return [use["document_id"] for use in self.report["documents"] if 2 * use["reused_tokens"] > use["tokens"]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -88,7 +89,7 @@ class Demo:
     def _scenario(
         self,
         name: str,
-        make: Callable[[SemShareEngine, list[world.Document]], Ask],
+        make: Callable[[SemShareEngine], Ask],
         *,
         summarize: bool = False,
         questions: int = 3,
@@ -97,14 +98,22 @@ class Demo:
         asked = world.converse(self.rng, documents, questions - summarize)
         if summarize:
             asked.insert(0, (prompts.SUMMARY_REQUESTS[0], prompts.summary(documents)))
-        reusing, full = make(self.engine, documents), make(self.off, documents)
+        reusing, full = make(self.engine), make(self.off)
         for question, expected in asked:
-            answer, report = reusing(question)
-            off_answer, off_report = full(question)
+            answer, report = reusing(question, documents)
+            off_answer, off_report = full(question, documents)
+            documents = self._next(documents)
             right = prompts.right_share(answer, expected) == 1
             yield Call(name, question, answer, right, answer == off_answer, report, off_report["ttft_s"])
 
-    def _chain(self, engine: SemShareEngine, documents: list[world.Document]) -> Ask:
+    def _next(self, documents: list[world.Document]) -> list[world.Document]:
+        """The articles as the next call gets them, with the same facts."""
+        mode = self.engine.config.reuse.mode
+        if mode == "semantic":
+            documents = [world.reword(self.rng, document) for document in documents]
+        return documents if mode in ("off", "exact") else [*documents[1:], documents[0]]
+
+    def _chain(self, engine: SemShareEngine) -> Ask:
         """A stuff chain: every article goes into the system message."""
         from langchain_core.prompts import ChatPromptTemplate
 
@@ -112,15 +121,16 @@ class Demo:
 
         template = [("system", "You are a helpful assistant. Use these documents:\n\n{context}"), ("human", "{input}")]
         model = ChatSemShareKV(engine=engine, namespace="demo-chain", max_tokens=self.answer_tokens)
-        chain = ChatPromptTemplate.from_messages(template) | model.bind(documents=_by_town(documents))
+        prompt = ChatPromptTemplate.from_messages(template)
 
-        def ask(question: str) -> tuple[str, dict[str, Any]]:
+        def ask(question: str, documents: list[world.Document]) -> tuple[str, dict[str, Any]]:
+            chain = prompt | model.bind(documents=_by_town(documents))
             message = chain.invoke({"context": prompts.join(documents), "input": question})
             return str(message.content), message.response_metadata["kv_cache"]
 
         return ask
 
-    def _query_engine(self, engine: SemShareEngine, documents: list[world.Document]) -> Ask:
+    def _query_engine(self, engine: SemShareEngine) -> Ask:
         """A query engine over all articles, with LlamaIndex's own templates."""
         from llama_index.core import Document, Settings, SummaryIndex
         from llama_index.core.callbacks import CallbackManager
@@ -129,13 +139,17 @@ class Demo:
 
         llm = SemShareKVLLM(engine=engine, namespace="demo-query", max_tokens=self.answer_tokens)
         Settings.tokenizer = llm.tokenize
-        index = SummaryIndex.from_documents([Document(text=document.text) for document in documents])
-        query_engine = index.as_query_engine(llm=llm, response_mode="compact")
         reports = _report_collector()
-        llm.callback_manager = CallbackManager([reports])  # only now: the index gives the LLM its own
-        return lambda question: (str(query_engine.query(question)), reports.latest)
 
-    def _chat(self, engine: SemShareEngine, documents: list[world.Document]) -> Ask:
+        def ask(question: str, documents: list[world.Document]) -> tuple[str, dict[str, Any]]:
+            index = SummaryIndex.from_documents([Document(text=document.text) for document in documents])
+            query_engine = index.as_query_engine(llm=llm, response_mode="compact")
+            llm.callback_manager = CallbackManager([reports])  # only now: the index gives the LLM its own
+            return str(query_engine.query(question)), reports.latest
+
+        return ask
+
+    def _chat(self, engine: SemShareEngine) -> Ask:
         """A conversation: the articles come with the first question, each turn adds to the history."""
         from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
@@ -144,7 +158,7 @@ class Demo:
         model = ChatSemShareKV(engine=engine, namespace="demo-chat", max_tokens=self.answer_tokens)
         history: list[BaseMessage] = [SystemMessage(prompts.PLAIN_SYSTEMS[0])]
 
-        def ask(question: str) -> tuple[str, dict[str, Any]]:
+        def ask(question: str, documents: list[world.Document]) -> tuple[str, dict[str, Any]]:
             text = question if len(history) > 1 else f"{prompts.join(documents)}\n\nQuestion: {question}"
             history.append(HumanMessage(text))
             message = model.invoke(history, documents=_by_town(documents))

@@ -10,7 +10,7 @@ from semsharekv_integrations.kv import PrefixMatch, Rendered, Run
 from semsharekv_integrations.matching import FuzzyMatcher
 from semsharekv_integrations.store import KVStore
 
-LONGEST_QUESTION_TOKENS = 128
+LONGEST_QUESTION_TOKENS = 64
 
 
 class Planner:
