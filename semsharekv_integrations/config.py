@@ -60,7 +60,8 @@ class ReuseRules:
             what the embedder was calibrated to.
         min_token_similarity: least cosine (0 to 1) of two tokens' RoPE'd embeddings for the one to be borrowed.
         guard_facts: whether tokens with digits, names and negations are never borrowed from a different token.
-        lsh_bits: bits of the locality-sensitive hash in token matching, or 0 for brute force.
+        lsh_bits: bits of the locality-sensitive hash that matches tokens of texts longer than 1,024 tokens, or 0 to
+            compare them all; shorter texts are always compared in full, which is exact and faster there.
         retention_ratio: share of the prompt's KV kept for decoding, averaged over layers, or None for all of it.
     """
 

@@ -21,6 +21,7 @@ from semsharekv_integrations.kv import Reference, Rendered, Segment, TokenIds
 from semsharekv_integrations.store import KVStore
 
 MOST_COVERED = 0.5  # share of a segment in identical runs above which it needs no fuzzy match
+LONGEST_EXACT_TOKENS = 1024  # up to which comparing all tokens is exact and faster than hashing them
 MOST_CANDIDATES = 8  # latest stored prompts that mode ``paper`` compares a prompt with
 _EMBEDDING_ROPE_BASE, _EMBEDDING_HEAD = 10_000.0, 64  # for models that turn no keys
 
@@ -69,13 +70,13 @@ class FuzzyMatcher:
         found = self._index.nearest(texts, namespace)
         least = self._rules.min_similarity
         threshold = self._index.embedder.threshold if least is None else least
-        return [
-            borrowing
-            for segment, matches in zip(wanted, found, strict=True)
-            for match in matches[:1]
-            if match.similarity >= threshold
-            for borrowing in self._tokens(rendered, segment, match.reference, match.segment, open_tokens)
-        ]
+        borrowings, still_open = [], open_tokens.copy()
+        for segment, matches in zip(wanted, found, strict=True):
+            if matches and matches[0].similarity >= threshold:
+                for borrowing in self._tokens(rendered, segment, matches[0].reference, matches[0].segment, still_open):
+                    still_open[borrowing.targets] = False  # a caller's documents may stand inside of each other
+                    borrowings.append(borrowing)
+        return borrowings
 
     def prompt_matches(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
         """Matches of the whole prompt with the stored one most alike by LSH distance, if it is alike enough."""
@@ -96,7 +97,8 @@ class FuzzyMatcher:
     ) -> Iterator[Borrowing]:
         """The tokens of one segment that find an alike one in ``stored``, guarded facts left out."""
         ids, known = rendered.token_ids[segment.start : segment.stop], reference.token_ids[stored.start : stored.stop]
-        matches = nearest_tokens(self._rotated(ids), self._rotated(known), bits=self._rules.lsh_bits or None)
+        bits = self._rules.lsh_bits if max(len(ids), len(known)) > LONGEST_EXACT_TOKENS else 0
+        matches = nearest_tokens(self._rotated(ids), self._rotated(known), bits=bits or None)
         different = ids != known[matches.positions]
         refused = ~open_tokens[segment.start : segment.stop] | (matches.cosine < self._rules.min_token_similarity)
         if self._rules.guard_facts:

@@ -153,7 +153,7 @@ def build_plan(
     must[start:] = True
     for borrowing in borrowings:
         must[borrowing.targets] = False
-    for first, num_tokens in _boundaries(runs, rules):
+    for first, num_tokens in _boundaries(prefix, runs, rules):
         must[first : first + num_tokens] = True
     must |= question
     must[:start] = False
@@ -196,9 +196,9 @@ def _borrowing(run: Run) -> Borrowing:
     return Borrowing(run.reference, run.start + offsets, run.source_start + offsets, np.zeros(run.num_tokens, bool))
 
 
-def _boundaries(runs: Sequence[Run], rules: ReuseRules) -> list[tuple[int, int]]:
+def _boundaries(prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseRules) -> list[tuple[int, int]]:
     """Where each run begins, and how many of its first tokens are computed: more of them behind an edit."""
-    before: Sequence[Run | None] = [None, *runs]
+    before: Sequence[Run | None] = [Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None, *runs]
     return [
         (run.start, min(run.num_tokens, rules.edit_tokens if _follows_edit(last, run) else rules.boundary_tokens))
         for last, run in zip(before, runs, strict=False)
