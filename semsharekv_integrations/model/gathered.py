@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -101,20 +102,27 @@ class _Gatherer:
 
     def __init__(self, plan: ReusePlan) -> None:
         self._plan = plan
-        self._targets = torch.from_numpy(np.concatenate([b.targets for b in plan.borrowings]))  # [N]
-        self._shifts = torch.from_numpy(np.concatenate([b.targets - b.sources for b in plan.borrowings]))  # [N]
+        taken: dict[int, list[Borrowing]] = {}
+        for borrowing in plan.borrowings:
+            taken.setdefault(id(borrowing.reference), []).append(borrowing)
+        groups = list(taken.values())
+        self._references = [group[0].reference for group in groups]
+        self._sources = [np.concatenate([b.sources for b in group]) for group in groups]
+        targets = np.concatenate([b.targets for group in groups for b in group])
+        self._targets = torch.from_numpy(targets)  # [N]
+        self._shifts = torch.from_numpy(targets - np.concatenate(self._sources))  # [N]
         self._moves = bool((self._shifts != 0).any())
         self._angles: dict[tuple[int, torch.device], _Angles] = {}
 
     def layer(self, index: int, rotation: Rotation | None) -> LayerKV:
-        sample = self._plan.borrowings[0].reference.layers[index]
         borrowed = LayerKV(*(self._borrowed(index, kind) for kind in range(2)))
         if rotation is not None and self._moves:
             borrowed = borrowed._replace(keys=self._turned(borrowed.keys, rotation))
-        return LayerKV(*(self._placed(index, kind, sample[kind], borrowed[kind]) for kind in range(2)))
+        return LayerKV(*(self._placed(index, kind, borrowed[kind]) for kind in range(2)))
 
     def _borrowed(self, index: int, kind: int) -> torch.Tensor:
-        return torch.cat([_taken(b, b.reference.layers[index][kind]) for b in self._plan.borrowings], dim=2)
+        stored = zip(self._references, self._sources, strict=True)
+        return torch.cat([_taken(reference.layers[index][kind], sources) for reference, sources in stored], dim=2)
 
     def _turned(self, keys: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         known = (id(rotation), keys.device)
@@ -122,18 +130,17 @@ class _Gatherer:
             self._angles[known] = _Angles(*rotation.angles(self._shifts.to(keys.device)))
         return turn(keys, *self._angles[known], rotation.interleaved)
 
-    def _placed(self, index: int, kind: int, like: torch.Tensor, borrowed: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, width = like.shape
-        whole = like.new_zeros((batch, heads, len(self._plan.token_ids), width))  # [B, H, T, D]
+    def _placed(self, index: int, kind: int, borrowed: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, width = borrowed.shape
+        whole = borrowed.new_zeros((batch, heads, len(self._plan.token_ids), width))  # [B, H, T, D]
         if self._plan.prefix:
             start = self._plan.prefix.num_tokens
             whole[:, :, :start] = self._plan.prefix.reference.layers[index][kind][:, :, :start]
         return whole.index_copy_(2, self._targets.to(whole.device), borrowed)
 
 
-def _taken(borrowing: Borrowing, tensor: torch.Tensor) -> torch.Tensor:
-    """The source tokens of ``tensor`` [B, H, S, D]; a view where they stand in a row."""
-    sources = borrowing.sources
+def _taken(tensor: torch.Tensor, sources: NDArray[np.int64]) -> torch.Tensor:
+    """Tokens ``sources`` [N] of ``tensor`` [B, H, S, D]; a view where they stand in a row."""
     if len(sources) == sources[-1] - sources[0] + 1 and bool((np.diff(sources) == 1).all()):
         return tensor[:, :, int(sources[0]) : int(sources[-1]) + 1]
     return tensor[:, :, torch.from_numpy(sources).to(tensor.device)]

@@ -36,6 +36,7 @@ class PromptRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._replies: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
+        self._pieces: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def render(self, prompt: Prompt, documents: Mapping[str, str], namespace: str) -> Rendered:
@@ -68,7 +69,10 @@ class PromptRenderer:
 
     def pieces_of(self, token_ids: TokenIds) -> list[str]:
         """The text of each token [N], with the space that stands before it where a word begins."""
-        return [self._piece(token_id) for token_id in token_ids.tolist()]
+        known = self._pieces
+        for token_id in set(token_ids.tolist()) - known.keys():
+            known[token_id] = self._piece(token_id)
+        return [known[token_id] for token_id in token_ids.tolist()]
 
     def remember_reply(self, text: str, token_ids: Sequence[int], namespace: str) -> None:
         """Keep the tokens of a generated reply, special tokens left out, for later turns of its conversation."""
