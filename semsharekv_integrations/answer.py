@@ -66,7 +66,7 @@ def report_of(mode: Mode, rendered: Rendered, plan: ReusePlan, outcome: Outcome,
         identical_tokens=int(reused.sum()) - fuzzy - prefix,
         fuzzy_tokens=fuzzy,
         recomputed_tokens=int(outcome.computed.sum()),
-        compute_ratio=outcome.compute_ratio,
+        compute_ratio=min(1.0, outcome.compute_ratio),  # a pass that fell back also did what it was to save
         declined=outcome.fell_back or plan.declined,
         deviation=outcome.deviation,
         sources=_sources(plan, reused),

@@ -1,6 +1,7 @@
 """Reuse held against the truth: a share of reusing prompts is prefilled again in full, and compared.
 
-A namespace whose rolling agreement falls below the bound reuses nothing from then on; reports and stats say so.
+A namespace whose rolling agreement falls below the bound reuses nothing but exact prefixes from then on (in mode
+``exact`` nothing at all); reports and stats say so.
 """
 
 from __future__ import annotations

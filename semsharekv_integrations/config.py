@@ -52,8 +52,8 @@ class ReuseRules:
         final_share: what is left of both shares at the last layer, 0 to 1; it decays exponentially with depth.
         full_layers: first layers that are computed for all tokens, after which deviation is measured; different
             tokens can be borrowed only if there is one.
-        max_deviation: mean deviation of the borrowed tokens, as measured after ``full_layers`` (0 is equal), above
-            which the prompt is finished as a full prefill.
+        max_deviation: mean deviation (0 is equal, 2 as if it were not there) of borrowed KV above which the prompt is
+            prefilled in full; measured behind ``full_layers``, or half way up on the tokens selected by attention.
         max_compute_ratio: a plan predicted to compute more than this share of what the exact prefix leaves is declined.
         fuzzy: whether different tokens and short runs of similar texts are borrowed.
         min_similarity: least similarity (0 to 1) of a stored text to one in the prompt for fuzzy borrowing; None for
@@ -65,16 +65,16 @@ class ReuseRules:
         retention_ratio: share of the prompt's KV kept for decoding, averaged over layers, or None for all of it.
     """
 
-    min_run_tokens: int = 8
+    min_run_tokens: int = 16
     boundary_tokens: int = 2
     edit_tokens: int = 4
     tail_tokens: int = 8
     attention_ratio: float = 0.1
     deviation_ratio: float = 0.0
-    final_share: float = 1.0
+    final_share: float = 0.3
     full_layers: int = 0
-    max_deviation: float = 2.0
-    max_compute_ratio: float = 0.9
+    max_deviation: float = 1.0
+    max_compute_ratio: float = 0.75
     fuzzy: bool = False
     min_similarity: float | None = None
     min_token_similarity: float = 0.5
@@ -111,10 +111,24 @@ class ReuseRules:
         bits = self.lsh_bits
         require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "0 or 8 or more")
 
+    def for_identical_tokens(self) -> ReuseRules:
+        """The rules where no different token is borrowed: no full layers, and what they chose left to attention."""
+        ratio = max(self.attention_ratio, MODE_RULES["identical"].attention_ratio)
+        if not self.fuzzy:
+            return self
+        return replace(self, full_layers=0, deviation_ratio=0.0, attention_ratio=ratio, fuzzy=False)
+
 
 MODE_RULES: dict[Mode, ReuseRules] = {
     "identical": ReuseRules(),
-    "semantic": ReuseRules(fuzzy=True, full_layers=1, deviation_ratio=0.1),
+    "semantic": ReuseRules(
+        fuzzy=True,
+        full_layers=1,
+        attention_ratio=0.05,
+        deviation_ratio=0.25,
+        final_share=0.2,
+        min_token_similarity=0.2,
+    ),
     "paper": ReuseRules(
         fuzzy=True,
         full_layers=1,
@@ -126,6 +140,8 @@ MODE_RULES: dict[Mode, ReuseRules] = {
         min_similarity=0.8,
         min_token_similarity=0.0,
         guard_facts=False,
+        max_deviation=10.0,
+        max_compute_ratio=1.0,
         retention_ratio=0.58,
     ),
 }
@@ -171,6 +187,8 @@ class ReuseConfig:
         require(is_whole(self.min_prefix_tokens, 1), "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
         named = isinstance(self.embedder, str) and bool(self.embedder)
         require(self.embedder is None or named, "reuse.embedder", self.embedder, "None or a path or hub id")
+        compares = self.embedder is None or self.mode == "semantic"
+        require(compares, "reuse.embedder", self.embedder, "None but in mode 'semantic', which alone compares texts")
         given = sorted(self._given())
         require(self.is_approximate or not given, "reuse", ", ".join(given), f"nothing of it in mode {self.mode!r}")
         _ = self.rules

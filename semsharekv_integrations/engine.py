@@ -258,7 +258,7 @@ class SemShareEngine:
     ) -> None:
         """Store the KV of prompt and answer, as far as it is exact. The last token sampled has none yet."""
         token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
-        starts = request.document_starts(rendered, plan.prefix)
+        starts = plan.document_starts() | request.document_starts(rendered, plan.prefix)
         self._store(token_ids, rendered, outcome, request.namespace, starts, request.session)
 
     def _store(
@@ -297,9 +297,12 @@ class SemShareEngine:
         return self._store(rendered.token_ids, rendered, outcome, namespace, starts, **labels)
 
     def _audit(self, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer) -> AuditResult | None:
-        """The answer's first tokens once more, behind a full prefill, if this call reused KV and is drawn."""
-        whole = not report.reused_tokens and report.kv_retained_ratio == 1
-        if whole or not self.auditor.draws():
+        """The answer's first tokens once more, behind a full prefill, if this call is drawn.
+
+        Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
+        """
+        risky = report.reused_tokens - report.prefix_tokens * self.config.reuse.is_approximate
+        if (not risky and report.kv_retained_ratio == 1) or not self.auditor.draws():
             return None
         reused = torch.cat(answer.first_logits)  # [N, V]
         answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)

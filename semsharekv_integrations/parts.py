@@ -42,8 +42,8 @@ class ModelParts:
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
         self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
-        ratio = config.reuse.rules.retention_ratio
-        self.retainer = Retainer(self.adapter, selective, ratio) if selective and ratio is not None else None
+        ratio = config.reuse.rules.retention_ratio or 1.0
+        self.retainer = Retainer(self.adapter, selective, ratio) if selective and ratio < 1 else None
         matcher = self._matcher(config.reuse, store, selective) if selective and config.reuse.rules.fuzzy else None
         limit = self.adapter.stable_positions
         self.planner = Planner(config.reuse, store, matcher, self.num_layers, limit)

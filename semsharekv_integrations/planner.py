@@ -86,7 +86,8 @@ class Planner:
                 open_tokens[run.start : run.start + run.num_tokens] = False
             find = self._matcher.prompt_matches if self._config.mode == "paper" else self._matcher.segment_matches
             matches = find(rendered, open_tokens, namespace)
-        plan = build_plan(token_ids, prefix, runs, matches, question, self._rules, self._num_layers)
+        rules = self._rules if matches else self._rules.for_identical_tokens()
+        plan = build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers)
         return worthwhile(plan, self._rules)
 
 

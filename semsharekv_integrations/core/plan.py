@@ -73,6 +73,10 @@ class ReusePlan:
         """Length of the reused prefix."""
         return self.prefix.num_tokens if self.prefix else 0
 
+    def document_starts(self) -> dict[str, int]:
+        """The documents that borrowed KV may come from, each with the first token that borrows from its reference."""
+        return {key: int(b.targets[0]) for b in self.borrowings for key in b.reference.document_starts}
+
     @cached_property
     def fuzzy(self) -> Mask:
         """[T] borrowed by similarity."""
@@ -103,14 +107,19 @@ class ReusePlan:
         rows = float(sum(self.predicted_rows))
         if self.attention_tokens:
             rows += self.question.sum() * self.num_layers  # they run ahead, to see what they attend to
-        if self.measures_deviation:
-            rows += PROJECTION_SHARE * (len(self.token_ids) - self.prefix_tokens)
+        if self.measured_layer < self.num_layers:
+            before = max(self.measured_layer - 1, 0)
+            rows += PROJECTION_SHARE * self.predicted_rows[before]
         return rows / total
 
     @property
-    def measures_deviation(self) -> bool:
-        """Whether fresh keys and values are compared with borrowed ones."""
-        return 0 < self.full_layers < self.num_layers and bool(self.borrowings)
+    def measured_layer(self) -> int:
+        """The layer at which fresh keys and values are compared with borrowed ones.
+
+        The one behind the full layers, where they also choose what is computed; without full layers half way up, where
+        the tokens that are computed anyway can only tell whether the rest is to be trusted.
+        """
+        return self.full_layers or (self.num_layers + 1) // 2
 
     def __str__(self) -> str:
         """One line for logs: counts, never text."""

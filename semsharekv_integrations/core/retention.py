@@ -12,13 +12,13 @@ from semsharekv_integrations.core.schedule import decaying_shares
 
 SINK_TOKENS = 4  # first tokens, which much attention rests on whatever they say
 RECENT_TOKENS = 16  # last tokens
-STEEPEST = 3.0  # most that the first layer may keep, as a multiple of the average
+STEEPEST = 3.0  # most that the first layer may keep, as a multiple of the average; less in models of few layers
 _HALVINGS = 40
 
 
 def retained_shares(num_layers: int, ratio: float) -> tuple[float, ...]:
     """The share of the tokens that each layer keeps, exponentially decaying, ``ratio`` on average."""
-    first = min(1.0, STEEPEST * ratio)
+    first = min(1.0, min(STEEPEST, (num_layers + 1) / 2) * ratio)
     low, high = 0.0, first
     for _ in range(_HALVINGS):  # the average grows with the last layer's share
         last = (low + high) / 2
@@ -26,7 +26,7 @@ def retained_shares(num_layers: int, ratio: float) -> tuple[float, ...]:
             low = last
         else:
             high = last
-    return decaying_shares(num_layers, first, high) if num_layers > 1 else (ratio,)
+    return decaying_shares(num_layers, first, high)
 
 
 def retained_tokens(attended: torch.Tensor, share: float) -> torch.Tensor:

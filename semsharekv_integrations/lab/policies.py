@@ -32,6 +32,8 @@ POLICIES: Mapping[str, Mode] = MappingProxyType(
         "random": "identical",
     }
 )
+ABLATIONS = ("zeroed", "random")
+UNGUARDED = 1e9  # so that the guard does not answer damaged KV with a full prefill
 SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "mode")
 
 
@@ -49,6 +51,8 @@ def make_configs(names: Iterable[str], settings: Mapping[str, Any] | None = None
     _require_known("policies", names, POLICIES)
     _require_known("settings", settings, SETTINGS)
     plain = {name: ReuseConfig(mode=POLICIES[name]) for name in names}
+    for name in plain.keys() & ABLATIONS:
+        plain[name] = replace(plain[name], max_deviation=UNGUARDED)
     return {
         name: EngineConfig(reuse=replace(reuse, **settings) if reuse.is_approximate else reuse)
         for name, reuse in plain.items()

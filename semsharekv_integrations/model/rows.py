@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from semsharekv_integrations.core.plan import PROJECTION_SHARE
 from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.model.attention import blocks_of, use_blocks
 from semsharekv_integrations.model.gathered import GatheredCache, Measured
@@ -60,7 +61,7 @@ class RowPass:
         self._hidden = hidden
         self._mask = self.first_mask = self._mask_of(rows, None)
         self._window: int | None = None
-        self.row_layers = 0
+        self.row_layers = 0.0
 
     @property
     def rows(self) -> torch.Tensor:
@@ -94,6 +95,7 @@ class RowPass:
     def _measure(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
         """The layer's fresh keys and values [B, H, N, D] of its rows, by its own code, stopped once they are there."""
         layer = self._cache.layers[index]
+        self.row_layers += PROJECTION_SHARE * len(self._rows)
         layer.measures = True
         try:
             narrowed, changed = self._inputs(index, args, kwargs, self._rows)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from semsharekv_integrations.config import ReuseRules
-from semsharekv_integrations.core.plan import PROJECTION_SHARE, Mask, ReusePlan, build_plan
+from semsharekv_integrations.core.plan import Mask, ReusePlan, build_plan
 from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Reference, Run, TokenIds
@@ -67,6 +67,10 @@ def _exact_tokens(plan: ReusePlan, computed: Mask) -> int:
     return plan.prefix_tokens + int(borrowed[0]) if len(borrowed) else sys.maxsize
 
 
+class GivenUp(Exception):
+    """The borrowed KV deviates too much, and the rows that were left out have no hidden states to go on with."""
+
+
 @dataclass(eq=False)
 class _State:
     """What one selective pass has found out."""
@@ -92,12 +96,16 @@ class _State:
             signals.append(Signal(deviations, self.plan.deviation_tokens))
         self.priority = priorities(signals, self.optional)
 
-    def judge(self, deviations: torch.Tensor) -> None:
-        """Take measured deviations [T] in: rank by them, or give the reuse up."""
-        self.deviation = float(deviations[self.optional].mean()) if self.optional.any() else 0.0
+    def judge(self, deviations: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take the deviations [T] measured at ``rows`` in: rank by them, or give the reuse up."""
+        measured = rows[self.optional[rows]]
+        self.deviation = float(deviations[measured].mean()) if len(measured) else 0.0
         if self.deviation > self.plan.max_deviation:
             self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
-        self.rank(deviations)
+            if not self.plan.full_layers:
+                raise GivenUp
+        if self.plan.full_layers:
+            self.rank(deviations)
 
     def active(self, layer: int) -> torch.Tensor:
         """[T] tokens that ``layer`` computes."""
@@ -151,16 +159,18 @@ class SelectivePrefill:
             layers = self.attention_of(plan.token_ids, plan.question, cache, absent)
             state.attended = torch.stack([weights.to(self._adapter.device) for weights in layers]).mean(0)  # [T]
             row_layers += int(plan.question.sum()) * self.num_layers
-        if plan.measures_deviation:
-            row_layers += PROJECTION_SHARE * (len(plan.token_ids) - plan.prefix_tokens)
-        else:
-            state.rank(None)
+        state.rank(None)
         first = _positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, self._adapter.device)
         if not plan.full_layers:
             first = state.active(0).nonzero()[:, 0]
         selective = RowPass(self._view, cache, first, partial(_choose, state, cache), self._adapter.model.dtype)
-        with blocked_attention(self._adapter.config), selective.installed():
-            logits = self._adapter.forward_rows(plan.token_ids, first, cache, selective.first_mask)
+        try:
+            with blocked_attention(self._adapter.config), selective.installed():
+                logits = self._adapter.forward_rows(plan.token_ids, first, cache, selective.first_mask)
+        except GivenUp:
+            whole, wasted = prefill_behind_prefix(self._adapter, plan), selective.row_layers + row_layers
+            ratio = whole.compute_ratio + wasted / (len(plan.token_ids) * self.num_layers)
+            return whole._replace(compute_ratio=ratio, deviation=state.deviation, fell_back=state.fell_back)
         computed = np.zeros(len(plan.token_ids), dtype=bool)
         computed[selective.rows.cpu().numpy()] = True
         ratio = (row_layers + selective.row_layers) / (len(plan.token_ids) * self.num_layers)
@@ -201,12 +211,12 @@ def _choose(state: _State, cache: GatheredCache, layer: int, rows: torch.Tensor,
     plan = state.plan
     if layer < plan.full_layers or state.fell_back:
         return rows
-    if layer == plan.full_layers and plan.measures_deviation:
+    if layer == plan.measured_layer:
         fresh, gathered = measure(), cache.layers[layer]
         deviations = torch.zeros_like(state.must, dtype=torch.float32)
         deviations[rows] = deviation(fresh, gathered.take(rows)).to(rows.device)
         gathered.put(rows, fresh)
-        state.judge(deviations)
+        state.judge(deviations, rows)
         if state.fell_back:
             return rows
     return rows[state.active(layer)[rows]]

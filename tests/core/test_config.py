@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from semsharekv_integrations import (
     SemShareEngine,
     StoreConfig,
 )
+from semsharekv_integrations.config import MODE_RULES, MODES, Mode, ReuseRules
 from semsharekv_integrations.request import GenerateOptions, Request
 from tiny_models import EngineMaker
 
@@ -35,6 +36,38 @@ def reused_later(engine: SemShareEngine) -> int:
     engine.generate(PROMPT, max_new_tokens=2)
     engine.store._clock = lambda: 100.0
     return engine.generate(PROMPT, max_new_tokens=2).report.reused_tokens
+
+
+def prompt_of(start: str, *documents: str) -> str:
+    return "\n\n".join([start, *documents, "Who was affected ?"])
+
+
+FLOOD = "A flood hit the old town of Prorna in May , and the mayor said that 7 people were affected by it ."
+REWORDED = FLOOD.replace("7 people", "9 people").replace("hit", "took").replace("said", "told us").replace(",", "but")
+FIRE = "The report from Velmar names a fire at the bridge , which was closed on Monday for repairs ."
+
+
+def borrowing(*prompts: str) -> Callable[[SemShareEngine], tuple[object, ...]]:
+    """All that the last of several prompts reused and cost, times left out."""
+
+    def report(engine: SemShareEngine) -> tuple[object, ...]:
+        found = [engine.generate(prompt, max_new_tokens=2).report for prompt in prompts][-1]
+        counts = found.prefix_tokens, found.identical_tokens, found.fuzzy_tokens, found.recomputed_tokens
+        return *counts, found.compute_ratio, found.deviation, found.declined, found.kv_retained_ratio
+
+    return report
+
+
+moved = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("You are to answer now .", FIRE, FLOOD))
+edited = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("Read it .", FLOOD.replace("hit", "7"), FIRE))
+reworded = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("You are to answer now .", REWORDED))
+
+
+def reworded_long(engine: SemShareEngine) -> tuple[object, ...]:
+    """Hashes are for long texts; here every text counts as one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semsharekv_integrations.matching.LONGEST_EXACT_TOKENS", 8)
+        return reworded(engine)
 
 
 def audited(engine: SemShareEngine) -> bool:
@@ -63,14 +96,45 @@ def sampled(**options: Any) -> Callable[[SemShareEngine], tuple[str, list[int]]]
     return sample
 
 
-# For every setting: what it changes, the effect without and with it.
+def embedder(engine: SemShareEngine) -> str:
+    return type(engine._ready().planner._matcher._index.embedder).__name__  # type: ignore[union-attr]
+
+
+def compared_tokens(engine: SemShareEngine) -> int | None:
+    engine.generate(PROMPT, max_new_tokens=9)
+    audit = engine.generate(PROMPT, max_new_tokens=9).report.audit
+    return audit and audit.tokens
+
+
+EAGER = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0}
+IDENTICAL, SEMANTIC = {"mode": "identical", **EAGER}, {"mode": "semantic", **EAGER}
+NEAR = {**SEMANTIC, "min_similarity": 0.01, "min_run_tokens": 40}
+# For every setting: its value, what shows its effect, and the settings that both engines have beside it.
 EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], Any]] = {
     (ReuseConfig, "mode"): ("off", reused, {}),
     (ReuseConfig, "min_prefix_tokens"): (999, reused, {}),
+    (ReuseConfig, "embedder"): ("some/model", embedder, {"mode": "semantic"}),
+    (ReuseConfig, "min_run_tokens"): (40, moved, IDENTICAL),
+    (ReuseConfig, "boundary_tokens"): (5, moved, IDENTICAL),
+    (ReuseConfig, "edit_tokens"): (7, edited, IDENTICAL),
+    (ReuseConfig, "tail_tokens"): (40, moved, IDENTICAL),
+    (ReuseConfig, "attention_ratio"): (0.3, moved, {**IDENTICAL, "attention_ratio": None}),
+    (ReuseConfig, "deviation_ratio"): (0.5, moved, SEMANTIC),
+    (ReuseConfig, "final_share"): (0.1, moved, {**SEMANTIC, "deviation_ratio": 0.5}),
+    (ReuseConfig, "full_layers"): (2, moved, SEMANTIC),
+    (ReuseConfig, "max_deviation"): (1e-6, moved, {**SEMANTIC, "max_deviation": None}),
+    (ReuseConfig, "max_compute_ratio"): (0.01, moved, IDENTICAL),
+    (ReuseConfig, "fuzzy"): (False, reworded, NEAR),
+    (ReuseConfig, "min_similarity"): (0.999, reworded, NEAR),
+    (ReuseConfig, "min_token_similarity"): (0.999, reworded, NEAR),
+    (ReuseConfig, "guard_facts"): (False, reworded, {**NEAR, "min_token_similarity": 0.0}),
+    (ReuseConfig, "lsh_bits"): (8, reworded_long, {**NEAR, "min_token_similarity": 0.3}),
+    (ReuseConfig, "retention_ratio"): (0.3, moved, IDENTICAL),
     (StoreConfig, "max_bytes"): (1, reused, {}),
     (StoreConfig, "ttl_s"): (50.0, reused_later, {}),
     (AuditConfig, "sample_ratio"): (1.0, audited, {}),
     (AuditConfig, "min_agreement"): (0.2, suspends, {}),
+    (AuditConfig, "tokens"): (3, compared_tokens, {"sample_ratio": 1.0}),
     (AuditConfig, "window"): (21, suspends, {}),
 }
 OPTION_EFFECTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -88,8 +152,8 @@ SECTIONS = {ReuseConfig: "reuse", StoreConfig: "store", AuditConfig: "audit"}
 @pytest.mark.parametrize(("config", "name"), EFFECTS)
 def test_no_setting_is_dead(make_engine: EngineMaker, config: type, name: str) -> None:
     value, effect, others = EFFECTS[config, name]
-    with_it = make_engine(**{SECTIONS[config]: config(**{name: value}, **others)})
-    assert effect(make_engine()) != effect(with_it)
+    without, with_it = (make_engine(**{SECTIONS[config]: config(**made)}) for made in (others, {**others, name: value}))
+    assert effect(without) != effect(with_it)
 
 
 @pytest.mark.parametrize("name", OPTION_EFFECTS)
@@ -106,7 +170,12 @@ def test_the_context_window_is_not_dead(make_engine: EngineMaker) -> None:
         engine.generate(PROMPT)
 
 
+def test_every_rule_is_a_setting() -> None:
+    assert {field.name for field in fields(ReuseConfig)} == {*RULES, "mode", "min_prefix_tokens", "embedder"}
+
+
 def test_no_setting_was_overlooked() -> None:
+    assert set(BAD[ReuseConfig]) == {field.name for field in fields(ReuseConfig)}
     known = {*EFFECTS, *((SamplingConfig, name) for name in OPTION_EFFECTS), (EngineConfig, "max_context_tokens")}
     known |= {(EngineConfig, name) for name in SECTIONS.values()}
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
@@ -114,10 +183,36 @@ def test_no_setting_was_overlooked() -> None:
     assert options == set(GenerateOptions.__annotations__)
 
 
+SHARES = [-0.1, 1.1, "1", float("nan"), True]
 BAD = {
-    ReuseConfig: {"mode": ["semantic", "fast", None], "min_prefix_tokens": [0, -1, 1.5, "2", None, True]},
+    ReuseConfig: {
+        "mode": ["fast", "", None, 3],
+        "min_prefix_tokens": [0, -1, 1.5, "2", None, True],
+        "embedder": ["", 3, True],
+        "min_run_tokens": [1, 0, 2.5, "8"],
+        "boundary_tokens": [-1, 1.5, "2"],
+        "edit_tokens": [-1, 1.5, "2"],
+        "tail_tokens": [0, -1, 1.5],
+        "attention_ratio": SHARES,
+        "deviation_ratio": SHARES,
+        "final_share": SHARES,
+        "full_layers": [-1, 1.5, "2"],
+        "max_deviation": [0, -1, float("nan"), float("inf"), "1"],
+        "max_compute_ratio": SHARES,
+        "fuzzy": [1, "yes"],
+        "min_similarity": [0, *SHARES],
+        "min_token_similarity": SHARES,
+        "guard_facts": [0, "no"],
+        "lsh_bits": [-8, 7, 8.5, "64"],
+        "retention_ratio": [0, *SHARES],
+    },
     StoreConfig: {"max_bytes": [-1, 0.5, None], "ttl_s": [0, -1.0, "1", float("nan")]},
-    AuditConfig: {"sample_ratio": [-0.1, 1.1, None, "1"], "min_agreement": [-1, 2, "x"], "window": [0, 2.5, None]},
+    AuditConfig: {
+        "sample_ratio": [-0.1, 1.1, None, "1"],
+        "min_agreement": [-1, 2, "x"],
+        "window": [0, 2.5, None],
+        "tokens": [0, 1.5, None],
+    },
     EngineConfig: {"max_context_tokens": [0, 1, -5, 2.5, "8"]},
     SamplingConfig: {
         "max_new_tokens": [0, -1, 1.5, "3", None],
@@ -136,8 +231,53 @@ BAD = {
     [(config, name, value) for config, named in BAD.items() for name, values in named.items() for value in values],
 )
 def test_bad_values_are_refused_by_name(config: type, name: str, value: object) -> None:
+    others = {} if config is not ReuseConfig or name in ("mode", "min_prefix_tokens", "embedder") else SEMANTIC
     with pytest.raises(ValueError, match=rf"{name} is .*; accepted is "):
-        config(**{name: value})
+        config(**{**others, name: value})
+
+
+RULES = {field.name for field in fields(ReuseRules)}
+
+
+@pytest.mark.parametrize("mode", ["off", "exact"])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_settings_of_other_modes_are_refused_by_name(mode: str, name: str) -> None:
+    value, _, _ = EFFECTS[ReuseConfig, name]
+    with pytest.raises(ValueError, match=rf"reuse is '{name}'; accepted is nothing of it in mode '{mode}'"):
+        ReuseConfig(mode=mode, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["off", "exact", "identical"])
+def test_an_embedder_is_refused_where_no_texts_are_compared(mode: str) -> None:
+    with pytest.raises(ValueError, match="embedder"):
+        ReuseConfig(mode=mode, embedder="some/model")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", MODE_RULES)
+def test_rules_are_those_of_the_mode_with_what_was_given(mode: Mode) -> None:
+    assert ReuseConfig(mode=mode).rules == MODE_RULES[mode]
+    for name in RULES:
+        value, _, _ = EFFECTS[ReuseConfig, name]
+        if (name, mode) == ("deviation_ratio", "identical"):
+            continue  # needs a full layer
+        rules = ReuseConfig(mode=mode, **{name: value}).rules
+        assert rules == replace(MODE_RULES[mode], **{name: value}), name
+    assert ReuseConfig(mode=mode, guard_facts=False, min_token_similarity=0.0).rules.guard_facts is False
+
+
+@pytest.mark.parametrize("needy", [{"deviation_ratio": 0.1}, {"fuzzy": True}])
+def test_rules_that_need_a_full_layer_say_so(needy: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"full_layers is 0; accepted is 1 or more where deviation_ratio"):
+        ReuseConfig(mode="identical", **needy)
+    with pytest.raises(ValueError, match="full_layers is 0"):
+        ReuseConfig(mode="semantic", full_layers=0)
+    assert ReuseConfig(mode="identical", full_layers=1, **needy).rules.full_layers == 1
+
+
+def test_modes_that_compare_no_runs_index_none() -> None:
+    assert [ReuseConfig(mode=mode).indexed_run_tokens for mode in MODES] == [None, None, 8, 8, None]
+    assert ReuseConfig(mode="semantic", min_run_tokens=5).indexed_run_tokens == 5
+    assert [ReuseConfig(mode=mode).is_approximate for mode in MODES] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +308,7 @@ def test_unknown_names_are_refused(make_engine: EngineMaker) -> None:
             config(surprise=1)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, ReuseRules])
 def test_settings_are_frozen(config: type) -> None:
     with pytest.raises(FrozenInstanceError):
         setattr(config(), fields(config)[0].name, 1)

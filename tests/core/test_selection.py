@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from hypothesis import given
@@ -19,10 +20,10 @@ def test_shares_decay_from_first_to_last_by_one_factor(num_layers: int, one: flo
     first, last = max(one, other), min(one, other)
     decay = decaying_shares(num_layers, first, last)
     assert len(decay) == num_layers and decay[0] == first
-    assert all(0 <= later <= earlier + 1e-12 for earlier, later in zip(decay, decay[1:], strict=False))
+    assert all(0 <= later <= earlier + 1e-12 for earlier, later in pairwise(decay))
     if num_layers > 1 and last > 1e-6:
         assert math.isclose(decay[-1], last, rel_tol=1e-6)
-        factors = [later / earlier for earlier, later in zip(decay, decay[1:], strict=False)]
+        factors = [later / earlier for earlier, later in pairwise(decay)]
         assert max(factors) - min(factors) < 1e-6
 
 

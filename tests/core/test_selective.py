@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_random_pieces_never_crash_and_keep_to_the_budget(
     assert outcome.computed[plan.must].all(), "what must be computed was"
     assert not outcome.computed[: plan.prefix_tokens].any()
     rows = plan.predicted_rows
-    assert all(later <= earlier for earlier, later in zip(rows, rows[1:], strict=False)), "nested"
+    assert all(later <= earlier for earlier, later in pairwise(rows)), "nested"
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mpt", "gpt2"])

@@ -1,0 +1,252 @@
+"""The plan, without a model: what it borrows, what it computes, what it will cost, and when it is declined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.core.plan import (
+    PROJECTION_SHARE,
+    Borrowing,
+    ReusePlan,
+    build_plan,
+    prefix_plan,
+    worthwhile,
+)
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run
+
+NUM_TOKENS, NUM_LAYERS, TAIL = 60, 5, 5
+RULES = ReuseRules(boundary_tokens=2, edit_tokens=4, attention_ratio=0.2, deviation_ratio=0.1, full_layers=1)
+
+
+def reference(name: str, num_tokens: int = 200) -> Reference:
+    layer = LayerKV(torch.zeros(1, 1, num_tokens, 1), torch.zeros(1, 1, num_tokens, 1))
+    return Reference(name, "n", np.arange(num_tokens), (layer,))
+
+
+ONE, OTHER = reference("one"), reference("other")
+
+
+def tail(num_tokens: int = NUM_TOKENS) -> np.ndarray:
+    return np.arange(num_tokens) >= num_tokens - TAIL
+
+
+def plan_of(
+    runs: Sequence[Run],
+    matches: Sequence[Borrowing] = (),
+    rules: ReuseRules = RULES,
+    prefix_tokens: int = 0,
+    prefix_of: Reference = ONE,
+) -> ReusePlan:
+    prefix = PrefixMatch(prefix_of, prefix_tokens) if prefix_tokens else None
+    return build_plan(np.arange(NUM_TOKENS), prefix, runs, list(matches), tail(), rules, NUM_LAYERS)
+
+
+def computed(plan: ReusePlan) -> list[int]:
+    return np.flatnonzero(plan.must).tolist()
+
+
+def fuzzy(targets: Sequence[int], source: Reference = OTHER) -> Borrowing:
+    return Borrowing(source, np.array(targets), np.array(targets) + 7, np.ones(len(targets), dtype=bool))
+
+
+def test_what_has_no_source_and_the_question_is_computed() -> None:
+    plan = plan_of([Run(10, ONE, 30, 20)], [fuzzy(range(40, 50))], replace(RULES, boundary_tokens=0))
+    assert computed(plan) == [*range(10), *range(30, 40), *range(50, 60)]
+    assert np.flatnonzero(plan.fuzzy).tolist() == list(range(40, 50))
+    assert np.flatnonzero(plan.borrowed).tolist() == [*range(10, 30), *range(40, 50)]
+
+
+def test_the_question_is_computed_inside_of_runs() -> None:
+    plan = plan_of([Run(0, ONE, 30, 60)], rules=replace(RULES, boundary_tokens=0))
+    assert computed(plan) == list(range(NUM_TOKENS - TAIL, NUM_TOKENS))
+
+
+@pytest.mark.parametrize("boundary_tokens", [0, 1, 3, 99])
+def test_the_first_tokens_of_every_run_are_computed(boundary_tokens: int) -> None:
+    plan = plan_of([Run(5, ONE, 0, 20), Run(30, OTHER, 9, 8)], rules=replace(RULES, boundary_tokens=boundary_tokens))
+    first, second = min(boundary_tokens, 20), min(boundary_tokens, 8)
+    wanted = {*range(5 + first), *range(25, 30 + second), *range(38, 60)}
+    assert set(computed(plan)) == wanted
+
+
+class TestEdits:
+    """Behind changed words of one text more is computed than where a text begins."""
+
+    def first_computed(self, last: Run, run: Run, **options: object) -> int:
+        """How many first tokens of ``run`` are computed behind ``last``."""
+        plan = plan_of([last, run], **options)  # type: ignore[arg-type]
+        return int(plan.must[run.start : run.start + run.num_tokens].sum())
+
+    @pytest.mark.parametrize(("gap", "source_gap"), [(1, 1), (3, 1), (1, 4), (2, 0), (0, 2), (16, 16)])
+    def test_words_changed_put_in_or_left_out(self, gap: int, source_gap: int) -> None:
+        last = Run(3, ONE, 20, 12)
+        assert self.first_computed(last, Run(15 + gap, ONE, 32 + source_gap, 15)) == RULES.edit_tokens
+
+    def test_another_text_is_no_edit(self) -> None:
+        assert self.first_computed(Run(3, ONE, 20, 12), Run(17, OTHER, 34, 15)) == RULES.boundary_tokens
+
+    @pytest.mark.parametrize("source_start", [0, 31, 32 + 17, 150])
+    def test_another_place_of_the_same_text_is_no_edit(self, source_start: int) -> None:
+        assert self.first_computed(Run(3, ONE, 20, 12), Run(16, ONE, source_start, 15)) == RULES.boundary_tokens
+
+    def test_many_new_words_are_no_edit(self) -> None:
+        assert self.first_computed(Run(3, ONE, 20, 12), Run(15 + 17, ONE, 33, 15)) == RULES.boundary_tokens
+
+    def test_the_prefix_is_a_text_as_well(self) -> None:
+        """A prompt asked again with a word changed: the prefix ends at the word, a run begins behind it."""
+        edited, other = (plan_of([Run(22, source, 21, 20)], prefix_tokens=20) for source in (ONE, OTHER))
+        assert int(edited.must[22:42].sum()) == RULES.edit_tokens
+        assert int(other.must[22:42].sum()) == RULES.boundary_tokens
+
+
+def test_nothing_of_the_prefix_is_computed_even_if_it_reaches_into_the_question() -> None:
+    assert computed(plan_of([], prefix_tokens=58)) == [58, 59]
+
+
+def test_nothing_of_the_prefix_is_computed() -> None:
+    plan = plan_of([Run(30, ONE, 0, 20)], prefix_tokens=20)
+    assert not plan.must[:20].any() and plan.must[20:30].all()
+    assert plan.prefix_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("rules", "attention", "deviation"),
+    [
+        ({"attention_ratio": 0.0, "deviation_ratio": 0.0}, 0, 0),
+        ({"attention_ratio": 0.2, "deviation_ratio": 0.0}, 8, 0),
+        ({"attention_ratio": 0.21, "deviation_ratio": 1.0}, 9, 40),
+    ],
+)
+def test_budgets_are_shares_of_what_is_optional(rules: dict[str, float], attention: int, deviation: int) -> None:
+    plan = plan_of([Run(8, ONE, 30, 42)], rules=replace(RULES, **rules))  # 40 of them behind the boundary
+    assert int(plan.optional.sum()) == 40
+    assert (plan.attention_tokens, plan.deviation_tokens) == (attention, deviation)
+
+
+def test_full_layers_compute_all_that_is_behind_the_prefix() -> None:
+    plan = plan_of([Run(25, ONE, 0, 30)], prefix_tokens=20, rules=replace(RULES, full_layers=2))
+    assert plan.predicted_rows[:2] == (40, 40) and plan.predicted_rows[2] < 40
+    assert plan_of([Run(25, ONE, 0, 30)], rules=replace(RULES, full_layers=99)).predicted_rows == (60,) * NUM_LAYERS
+
+
+def test_the_predicted_ratio_counts_rows_the_look_ahead_and_the_measuring() -> None:
+    plan = plan_of([Run(10, ONE, 30, 40)])
+    rows = sum(plan.predicted_rows) + TAIL * NUM_LAYERS + PROJECTION_SHARE * NUM_TOKENS
+    assert plan.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS))
+    blind = plan_of([Run(10, ONE, 30, 40)], rules=ReuseRules(attention_ratio=0.0))
+    assert blind.predicted_compute_ratio == pytest.approx(sum(blind.predicted_rows) / (NUM_TOKENS * NUM_LAYERS))
+    nothing = prefix_plan(np.arange(10), None, 3, None)
+    assert nothing.predicted_compute_ratio == 1.0
+    assert prefix_plan(np.arange(10), PrefixMatch(ONE, 4), 3, None).predicted_compute_ratio == 0.6
+
+
+class TestWorthwhile:
+    def test_plans_that_save_enough_are_kept(self) -> None:
+        plan = plan_of([Run(10, ONE, 30, 45)], rules=ReuseRules())
+        assert worthwhile(plan, ReuseRules()) is plan and plan.declined is None
+
+    def test_nothing_found_is_a_reason(self) -> None:
+        declined = worthwhile(plan_of([], prefix_tokens=20), ReuseRules())
+        assert declined.declined == "nothing similar enough is stored"
+        assert declined.prefix_tokens == 20 and not declined.borrowings
+        assert computed(declined) == list(range(20, 60))
+
+    def test_too_little_saved_is_a_reason(self) -> None:
+        plan = plan_of([Run(50, ONE, 30, 6)], rules=ReuseRules(), prefix_tokens=20)
+        declined = worthwhile(plan, ReuseRules())
+        assert not declined.borrowings and declined.prefix_tokens == 20
+        assert "max_compute_ratio" in (declined.declined or "") and "%" in (declined.declined or "")
+
+    def test_the_bound_is_on_what_the_prefix_leaves(self) -> None:
+        """Behind a long prefix little is left to compute anyway; borrowing must save a share of that little."""
+        rules = ReuseRules(attention_ratio=0.0, boundary_tokens=0, max_compute_ratio=0.5)
+        half = [Run(40, ONE, 100, 10)]
+        kept = plan_of(half, rules=rules, prefix_tokens=40)
+        assert kept.predicted_compute_ratio == pytest.approx(10 / 60)
+        assert worthwhile(kept, rules) is kept
+        assert worthwhile(kept, replace(rules, max_compute_ratio=0.49)).declined
+
+
+def test_a_plan_prints_counts_and_no_text() -> None:
+    plan = build_plan(
+        np.arange(NUM_TOKENS) + 7_654_000,
+        PrefixMatch(ONE, 10),
+        [Run(20, ONE, 0, 12)],
+        [fuzzy(range(40, 44))],
+        tail(),
+        RULES,
+        NUM_LAYERS,
+    )
+    text = str(plan)
+    assert "60 tokens: 10 prefix, 12 identical, 4 fuzzy" in text and "declined: None" in text
+    assert f"compute ratio {plan.predicted_compute_ratio:.3f}" in text
+    assert "7654" not in text and "array" not in text, "no token is in the logs"
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> ReusePlan:
+    """Runs and fuzzy matches in any number, behind a prefix or not, under any budgets."""
+    prefix_tokens = draw(st.integers(0, 30))
+    position, runs, matches = prefix_tokens, [], []
+    while position < NUM_TOKENS - 1:
+        position += draw(st.integers(0, 9))
+        length = min(draw(st.integers(1, 15)), NUM_TOKENS - 1 - position)
+        if length <= 0:
+            break
+        kind = draw(st.sampled_from(["one", "other", "fuzzy"]))
+        if kind == "fuzzy":
+            free = [n for n in range(position, position + length) if n < NUM_TOKENS - TAIL]
+            matches += [fuzzy(free)] if free else []
+        else:
+            runs.append(Run(position, ONE if kind == "one" else OTHER, draw(st.integers(0, 100)), length))
+        position += length
+    full_layers = draw(st.integers(1, NUM_LAYERS + 1))
+    rules = ReuseRules(
+        boundary_tokens=draw(st.integers(0, 5)),
+        edit_tokens=draw(st.integers(0, 9)),
+        attention_ratio=draw(st.floats(0, 1)),
+        deviation_ratio=draw(st.floats(0, 1)),
+        final_share=draw(st.floats(0, 1)),
+        full_layers=full_layers,
+        fuzzy=True,
+    )
+    return plan_of(runs, matches, rules, prefix_tokens)
+
+
+@given(plans())
+def test_every_token_has_one_origin(plan: ReusePlan) -> None:
+    prefix = np.arange(NUM_TOKENS) < plan.prefix_tokens
+    origins = np.stack([prefix, plan.optional, plan.must])
+    assert (origins.sum(0) == 1).all(), "in the prefix, borrowed or computed"
+    identical, similar = plan.optional & ~plan.fuzzy, plan.optional & plan.fuzzy
+    assert sum(map(np.sum, (prefix, identical, similar, plan.must))) == NUM_TOKENS
+    assert plan.must[-TAIL:][~prefix[-TAIL:]].all(), "the question"
+
+
+@given(plans())
+def test_predicted_rows_are_nested_and_within_bounds(plan: ReusePlan) -> None:
+    rows, behind = plan.predicted_rows, NUM_TOKENS - plan.prefix_tokens
+    assert len(rows) == NUM_LAYERS
+    assert all(later <= earlier for earlier, later in pairwise(rows)), "no token comes back"
+    assert all(int(plan.must.sum()) <= count <= behind for count in rows)
+    assert plan.predicted_compute_ratio >= sum(rows) / (NUM_TOKENS * NUM_LAYERS) - 1e-9
+
+
+@given(plans(), st.floats(0, 1))
+def test_declined_plans_borrow_nothing_but_the_prefix(plan: ReusePlan, bound: float) -> None:
+    kept = worthwhile(plan, replace(RULES, max_compute_ratio=bound))
+    left = 1 - plan.prefix_tokens / NUM_TOKENS
+    if kept.declined is None:
+        assert kept is plan and plan.predicted_compute_ratio <= bound * left + 1e-9
+    else:
+        assert not kept.borrowings and kept.prefix is plan.prefix
+        assert kept.predicted_compute_ratio == pytest.approx(left)
