@@ -13,6 +13,7 @@ from semsharekv_integrations.cli import main
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+ANSWERS = {"mayor of Velmar?": "Anna Kelsen", "cost in Velmar?": "42 million", "cost in Osteck?": "17 million"}
 SHELL_BLOCKS = [code for language, code in BLOCKS if language == "bash"]
 
 
@@ -23,7 +24,9 @@ def test_only_known_languages() -> None:
 @pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=lambda code: code.split("\n")[0][:40])
 def test_python_block_runs_and_answers(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, str(README), "exec"), {"__name__": "readme"})
-    assert "Anna Kelsen" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    asked = [question for question in ANSWERS if question in code]
+    assert asked and all(ANSWERS[question] in printed for question in asked), printed
 
 
 @pytest.mark.parametrize("code", SHELL_BLOCKS, ids=lambda code: code.split("\n")[0][:40])

@@ -75,7 +75,12 @@ class ReusePlan:
 
     def document_starts(self) -> dict[str, int]:
         """The documents that borrowed KV may come from, each with the first token that borrows from its reference."""
-        return {key: int(b.targets[0]) for b in self.borrowings for key in b.reference.document_starts}
+        starts: dict[str, int] = {}
+        for borrowing in self.borrowings:
+            first = int(borrowing.targets.min())
+            for key in borrowing.reference.document_starts:
+                starts[key] = min(first, starts.get(key, first))
+        return starts
 
     @cached_property
     def fuzzy(self) -> Mask:
@@ -107,7 +112,7 @@ class ReusePlan:
         rows = float(sum(self.predicted_rows))
         if self.attention_tokens:
             rows += self.question.sum() * self.num_layers  # they run ahead, to see what they attend to
-        if self.measured_layer < self.num_layers:
+        if self.borrowings and self.measured_layer < self.num_layers:
             before = max(self.measured_layer - 1, 0)
             rows += PROJECTION_SHARE * self.predicted_rows[before]
         return rows / total

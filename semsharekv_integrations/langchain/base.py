@@ -39,7 +39,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     """The engine underneath, to share, warm, forget or save; made from ``model`` if not given."""
 
     mode: Mode = Field(default="exact", frozen=True)
-    """What may be reused: ``off`` or ``exact``. By default that of ``config``."""
+    """What may be reused, from ``off`` to ``paper``: see ``ReuseConfig``. By default that of ``config``."""
 
     config: EngineConfig = Field(default_factory=EngineConfig, frozen=True)
     """All other settings of the engine."""

@@ -71,7 +71,8 @@ class SemShareKVLLM(LLM):
         fields: the fields below.
 
     Attributes:
-        mode: ``off`` or ``exact``; None for that of ``config``.
+        mode: ``off``, ``exact``, ``identical``, ``semantic`` or ``paper`` (see ``ReuseConfig``); None for that of
+            ``config``.
         config: all other settings of the engine.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
         dtype: ``auto`` for that of the weights, else a torch dtype or its name.

@@ -119,8 +119,11 @@ class ModelAdapter:
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> torch.Tensor:
         """Logits [B, V] of the last of ``token_ids`` [N], at positions from ``start`` on, behind ``cache``."""
         positions = torch.arange(start, start + len(token_ids))
+        ids = torch.from_numpy(token_ids)[None]
+        if not start:
+            return self._forward(ids, cache, positions)
         with self._lock, blocked_attention(self.config, blocks_of(positions)):
-            return self._forward(torch.from_numpy(token_ids)[None], cache, positions)
+            return self._forward(ids, cache, positions)
 
     def forward_rows(
         self, token_ids: TokenIds, rows: torch.Tensor, cache: DynamicCache, mask: torch.Tensor

@@ -53,11 +53,13 @@ class GatheredLayer(DynamicLayer):
 
     def put(self, rows: torch.Tensor, fresh: LayerKV) -> None:
         """Replace the keys and values of ``rows`` [N]."""
+        rows = rows.to(self.keys.device)
         self.keys.index_copy_(2, rows, fresh.keys)
         self.values.index_copy_(2, rows, fresh.values)
 
     def take(self, rows: torch.Tensor) -> LayerKV:
         """The keys and values of ``rows`` [N], copied."""
+        rows = rows.to(self.keys.device)
         return LayerKV(self.keys[:, :, rows], self.values[:, :, rows])
 
 

@@ -112,12 +112,12 @@ class RowPass:
         """The layer's arguments for ``rows`` alone; hidden states come for the rows before, the rest for the first."""
         states = args[0]
         if len(rows) < states.shape[1]:
-            states = states[:, torch.searchsorted(self._rows, rows).to(states.device)]
+            states = _picked(states, torch.searchsorted(self._rows, rows))
         changed = dict(kwargs, attention_mask=self._mask_for(rows, self._view.windows[index]).to(states.device))
         if len(rows) < len(self._first):
-            kept = torch.searchsorted(self._first, rows).to(states.device)
-            changed["position_ids"] = kwargs["position_ids"][:, kept]
-            changed["position_embeddings"] = tuple(part[:, kept] for part in kwargs["position_embeddings"])
+            kept = torch.searchsorted(self._first, rows)
+            changed["position_ids"] = _picked(kwargs["position_ids"], kept)
+            changed["position_embeddings"] = tuple(_picked(part, kept) for part in kwargs["position_embeddings"])
         return (states, *args[1:]), changed
 
     def _mask_for(self, rows: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -136,3 +136,8 @@ class RowPass:
             unseen |= self._hidden
         mask = torch.zeros(unseen.shape, dtype=self._dtype, device=rows.device)
         return mask.masked_fill_(unseen, torch.finfo(self._dtype).min)[None, None]
+
+
+def _picked(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Entries ``indices`` [N] of ``tensor`` [B, T, ...], wherever both are."""
+    return tensor[:, indices.to(tensor.device)]

@@ -119,10 +119,10 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "edit_tokens"): (7, edited, IDENTICAL),
     (ReuseConfig, "tail_tokens"): (40, moved, IDENTICAL),
     (ReuseConfig, "attention_ratio"): (0.3, moved, {**IDENTICAL, "attention_ratio": None}),
-    (ReuseConfig, "deviation_ratio"): (0.5, moved, SEMANTIC),
+    (ReuseConfig, "deviation_ratio"): (0.5, reworded, NEAR),
     (ReuseConfig, "final_share"): (0.1, moved, {**SEMANTIC, "deviation_ratio": 0.5}),
-    (ReuseConfig, "full_layers"): (2, moved, SEMANTIC),
-    (ReuseConfig, "max_deviation"): (1e-6, moved, {**SEMANTIC, "max_deviation": None}),
+    (ReuseConfig, "full_layers"): (2, reworded, NEAR),
+    (ReuseConfig, "max_deviation"): (1e-6, reworded, NEAR),
     (ReuseConfig, "max_compute_ratio"): (0.01, moved, IDENTICAL),
     (ReuseConfig, "fuzzy"): (False, reworded, NEAR),
     (ReuseConfig, "min_similarity"): (0.999, reworded, NEAR),
@@ -275,7 +275,7 @@ def test_rules_that_need_a_full_layer_say_so(needy: dict[str, Any]) -> None:
 
 
 def test_modes_that_compare_no_runs_index_none() -> None:
-    assert [ReuseConfig(mode=mode).indexed_run_tokens for mode in MODES] == [None, None, 8, 8, None]
+    assert [ReuseConfig(mode=mode).indexed_run_tokens for mode in MODES] == [None, None, 16, 16, None]
     assert ReuseConfig(mode="semantic", min_run_tokens=5).indexed_run_tokens == 5
     assert [ReuseConfig(mode=mode).is_approximate for mode in MODES] == [False, False, True, True, True]
 

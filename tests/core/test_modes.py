@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
+from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
 from tiny_models import EngineMaker, make_model
 
 NARROW = {"mixtral": {"intermediate_size": 48}}
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "phi3", "mixtral")
 MODES = ("identical", "semantic", "paper")
+EAGER: dict[str, Any] = {"min_run_tokens": 8, "max_compute_ratio": 1.0, "max_deviation": 100.0}  # whatever it costs
 TOKENS = {"max_new_tokens": 6}
 DOCUMENTS = {
     "flood": "A flood hit the old town of Prorna in May , and the mayor said that many people were affected .",
@@ -100,7 +102,7 @@ def test_reordered_documents_are_found(make_engine: EngineMaker, model, mode: st
 
 def test_moved_tokens_have_their_exact_kv_at_the_first_layer(make_engine: EngineMaker, model) -> None:
     """It depends on the token and its position alone: what was borrowed elsewhere must have been turned rightly."""
-    engine = make_engine(model=model, reuse=of("identical", max_compute_ratio=1.0))
+    engine = make_engine(model=model, reuse=of("identical", **EAGER))
     engine.generate(FIRST, **TOKENS)
     parts = engine._ready()
     rendered = parts.renderer.render(SECOND, {}, "default")
@@ -127,7 +129,7 @@ def test_nothing_in_common_is_a_full_prefill(make_engine: EngineMaker, model, mo
 def test_short_runs_are_left_alone(make_engine: EngineMaker) -> None:
     reused = []
     for min_run_tokens in (8, 12, 400):
-        engine = make_engine(reuse=of("identical", min_run_tokens=min_run_tokens))
+        engine = make_engine(reuse=of("identical", **{**EAGER, "min_run_tokens": min_run_tokens}))
         engine.generate(FIRST, **TOKENS)
         text = DOCUMENTS["flood"]
         words = text.split()
@@ -183,7 +185,7 @@ def test_namespaces_never_share(make_engine: EngineMaker, mode: str) -> None:
 
 
 def test_warmed_documents_are_found_anywhere(make_engine: EngineMaker) -> None:
-    engine = make_engine("identical")
+    engine = make_engine(reuse=of("identical", **EAGER))
     assert engine.warm(DOCUMENTS) == 3
     report = engine.generate(FIRST, documents=DOCUMENTS, **TOKENS).report
     assert all(document.reused_tokens > document.tokens / 3 for document in report.documents)
@@ -265,7 +267,7 @@ def test_threads_get_what_one_after_another_gets(make_engine: EngineMaker) -> No
     """Each prompt in a namespace of its own, warmed alike, so that what is stored does not depend on the order."""
     names = list(DOCUMENTS)
     asked = [chat(f"Line {n} .", [names[n % 3], names[(n + 1) % 3]], f"What about {n} ?") for n in range(8)]
-    serial, shared = make_engine("identical"), make_engine("identical")
+    serial, shared = (make_engine(reuse=of("identical", **EAGER)) for _ in range(2))
     for engine in (serial, shared):
         for n in range(len(asked)):
             engine.warm(DOCUMENTS, namespace=f"n{n}")
@@ -311,3 +313,24 @@ class TestFallback:
         assert careful.stats()["store_tainted_entries"] == 0
         again = careful.generate(SECOND, **TOKENS).report
         assert again.prefix_tokens == again.prompt_tokens - 1
+
+    def test_what_is_stored_may_even_be_zeros(self, make_engine: EngineMaker, model) -> None:
+        """Without full layers too. Prefixes are taken on trust, so none is reused here."""
+        wanted = make_engine("off", model).generate(SECOND, **TOKENS).token_ids
+        rules = {"min_run_tokens": 8, "max_compute_ratio": 1.0, "min_prefix_tokens": 999}
+        for max_deviation in (None, UNGUARDED):
+            engine = make_engine(model=model, reuse=of("identical", max_deviation=max_deviation, **rules))
+            engine.generate(FIRST, **TOKENS)
+            stored = engine.store.references()
+            engine.clear()
+            assert all(engine.store.put(zeroed(reference)) for reference in stored)
+            generation = engine.generate(SECOND, documents=DOCUMENTS, **TOKENS)
+            report = generation.report
+            assert_counts(report)
+            if max_deviation is None:
+                assert generation.token_ids == wanted
+                assert report.reused_tokens == 0 and report.compute_ratio == 1
+                assert "max_deviation" in (report.declined or "") and (report.deviation or 0) > 1
+                assert not report.sources and engine.stats()["store_tainted_entries"] == 0
+            else:
+                assert report.identical_tokens > 0 and report.declined is None, "or the guard had nothing to do"

@@ -143,7 +143,14 @@ def test_the_predicted_ratio_counts_rows_the_look_ahead_and_the_measuring() -> N
     rows = sum(plan.predicted_rows) + TAIL * NUM_LAYERS + PROJECTION_SHARE * NUM_TOKENS
     assert plan.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS))
     blind = plan_of([Run(10, ONE, 30, 40)], rules=ReuseRules(attention_ratio=0.0))
-    assert blind.predicted_compute_ratio == pytest.approx(sum(blind.predicted_rows) / (NUM_TOKENS * NUM_LAYERS))
+    assert blind.measured_layer == 3, "half way up"
+    rows = sum(blind.predicted_rows) + PROJECTION_SHARE * blind.predicted_rows[2]
+    assert blind.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS))
+    everywhere = plan_of([Run(10, ONE, 30, 40)], rules=ReuseRules(attention_ratio=0.0, full_layers=99))
+    assert everywhere.predicted_compute_ratio == 1.0, "nothing is left to measure for"
+
+
+def test_plans_that_borrow_nothing_measure_nothing() -> None:
     nothing = prefix_plan(np.arange(10), None, 3, None)
     assert nothing.predicted_compute_ratio == 1.0
     assert prefix_plan(np.arange(10), PrefixMatch(ONE, 4), 3, None).predicted_compute_ratio == 0.6
@@ -168,12 +175,30 @@ class TestWorthwhile:
 
     def test_the_bound_is_on_what_the_prefix_leaves(self) -> None:
         """Behind a long prefix little is left to compute anyway; borrowing must save a share of that little."""
-        rules = ReuseRules(attention_ratio=0.0, boundary_tokens=0, max_compute_ratio=0.5)
+        rules = ReuseRules(attention_ratio=0.0, boundary_tokens=0, max_compute_ratio=0.53)
         half = [Run(40, ONE, 100, 10)]
         kept = plan_of(half, rules=rules, prefix_tokens=40)
-        assert kept.predicted_compute_ratio == pytest.approx(10 / 60)
+        rows = 10 * NUM_LAYERS + PROJECTION_SHARE * 10
+        assert kept.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS)), "0.525 of 20 / 60"
         assert worthwhile(kept, rules) is kept
-        assert worthwhile(kept, replace(rules, max_compute_ratio=0.49)).declined
+        assert worthwhile(kept, replace(rules, max_compute_ratio=0.52)).declined
+
+
+class TestDocumentStarts:
+    """What borrowed KV may come from, and where that begins."""
+
+    ONE, OTHER = (replace(source, document_starts={source.id: 3}) for source in (ONE, OTHER))
+
+    def test_every_source_counts(self) -> None:
+        assert plan_of([Run(10, self.ONE, 30, 8)], [fuzzy([30, 33], self.OTHER)]).document_starts() == {
+            "one": 10,
+            "other": 30,
+        }
+        assert plan_of([]).document_starts() == {}
+
+    def test_the_first_token_counts(self) -> None:
+        runs = [Run(10, self.ONE, 30, 8), Run(20, self.OTHER, 9, 8), Run(30, self.ONE, 60, 8)]
+        assert plan_of(runs, [fuzzy([25, 26], self.OTHER)]).document_starts() == {"one": 10, "other": 20}
 
 
 def test_a_plan_prints_counts_and_no_text() -> None:

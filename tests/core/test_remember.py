@@ -209,9 +209,24 @@ def test_forgetting_a_document_drops_what_was_borrowed_from_it(engine: SemShareE
     assert tainted(engine) == 0
 
 
+def test_forgetting_a_document_drops_exact_parts_that_begin_it(make_engine: EngineMaker) -> None:
+    """The first tokens of what was borrowed are computed and kept, though the prompt named no documents."""
+    rules: dict[str, Any] = {"boundary_tokens": 6, "max_compute_ratio": 1.0, "max_deviation": 100.0}
+    engine = make_engine(reuse=ReuseConfig(mode="identical", **rules))
+    engine.generate(FIRST, documents=DOCUMENTS, **ANSWER)
+    before = {reference.id for reference in engine.store.references()}
+    assert len(engine.generate(SECOND, **ANSWER).report.sources) >= 1
+    (new,) = [reference for reference in engine.store.references() if reference.id not in before]
+    segments = engine._ready().renderer.render(SECOND, DOCUMENTS, "default").segments
+    assert [s.document_id for s in segments if s.start < len(new.token_ids)] == ["fire"], "it holds words of one"
+    engine.forget("fire")
+    assert new.id not in {reference.id for reference in engine.store.references()}
+
+
 def test_forgetting_knows_documents_that_were_put_otherwise(make_engine: EngineMaker) -> None:
     """They may stand anywhere, so in the exact part too."""
-    engine = make_engine("identical")
+    rules: dict[str, Any] = {"min_run_tokens": 8, "max_compute_ratio": 1.0, "max_deviation": 100.0}
+    engine = make_engine(reuse=ReuseConfig(mode="identical", **rules))
     engine.generate(FIRST, **ANSWER)
     started = f"{DOCUMENTS['fire'][:40]}\n{DOCUMENTS['fire'][41:]}"
     text = "\n\n".join(["From the news : " + started, DOCUMENTS["flood"], "Who ?"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import MODE_RULES, ReuseRules
 from semsharekv_integrations.core.plan import Borrowing, ReusePlan, build_plan, prefix_plan
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
+from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.selective import SelectivePrefill
 from tiny_models import ARCHITECTURES, make_model
@@ -150,6 +152,28 @@ def test_too_much_deviation_ends_as_a_full_prefill(llama_selective: tuple[ModelA
     assert_same_cache(outcome.prefill.cache, full.cache)
     assert outcome.fell_back is not None and "max_deviation" in outcome.fell_back
     assert outcome.computed[5:].all() and outcome.exact_tokens >= len(plan.token_ids)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("prefix_tokens", [0, 5])
+def test_zeroed_kv_is_given_up_without_full_layers_too(architecture: str, prefix_tokens: int) -> None:
+    """As mode ``identical`` plans: what it measures half way up has no rows to go on with, so all is done afresh."""
+    adapter, selective = selective_of(architecture)
+    rules = replace(MODE_RULES["identical"], attention_ratio=0.2)
+    plan = moved_plan(adapter, rules, prefix_tokens)
+    plan = replace(plan, borrowings=tuple(b._replace(reference=zeroed(b.reference)) for b in plan.borrowings))
+    outcome, full = selective.run(plan), adapter.prefill(plan.token_ids)
+    torch.testing.assert_close(outcome.prefill.logits, full.logits, atol=1e-4, rtol=1e-3)
+    assert_same_cache(outcome.prefill.cache, full.cache)
+    assert outcome.fell_back is not None and "max_deviation" in outcome.fell_back
+    assert outcome.deviation == pytest.approx(2, abs=0.5), "as if it were not there"
+    assert outcome.exact_tokens == sys.maxsize
+    assert outcome.computed[prefix_tokens:].all() and not outcome.computed[:prefix_tokens].any()
+    assert outcome.compute_ratio > 1 - prefix_tokens / len(plan.token_ids), "what was given up has been computed too"
+    assert adapter.config._attn_implementation == "sdpa"
+    unguarded = selective.run(replace(plan, max_deviation=UNGUARDED))
+    assert unguarded.fell_back is None and unguarded.deviation == outcome.deviation
+    assert not adapter.same_logits(unguarded.prefill.logits, full.logits)
 
 
 def test_a_plan_without_borrowings_is_a_plain_prefill(llama_selective: tuple[ModelAdapter, SelectivePrefill]) -> None:

@@ -15,6 +15,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport
 from semsharekv_integrations.config import MODES
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
 
+EAGER = ReuseConfig(mode="identical", min_run_tokens=8, max_compute_ratio=1.0, max_deviation=100.0)
 ModelClass = type[ChatSemShareKV] | type[SemShareKVLLM]
 DOCUMENTS = {
     "flood": "A flood hit the old town of Prorna in May , and the mayor said that many people were affected .",
@@ -73,7 +74,7 @@ def test_every_mode_is_taken_and_reported(cls: ModelClass, path: str, mode: str)
 
 
 def test_moved_documents_are_counted_as_read_from_the_cache(cls: ModelClass, path: str) -> None:
-    model = cls(model=path, mode="identical", max_tokens=4)
+    model = cls(model=path, config=EngineConfig(reuse=EAGER), max_tokens=4)
     call(model, FIRST)
     report, read, _ = call(model, SECOND, documents=DOCUMENTS)
     assert report["identical_tokens"] > 15 and read == report["prefix_tokens"] + report["identical_tokens"]
@@ -83,7 +84,7 @@ def test_moved_documents_are_counted_as_read_from_the_cache(cls: ModelClass, pat
 
 
 def test_streams_and_batches_report_it_too(path: str) -> None:
-    model = ChatSemShareKV(model=path, mode="identical", max_tokens=4)
+    model = ChatSemShareKV(model=path, config=EngineConfig(reuse=EAGER), max_tokens=4)
     model.invoke(FIRST)
     chunks = list(model.stream(SECOND))
     whole = chunks[0]

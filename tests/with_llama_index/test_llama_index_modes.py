@@ -14,6 +14,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport
 from semsharekv_integrations.config import MODES
 from semsharekv_integrations.llama_index import SemShareKVLLM
 
+EAGER = ReuseConfig(mode="identical", min_run_tokens=8, max_compute_ratio=1.0, max_deviation=100.0)
 DOCUMENTS = {
     "flood": "A flood hit the old town of Prorna in May , and the mayor said that many people were affected .",
     "fire": "The report from Velmar names a fire at the bridge , which was closed on Monday for repairs .",
@@ -53,7 +54,7 @@ def test_every_mode_is_taken_and_reported(model_path: Path, mode: str, chat: boo
 
 
 def test_moved_nodes_are_counted(model_path: Path) -> None:
-    llm = SemShareKVLLM(model=str(model_path), mode="identical", max_tokens=4)
+    llm = SemShareKVLLM(model=str(model_path), config=EngineConfig(reuse=EAGER), max_tokens=4)
     nodes = [TextNode(id_=key, text=text) for key, text in DOCUMENTS.items()]
     llm.complete(FIRST, documents=nodes)
     *_, last = llm.stream_complete(SECOND, documents=nodes)
@@ -80,8 +81,7 @@ def test_settings_that_do_not_fit_the_mode_are_refused() -> None:
 
 
 def test_sessions_continue_from_approximate_kv(model_path: Path) -> None:
-    reuse = ReuseConfig(mode="identical", max_compute_ratio=1.0)
-    llm = SemShareKVLLM(model=str(model_path), config=EngineConfig(reuse=reuse), max_tokens=4)
+    llm = SemShareKVLLM(model=str(model_path), config=EngineConfig(reuse=EAGER), max_tokens=4)
     llm.complete(FIRST)
     llm.complete(SECOND, session="one")
     assert llm.engine.stats()["store_tainted_entries"] == 1
