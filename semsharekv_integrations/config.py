@@ -47,6 +47,8 @@ class ReuseRules:
         edit_tokens: as ``boundary_tokens``, for runs that follow changed words within the same text.
         tail_tokens: fewest tokens at the prompt's end that count as the question, at least 1.
         attention_ratio: share of the borrowed tokens that is computed because the question attends to them, 0 to 1.
+        relevance_ratio: share of the borrowed tokens that is computed because their documents or passages share rare
+            words with the question, 0 to 1; those that share most first, as a whole.
         deviation_ratio: share of the borrowed tokens that is computed because they deviate from fresh KV, 0 to 1;
             needs ``full_layers``.
         final_share: what is left of both shares at the last layer, 0 to 1; it decays exponentially with depth.
@@ -69,9 +71,10 @@ class ReuseRules:
     boundary_tokens: int = 2
     edit_tokens: int = 4
     tail_tokens: int = 8
-    attention_ratio: float = 0.1
+    attention_ratio: float = 0.08
+    relevance_ratio: float = 0.12
     deviation_ratio: float = 0.0
-    final_share: float = 0.3
+    final_share: float = 0.7
     full_layers: int = 0
     max_deviation: float = 1.0
     max_compute_ratio: float = 0.75
@@ -86,7 +89,14 @@ class ReuseRules:
         for name, least in (("min_run_tokens", 2), ("boundary_tokens", 0), ("edit_tokens", 0), ("full_layers", 0)):
             require(is_whole(getattr(self, name), least), f"reuse.{name}", getattr(self, name), f"{least} or more")
         require(is_whole(self.tail_tokens, 1), "reuse.tail_tokens", self.tail_tokens, "1 or more")
-        for name in ("attention_ratio", "deviation_ratio", "final_share", "max_compute_ratio", "min_token_similarity"):
+        for name in (
+            "attention_ratio",
+            "relevance_ratio",
+            "deviation_ratio",
+            "final_share",
+            "max_compute_ratio",
+            "min_token_similarity",
+        ):
             require(is_share(getattr(self, name)), f"reuse.{name}", getattr(self, name), "0 to 1")
         for name in ("fuzzy", "guard_facts"):
             require(isinstance(getattr(self, name), bool), f"reuse.{name}", getattr(self, name), "True or False")
@@ -135,6 +145,7 @@ MODE_RULES: dict[Mode, ReuseRules] = {
         boundary_tokens=0,
         edit_tokens=0,
         attention_ratio=0.0,
+        relevance_ratio=0.0,
         deviation_ratio=0.4,
         final_share=0.25,
         min_similarity=0.8,
@@ -170,6 +181,7 @@ class ReuseConfig:
     edit_tokens: int | None = None
     tail_tokens: int | None = None
     attention_ratio: float | None = None
+    relevance_ratio: float | None = None
     deviation_ratio: float | None = None
     final_share: float | None = None
     full_layers: int | None = None

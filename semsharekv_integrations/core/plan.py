@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.core.relevance import relevance
 from semsharekv_integrations.core.schedule import decaying_shares
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 
@@ -53,6 +54,8 @@ class ReusePlan:
         full_layers: first layers that compute every token behind the prefix.
         max_deviation: above which the prompt is finished as a full prefill.
         declined: why nothing, or nothing but the prefix, is borrowed, or None.
+        relevance: [T] how much each token's document shares with the question.
+        relevant_tokens: how many borrowed tokens relevance selects, at the first layer.
     """
 
     token_ids: TokenIds
@@ -67,6 +70,8 @@ class ReusePlan:
     full_layers: int
     max_deviation: float
     declined: str | None = None
+    relevance: NDArray[np.float32] | None = None
+    relevant_tokens: int = 0
 
     @property
     def prefix_tokens(self) -> int:
@@ -101,7 +106,8 @@ class ReusePlan:
     def predicted_rows(self) -> tuple[int, ...]:
         """How many tokens each layer will compute, at most."""
         behind, least = len(self.token_ids) - self.prefix_tokens, int(self.must.sum())
-        quotas, most = (self.attention_tokens, self.deviation_tokens), int(self.optional.sum())
+        quotas = (self.attention_tokens, self.deviation_tokens, self.relevant_tokens)
+        most = int(self.optional.sum())
         rows = [least + min(most, sum(int(np.ceil(share * quota)) for quota in quotas)) for share in self.shares]
         return (*[behind] * self.full_layers, *rows[self.full_layers :])[: self.num_layers]
 
@@ -149,6 +155,7 @@ def build_plan(
     question: Mask,
     rules: ReuseRules,
     num_layers: int,
+    segments: Sequence[tuple[int, int]] = (),
 ) -> ReusePlan:
     """Decide what is borrowed and what is computed.
 
@@ -160,6 +167,7 @@ def build_plan(
         question: [T] always computed.
         rules: budgets and bounds.
         num_layers: of the model.
+        segments: documents and passages of the prompt, as (start, stop), none overlapping.
     """
     start = prefix.num_tokens if prefix else 0
     borrowings = (*map(_borrowing, runs), *matches)
@@ -171,7 +179,11 @@ def build_plan(
         must[first : first + num_tokens] = True
     must |= question
     must[:start] = False
-    num_optional = int(len(token_ids) - start - must.sum())
+    optional = ~must
+    optional[:start] = False
+    num_optional = int(optional.sum())
+    shared = relevance(token_ids, segments, question)
+    num_relevant = int((shared[optional] > 0).sum())
     return ReusePlan(
         token_ids,
         prefix,
@@ -184,6 +196,8 @@ def build_plan(
         shares=decaying_shares(num_layers, 1.0, rules.final_share),
         full_layers=min(rules.full_layers, num_layers),
         max_deviation=rules.max_deviation,
+        relevance=shared,
+        relevant_tokens=min(num_relevant, int(np.ceil(rules.relevance_ratio * num_optional))),
     )
 
 

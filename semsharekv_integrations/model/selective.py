@@ -92,6 +92,9 @@ class _State:
         signals = []
         if self.attended is not None:
             signals.append(Signal(self.attended, self.plan.attention_tokens))
+        if self.plan.relevance is not None:
+            shared = torch.from_numpy(self.plan.relevance).to(self.must.device)
+            signals.append(Signal(shared, self.plan.relevant_tokens))
         if deviations is not None:
             signals.append(Signal(deviations, self.plan.deviation_tokens))
         self.priority = priorities(signals, self.optional)
