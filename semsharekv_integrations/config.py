@@ -71,7 +71,7 @@ class ReuseRules:
     boundary_tokens: int = 2
     edit_tokens: int = 4
     tail_tokens: int = 8
-    attention_ratio: float = 0.08
+    attention_ratio: float = 0.05
     relevance_ratio: float = 0.12
     deviation_ratio: float = 0.0
     final_share: float = 0.7
@@ -122,11 +122,8 @@ class ReuseRules:
         require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "0 or 8 or more")
 
     def for_identical_tokens(self) -> ReuseRules:
-        """The rules where no different token is borrowed: no full layers, and what they chose left to attention."""
-        ratio = max(self.attention_ratio, MODE_RULES["identical"].attention_ratio)
-        if not self.fuzzy:
-            return self
-        return replace(self, full_layers=0, deviation_ratio=0.0, attention_ratio=ratio, fuzzy=False)
+        """The rules where no different token is borrowed: without full layers, and so without deviation to choose by."""
+        return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
 
 
 MODE_RULES: dict[Mode, ReuseRules] = {
@@ -134,9 +131,8 @@ MODE_RULES: dict[Mode, ReuseRules] = {
     "semantic": ReuseRules(
         fuzzy=True,
         full_layers=1,
-        attention_ratio=0.05,
-        deviation_ratio=0.25,
-        final_share=0.2,
+        deviation_ratio=0.15,
+        final_share=0.5,
         min_token_similarity=0.2,
     ),
     "paper": ReuseRules(
