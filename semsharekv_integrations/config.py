@@ -122,7 +122,7 @@ class ReuseRules:
         require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "0 or 8 or more")
 
     def for_identical_tokens(self) -> ReuseRules:
-        """The rules where no different token is borrowed: without full layers, and so without deviation to choose by."""
+        """The rules where no different token is borrowed: no full layers, and so no deviation to choose by."""
         return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
 
 

@@ -11,6 +11,7 @@ import threading
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -25,6 +26,7 @@ _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_TOKENS = 12
+_LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
 _NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 
 
@@ -47,7 +49,7 @@ class ModelAdapter:
         self.model = model.eval()
         self.config = model.config.get_text_config(decoder=True)
         self.mode = mode
-        self._lock = threading.RLock()
+        self._lock = _LOCKS.setdefault(model, threading.RLock())
         if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter

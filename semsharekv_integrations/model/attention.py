@@ -123,12 +123,16 @@ def _watch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Plain attention of a few rows: query [B, heads, N, D], key and value [B, H, T, D], mask [B, 1, N, T]."""
+    collected = _collected.get()
+    if collected is None:  # somebody else's pass through the same model
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    assert attention_mask is not None, "rows come with a mask"
     batch, heads, rows, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, H, heads / H * N, D]
     logits = (grouped @ key.mT).float() * (scaling if scaling is not None else width**-0.5)
@@ -136,7 +140,6 @@ def _watch(
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     weights = (logits + attention_mask.float()).softmax(-1)  # [B, heads, N, T]
-    if (collected := _collected.get()) is not None:
-        collected.append(weights[0].mean(1))
+    collected.append(weights[0].mean(1))
     mixed = weights.to(value.dtype).view(batch, key.shape[1], -1, key.shape[2]) @ value  # [B, H, heads / H * N, D]
     return mixed.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None

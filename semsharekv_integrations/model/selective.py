@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
         compute_ratio: token-layers computed over tokens times layers.
         computed: [T] tokens that were computed at every layer.
         exact_tokens: number of leading tokens whose KV is that of a full prefill.
-        deviation: mean deviation of the borrowed tokens, or None if it was not measured.
+        deviation: mean deviation of the borrowed tokens that were computed again, or None if there were none.
         fell_back: why everything behind the prefix was computed though the plan borrowed, or None.
     """
 
@@ -102,8 +102,9 @@ class _State:
     def judge(self, deviations: torch.Tensor, rows: torch.Tensor) -> None:
         """Take the deviations [T] measured at ``rows`` in: rank by them, or give the reuse up."""
         measured = rows[self.optional[rows]]
-        self.deviation = float(deviations[measured].mean()) if len(measured) else 0.0
-        if self.deviation > self.plan.max_deviation:
+        if len(measured):
+            self.deviation = float(deviations[measured].mean())
+        if self.deviation is not None and self.deviation > self.plan.max_deviation:
             self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
             if not self.plan.full_layers:
                 raise GivenUp
