@@ -132,7 +132,8 @@ def test_settings_that_do_not_fit_the_mode_are_refused(cls: ModelClass) -> None:
 
 def test_threads_continue_as_sessions(path: str) -> None:
     """The thread id that LangChain runs a call under is the session that approximate KV belongs to."""
-    reuse = ReuseConfig(mode="identical", max_compute_ratio=1.0)
+    eager = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0, "relevance_ratio": 0.0}
+    reuse = ReuseConfig(mode="identical", **eager)
     model = ChatSemShareKV(model=path, config=EngineConfig(reuse=reuse), max_tokens=4)
     node = RunnableLambda(lambda text: model.invoke(text).response_metadata["kv_cache"])
     model.invoke(FIRST)
