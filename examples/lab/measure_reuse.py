@@ -1,6 +1,6 @@
 """Measure answers under reuse: every workload under every policy, beside a full prefill of the same prompts.
 
-    PYTHONPATH=. python examples/lab/measure_reuse.py --cases 200 --out /tmp/reuse.md
+    PYTHONPATH=. python examples/lab/measure_reuse.py --cases 200 --out reuse.md
 
 writes a table, and beside it a ``.json`` with every outcome and what they came from. Both are written anew after each
 workload. To use several cores, start one process for some of the workloads each: figures of one workload depend on
