@@ -47,15 +47,17 @@ class ReuseRules:
         edit_tokens: as ``boundary_tokens``, for runs that follow changed words within the same text.
         tail_tokens: fewest tokens at the prompt's end that count as the question, at least 1.
         attention_ratio: share of the borrowed tokens that is computed because the question attends to them, 0 to 1.
-        relevance_ratio: share of the borrowed tokens that is computed because their documents or passages share rare
-            words with the question, 0 to 1; those that share most first, as a whole.
+        relevance_ratio: share of the borrowed tokens that is computed at every layer because their documents or
+            passages share rare words with the question, 0 to 1; whole documents, those that share most first. Unless
+            this is 0, the first of them may be up to half of the borrowed tokens.
         deviation_ratio: share of the borrowed tokens that is computed because they deviate from fresh KV, 0 to 1;
             needs ``full_layers``.
-        final_share: what is left of both shares at the last layer, 0 to 1; it decays exponentially with depth.
+        final_share: what is left of the shares for attention and deviation at the last layer, 0 to 1; they decay
+            exponentially with depth.
         full_layers: first layers that are computed for all tokens, after which deviation is measured; different
             tokens can be borrowed only if there is one.
         max_deviation: mean deviation (0 is equal, 2 as if it were not there) of borrowed KV above which the prompt is
-            prefilled in full; measured behind ``full_layers``, or half way up on the tokens selected by attention.
+            prefilled in full; measured behind ``full_layers``, or half way up on the tokens that are computed anyway.
         max_compute_ratio: a plan predicted to compute more than this share of what the exact prefix leaves is declined.
         fuzzy: whether different tokens and short runs of similar texts are borrowed.
         min_similarity: least similarity (0 to 1) of a stored text to one in the prompt for fuzzy borrowing; None for
@@ -64,7 +66,10 @@ class ReuseRules:
         guard_facts: whether tokens with digits, names and negations are never borrowed from a different token.
         lsh_bits: bits of the locality-sensitive hash that matches tokens of texts longer than 1,024 tokens, or 0 to
             compare them all; shorter texts are always compared in full, which is exact and faster there.
+        rotate_keys: whether borrowed keys are turned from their stored positions to those in the prompt; without it
+            only text that keeps its place is borrowed rightly.
         retention_ratio: share of the prompt's KV kept for decoding, averaged over layers, or None for all of it.
+        retention_final_share: what the last layer keeps as a multiple of what the first one keeps, above 0.
     """
 
     min_run_tokens: int = 16
@@ -83,7 +88,9 @@ class ReuseRules:
     min_token_similarity: float = 0.5
     guard_facts: bool = True
     lsh_bits: int = 256
+    rotate_keys: bool = True
     retention_ratio: float | None = None
+    retention_final_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("min_run_tokens", 2), ("boundary_tokens", 0), ("edit_tokens", 0), ("full_layers", 0)):
@@ -98,14 +105,11 @@ class ReuseRules:
             "min_token_similarity",
         ):
             require(is_share(getattr(self, name)), f"reuse.{name}", getattr(self, name), "0 to 1")
-        for name in ("fuzzy", "guard_facts"):
+        for name in ("fuzzy", "guard_facts", "rotate_keys"):
             require(isinstance(getattr(self, name), bool), f"reuse.{name}", getattr(self, name), "True or False")
-        require(
-            is_number(self.max_deviation) and self.max_deviation > 0,
-            "reuse.max_deviation",
-            self.max_deviation,
-            "above 0",
-        )
+        for name in ("max_deviation", "retention_final_share"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, f"reuse.{name}", value, "above 0")
         needs_layer = self.deviation_ratio > 0 or self.fuzzy
         require(
             not needs_layer or self.full_layers > 0,
@@ -132,9 +136,11 @@ MODE_RULES: dict[Mode, ReuseRules] = {
         fuzzy=True,
         full_layers=1,
         deviation_ratio=0.15,
-        final_share=0.5,
         min_token_similarity=0.2,
     ),
+    # SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
+    # confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most
+    # readers think not; turning favours it), the distance behind 0.8, how retention is spread over layers and tokens.
     "paper": ReuseRules(
         fuzzy=True,
         full_layers=1,
@@ -150,6 +156,7 @@ MODE_RULES: dict[Mode, ReuseRules] = {
         max_deviation=10.0,
         max_compute_ratio=1.0,
         retention_ratio=0.58,
+        retention_final_share=0.25,
     ),
 }
 
@@ -188,7 +195,9 @@ class ReuseConfig:
     min_token_similarity: float | None = None
     guard_facts: bool | None = None
     lsh_bits: int | None = None
+    rotate_keys: bool | None = None
     retention_ratio: float | None = None
+    retention_final_share: float | None = None
 
     def __post_init__(self) -> None:
         require(self.mode in MODES, "reuse.mode", self.mode, " or ".join(map(repr, MODES)))

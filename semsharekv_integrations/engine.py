@@ -220,10 +220,10 @@ class SemShareEngine:
             outcome = parts.execute(plan)
             report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
         kept = outcome.prefill
-        if parts.retainer is not None:
+        if parts.retains:
             with answer.watch.phase("retain"):
                 self._remember(request, rendered, plan, outcome)
-                kept = parts.retainer.shortened(plan, outcome.prefill)
+                kept = parts.shortened(rendered, outcome.prefill)
                 num_bytes = parts.adapter.kv_bytes(kept.cache)
                 ratio = num_bytes / report.kv_bytes
                 report = replace(report, kv_retained_bytes=num_bytes, kv_retained_ratio=ratio)
@@ -250,7 +250,7 @@ class SemShareEngine:
             )
         parts = self._ready()
         parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
-        if parts.retainer is None:
+        if not parts.retains:
             self._remember(request, rendered, plan, outcome, answer.token_ids)
 
     def _remember(

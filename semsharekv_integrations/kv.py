@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from semsharekv_integrations.report import ReuseReport
 
 TokenIds = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 

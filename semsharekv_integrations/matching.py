@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from semsharekv_integrations.config import ReuseRules
-from semsharekv_integrations.core.facts import guarded_tokens
+from semsharekv_integrations.core.facts import guarded_tokens, unlike_facts
 from semsharekv_integrations.core.lsh import mean_hamming_distance, nearest_tokens, paper_similarity, rotated_embeddings
-from semsharekv_integrations.core.plan import Borrowing, Mask
+from semsharekv_integrations.core.plan import Borrowing
 from semsharekv_integrations.index import SegmentIndex
-from semsharekv_integrations.kv import Reference, Rendered, Segment, TokenIds
+from semsharekv_integrations.kv import Mask, Reference, Rendered, Segment, TokenIds
 from semsharekv_integrations.store import KVStore
 
 MOST_COVERED = 0.5  # share of a segment in identical runs above which it needs no fuzzy match
@@ -99,11 +99,10 @@ class FuzzyMatcher:
         ids, known = rendered.token_ids[segment.start : segment.stop], reference.token_ids[stored.start : stored.stop]
         bits = self._rules.lsh_bits if max(len(ids), len(known)) > LONGEST_EXACT_TOKENS else 0
         matches = nearest_tokens(self._rotated(ids), self._rotated(known), bits=bits or None)
-        different = ids != known[matches.positions]
         refused = ~open_tokens[segment.start : segment.stop] | (matches.cosine < self._rules.min_token_similarity)
         if self._rules.guard_facts:
-            guarded = guarded_tokens(self._pieces(ids)) | guarded_tokens(self._pieces(known))[matches.positions]
-            refused |= different & guarded
+            facts, stored_facts = (guarded_tokens(self._pieces(text)) for text in (ids, known))
+            refused |= unlike_facts(ids, facts, known, stored_facts, matches.positions)
         targets = np.flatnonzero(~refused)
         if len(targets):
             sources = stored.start + matches.positions[targets]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
+
 from semsharekv_integrations.answer import Answer
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
+from semsharekv_integrations.core.relevance import relevance, relevant_tokens
 from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.kv import Rendered
 from semsharekv_integrations.matching import FuzzyMatcher
@@ -17,7 +20,7 @@ from semsharekv_integrations.model.prompt import PromptRenderer
 from semsharekv_integrations.model.retaining import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill, prefill_behind_prefix
 from semsharekv_integrations.model.text import TextStream
-from semsharekv_integrations.planner import Planner
+from semsharekv_integrations.planner import Planner, question_of, texts_of
 from semsharekv_integrations.store import KVStore
 
 
@@ -42,9 +45,10 @@ class ModelParts:
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
         self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
-        ratio = config.reuse.rules.retention_ratio or 1.0
-        self.retainer = Retainer(self.adapter, selective, ratio) if selective and ratio < 1 else None
-        matcher = self._matcher(config.reuse, store, selective) if selective and config.reuse.rules.fuzzy else None
+        self._rules = rules = config.reuse.rules
+        shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
+        self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
+        matcher = self._matcher(config.reuse, store, selective) if selective and rules.fuzzy else None
         limit = self.adapter.stable_positions
         self.planner = Planner(config.reuse, store, matcher, self.num_layers, limit)
 
@@ -55,6 +59,23 @@ class ModelParts:
             embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
         pieces = self.renderer.pieces_of
         return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
+
+    @property
+    def retains(self) -> bool:
+        """Whether only a part of the KV is kept for decoding."""
+        return self._retainer is not None
+
+    def shortened(self, rendered: Rendered, prefill: Prefill) -> Prefill:
+        """``prefill`` with what is kept of its cache: what the question is about first, then what it attends to."""
+        assert self._retainer is not None, "it is asked for"
+        token_ids, texts, question = (
+            rendered.token_ids,
+            texts_of(rendered),
+            question_of(rendered, self._rules.tail_tokens),
+        )
+        scores = relevance(token_ids, texts, question)
+        relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
+        return self._retainer.shortened(token_ids, question, relevant, prefill)
 
     def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
         """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from semsharekv_integrations.config import ReuseConfig
-from semsharekv_integrations.core.plan import Mask, ReusePlan, build_plan, prefix_plan, worthwhile
-from semsharekv_integrations.kv import PrefixMatch, Rendered, Run
-from semsharekv_integrations.matching import FuzzyMatcher, segments_of
+from semsharekv_integrations.core.plan import ReusePlan, build_plan, prefix_plan, worthwhile
+from semsharekv_integrations.kv import Mask, PrefixMatch, Rendered, Run
+from semsharekv_integrations.matching import FuzzyMatcher
 from semsharekv_integrations.store import KVStore
 
 LONGEST_QUESTION_TOKENS = 64
@@ -87,9 +87,13 @@ class Planner:
             find = self._matcher.prompt_matches if self._config.mode == "paper" else self._matcher.segment_matches
             matches = find(rendered, open_tokens, namespace)
         rules = self._rules if matches else self._rules.for_identical_tokens()
-        segments = [(segment.start, segment.stop) for segment in segments_of(rendered)]
-        plan = build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers, segments)
+        plan = build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers, texts_of(rendered))
         return worthwhile(plan, self._rules)
+
+
+def texts_of(rendered: Rendered) -> list[tuple[int, int]]:
+    """What may be relevant to the question, as (start, stop): the documents, or the passages where none are known."""
+    return [(segment.start, segment.stop) for segment in rendered.segments or rendered.passages]
 
 
 def question_of(rendered: Rendered, tail_tokens: int) -> Mask:

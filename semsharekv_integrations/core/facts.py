@@ -19,6 +19,8 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from semsharekv_integrations.kv import Mask, TokenIds
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -55,7 +57,7 @@ _LEADING_SIGNS = "-–.<>~"
 _SIGNS = "%‰°"
 
 
-def guarded_tokens(pieces: Sequence[str]) -> NDArray[np.bool_]:
+def guarded_tokens(pieces: Sequence[str]) -> Mask:
     """Which tokens state a fact, [T]; the tokens of one word share their fate, punctuation around it stays free.
 
     Args:
@@ -71,6 +73,30 @@ def guarded_tokens(pieces: Sequence[str]) -> NDArray[np.bool_]:
     np.add.at(changes, first, 1)
     np.add.at(changes, behind, -1)
     return (np.cumsum(changes)[:-1] > 0) & (np.diff(edges) > 0)
+
+
+def unlike_facts(
+    token_ids: TokenIds, facts: Mask, stored_ids: TokenIds, stored_facts: Mask, positions: NDArray[np.int64]
+) -> Mask:
+    """[T] the tokens that must not be borrowed from where they are matched with.
+
+    A fact is borrowed only whole, from one that begins with the same tokens: the 7 of 473 is not that of 970. Another
+    token is borrowed from no fact.
+
+    Args:
+        token_ids: [T] of the prompt.
+        facts: [T] those that state a fact, as ``guarded_tokens`` finds them.
+        stored_ids: [S] of the stored text.
+        stored_facts: [S] likewise.
+        positions: [T] where in the stored text each token is matched.
+    """
+    inside = facts & np.r_[False, facts[:-1]]  # behind another token of the same fact
+    first = facts & ~inside
+    unlike = token_ids != stored_ids[positions]
+    broken = inside & (np.r_[0, np.diff(positions)] != 1) | first & np.r_[False, stored_facts][positions]
+    fact = np.cumsum(first)  # of each token, from 1 on
+    unlike_of_fact = np.bincount(fact, weights=facts & (unlike | broken), minlength=1) > 0
+    return facts & unlike_of_fact[fact] | unlike & stored_facts[positions]
 
 
 def _guarded_spans(text: str) -> Iterator[tuple[int, int]]:

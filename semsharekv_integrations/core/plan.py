@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semsharekv_integrations.config import ReuseRules
-from semsharekv_integrations.core.relevance import relevance
-from semsharekv_integrations.core.schedule import decaying_shares
-from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
+from semsharekv_integrations.core.relevance import relevance, relevant_tokens
+from semsharekv_integrations.core.schedule import geometric_shares
+from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, TokenIds
 
-Mask = NDArray[np.bool_]
 PROJECTION_SHARE = (
     0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
 )
@@ -45,8 +44,9 @@ class ReusePlan:
         token_ids: [T].
         prefix: the stored prefix, borrowed as it is.
         borrowings: what is borrowed behind it; no token twice.
-        must: [T] computed at every layer: without a source, at a boundary, or of the question.
+        must: [T] computed at every layer: without a source, at a boundary, relevant, or of the question.
         question: [T] whose attention says what matters.
+        relevant: [T] borrowed, but computed at every layer since their documents share rare words with the question.
         num_layers: of the model.
         attention_tokens: how many borrowed tokens the question's attention selects, at the first layer.
         deviation_tokens: how many borrowed tokens deviation selects, likewise.
@@ -54,8 +54,7 @@ class ReusePlan:
         full_layers: first layers that compute every token behind the prefix.
         max_deviation: above which the prompt is finished as a full prefill.
         declined: why nothing, or nothing but the prefix, is borrowed, or None.
-        relevance: [T] how much each token's document shares with the question.
-        relevant_tokens: how many borrowed tokens relevance selects, at the first layer.
+        rotate_keys: whether borrowed keys are turned to where they stand now.
     """
 
     token_ids: TokenIds
@@ -63,6 +62,7 @@ class ReusePlan:
     borrowings: tuple[Borrowing, ...]
     must: Mask
     question: Mask
+    relevant: Mask
     num_layers: int
     attention_tokens: int
     deviation_tokens: int
@@ -70,8 +70,7 @@ class ReusePlan:
     full_layers: int
     max_deviation: float
     declined: str | None = None
-    relevance: NDArray[np.float32] | None = None
-    relevant_tokens: int = 0
+    rotate_keys: bool = True
 
     @property
     def prefix_tokens(self) -> int:
@@ -106,7 +105,7 @@ class ReusePlan:
     def predicted_rows(self) -> tuple[int, ...]:
         """How many tokens each layer will compute, at most."""
         behind, least = len(self.token_ids) - self.prefix_tokens, int(self.must.sum())
-        quotas = (self.attention_tokens, self.deviation_tokens, self.relevant_tokens)
+        quotas = (self.attention_tokens, self.deviation_tokens)
         most = int(self.optional.sum())
         rows = [least + min(most, sum(int(np.ceil(share * quota)) for quota in quotas)) for share in self.shares]
         return (*[behind] * self.full_layers, *rows[self.full_layers :])[: self.num_layers]
@@ -181,23 +180,23 @@ def build_plan(
     must[:start] = False
     optional = ~must
     optional[:start] = False
-    num_optional = int(optional.sum())
-    shared = relevance(token_ids, segments, question)
-    num_relevant = int((shared[optional] > 0).sum())
+    scores = relevance(token_ids, segments, question)
+    relevant = relevant_tokens(scores, segments, optional, rules.relevance_ratio)
+    num_optional = int((optional & ~relevant).sum())
     return ReusePlan(
         token_ids,
         prefix,
         borrowings,
-        must,
+        must | relevant,
         question,
+        relevant,
         num_layers,
         attention_tokens=int(np.ceil(rules.attention_ratio * num_optional)),
         deviation_tokens=int(np.ceil(rules.deviation_ratio * num_optional)),
-        shares=decaying_shares(num_layers, 1.0, rules.final_share),
+        shares=geometric_shares(num_layers, 1.0, rules.final_share),
         full_layers=min(rules.full_layers, num_layers),
         max_deviation=rules.max_deviation,
-        relevance=shared,
-        relevant_tokens=min(num_relevant, int(np.ceil(rules.relevance_ratio * num_optional))),
+        rotate_keys=rules.rotate_keys,
     )
 
 
@@ -216,7 +215,10 @@ def worthwhile(plan: ReusePlan, rules: ReuseRules) -> ReusePlan:
 def prefix_plan(token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None) -> ReusePlan:
     """Nothing but the prefix is borrowed; ``declined`` says why."""
     behind = np.arange(len(token_ids)) >= (prefix.num_tokens if prefix else 0)
-    return ReusePlan(token_ids, prefix, (), behind, behind, num_layers, 0, 0, (0.0,) * num_layers, 0, 0.0, declined)
+    none = np.zeros_like(behind)
+    return ReusePlan(
+        token_ids, prefix, (), behind, behind, none, num_layers, 0, 0, (0.0,) * num_layers, 0, 0.0, declined
+    )
 
 
 def _borrowing(run: Run) -> Borrowing:

@@ -1,12 +1,12 @@
-"""How much of the budget each layer gets: it shrinks exponentially with depth, as in SemShareKV."""
+"""How much each layer gets where it changes exponentially with depth, as budgets do in SemShareKV."""
 
 from __future__ import annotations
 
 
-def decaying_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
-    """One share for each layer, from ``first`` down to ``last``, by the same factor from layer to layer.
+def geometric_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
+    """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
 
-    Both are from 0 to 1 and ``first`` is not below ``last``. A ``last`` of 0 leaves nothing after the first layer.
+    Neither is negative. A ``last`` of 0 leaves nothing after the first layer.
     """
     if num_layers == 1:
         return (first,)

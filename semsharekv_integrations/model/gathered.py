@@ -84,7 +84,7 @@ class GatheredCache(DynamicCache):
 
 
 def gather(plan: ReusePlan, rotations: Sequence[Rotation | None]) -> GatheredCache:
-    """The KV that ``plan`` borrows, at its places, keys re-rotated; zeros where nothing is borrowed.
+    """The KV that ``plan`` borrows, at its places, keys re-rotated if it says so; zeros where nothing is borrowed.
 
     Args:
         plan: it borrows something.
@@ -113,7 +113,7 @@ class _Gatherer:
         targets = np.concatenate([b.targets for group in groups for b in group])
         self._targets = torch.from_numpy(targets)  # [N]
         self._shifts = torch.from_numpy(targets - np.concatenate(self._sources))  # [N]
-        self._moves = bool((self._shifts != 0).any())
+        self._moves = plan.rotate_keys and bool((self._shifts != 0).any())
         self._angles: dict[tuple[int, torch.device], _Angles] = {}
 
     def layer(self, index: int, rotation: Rotation | None) -> LayerKV:

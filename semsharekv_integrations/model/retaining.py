@@ -1,18 +1,17 @@
-"""Retention carried out: after prefill, each layer of the cache keeps only what the end of the prompt attends to."""
+"""Retention carried out: after prefill, each layer of the cache keeps only what the question hangs on."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from semsharekv_integrations.core.plan import ReusePlan
+from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.retention import retained_shares, retained_tokens
 from semsharekv_integrations.errors import UnsupportedModelError
-from semsharekv_integrations.kv import LayerKV
+from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.gathered import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
-
-LONGEST_TAIL_TOKENS = 128  # of the prompt, whose attention is looked at
 
 
 class Retainer:
@@ -21,13 +20,13 @@ class Retainer:
     Args:
         adapter: the model.
         selective: sees what tokens attend to.
-        ratio: share of the KV kept, averaged over layers.
+        rules: with a ``retention_ratio``.
 
     Raises:
         UnsupportedModelError: if layers with caches of different lengths cannot be decoded from.
     """
 
-    def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, ratio: float) -> None:
+    def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, rules: ReuseRules) -> None:
         if any(window is not None for window in selective.windows) or adapter.config._attn_implementation != "sdpa":
             raise UnsupportedModelError(
                 f"{type(adapter.model).__name__} has sliding windows or attn_implementation "
@@ -35,18 +34,25 @@ class Retainer:
             )
         self._adapter = adapter
         self._selective = selective
-        self._shares = retained_shares(selective.num_layers, ratio)
+        self._shares = retained_shares(selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share)
 
-    def shortened(self, plan: ReusePlan, prefill: Prefill) -> Prefill:
-        """The prefill of a plan with what is kept of its cache; the question's attention decides. The cache stays."""
-        cache, tail = prefill.cache, plan.question.copy()
-        tail[:-LONGEST_TAIL_TOKENS] = False
+    def shortened(self, token_ids: TokenIds, question: Mask, relevant: Mask, prefill: Prefill) -> Prefill:
+        """``prefill`` with what is kept of its cache, which itself stays as it is.
+
+        Args:
+            token_ids: [T] of the prompt.
+            question: [T] whose attention decides.
+            relevant: [T] what is kept before anything else.
+            prefill: of that prompt.
+        """
+        cache = prefill.cache
         whole = GatheredCache([LayerKV(layer.keys, layer.values) for layer in cache.layers])
         for layer in whole.layers:
             layer.frozen = True
-        attended = self._selective.attention_of(plan.token_ids, tail, whole, np.zeros_like(tail))
+        attended = self._selective.attention_of(token_ids, question, whole, np.zeros_like(question))
         layers = []
-        for layer, scores, share in zip(cache.layers, attended, self._shares, strict=True):
-            kept = retained_tokens(scores, share).to(layer.keys.device)
+        for layer, weights, share in zip(cache.layers, attended, self._shares, strict=True):
+            first = torch.from_numpy(relevant).to(weights.device)
+            kept = retained_tokens(weights, share, first).to(layer.keys.device)
             layers.append(LayerKV(layer.keys[:, :, kept], layer.values[:, :, kept]))
         return Prefill(prefill.logits, GatheredCache(layers).finished())

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from semsharekv_integrations.config import ReuseRules
-from semsharekv_integrations.core.plan import Mask, ReusePlan, build_plan
+from semsharekv_integrations.core.plan import ReusePlan, build_plan
 from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
 from semsharekv_integrations.errors import UnsupportedModelError
-from semsharekv_integrations.kv import LayerKV, Reference, Run, TokenIds
+from semsharekv_integrations.kv import LayerKV, Mask, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.attention import blocked_attention, watched_attention
 from semsharekv_integrations.model.gathered import GatheredCache, gather
@@ -77,6 +77,7 @@ class _State:
 
     plan: ReusePlan
     optional: torch.Tensor
+    borrowed: torch.Tensor  # optional or relevant: behind no boundary, so that deviation says how good borrowing is
     must: torch.Tensor
     attended: torch.Tensor | None = None
     priority: torch.Tensor | None = None
@@ -85,23 +86,22 @@ class _State:
 
     @classmethod
     def of(cls, plan: ReusePlan, device: torch.device) -> _State:
-        return cls(plan, torch.from_numpy(plan.optional).to(device), torch.from_numpy(plan.must).to(device))
+        masks = plan.optional, plan.optional | plan.relevant, plan.must
+        optional, borrowed, must = (torch.from_numpy(mask).to(device) for mask in masks)
+        return cls(plan, optional, borrowed, must)
 
     def rank(self, deviations: torch.Tensor | None) -> None:
         """Priorities from the signals there are."""
         signals = []
         if self.attended is not None:
             signals.append(Signal(self.attended, self.plan.attention_tokens))
-        if self.plan.relevance is not None:
-            shared = torch.from_numpy(self.plan.relevance).to(self.must.device)
-            signals.append(Signal(shared, self.plan.relevant_tokens))
         if deviations is not None:
             signals.append(Signal(deviations, self.plan.deviation_tokens))
         self.priority = priorities(signals, self.optional)
 
     def judge(self, deviations: torch.Tensor, rows: torch.Tensor) -> None:
         """Take the deviations [T] measured at ``rows`` in: rank by them, or give the reuse up."""
-        measured = rows[self.optional[rows]]
+        measured = rows[self.borrowed[rows]]
         if len(measured):
             self.deviation = float(deviations[measured].mean())
         if self.deviation is not None and self.deviation > self.plan.max_deviation:
@@ -161,7 +161,7 @@ class SelectivePrefill:
             absent = ~(plan.borrowed | plan.question)
             absent[: plan.prefix_tokens] = False
             layers = self.attention_of(plan.token_ids, plan.question, cache, absent)
-            state.attended = torch.stack([weights.to(self._adapter.device) for weights in layers]).mean(0)  # [T]
+            state.attended = torch.stack([w.mean(0).to(self._adapter.device) for w in layers]).mean(0)  # [T]
             row_layers += int(plan.question.sum()) * self.num_layers
         state.rank(None)
         first = _positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, self._adapter.device)
@@ -184,7 +184,7 @@ class SelectivePrefill:
     def attention_of(
         self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask
     ) -> list[torch.Tensor]:
-        """For each layer [T], the attention from ``question`` [T] to each token, averaged over rows and heads.
+        """For each layer [heads, T], the attention from ``question`` [T] to each token, averaged over rows.
 
         A pass of the question alone: ``cache`` takes up its KV. ``absent`` [T] marks tokens that have none yet.
         """
@@ -193,7 +193,7 @@ class SelectivePrefill:
         ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, self._adapter.model.dtype, hidden)
         with self._adapter.exclusive(), watched_attention(self._adapter.config) as collected, ahead.installed():
             self._adapter.forward_rows(token_ids, rows, cache, ahead.first_mask)
-        return [weights.mean(0) for weights in collected]
+        return collected
 
     def _prove(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
         """A selective pass over the probe's own KV must end in the logits of its full prefill."""

@@ -106,7 +106,7 @@ def compared_tokens(engine: SemShareEngine) -> int | None:
     return audit and audit.tokens
 
 
-EAGER = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0}
+EAGER = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0, "relevance_ratio": 0.0}
 IDENTICAL, SEMANTIC = {"mode": "identical", **EAGER}, {"mode": "semantic", **EAGER}
 NEAR = {**SEMANTIC, "min_similarity": 0.01, "min_run_tokens": 40}
 # For every setting: its value, what shows its effect, and the settings that both engines have beside it.
@@ -121,7 +121,7 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "attention_ratio"): (0.3, moved, {**IDENTICAL, "attention_ratio": None}),
     (ReuseConfig, "relevance_ratio"): (0.5, moved, IDENTICAL),
     (ReuseConfig, "deviation_ratio"): (0.5, reworded, NEAR),
-    (ReuseConfig, "final_share"): (0.1, moved, {**SEMANTIC, "deviation_ratio": 0.5}),
+    (ReuseConfig, "final_share"): (0.1, moved, {**IDENTICAL, "attention_ratio": 0.5}),
     (ReuseConfig, "full_layers"): (2, reworded, NEAR),
     (ReuseConfig, "max_deviation"): (1e-6, reworded, NEAR),
     (ReuseConfig, "max_compute_ratio"): (0.01, moved, IDENTICAL),
@@ -130,7 +130,9 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "min_token_similarity"): (0.999, reworded, NEAR),
     (ReuseConfig, "guard_facts"): (False, reworded, {**NEAR, "min_token_similarity": 0.0}),
     (ReuseConfig, "lsh_bits"): (8, reworded_long, {**NEAR, "min_token_similarity": 0.3}),
+    (ReuseConfig, "rotate_keys"): (False, moved, {**IDENTICAL, "attention_ratio": None}),
     (ReuseConfig, "retention_ratio"): (0.3, moved, IDENTICAL),
+    (ReuseConfig, "retention_final_share"): (0.1, moved, {**IDENTICAL, "retention_ratio": 0.5}),
     (StoreConfig, "max_bytes"): (1, reused, {}),
     (StoreConfig, "ttl_s"): (50.0, reused_later, {}),
     (AuditConfig, "sample_ratio"): (1.0, audited, {}),
@@ -206,7 +208,9 @@ BAD = {
         "min_token_similarity": SHARES,
         "guard_facts": [0, "no"],
         "lsh_bits": [-8, 7, 8.5, "64"],
+        "rotate_keys": [0, "no"],
         "retention_ratio": [0, *SHARES],
+        "retention_final_share": [0, -1, float("nan"), float("inf"), "1"],
     },
     StoreConfig: {"max_bytes": [-1, 0.5, None], "ttl_s": [0, -1.0, "1", float("nan")]},
     AuditConfig: {

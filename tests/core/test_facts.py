@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from semsharekv_integrations.core.facts import guarded_tokens
+from semsharekv_integrations.core.facts import guarded_tokens, unlike_facts
 from semsharekv_integrations.lab import world
 
 
@@ -175,3 +175,36 @@ def test_any_split_of_a_text_guards_the_same_characters(pieces: list[str]) -> No
         at += len(piece)
     for character, flag in zip("".join(pieces), characters, strict=True):
         assert flag or not character.isdigit()
+
+
+def borrowable(text: str, stored: str, matched: dict[int, int]) -> list[int]:
+    """Places of the ``text``, one character a token, that may be borrowed from those of ``stored`` they match."""
+    ids, stored_ids = (np.array([ord(character) for character in each]) for each in (text, stored))
+    facts, stored_facts = (guarded_tokens(list(each)) for each in (text, stored))
+    positions = np.array([matched.get(place, place) for place in range(len(text))])
+    refused = unlike_facts(ids, facts, stored_ids, stored_facts, positions)
+    return np.flatnonzero(~refused).tolist()
+
+
+def test_a_number_is_borrowed_whole_or_not_at_all() -> None:
+    everything = [*range(8)]
+    assert borrowable("cost 473", "cost 473", {}) == everything
+    assert borrowable("cost 473", "cost 474", {}) == everything[:5], "its last digit is another"
+    assert borrowable("cost 473", "cost 973", {}) == everything[:5], "its first digit is another"
+    assert borrowable("cost 473", "cost 4730", {}) == everything, "what comes behind does not matter"
+    assert borrowable("cost 473", "cost 9473", {5: 6, 6: 7, 7: 8}) == everything[:5], "the middle of another"
+    assert borrowable("cost 477", "cost 477", {7: 6}) == everything[:5], "its last digit twice"
+
+
+def test_facts_do_not_spoil_each_other() -> None:
+    assert borrowable("7 of 473", "7 of 474", {}) == [0, 1, 2, 3, 4]
+    assert borrowable("8 of 473", "7 of 473", {}) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_other_words_are_borrowed_from_other_words_but_not_from_facts() -> None:
+    assert borrowable("the cat", "the dog", {}) == [*range(7)]
+    assert borrowable("the cat", "the 473", {}) == [*range(4)]
+
+
+def test_no_tokens_are_no_facts() -> None:
+    assert borrowable("", "x", {}) == []

@@ -20,7 +20,12 @@ from tiny_models import EngineMaker, make_model
 NARROW = {"mixtral": {"intermediate_size": 48}}
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "phi3", "mixtral")
 MODES = ("identical", "semantic", "paper")
-EAGER: dict[str, Any] = {"min_run_tokens": 8, "max_compute_ratio": 1.0, "max_deviation": 100.0}  # whatever it costs
+EAGER: dict[str, Any] = {  # whatever it costs
+    "min_run_tokens": 8,
+    "max_compute_ratio": 1.0,
+    "max_deviation": 100.0,
+    "relevance_ratio": 0.0,
+}
 TOKENS = {"max_new_tokens": 6}
 DOCUMENTS = {
     "flood": "A flood hit the old town of Prorna in May , and the mayor said that many people were affected .",
@@ -96,7 +101,8 @@ def test_reordered_documents_are_found(make_engine: EngineMaker, model, mode: st
     assert [source.reference_id for source in report.sources] == [kept.id]
     assert report.declined is None and report.compute_ratio < 1
     assert {document.document_id for document in report.documents} == set(DOCUMENTS)
-    assert all(document.reused_tokens > 0 for document in report.documents)
+    untouched = [document.document_id for document in report.documents if not document.reused_tokens]
+    assert len(untouched) <= (mode != "paper"), "but for the one that the question is about"
     engine.store.check()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
-from semsharekv_integrations.core.plan import prefix_plan
+from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.retention import (
+    NEIGHBOURHOOD_TOKENS,
     RECENT_TOKENS,
     SINK_TOKENS,
-    STEEPEST,
     retained_shares,
     retained_tokens,
 )
@@ -31,26 +30,29 @@ PROMPT = "\n\n".join(f"In Prorna , {n} people were affected by the flood , said 
 TOKENS = {"max_new_tokens": 8}
 
 
-@given(st.integers(1, 80), st.floats(0.01, 1))
-@example(2, 0.2)
-@example(3, 0.1)
-def test_shares_never_grow_and_average_to_the_ratio(num_layers: int, ratio: float) -> None:
-    shares = retained_shares(num_layers, ratio)
-    assert len(shares) == num_layers and all(0 <= share <= 1 for share in shares)
-    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(shares))
+@given(st.integers(1, 80), st.floats(0.01, 1), st.floats(0.05, 20))
+@example(2, 0.2, 0.25)
+@example(3, 0.1, 1.0)
+def test_shares_change_by_one_factor_and_average_to_the_ratio(num_layers: int, ratio: float, final: float) -> None:
+    shares = retained_shares(num_layers, ratio, final)
+    assert len(shares) == num_layers and all(0 < share <= 1 for share in shares)
     assert sum(shares) / num_layers == pytest.approx(ratio, rel=1e-3)
-    assert shares[0] <= STEEPEST * ratio + 1e-9
+    free = [share for share in shares if share < 1]
+    factors = [later / earlier for earlier, later in pairwise(free)]
+    assert factors == pytest.approx([final ** (1 / max(1, num_layers - 1))] * len(factors), rel=1e-3)
 
 
-def test_shares_fall_with_depth() -> None:
-    assert retained_shares(6, 1.0) == pytest.approx((1.0,) * 6)
-    shares = retained_shares(6, 0.5)
-    assert shares[0] > shares[-1] * 2, "the first layers keep more"
+def test_shares_fall_with_depth_or_do_not() -> None:
+    assert retained_shares(6, 1.0, 0.25) == pytest.approx((1.0,) * 6)
+    assert retained_shares(6, 0.3, 1.0) == pytest.approx((0.3,) * 6)
+    falling, growing = retained_shares(6, 0.5, 0.25), retained_shares(6, 0.5, 4.0)
+    assert falling[0] == pytest.approx(4 * falling[-1])
+    assert growing == pytest.approx(falling[::-1])
 
 
 @given(st.integers(1, 120), st.floats(0, 1), st.integers(0, 2**31))
 def test_first_and_last_tokens_and_the_most_attended_stay(num_tokens: int, share: float, seed: int) -> None:
-    attended = torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed))
+    attended = torch.rand(2, num_tokens, generator=torch.Generator().manual_seed(seed))
     before = attended.clone()
     kept = retained_tokens(attended, share).tolist()
     assert torch.equal(attended, before), "scores are read only"
@@ -58,15 +60,34 @@ def test_first_and_last_tokens_and_the_most_attended_stay(num_tokens: int, share
     always = {*range(min(SINK_TOKENS, num_tokens)), *range(max(0, num_tokens - RECENT_TOKENS), num_tokens)}
     assert always <= set(kept)
     assert len(kept) == max(len(always), round(share * num_tokens))
+    near = NEIGHBOURHOOD_TOKENS // 2
+    scores = [float(attended[:, max(0, place - near) : place + near + 1].max()) for place in range(num_tokens)]
     chosen, dropped = set(kept) - always, set(range(num_tokens)) - set(kept)
     if chosen and dropped:
-        assert min(attended[list(chosen)]) >= max(attended[list(dropped)])
+        assert min(scores[place] for place in chosen) >= max(scores[place] for place in dropped)
+
+
+def test_a_token_that_one_head_looks_at_stays_with_its_neighbours() -> None:
+    attended = torch.full((4, 100), 0.5)
+    attended[:, 50], attended[2, 50] = 0.0, 0.9
+    kept = retained_tokens(attended, (SINK_TOKENS + RECENT_TOKENS + NEIGHBOURHOOD_TOKENS) / 100).tolist()
+    assert kept == [*range(4), *range(47, 54), *range(84, 100)]
+
+
+def test_relevant_tokens_come_before_all_others() -> None:
+    attended, relevant = torch.rand(2, 100), torch.arange(100) // 10 == 3
+    assert {*range(30, 40)} <= set(retained_tokens(attended, 0.3, relevant).tolist())
+    assert retained_tokens(attended, 0.0, relevant).tolist() == [*range(4), *range(84, 100)], "no room"
 
 
 def retaining(architecture: str, ratio: float) -> tuple[ModelAdapter, SelectivePrefill, Retainer]:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
     selective = SelectivePrefill(adapter)
-    return adapter, selective, Retainer(adapter, selective, ratio)
+    return adapter, selective, Retainer(adapter, selective, ReuseRules(retention_ratio=ratio, retention_final_share=0.3))
+
+
+def no_tokens() -> np.ndarray:
+    return np.zeros(NUM_TOKENS, dtype=bool)
 
 
 def ids_of(seed: int) -> np.ndarray:
@@ -79,7 +100,7 @@ def test_decoding_equals_attention_with_the_dropped_tokens_masked(architecture: 
     adapter, _, retainer = retaining(architecture, 0.5)
     token_ids, answered = ids_of(1), [5, 17, 8, 60]
     prefill = adapter.prefill(token_ids)
-    short = retainer.shortened(prefix_plan(token_ids, None, 3, None), prefill)
+    short = retainer.shortened(token_ids, ~no_tokens(), no_tokens(), prefill)
     kept = [
         _places(whole.keys, part.keys) for whole, part in zip(prefill.cache.layers, short.cache.layers, strict=True)
     ]
@@ -124,7 +145,7 @@ def test_the_whole_cache_is_neither_changed_nor_shared() -> None:
     adapter, _, retainer = retaining("llama", 0.5)
     prefill = adapter.prefill(ids_of(2))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in prefill.cache.layers]
-    short = retainer.shortened(prefix_plan(ids_of(2), None, 3, None), prefill)
+    short = retainer.shortened(ids_of(2), ~no_tokens(), no_tokens(), prefill)
     adapter.decode_step(torch.from_numpy(np.append(ids_of(2), 5))[None], short.cache)
     for layer, (keys, values) in zip(prefill.cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
@@ -136,15 +157,41 @@ def test_the_most_attended_of_each_layer_stay() -> None:
     token_ids = ids_of(3)
     prefill = adapter.prefill(token_ids)
     question = np.arange(NUM_TOKENS) >= NUM_TOKENS - 6
-    short = retainer.shortened(replace(prefix_plan(token_ids, None, 3, None), question=question), prefill)
+    short = retainer.shortened(token_ids, question, no_tokens(), prefill)
     eager = make_model("llama", VOCAB)
     eager.set_attn_implementation("eager")
     with torch.inference_mode():
         attentions = eager(input_ids=torch.from_numpy(token_ids)[None], output_attentions=True).attentions
     for whole, part, weights in zip(prefill.cache.layers, short.cache.layers, attentions, strict=True):
-        attended = weights[0][:, -6:].mean(0).mean(0)  # [T]
+        attended = weights[0][:, -6:].mean(1)  # [heads, T]
         kept = _places(whole.keys, part.keys)
         assert kept == retained_tokens(attended, len(kept) / NUM_TOKENS).tolist()
+
+
+def test_what_is_relevant_stays_in_every_layer() -> None:
+    adapter, _, retainer = retaining("llama", 0.8)
+    token_ids = ids_of(3)
+    relevant = no_tokens()
+    relevant[20:30] = True
+    prefill = adapter.prefill(token_ids)
+    short = retainer.shortened(token_ids, ~relevant, relevant, prefill)
+    for whole, part in zip(prefill.cache.layers, short.cache.layers, strict=True):
+        assert {*range(20, 30)} <= set(_places(whole.keys, part.keys))
+
+
+def test_the_document_asked_for_is_kept_whole(make_engine: EngineMaker) -> None:
+    documents = {town: f"In {town} , the mayor said , {n} people came ." for n, town in enumerate(("Prorna", "Velmar"))}
+    filler = "\n\n".join(f"A word on number {n} and nothing else to say ." for n in range(20))
+    prompt = "\n\n".join([documents["Prorna"], filler, documents["Velmar"], filler, "Who came in Velmar ?"])
+    engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.2))
+    parts = engine._ready()
+    rendered = parts.renderer.render(prompt, documents, "default")
+    whole = parts.adapter.prefill(rendered.token_ids)
+    short = parts.shortened(rendered, whole)
+    (asked,) = [segment for segment in rendered.segments if segment.document_id == "Velmar"]
+    for before, after in zip(whole.cache.layers, short.cache.layers, strict=True):
+        kept = set(_places(before.keys, after.keys))
+        assert {*range(asked.start, asked.stop)} <= kept and len(kept) < 0.4 * len(rendered.token_ids)
 
 
 @pytest.mark.parametrize("mode", ["identical", "semantic", "paper"])

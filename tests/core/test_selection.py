@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.core.schedule import decaying_shares
+from semsharekv_integrations.core.schedule import geometric_shares
 from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
 
 shares = st.floats(0, 1)
@@ -18,7 +18,7 @@ shares = st.floats(0, 1)
 @given(st.integers(1, 40), shares, shares)
 def test_shares_decay_from_first_to_last_by_one_factor(num_layers: int, one: float, other: float) -> None:
     first, last = max(one, other), min(one, other)
-    decay = decaying_shares(num_layers, first, last)
+    decay = geometric_shares(num_layers, first, last)
     assert len(decay) == num_layers and decay[0] == first
     assert all(0 <= later <= earlier + 1e-12 for earlier, later in pairwise(decay))
     if num_layers > 1 and last > 1e-6:

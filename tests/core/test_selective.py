@@ -21,6 +21,7 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.gathered import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
 from tiny_models import ARCHITECTURES, make_model
 
@@ -70,6 +71,21 @@ def assert_same_cache(one: DynamicCache, other: DynamicCache) -> None:
     for first, second in zip(one.layers, other.layers, strict=True):
         torch.testing.assert_close(first.keys, second.keys, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(first.values, second.values, atol=1e-4, rtol=1e-3)
+
+
+def test_keys_stay_as_they_are_stored_where_they_are_not_to_be_turned(
+    llama_selective: tuple[ModelAdapter, SelectivePrefill],
+) -> None:
+    adapter, selective = llama_selective
+    turned, left = (
+        gather(moved_plan(adapter, replace(RULES, rotate_keys=rotate_keys)), selective.rotations)
+        for rotate_keys in (True, False)
+    )
+    stored = reference_of(adapter, ids_of(1)).layers
+    for layer, there, here in zip(stored, turned.layers, left.layers, strict=True):
+        assert torch.equal(here.keys[:, :, 17:47], layer.keys[:, :, 10:40])
+        assert not torch.allclose(there.keys, here.keys)
+        assert torch.equal(there.values, here.values)
 
 
 @pytest.mark.parametrize("architecture", KIN)
