@@ -179,9 +179,9 @@ def test_any_split_of_a_text_guards_the_same_characters(pieces: list[str]) -> No
 
 def borrowable(text: str, stored: str, matched: dict[int, int]) -> list[int]:
     """Places of the ``text``, one character a token, that may be borrowed from those of ``stored`` they match."""
-    ids, stored_ids = (np.array([ord(character) for character in each]) for each in (text, stored))
+    ids, stored_ids = (np.array([*map(ord, each)], dtype=np.int64) for each in (text, stored))
     facts, stored_facts = (guarded_tokens(list(each)) for each in (text, stored))
-    positions = np.array([matched.get(place, place) for place in range(len(text))])
+    positions = np.array([matched.get(place, place) for place in range(len(text))], dtype=np.int64)
     refused = unlike_facts(ids, facts, stored_ids, stored_facts, positions)
     return np.flatnonzero(~refused).tolist()
 

@@ -83,7 +83,8 @@ def test_relevant_tokens_come_before_all_others() -> None:
 def retaining(architecture: str, ratio: float) -> tuple[ModelAdapter, SelectivePrefill, Retainer]:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
     selective = SelectivePrefill(adapter)
-    return adapter, selective, Retainer(adapter, selective, ReuseRules(retention_ratio=ratio, retention_final_share=0.3))
+    rules = ReuseRules(retention_ratio=ratio, retention_final_share=0.3)
+    return adapter, selective, Retainer(adapter, selective, rules)
 
 
 def no_tokens() -> np.ndarray:
