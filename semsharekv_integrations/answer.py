@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from semsharekv_integrations.config import Mode
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Mask, Rendered
 from semsharekv_integrations.model.selective import Outcome
+from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.report import DocumentUse, ReuseReport, SourceUse, Stopwatch
 
 

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from semsharekv_integrations import __version__
-from semsharekv_integrations.config import MODES, EngineConfig, ReuseConfig
+from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
+from semsharekv_integrations.modes import MODES
 
 if TYPE_CHECKING:
     from semsharekv_integrations.demo import Call

@@ -19,8 +19,9 @@ import torch
 
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
+from semsharekv_integrations.checks import check_lifetime, require
 from semsharekv_integrations.concurrency import iterate_in_thread
-from semsharekv_integrations.config import EngineConfig, check_lifetime, require
+from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered, TokenIds
 from semsharekv_integrations.matching import segments_of

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.facts import guarded_tokens, unlike_facts
 from semsharekv_integrations.core.lsh import mean_hamming_distance, nearest_tokens, paper_similarity, rotated_embeddings
 from semsharekv_integrations.core.plan import Borrowing
 from semsharekv_integrations.index import SegmentIndex
 from semsharekv_integrations.kv import Mask, Reference, Rendered, Segment, TokenIds
+from semsharekv_integrations.modes import ReuseRules
 from semsharekv_integrations.store import KVStore
 
 MOST_COVERED = 0.5  # share of a segment in identical runs above which it needs no fuzzy match

@@ -11,6 +11,7 @@ from semsharekv_integrations.matching import FuzzyMatcher
 from semsharekv_integrations.store import KVStore
 
 LONGEST_QUESTION_TOKENS = 64
+SHORTEST_PREFIX_SHARE = 0.05  # of the prompt: attention behind a prefix needs a mask, which costs more than less saves
 
 
 class Planner:
@@ -69,6 +70,8 @@ class Planner:
             return None, "no stored prefix"
         if match.num_tokens < self._config.min_prefix_tokens:
             return None, f"longest stored prefix of {match.num_tokens} tokens is under min_prefix_tokens"
+        if match.num_tokens < SHORTEST_PREFIX_SHARE * len(rendered.token_ids):
+            return None, f"longest stored prefix of {match.num_tokens} tokens is too short to pay"
         return match, None
 
     def _approximate(self, rendered: Rendered, namespace: str, prefix: PrefixMatch | None) -> ReusePlan:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
-from semsharekv_integrations.config import SamplingConfig, require
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import ContextWindowError
 from semsharekv_integrations.kv import PrefixMatch, Rendered
 from semsharekv_integrations.model.prompt import Prompt

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
 from semsharekv_integrations.core.schedule import geometric_shares
 from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, TokenIds
+from semsharekv_integrations.modes import ReuseRules
 
 PROJECTION_SHARE = (
     0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
@@ -48,7 +48,8 @@ class ReusePlan:
         question: [T] whose attention says what matters.
         relevant: [T] borrowed, but computed at every layer since their documents share rare words with the question.
         num_layers: of the model.
-        attention_tokens: how many borrowed tokens the question's attention selects, at the first layer.
+        attention_tokens: how many borrowed tokens the question's attention selects, at the first layer; none where
+            some are relevant.
         deviation_tokens: how many borrowed tokens deviation selects, likewise.
         shares: what is left of both at each layer; never growing.
         full_layers: first layers that compute every token behind the prefix.
@@ -182,7 +183,7 @@ def build_plan(
     optional[:start] = False
     scores = relevance(token_ids, segments, question)
     relevant = relevant_tokens(scores, segments, optional, rules.relevance_ratio)
-    num_optional = int((optional & ~relevant).sum())
+    num_optional = 0 if relevant.any() else int(optional.sum())
     return ReusePlan(
         token_ids,
         prefix,

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.config import Mode
 from semsharekv_integrations.lab.policies import FULL
 from semsharekv_integrations.lab.quality import Outcome
+from semsharekv_integrations.modes import Mode
 
 CONTROLS: tuple[Mode, ...] = ("off", "exact")  # modes that reuse nothing off the prefix
 NUM_RESAMPLES = 5000

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from semsharekv_integrations.config import EngineConfig, Mode, ReuseConfig, require
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.kv import LayerKV, Reference
+from semsharekv_integrations.modes import Mode
 
 Corrupt = Callable[[Reference], Reference]
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from semsharekv_integrations.config import EngineConfig, Mode, ReuseConfig, StoreConfig, require
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.kv import Generation, Reference
 from semsharekv_integrations.lab.policies import FULL, Corrupt
 from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.workloads import DEFAULT_DOCUMENTS, DEFAULT_LAYOUTS, Case, make_cases
+from semsharekv_integrations.modes import Mode
 
 NAMESPACE = "quality"
 EXTRA_TOKENS = 4  # generated at most beyond those of the right answer

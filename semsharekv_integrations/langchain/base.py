@@ -14,9 +14,11 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
 from pydantic import ConfigDict, Field, model_validator
 
-from semsharekv_integrations.config import MODES, EngineConfig, Mode, require
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
+from semsharekv_integrations.modes import MODES, Mode
 from semsharekv_integrations.request import GenerateOptions
 
 _UNNAMED = "a path or hub id, or an engine in its place"

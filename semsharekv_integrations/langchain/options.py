@@ -12,7 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables import ensure_config
 from pydantic import BaseModel, model_validator
 
-from semsharekv_integrations.config import require
+from semsharekv_integrations.checks import require
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, document_id
 
 _PASSED_ON = {"stream"}  # BaseChatModel decides by it whether to stream, and hands it on

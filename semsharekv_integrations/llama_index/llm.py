@@ -26,7 +26,8 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 
-from semsharekv_integrations.config import MODES, EngineConfig, Mode, require
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.llama_index.translate import (
     astream_responses,
@@ -37,6 +38,7 @@ from semsharekv_integrations.llama_index.translate import (
     stream_responses,
 )
 from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.modes import MODES, Mode
 from semsharekv_integrations.request import GenerateOptions, Request
 
 _FIELD_OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop", "namespace")

@@ -19,7 +19,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.schema import BaseNode, NodeWithScore
 
-from semsharekv_integrations.config import require
+from semsharekv_integrations.checks import require
 from semsharekv_integrations.kv import Generation, GenerationChunk
 from semsharekv_integrations.request import Documents, document_id
 

@@ -17,10 +17,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
+from semsharekv_integrations.modes import Mode
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.retention import retained_shares, retained_tokens
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.gathered import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.modes import ReuseRules
 
 
 class Retainer:

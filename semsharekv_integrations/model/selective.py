@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.plan import ReusePlan, build_plan
 from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
 from semsharekv_integrations.errors import UnsupportedModelError
@@ -28,6 +27,7 @@ from semsharekv_integrations.model.gathered import GatheredCache, gather
 from semsharekv_integrations.model.layers import decoder_layers, require_reuse_off_prefix, windows_of
 from semsharekv_integrations.model.rotation import PROBE_SHIFT, find_rotations
 from semsharekv_integrations.model.rows import LayerView, Measure, RowPass
+from semsharekv_integrations.modes import ReuseRules
 
 
 class Outcome(NamedTuple):

@@ -18,7 +18,7 @@ from semsharekv_integrations import (
     SemShareEngine,
     StoreConfig,
 )
-from semsharekv_integrations.config import MODE_RULES, MODES, Mode, ReuseRules
+from semsharekv_integrations.modes import MODE_RULES, MODES, Mode, ReuseRules
 from semsharekv_integrations.request import GenerateOptions, Request
 from tiny_models import EngineMaker
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
-from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.core.retention import (
     NEIGHBOURHOOD_TOKENS,
     RECENT_TOKENS,
@@ -23,6 +22,7 @@ from semsharekv_integrations.core.retention import (
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.retaining import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.modes import ReuseRules
 from tiny_models import EngineMaker, make_model
 
 VOCAB, NUM_TOKENS = 99, 80

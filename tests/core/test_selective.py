@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from semsharekv_integrations.config import MODE_RULES, ReuseRules
 from semsharekv_integrations.core.plan import Borrowing, ReusePlan, build_plan, prefix_plan
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
@@ -23,6 +22,7 @@ from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.gathered import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.modes import MODE_RULES, ReuseRules
 from tiny_models import ARCHITECTURES, make_model
 
 VOCAB, NUM_TOKENS = 99, 48

@@ -25,7 +25,9 @@ LAYERS = (
     {"core"},
     {"kv"},
     {"report"},
-    {"config", "errors"},
+    {"config"},
+    {"modes"},
+    {"checks", "errors"},
 )
 LAB = {"lab"}  # measures; imported by no other part, and world and prompts import nothing
 FRAMEWORKS = ("torch", "transformers", "langchain_core", "llama_index", "safetensors", "numpy")
