@@ -1,7 +1,8 @@
 """The engine: one prompt's way from text to text, one line per phase, and what a caller may do with the store.
 
-The flow is that of SemShareKV (arXiv 2509.24832, section 3) with exact prefixes as its only source so far. Knows
-nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see ``model``).
+The flow is that of SemShareKV (arXiv 2509.24832, section 3), with exact prefixes and identical runs as sources beside
+its similar tokens. Knows nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see
+``model``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.remember import references_of
-from semsharekv_integrations.report import AuditResult, ReuseReport
+from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
@@ -214,12 +215,10 @@ class SemShareEngine:
         with answer.watch.phase("render"):
             rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
             request = request.fitted(len(rendered.token_ids), self.context_window)
-        with answer.watch.phase("plan"):
-            suspended = self.auditor.suspends(request.namespace)
-            plan = parts.planner.plan(rendered, request.namespace, request.session, suspended)
-        with answer.watch.phase("prefill"):
-            outcome = parts.execute(plan)
-            report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
+        suspended = self.auditor.suspends(request.namespace)
+        plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
+        outcome = parts.execute(plan, answer.watch)
+        report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
         kept = outcome.prefill
         if parts.retains:
             with answer.watch.phase("retain"):
@@ -292,7 +291,7 @@ class SemShareEngine:
         request = Request.of(text, {"documents": {key: text}})
         rendered = parts.renderer.render(text, request.documents, namespace)
         request.fitted(len(rendered.token_ids), self.context_window)
-        outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None))
+        outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
         starts = request.document_starts(rendered, None)
         labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
         return self._store(rendered.token_ids, rendered, outcome, namespace, starts, **labels)

@@ -9,6 +9,7 @@ import numpy as np
 
 from semsharekv_integrations.answer import Answer
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
+from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
 from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.kv import Rendered
@@ -18,9 +19,10 @@ from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import ModelSource
 from semsharekv_integrations.model.prompt import PromptRenderer
 from semsharekv_integrations.model.retaining import Retainer
-from semsharekv_integrations.model.selective import SelectivePrefill, prefill_behind_prefix
+from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
 from semsharekv_integrations.model.text import TextStream
 from semsharekv_integrations.planner import Planner, question_of, texts_of
+from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.store import KVStore
 
 
@@ -44,7 +46,7 @@ class ModelParts:
         self.renderer = PromptRenderer(self.tokenizer)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
-        self.execute = selective.run if selective else partial(prefill_behind_prefix, self.adapter)
+        self._selective = selective
         self._rules = rules = config.reuse.rules
         shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
         self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
@@ -59,6 +61,13 @@ class ModelParts:
             embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
         pieces = self.renderer.pieces_of
         return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
+
+    def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
+        """The prefill that ``plan`` describes."""
+        if self._selective is not None:
+            return self._selective.run(plan, watch)
+        with watch.phase("forward"):
+            return prefill_behind_prefix(self.adapter, plan)
 
     @property
     def retains(self) -> bool:

@@ -8,6 +8,7 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.core.plan import ReusePlan, build_plan, prefix_plan, worthwhile
 from semsharekv_integrations.kv import Mask, PrefixMatch, Rendered, Run
 from semsharekv_integrations.matching import FuzzyMatcher
+from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.store import KVStore
 
 LONGEST_QUESTION_TOKENS = 64
@@ -40,7 +41,9 @@ class Planner:
         self._num_layers = num_layers
         self._max_tokens = max_tokens
 
-    def plan(self, rendered: Rendered, namespace: str, session: str | None, suspended: bool) -> ReusePlan:
+    def plan(
+        self, rendered: Rendered, namespace: str, session: str | None, suspended: bool, watch: Stopwatch | None = None
+    ) -> ReusePlan:
         """The plan for one prompt; it always leaves the last token to compute.
 
         Args:
@@ -48,7 +51,9 @@ class Planner:
             namespace: the only one that is read.
             session: whose approximate KV may be continued.
             suspended: whether the audit has put an end to reuse that is not exact (in mode ``exact``, to all).
+            watch: takes the time of each part.
         """
+        watch = watch or Stopwatch()
         token_ids, approximate = rendered.token_ids, self._config.is_approximate
         if self._config.mode == "off":
             return prefix_plan(token_ids, None, self._num_layers, None)
@@ -58,10 +63,11 @@ class Planner:
         stopped = f"audit suspended reuse in namespace {namespace!r}" if suspended else None
         if stopped and not approximate:
             return prefix_plan(token_ids, None, self._num_layers, stopped)
-        prefix, declined = self._prefix(rendered, namespace, None if suspended else session)
+        with watch.phase("lookup"):
+            prefix, declined = self._prefix(rendered, namespace, None if suspended else session)
         if stopped or not approximate:
             return prefix_plan(token_ids, prefix, self._num_layers, stopped or declined)
-        return self._approximate(rendered, namespace, prefix)
+        return self._approximate(rendered, namespace, prefix, watch)
 
     def _prefix(self, rendered: Rendered, namespace: str, session: str | None) -> tuple[PrefixMatch | None, str | None]:
         limit = len(rendered.token_ids) - 1
@@ -74,11 +80,14 @@ class Planner:
             return None, f"longest stored prefix of {match.num_tokens} tokens is too short to pay"
         return match, None
 
-    def _approximate(self, rendered: Rendered, namespace: str, prefix: PrefixMatch | None) -> ReusePlan:
+    def _approximate(
+        self, rendered: Rendered, namespace: str, prefix: PrefixMatch | None, watch: Stopwatch
+    ) -> ReusePlan:
         token_ids, start = rendered.token_ids, prefix.num_tokens if prefix else 0
         runs: list[Run] = []
         if self._config.indexed_run_tokens is not None:
-            runs = self._store.identical_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
+            with watch.phase("lookup"):
+                runs = self._store.identical_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
         question = question_of(rendered, self._rules.tail_tokens)
         question[:start] = False
         matches = []
@@ -88,10 +97,13 @@ class Planner:
             for run in runs:
                 open_tokens[run.start : run.start + run.num_tokens] = False
             find = self._matcher.prompt_matches if self._config.mode == "paper" else self._matcher.segment_matches
-            matches = find(rendered, open_tokens, namespace)
+            with watch.phase("match"):
+                matches = find(rendered, open_tokens, namespace)
         rules = self._rules if matches else self._rules.for_identical_tokens()
-        plan = build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers, texts_of(rendered))
-        return worthwhile(plan, self._rules)
+        with watch.phase("plan"):
+            texts = texts_of(rendered)
+            plan = build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
+            return worthwhile(plan, self._rules)
 
 
 def texts_of(rendered: Rendered) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ from semsharekv_integrations.model.layers import decoder_layers, require_reuse_o
 from semsharekv_integrations.model.rotation import PROBE_SHIFT, find_rotations
 from semsharekv_integrations.model.rows import LayerView, Measure, RowPass
 from semsharekv_integrations.modes import ReuseRules
+from semsharekv_integrations.report import Stopwatch
 
 
 class Outcome(NamedTuple):
@@ -147,37 +148,47 @@ class SelectivePrefill:
         """Decoder layers of the model."""
         return len(self._view.modules)
 
-    def run(self, plan: ReusePlan) -> Outcome:
-        """Carry ``plan`` out. Stored references are read, never written."""
+    def run(self, plan: ReusePlan, watch: Stopwatch | None = None) -> Outcome:
+        """Carry ``plan`` out. Stored references are read, never written. ``watch`` takes the time of each part."""
+        watch = watch or Stopwatch()
         if not plan.borrowings:
-            return prefill_behind_prefix(self._adapter, plan)
+            with watch.phase("forward"):
+                return prefill_behind_prefix(self._adapter, plan)
         with self._adapter.exclusive(), torch.inference_mode():
-            return self._run(plan, gather(plan, self.rotations))
+            with watch.phase("gather"):
+                cache = gather(plan, self.rotations)
+            state = _State.of(plan, self._adapter.device)
+            if plan.attention_tokens:
+                with watch.phase("attend"):
+                    state.attended = self._attended(plan, cache)
+            state.rank(None)
+            with watch.phase("forward"):
+                return self._forward(state, cache)
 
-    def _run(self, plan: ReusePlan, cache: GatheredCache) -> Outcome:
-        state = _State.of(plan, self._adapter.device)
-        row_layers = 0.0
-        if plan.attention_tokens:
-            absent = ~(plan.borrowed | plan.question)
-            absent[: plan.prefix_tokens] = False
-            layers = self.attention_of(plan.token_ids, plan.question, cache, absent)
-            state.attended = torch.stack([w.mean(0).to(self._adapter.device) for w in layers]).mean(0)  # [T]
-            row_layers += int(plan.question.sum()) * self.num_layers
-        state.rank(None)
-        first = _positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, self._adapter.device)
+    def _attended(self, plan: ReusePlan, cache: GatheredCache) -> torch.Tensor:
+        """[T] how much the question attends to each token, averaged over layers and heads."""
+        absent = ~(plan.borrowed | plan.question)
+        absent[: plan.prefix_tokens] = False
+        layers = self.attention_of(plan.token_ids, plan.question, cache, absent)
+        return torch.stack([weights.mean(0).to(self._adapter.device) for weights in layers]).mean(0)
+
+    def _forward(self, state: _State, cache: GatheredCache) -> Outcome:
+        plan, num_tokens = state.plan, len(state.plan.token_ids)
+        first = _positions(np.arange(num_tokens) >= plan.prefix_tokens, self._adapter.device)
         if not plan.full_layers:
             first = state.active(0).nonzero()[:, 0]
         selective = RowPass(self._view, cache, first, partial(_choose, state, cache), self._adapter.model.dtype)
+        looked = int(plan.question.sum()) * self.num_layers if plan.attention_tokens else 0
         try:
             with blocked_attention(self._adapter.config), selective.installed():
                 logits = self._adapter.forward_rows(plan.token_ids, first, cache, selective.first_mask)
         except GivenUp:
-            whole, wasted = prefill_behind_prefix(self._adapter, plan), selective.row_layers + row_layers
-            ratio = whole.compute_ratio + wasted / (len(plan.token_ids) * self.num_layers)
+            whole, wasted = prefill_behind_prefix(self._adapter, plan), selective.row_layers + looked
+            ratio = whole.compute_ratio + wasted / (num_tokens * self.num_layers)
             return whole._replace(compute_ratio=ratio, deviation=state.deviation, fell_back=state.fell_back)
-        computed = np.zeros(len(plan.token_ids), dtype=bool)
+        computed = np.zeros(num_tokens, dtype=bool)
         computed[selective.rows.cpu().numpy()] = True
-        ratio = (row_layers + selective.row_layers) / (len(plan.token_ids) * self.num_layers)
+        ratio = (looked + selective.row_layers) / (num_tokens * self.num_layers)
         exact = _exact_tokens(plan, computed)
         return Outcome(Prefill(logits, cache.finished()), ratio, computed, exact, state.deviation, state.fell_back)
 

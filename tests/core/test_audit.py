@@ -135,8 +135,8 @@ def spoil_approximate(engine: SemShareEngine, monkeypatch) -> None:
     parts = engine._ready()
     execute = parts.execute
 
-    def spoilt(plan):
-        outcome = execute(plan)
+    def spoilt(plan, watch):
+        outcome = execute(plan, watch)
         if not plan.borrowings:
             return outcome
         return outcome._replace(prefill=outcome.prefill._replace(logits=-outcome.prefill.logits))

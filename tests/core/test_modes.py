@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
 from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
+from semsharekv_integrations.report import Stopwatch
 from tiny_models import EngineMaker, make_model
 
 NARROW = {"mixtral": {"intermediate_size": 48}}
@@ -114,7 +115,7 @@ def test_moved_tokens_have_their_exact_kv_at_the_first_layer(make_engine: Engine
     rendered = parts.renderer.render(SECOND, {}, "default")
     plan = parts.planner.plan(rendered, "default", None, False)
     assert any((borrowing.targets != borrowing.sources).any() for borrowing in plan.borrowings)
-    outcome = parts.execute(plan)
+    outcome = parts.execute(plan, Stopwatch())
     assert not outcome.computed[plan.borrowed].all()
     found, wanted = outcome.prefill.cache.layers[0], parts.adapter.prefill(rendered.token_ids).cache.layers[0]
     torch.testing.assert_close(found.keys, wanted.keys, atol=1e-4, rtol=1e-3)
@@ -340,3 +341,14 @@ class TestFallback:
                 assert not report.sources and engine.stats()["store_tainted_entries"] == 0
             else:
                 assert report.identical_tokens > 0 and report.declined is None, "or the guard had nothing to do"
+
+
+def test_every_phase_is_timed_under_its_name(make_engine: EngineMaker) -> None:
+    engine = make_engine(reuse=of("semantic", **EAGER | {"attention_ratio": 0.1}))
+    first = engine.generate(FIRST, **TOKENS).report
+    assert list(first.phases_s) == ["render", "lookup", "match", "plan", "forward", "decode", "remember", "audit"]
+    again = engine.generate(SECOND, **TOKENS).report
+    assert {"gather", "attend"} == again.phases_s.keys() - first.phases_s.keys()
+    assert sum(again.phases_s.values()) >= again.ttft_s > 0
+    exact = make_engine("exact").generate(FIRST, **TOKENS).report
+    assert list(exact.phases_s) == ["render", "lookup", "forward", "decode", "remember", "audit"]
