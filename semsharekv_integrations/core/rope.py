@@ -38,9 +38,10 @@ def rotate(keys: torch.Tensor, shifts: torch.Tensor, rotation: Rotation) -> torc
 
 def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """As ``rotate``, with angles that were computed before: one pair serves all layers of a frequency."""
-    num_pairs = cos.shape[-1]
-    rotary = keys[..., : 2 * num_pairs].float()  # [B, H, N, 2R]
+    turned = keys.to(torch.float32, copy=True)
+    rotary = turned[..., : 2 * cos.shape[-1]]  # [B, H, N, 2R]
     first, second = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else rotary.chunk(2, dim=-1)
-    pairs = (first * cos - second * sin, second * cos + first * sin)  # [B, H, N, R] each
-    turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
-    return torch.cat([turned.to(keys.dtype), keys[..., 2 * num_pairs :]], dim=-1)  # [B, H, N, D]
+    before = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(before, sin)
+    return turned.to(keys.dtype)

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.core.plan import Borrowing, ReusePlan
 from semsharekv_integrations.core.rope import Rotation, turn
-from semsharekv_integrations.kv import LayerKV
+from semsharekv_integrations.kv import LayerKV, Reference
 
 
 class Measured(Exception):
@@ -94,9 +93,12 @@ def gather(plan: ReusePlan, rotations: Sequence[Rotation | None]) -> GatheredCac
     return GatheredCache([gatherer.layer(index, rotation) for index, rotation in enumerate(rotations)])
 
 
-class _Angles(NamedTuple):
-    cos: torch.Tensor
-    sin: torch.Tensor
+class _Taken(NamedTuple):
+    """What is taken from one reference: its tokens ``sources`` [N] become tokens ``targets`` [N] of the prompt."""
+
+    reference: Reference
+    sources: torch.Tensor
+    targets: torch.Tensor
 
 
 class _Gatherer:
@@ -104,45 +106,41 @@ class _Gatherer:
 
     def __init__(self, plan: ReusePlan) -> None:
         self._plan = plan
-        taken: dict[int, list[Borrowing]] = {}
+        groups: dict[int, list[Borrowing]] = {}
         for borrowing in plan.borrowings:
-            taken.setdefault(id(borrowing.reference), []).append(borrowing)
-        groups = list(taken.values())
-        self._references = [group[0].reference for group in groups]
-        self._sources = [np.concatenate([b.sources for b in group]) for group in groups]
-        targets = np.concatenate([b.targets for group in groups for b in group])
-        self._targets = torch.from_numpy(targets)  # [N]
-        self._shifts = torch.from_numpy(targets - np.concatenate(self._sources))  # [N]
-        self._moves = plan.rotate_keys and bool((self._shifts != 0).any())
-        self._angles: dict[tuple[int, torch.device], _Angles] = {}
+            groups.setdefault(id(borrowing.reference), []).append(borrowing)
+        self._taken = [_taken(group) for group in groups.values()]
+        self._angles: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, rotation: Rotation | None) -> LayerKV:
-        borrowed = LayerKV(*(self._borrowed(index, kind) for kind in range(2)))
-        if rotation is not None and self._moves:
-            borrowed = borrowed._replace(keys=self._turned(borrowed.keys, rotation))
-        return LayerKV(*(self._placed(index, kind, borrowed[kind]) for kind in range(2)))
+        return LayerKV(self._gathered(index, 0, rotation), self._gathered(index, 1, None))
 
-    def _borrowed(self, index: int, kind: int) -> torch.Tensor:
-        stored = zip(self._references, self._sources, strict=True)
-        return torch.cat([_taken(reference.layers[index][kind], sources) for reference, sources in stored], dim=2)
+    def _gathered(self, index: int, kind: int, rotation: Rotation | None) -> torch.Tensor:
+        whole = self._with_prefix(index, kind)
+        for place, (reference, sources, targets) in enumerate(self._taken):
+            part = reference.layers[index][kind].index_select(2, sources.to(whole.device))
+            if rotation is not None and self._plan.rotate_keys and not torch.equal(sources, targets):
+                part = turn(part, *self._angles_of(place, rotation, whole.device), rotation.interleaved)
+            whole.index_copy_(2, targets.to(whole.device), part)
+        return whole
 
-    def _turned(self, keys: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        known = (id(rotation), keys.device)
-        if known not in self._angles:
-            self._angles[known] = _Angles(*rotation.angles(self._shifts.to(keys.device)))
-        return turn(keys, *self._angles[known], rotation.interleaved)
-
-    def _placed(self, index: int, kind: int, borrowed: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, width = borrowed.shape
-        whole = borrowed.new_zeros((batch, heads, len(self._plan.token_ids), width))  # [B, H, T, D]
+    def _with_prefix(self, index: int, kind: int) -> torch.Tensor:
+        like = self._taken[0].reference.layers[index][kind]
+        whole = like.new_zeros((*like.shape[:2], len(self._plan.token_ids), like.shape[3]))  # [B, H, T, D]
         if self._plan.prefix:
             start = self._plan.prefix.num_tokens
             whole[:, :, :start] = self._plan.prefix.reference.layers[index][kind][:, :, :start]
-        return whole.index_copy_(2, self._targets.to(whole.device), borrowed)
+        return whole
+
+    def _angles_of(self, place: int, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        known = (place, id(rotation), device)
+        if known not in self._angles:
+            taken = self._taken[place]
+            self._angles[known] = rotation.angles((taken.targets - taken.sources).to(device))
+        return self._angles[known]
 
 
-def _taken(tensor: torch.Tensor, sources: NDArray[np.int64]) -> torch.Tensor:
-    """Tokens ``sources`` [N] of ``tensor`` [B, H, S, D]; a view where they stand in a row."""
-    if len(sources) == sources[-1] - sources[0] + 1 and bool((np.diff(sources) == 1).all()):
-        return tensor[:, :, int(sources[0]) : int(sources[-1]) + 1]
-    return tensor[:, :, torch.from_numpy(sources).to(tensor.device)]
+def _taken(borrowings: Sequence[Borrowing]) -> _Taken:
+    """All borrowings from one reference together."""
+    sources, targets = (np.concatenate([getattr(b, name) for b in borrowings]) for name in ("sources", "targets"))
+    return _Taken(borrowings[0].reference, torch.from_numpy(sources), torch.from_numpy(targets))
