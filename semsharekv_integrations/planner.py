@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from semsharekv_integrations.config import ReuseConfig
-from semsharekv_integrations.core.plan import ReusePlan, build_plan, prefix_plan, worthwhile
+from semsharekv_integrations.core.plan import Borrowing, ReusePlan, build_plan, prefix_plan, worthwhile
 from semsharekv_integrations.kv import Mask, PrefixMatch, Rendered, Run
 from semsharekv_integrations.matching import FuzzyMatcher
 from semsharekv_integrations.report import Stopwatch
@@ -99,11 +101,24 @@ class Planner:
             find = self._matcher.prompt_matches if self._config.mode == "paper" else self._matcher.segment_matches
             with watch.phase("match"):
                 matches = find(rendered, open_tokens, namespace)
-        rules = self._rules if matches else self._rules.for_identical_tokens()
         with watch.phase("plan"):
-            texts = texts_of(rendered)
-            plan = build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
+            plan = self._built(rendered, prefix, runs, matches, question)
+            if matches and runs:
+                without = self._built(rendered, prefix, runs, [], question)  # which needs no full layers
+                plan = min(plan, without, key=lambda either: either.predicted_compute_ratio)
             return worthwhile(plan, self._rules)
+
+    def _built(
+        self,
+        rendered: Rendered,
+        prefix: PrefixMatch | None,
+        runs: Sequence[Run],
+        matches: Sequence[Borrowing],
+        question: Mask,
+    ) -> ReusePlan:
+        rules = self._rules if matches else self._rules.for_identical_tokens()
+        texts = texts_of(rendered)
+        return build_plan(rendered.token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
 
 
 def texts_of(rendered: Rendered) -> list[tuple[int, int]]:

@@ -249,3 +249,24 @@ def test_guarded_tokens_are_borrowed_from_the_same_token_alone(renderer: PromptR
         different = [renderer.text_of(np.array([one])).strip() for one, other in pairs if one != other]
         assert pairs and ("9" in different) != guarded
         assert any(word in different for word in ("told", "little")), "others may be"
+
+
+@pytest.mark.parametrize(("times", "worth"), [(1, False), (8, True)])
+def test_similar_tokens_are_borrowed_where_that_computes_less(
+    renderer: PromptRenderer, times: int, worth: bool
+) -> None:
+    """They need a full layer, which may cost more than the few words that they save."""
+    rules: dict[str, Any] = {**EAGER, "min_similarity": 0.1, "min_token_similarity": 0.0, "relevance_ratio": 0.0}
+    sentence = "the road was closed for repairs and people went by train to see what had been done there . "
+    documents = {"same": DOCUMENTS["flood"] * 4, "other": sentence * times}
+    reworded = documents | {"other": documents["other"].replace("road", "lane").replace("went", "came")}
+    plans = []
+    for mode in ("semantic", "identical"):
+        fixture = Fixture(renderer, mode, **rules, min_run_tokens=40)
+        fixture.keep(renderer.render("\n\n".join(["Old .", *documents.values(), QUESTION]), documents, "a"))
+        plans.append(fixture.plan(renderer.render("\n\n".join([*reworded.values(), QUESTION]), reworded, "a")))
+    semantic, identical = plans
+    assert identical.borrowed.any() and not identical.fuzzy.any()
+    assert semantic.fuzzy.any() == worth
+    assert (semantic.predicted_compute_ratio < identical.predicted_compute_ratio) == worth
+    assert worth or semantic.predicted_rows == identical.predicted_rows
