@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,9 +28,28 @@ if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
 
 DEFAULT_MODEL = "semsharekv/reference"
+_LAB = {
+    "quality": "is the answer still right? every mode beside a full prefill",
+    "bench": "how much time and memory did reuse save? every mode beside a full prefill",
+}
 
 
 class _Parser(argparse.ArgumentParser):
+    """Of the command or a subcommand; ``loads`` names the module of its arguments, imported once they are needed."""
+
+    def __init__(self, *args: Any, loads: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loads = loads
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; the first time with what ``loads`` brings."""
+        if self._loads is not None:
+            module = import_module(self._loads)
+            self._loads = None
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -77,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         "--save", type=Path, metavar="FILE", help="load stored KV from FILE if it is there; write it back"
     )
     chat.set_defaults(run=_chat)
+    for name, text in _LAB.items():
+        commands.add_parser(name, help=text, loads=f"semsharekv_integrations.lab.{name}_command")
     return parser
 
 

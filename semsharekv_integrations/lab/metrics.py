@@ -6,10 +6,9 @@ They say nothing about prompts on which a policy reused nothing: those are only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,21 +17,8 @@ from semsharekv_integrations.lab.quality import Outcome
 from semsharekv_integrations.modes import Mode
 
 CONTROLS: tuple[Mode, ...] = ("off", "exact")  # modes that reuse nothing off the prefix
-NUM_RESAMPLES = 5000
-COLUMNS = (
-    "workload",
-    "policy",
-    "fired of cases",
-    "accuracy",
-    "full prefill's",
-    "difference in points",
-    "agreement",
-    "stale",
-    "full prefill's",
-    "compute",
-    "TTFT ratio",
-    "TTFT ratio, rest",
-)
+NUM_RESAMPLES = 2000
+_T = TypeVar("_T")
 
 
 class Estimate(NamedTuple):
@@ -47,8 +33,9 @@ class Estimate(NamedTuple):
 class Row:
     """One policy on one workload. Figures are None where there is no case to take them from.
 
-    All but the first five and the last are over the counted cases: those on which reuse fired, or all of them for
-    a control, which reuses nothing off the prefix. Beside each stands that of a full prefill of the same cases.
+    All but the first five, similarity, recall and the last are over the counted cases: those on which reuse fired, or
+    all of them for a control, which reuses nothing off the prefix. Beside each stands that of a full prefill of the
+    same cases. Shares have Wilson's interval, means and medians that of a bootstrap.
 
     Attributes:
         workload: what the cases are of.
@@ -56,13 +43,19 @@ class Row:
         cases: how many there were.
         fired: on how many KV was reused off the exact prefix.
         counted: how many the figures are over.
-        accuracy: share of right answers, with Wilson's interval.
+        accuracy: share of right answers, of those that are known.
         full_accuracy: that of a full prefill.
-        difference_points: ``accuracy`` less ``full_accuracy`` in percentage points, with a paired bootstrap's interval.
+        difference_points: ``accuracy`` less ``full_accuracy`` in percentage points, its interval over pairs.
         agreement: share of answers that are those of a full prefill.
         stale_cases: cases in which the references' documents would answer otherwise.
         stale_rate: share of these that got that answer.
         full_stale_rate: that of a full prefill.
+        rouge_l: mean over summaries, to the right one.
+        full_rouge_l: that of a full prefill.
+        rouge_l_to_full: mean over summaries, to that of a full prefill.
+        similarity: median, of the documents asked about to their stored versions.
+        lsh_recall: mean share of the tokens that hashing matches as well as comparing all of them.
+        kv_kept_ratio: median share of the prompt's KV bytes that decoding had.
         compute_ratio: median share of the token-layers that was computed.
         ttft_ratio: median of a full prefill's time to first token over this policy's; above 1 is faster.
         rest_ttft_ratio: the same over the cases that are not counted: what looking in vain costs.
@@ -76,13 +69,19 @@ class Row:
     accuracy: Estimate | None
     full_accuracy: float | None
     difference_points: Estimate | None
-    agreement: float | None
+    agreement: Estimate | None
     stale_cases: int
-    stale_rate: float | None
+    stale_rate: Estimate | None
     full_stale_rate: float | None
-    compute_ratio: float | None
-    ttft_ratio: float | None
-    rest_ttft_ratio: float | None
+    rouge_l: Estimate | None
+    full_rouge_l: float | None
+    rouge_l_to_full: Estimate | None
+    similarity: Estimate | None
+    lsh_recall: Estimate | None
+    kv_kept_ratio: Estimate | None
+    compute_ratio: Estimate | None
+    ttft_ratio: Estimate | None
+    rest_ttft_ratio: Estimate | None
 
 
 class _Pair(NamedTuple):
@@ -97,7 +96,7 @@ def summarize(outcomes: Sequence[Outcome], seed: int = 0) -> list[Row]:
 
     Args:
         outcomes: those of full prefill among them, for every case.
-        seed: of the bootstrap.
+        seed: of the bootstraps.
     """
     full = {(outcome.workload, outcome.case): outcome for outcome in outcomes if outcome.policy == FULL}
     groups: dict[tuple[str, str], list[_Pair]] = {}
@@ -108,27 +107,45 @@ def summarize(outcomes: Sequence[Outcome], seed: int = 0) -> list[Row]:
 
 
 def _row(workload: str, policy: str, pairs: Sequence[_Pair], seed: int) -> Row:
-    counted = [pair for pair in pairs if pair.policy.fired or pair.policy.mode in CONTROLS]
-    rest = [pair for pair in pairs if pair not in counted]
-    right, full_right = ([outcome.right for outcome in side] for side in _sides(counted))
-    stale, full_stale = ([o.stale for o in side if o.stale is not None] for side in _sides(counted))
+    counted = [pair for pair in pairs if _counts(pair.policy)]
+    rest = [pair for pair in pairs if not _counts(pair.policy)]
+    own, full = [pair.policy for pair in counted], [pair.full for pair in counted]
+    right, full_right = (_known(outcome.right for outcome in side) for side in (own, full))
+    stale, full_stale = (_known(outcome.stale for outcome in side) for side in (own, full))
+
+    def median(values: Iterable[float | None]) -> Estimate | None:
+        return bootstrapped(_known(values), np.median, seed)
+
+    def mean(values: Iterable[float | None]) -> Estimate | None:
+        return bootstrapped(_known(values), np.mean, seed)
+
     return Row(
         workload=workload,
         policy=policy,
         cases=len(pairs),
         fired=sum(pair.policy.fired for pair in pairs),
         counted=len(counted),
-        accuracy=wilson(sum(right), len(right)) if counted else None,
-        full_accuracy=_share(full_right),
-        difference_points=paired_difference(right, full_right, seed) if counted else None,
-        agreement=_share([pair.policy.agrees for pair in counted]),
+        accuracy=_share(right),
+        full_accuracy=_mean(full_right),
+        difference_points=paired_difference(right, full_right, seed) if right else None,
+        agreement=_share([outcome.agrees for outcome in own]),
         stale_cases=len(stale),
         stale_rate=_share(stale),
-        full_stale_rate=_share(full_stale),
-        compute_ratio=median(pair.policy.compute_ratio for pair in counted) if counted else None,
-        ttft_ratio=_ttft_ratio(counted),
-        rest_ttft_ratio=_ttft_ratio(rest),
+        full_stale_rate=_mean(full_stale),
+        rouge_l=mean(outcome.rouge_l for outcome in own),
+        full_rouge_l=_mean(_known(outcome.rouge_l for outcome in full)),
+        rouge_l_to_full=mean(outcome.rouge_l_to_full for outcome in own),
+        similarity=median(pair.policy.similarity for pair in pairs),
+        lsh_recall=mean(pair.policy.lsh_recall for pair in pairs),
+        kv_kept_ratio=median(outcome.kv_kept_ratio for outcome in own),
+        compute_ratio=median(outcome.compute_ratio for outcome in own),
+        ttft_ratio=median(pair.full.ttft_s / pair.policy.ttft_s for pair in counted),
+        rest_ttft_ratio=median(pair.full.ttft_s / pair.policy.ttft_s for pair in rest),
     )
+
+
+def _counts(outcome: Outcome) -> bool:
+    return outcome.fired or outcome.mode in CONTROLS
 
 
 def wilson(right: int, asked: int) -> Estimate:
@@ -146,49 +163,36 @@ def paired_difference(right: Sequence[bool], full_right: Sequence[bool], seed: i
     Where no pair differs, the interval is a single point: a bootstrap cannot see what is rarer than the sample shows.
     """
     gaps = 100 * (np.array(right, dtype=float) - np.array(full_right, dtype=float))
-    drawn = np.random.default_rng(seed).integers(len(gaps), size=(NUM_RESAMPLES, len(gaps)))
-    low, high = np.percentile(gaps[drawn].mean(axis=1), (2.5, 97.5))
-    return Estimate(float(gaps.mean()), float(low), float(high))
+    found = bootstrapped(gaps.tolist(), np.mean, seed)
+    assert found is not None, "there is a pair"
+    return found
 
 
-def _sides(pairs: Sequence[_Pair]) -> tuple[list[Outcome], list[Outcome]]:
-    return [pair.policy for pair in pairs], [pair.full for pair in pairs]
+def bootstrapped(values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0) -> Estimate | None:
+    """A figure of ``values`` with the 95% interval of a bootstrap; None if there are no values.
+
+    Args:
+        values: one for each case.
+        figure: of an array along an axis, such as ``np.median``.
+        seed: of the resampling.
+    """
+    if not values:
+        return None
+    sample = np.array(values, dtype=float)
+    if (sample == sample[0]).all():
+        return Estimate(*(float(sample[0]),) * 3)
+    drawn = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
+    low, high = np.percentile(figure(sample[drawn], axis=1), (2.5, 97.5))
+    return Estimate(float(figure(sample)), float(low), float(high))
 
 
-def _share(values: Sequence[bool]) -> float | None:
+def _known(values: Iterable[_T | None]) -> list[_T]:
+    return [value for value in values if value is not None]
+
+
+def _share(values: Sequence[bool]) -> Estimate | None:
+    return wilson(sum(values), len(values)) if values else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _ttft_ratio(pairs: Sequence[_Pair]) -> float | None:
-    return median(pair.full.ttft_s / pair.policy.ttft_s for pair in pairs) if pairs else None
-
-
-def table(rows: Iterable[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cells(row: Row) -> list[str]:
-    return [
-        row.workload,
-        row.policy,
-        f"all {row.cases}" if row.counted == row.cases and not row.fired else f"{row.fired} of {row.cases}",
-        _number(row.accuracy, ".3f"),
-        _number(row.full_accuracy, ".3f"),
-        _number(row.difference_points, "+.1f"),
-        _number(row.agreement, ".3f"),
-        _number(row.stale_rate, ".3f"),
-        _number(row.full_stale_rate, ".3f"),
-        _number(row.compute_ratio, ".3f"),
-        _number(row.ttft_ratio, ".2f"),
-        _number(row.rest_ttft_ratio, ".2f"),
-    ]
-
-
-def _number(value: Estimate | float | None, form: str) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, Estimate):
-        return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
-    return f"{value:{form}}"

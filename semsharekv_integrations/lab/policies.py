@@ -1,7 +1,8 @@
-"""Policies: what is measured under which name, and ablations that damage stored KV.
+"""Policies: what is measured under which name, methods of the field in this engine, and ablations that damage KV.
 
-An ablation follows the same plan as the policy beside it, over KV that says nothing. What it still gets right, the
-tokens computed in the call got right by themselves.
+A method of the field is its rule for what is computed again, on the runs that this engine finds, re-rotated as this
+engine does it; none of them is the authors' own code. An ablation follows the same plan as the policy beside it, over
+KV that says nothing. What it still gets right, the tokens computed in the call got right by themselves.
 """
 
 from __future__ import annotations
@@ -10,32 +11,65 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.kv import LayerKV, Reference
-from semsharekv_integrations.modes import Mode
 
 Corrupt = Callable[[Reference], Reference]
 
 FULL = "off"
-POLICIES: Mapping[str, Mode] = MappingProxyType(
+UNGUARDED = 1e9  # a ``max_deviation`` that no KV exceeds, so that no full prefill answers in its place
+RAW = ReuseConfig(
+    mode="identical",
+    boundary_tokens=0,
+    edit_tokens=0,
+    relevance_ratio=0.0,
+    attention_ratio=0.0,
+    max_deviation=UNGUARDED,
+    max_compute_ratio=1.0,
+)
+
+
+class Policy(NamedTuple):
+    """One line on what it does and where that comes from, and its settings."""
+
+    about: str
+    reuse: ReuseConfig
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
-        FULL: "off",
-        "rerun": "off",  # a second full prefill: what differs from the first one is noise
-        "exact": "exact",
-        "identical": "identical",
-        "semantic": "semantic",
-        "paper": "paper",
-        "zeroed": "identical",
-        "random": "identical",
+        FULL: Policy("A full prefill.", ReuseConfig(mode="off")),
+        "rerun": Policy("A second full prefill: what differs from the first one is noise.", ReuseConfig(mode="off")),
+        "exact": Policy("The longest exact prefix, as every serving engine reuses it.", ReuseConfig(mode="exact")),
+        "identical": Policy("This package's mode of that name.", ReuseConfig(mode="identical")),
+        "semantic": Policy("This package's mode of that name.", ReuseConfig(mode="semantic")),
+        "paper": Policy("SemShareKV as far as it is known (arXiv 2509.24832).", ReuseConfig(mode="paper")),
+        "raw": Policy(
+            "Identical runs with nothing computed again, as Prompt Cache reuses its modules (arXiv 2311.04934).", RAW
+        ),
+        "cacheblend": Policy(
+            "The first layer in full, then the 15% of the tokens that deviate most (CacheBlend, arXiv 2405.16444).",
+            replace(RAW, full_layers=1, deviation_ratio=0.15, final_share=1.0),
+        ),
+        "epic": Policy(
+            "The first 16 tokens of each run, where 16 to 32 is the method's range (EPIC, arXiv 2410.15332).",
+            replace(RAW, boundary_tokens=16, edit_tokens=16),
+        ),
+        "zeroed": Policy(
+            "As identical, over stored KV of zeros (ablation of SemShareKV).",
+            ReuseConfig(mode="identical", max_deviation=UNGUARDED),
+        ),
+        "random": Policy(
+            "As identical, over stored KV of noise with the mean and spread of the real one (ablation of SemShareKV).",
+            ReuseConfig(mode="identical", max_deviation=UNGUARDED),
+        ),
     }
 )
-ABLATIONS = ("zeroed", "random")
-UNGUARDED = 1e9  # so that the guard does not answer damaged KV with a full prefill
 SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "mode")
 
 
@@ -49,15 +83,18 @@ def make_configs(names: Iterable[str], settings: Mapping[str, Any] | None = None
     Raises:
         ValueError: for a name or setting that there is not, or what ``ReuseConfig`` refuses.
     """
-    names, settings = list(names), dict(settings or {})
+    names = list(names)
     _require_known("policies", names, POLICIES)
+    return with_settings({name: POLICIES[name].reuse for name in names}, settings)
+
+
+def with_settings(policies: Mapping[str, ReuseConfig], settings: Mapping[str, Any] | None) -> dict[str, EngineConfig]:
+    """Engine settings by policy; for ``settings`` and errors see ``make_configs``."""
+    settings = dict(settings or {})
     _require_known("settings", settings, SETTINGS)
-    plain = {name: ReuseConfig(mode=POLICIES[name]) for name in names}
-    for name in plain.keys() & ABLATIONS:
-        plain[name] = replace(plain[name], max_deviation=UNGUARDED)
     return {
         name: EngineConfig(reuse=replace(reuse, **settings) if reuse.is_approximate else reuse)
-        for name, reuse in plain.items()
+        for name, reuse in policies.items()
     }
 
 

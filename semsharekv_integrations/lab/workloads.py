@@ -1,6 +1,6 @@
 """Workloads: prompts that resemble earlier ones, each in a way of its own. Reuse is measured on them.
 
-A case holds the prompts that are seen first, the prompt that is then asked, its one right answer, and the answer that
+A case holds the prompts that are seen first, the prompt that is then asked, its right answer, and the answer that
 the earlier prompts' documents would give instead. No document of a target stands whole in the exact prefix that it
 shares with an earlier prompt: what an exact prefix answers is right without more.
 
@@ -24,6 +24,7 @@ DEFAULT_DOCUMENTS = (6, 30)  # about 600 to 3,500 tokens
 MIN_DOCUMENTS = 2  # one can be neither reordered nor swapped
 MAX_DOCUMENTS = len(world.TOWNS) // 2  # a case may need as many again
 MAX_EARLIER_TURNS = 3
+SUMMARIZED = (2, 3)  # documents of a summary; of more the reference model gets next to none right
 _NUM_WRAPS = 60  # a multiple of every layout's number of wordings, so that all are equally likely
 
 
@@ -43,15 +44,23 @@ class Case:
         workload: in which way it resembles them.
         references: what is seen first.
         target: what is then asked.
-        answer: the one right answer.
+        answer: the right answer, or None if it is not known.
         stale: what the references' documents would answer, or None if that is the same or they do not say.
+        values: the facts of the right answer: what one in other words has to hold.
+        stale_values: those of the stale one.
+        asked: id of the document that is asked about, or None if it is about several.
+        is_summary: whether a summary is asked for: as many lines as documents, in any order.
     """
 
     workload: str
     references: tuple[Query, ...]
     target: Query
-    answer: str
-    stale: str | None
+    answer: str | None
+    stale: str | None = None
+    values: tuple[str, ...] = ()
+    stale_values: tuple[str, ...] = ()
+    asked: str | None = None
+    is_summary: bool = False
 
 
 class Scene(NamedTuple):
@@ -69,7 +78,7 @@ class _Template(NamedTuple):
 def _reordered(rng: Random, count: int) -> Scene:
     """The same documents in another order."""
     documents = world.make_documents(rng, count)
-    return Scene([documents], _other_order(rng, documents))
+    return Scene([documents], other_order(rng, documents))
 
 
 def _shared(rng: Random, count: int) -> Scene:
@@ -83,20 +92,20 @@ def _shared(rng: Random, count: int) -> Scene:
 def _reworded(rng: Random, count: int) -> Scene:
     """The same facts in other words and among other filler."""
     documents = world.make_documents(rng, count)
-    return Scene([documents], _any_order(rng, [world.reword(rng, document) for document in documents]))
+    return Scene([documents], any_order(rng, [world.reword(rng, document) for document in documents]))
 
 
 def _edited(rng: Random, count: int) -> Scene:
     """One fact of every document is another."""
     documents = world.make_documents(rng, count)
-    return Scene([documents], _any_order(rng, [world.edit(rng, document) for document in documents]))
+    return Scene([documents], any_order(rng, [world.edit(rng, document) for document in documents]))
 
 
 def _changed(rng: Random, count: int) -> Scene:
     """The same wording with other facts throughout."""
     documents = world.make_documents(rng, count)
     changed = [world.edit(rng, document, tuple(sorted(document.facts))) for document in documents]
-    return Scene([documents], _any_order(rng, changed))
+    return Scene([documents], any_order(rng, changed))
 
 
 def _swapped(rng: Random, count: int) -> Scene:
@@ -106,7 +115,7 @@ def _swapped(rng: Random, count: int) -> Scene:
     places = rng.sample(range(count), count)
     for first, second in zip(places[::2], places[1::2], strict=False):
         target[first], target[second] = world.swap(documents[first], documents[second])
-    return Scene([documents], _any_order(rng, target))
+    return Scene([documents], any_order(rng, target))
 
 
 def _unlike(rng: Random, count: int) -> Scene:
@@ -126,7 +135,8 @@ SCENES: Mapping[str, Callable[[Random, int], Scene]] = MappingProxyType(
         "unlike": _unlike,
     }
 )
-WORKLOADS = (*SCENES, "turns")
+WORKLOADS = (*SCENES, "turns", "summaries")
+_SUMMARY_SCENES = ("reordered", "shared", "reworded", "edited")
 
 
 def make_cases(
@@ -142,7 +152,8 @@ def make_cases(
         workload: one of ``WORKLOADS``.
         num_cases: how many.
         seed: of all that is drawn.
-        num_documents: fewest and most documents of a target; every number between is equally likely.
+        num_documents: fewest and most documents of a target; every number between is equally likely. Summaries are
+            always of 2 to 3 (``SUMMARIZED``).
         layouts: where documents may stand; in ``turns`` they always stand in the system message.
 
     Raises:
@@ -155,17 +166,35 @@ def make_cases(
         raise ValueError(f"num_documents is {num_documents}; accepted is from {MIN_DOCUMENTS} up to {MAX_DOCUMENTS}")
     if not layouts:
         raise ValueError("layouts is empty; accepted is at least one")
+    sizes = SUMMARIZED if workload == "summaries" else num_documents
     rngs = (Random(f"{workload} {seed} {index}") for index in range(num_cases))
-    return (make_case(rng, workload, rng.randint(fewest, most), layouts) for rng in rngs)
+    return (make_case(rng, workload, rng.randint(*sizes), layouts) for rng in rngs)
 
 
 def make_case(rng: Random, workload: str, count: int, layouts: Sequence[Layout] = DEFAULT_LAYOUTS) -> Case:
     """One case with ``count`` documents in the target."""
     if workload == "turns":
         return _next_turn(rng, count)
-    scene = SCENES[workload](rng, count)
+    if workload == "summaries":
+        return _summary(rng, count, layouts)
+    return case_of_scene(rng, workload, SCENES[workload](rng, count), layouts)
+
+
+def case_of_scene(
+    rng: Random, workload: str, scene: Scene, layouts: Sequence[Layout], fact: tuple[Document, str] | None = None
+) -> Case:
+    """The prompts of a scene.
+
+    Args:
+        rng: draws wordings, and what is asked.
+        workload: name of the case's workload.
+        scene: the documents.
+        layouts: where they may stand.
+        fact: a document of the target and the kind that is asked for; default: one that the references state
+            otherwise, if any is.
+    """
     seen = [document for group in scene.seen for document in group]
-    asked, kind = _fact(rng, seen, scene.target)
+    asked, kind = fact or _fact(rng, seen, scene.target)
     question, answer = world.ask(rng, asked, kind)
     used = _template(rng, layouts)
     references = [_query(used, group, world.ask(rng, rng.choice(group))[0]) for group in scene.seen]
@@ -174,7 +203,40 @@ def make_case(rng: Random, workload: str, count: int, layouts: Sequence[Layout] 
         """In the references' template, or in another one."""
         return _query(rng.choice((used, _template(rng, layouts))), scene.target, question)
 
-    return Case(workload, tuple(references), _apart(references, target), answer, _stale(seen, asked, kind))
+    stale = _stale(seen, asked, kind)
+    return Case(
+        workload,
+        tuple(references),
+        _apart(references, target),
+        answer,
+        None if stale is None else stale.answer(kind),
+        values=(asked.facts[kind],),
+        stale_values=() if stale is None else (stale.facts[kind],),
+        asked=asked.town,
+    )
+
+
+def _summary(rng: Random, count: int, layouts: Sequence[Layout]) -> Case:
+    """A summary of documents that were summarized before, in another order or wording, with other facts or others."""
+    scene = SCENES[rng.choice(_SUMMARY_SCENES)](rng, count)
+    used = _template(rng, layouts)
+    references = [_summary_query(rng, used, group) for group in scene.seen]
+
+    def target() -> Query:
+        return _summary_query(rng, rng.choice((used, _template(rng, layouts))), scene.target)
+
+    values = [document.facts[kind] for document in scene.target for kind in world.CORE_KINDS]
+    answer = prompts.summary(scene.target)
+    return Case(
+        "summaries", tuple(references), _apart(references, target), answer, values=tuple(values), is_summary=True
+    )
+
+
+def _summary_query(rng: Random, template: _Template, documents: Sequence[Document]) -> Query:
+    if template.layout != "completion":
+        return _query(template, documents, rng.choice(prompts.SUMMARY_REQUESTS))
+    wording = prompts.SUMMARY_WRAPS[template.wrap % len(prompts.SUMMARY_WRAPS)]
+    return Query(wording.format(docs=prompts.join(documents)), _texts(documents))
 
 
 def _next_turn(rng: Random, count: int) -> Case:
@@ -182,16 +244,18 @@ def _next_turn(rng: Random, count: int) -> Case:
     documents = world.make_documents(rng, count)
     *earlier, (last, reply) = world.converse(rng, documents, rng.randint(1, MAX_EARLIER_TURNS))
     known = {reply, *(answer for _, answer in earlier)}
-    question, answer = world.ask(rng, rng.choice(documents))
+    asked, kind = _fact(rng, (), documents)
+    question, answer = world.ask(rng, asked, kind)
     while answer in known:
-        question, answer = world.ask(rng, rng.choice(documents))
+        asked, kind = _fact(rng, (), documents)
+        question, answer = world.ask(rng, asked, kind)
 
     def query(turns: Sequence[tuple[str, str]], final: str) -> Query:
         return _conversation(documents, turns, final, rng.randrange(_NUM_WRAPS))
 
     references = [query(earlier, last)]
     target = _apart(references, lambda: query([*earlier, (last, reply)], question))
-    return Case("turns", tuple(references), target, answer, None)
+    return Case("turns", tuple(references), target, answer, values=(asked.facts[kind],), asked=asked.town)
 
 
 def _conversation(documents: Sequence[Document], turns: Sequence[tuple[str, str]], question: str, wrap: int) -> Query:
@@ -226,18 +290,19 @@ def _fact(rng: Random, seen: Sequence[Document], target: Sequence[Document]) -> 
     return asked, rng.choice([k for k in sorted(asked.facts) if not contradicted or (asked.town, k) in contradicted])
 
 
-def _stale(seen: Sequence[Document], asked: Document, kind: str) -> str | None:
-    """What ``seen`` would answer to a question on ``asked``, if it answers and that is not right."""
-    answers = [document.answer(kind) for document in seen if document.town == asked.town and kind in document.facts]
-    return next((answer for answer in answers if answer != asked.answer(kind)), None)
+def _stale(seen: Sequence[Document], asked: Document, kind: str) -> Document | None:
+    """The document of ``seen`` that would answer a question on ``asked``, if there is one and it is not right."""
+    known = [document for document in seen if document.town == asked.town and kind in document.facts]
+    return next((document for document in known if document.facts[kind] != asked.facts[kind]), None)
 
 
-def _any_order(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
+def any_order(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
     """As they stand or, as often, in another order."""
-    return rng.choice((documents, _other_order(rng, documents)))
+    return rng.choice((documents, other_order(rng, documents)))
 
 
-def _other_order(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
+def other_order(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
+    """In another order; two documents or more."""
     while (shuffled := rng.sample(documents, len(documents))) == documents:
         pass
     return shuffled

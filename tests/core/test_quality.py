@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from semsharekv_integrations import EngineConfig, ReuseConfig
-from semsharekv_integrations.kv import Generation, Reference
-from semsharekv_integrations.lab import metrics, policies, quality, workloads
+from semsharekv_integrations.core.plan import ReusePlan, build_plan, worthwhile
+from semsharekv_integrations.kv import Generation, Reference, Run
+from semsharekv_integrations.lab import extra, metrics, policies, quality, tables, workloads
 from semsharekv_integrations.lab.quality import Bench, Outcome
 from semsharekv_integrations.report import ReuseReport
 from tiny_models import make_model
@@ -40,7 +38,9 @@ def references(long_llama, tokenizer) -> list[Reference]:
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
 def test_controls_agree_with_a_full_prefill(workload: str, long_llama, tokenizer) -> None:
     configs = policies.make_configs(CONTROLS)
-    outcomes = quality.run(long_llama, tokenizer, configs, workload, 2, 1, num_documents=(2, 3))
+    bench = Bench(long_llama, tokenizer, configs, max_new_tokens=8)
+    cases = workloads.make_cases(workload, 2, 1, (2, 3))
+    outcomes = [outcome for index, case in enumerate(cases) for outcome in bench.outcomes(index, case)]
     assert [(o.case, o.policy) for o in outcomes] == [(case, name) for case in range(2) for name in CONTROLS]
     for outcome in outcomes:
         full = outcomes[outcome.case * len(CONTROLS)]
@@ -153,13 +153,85 @@ def test_noise_repeats_with_its_seed(references: list[Reference]) -> None:
 
 def test_settings_go_to_approximate_policies_alone() -> None:
     configs = policies.make_configs(policies.POLICIES, {"attention_ratio": 0.25})
-    for name, mode in policies.POLICIES.items():
+    for name, policy in policies.POLICIES.items():
         reuse = configs[name].reuse
-        assert reuse.mode == mode and reuse.attention_ratio == (0.25 if reuse.is_approximate else None)
+        expected = 0.25 if reuse.is_approximate else None
+        assert replace(reuse, attention_ratio=policy.reuse.attention_ratio) == policy.reuse
+        assert reuse.attention_ratio == expected and policy.about
     with pytest.raises(ValueError, match="policies is 'foo'; accepted is off, rerun, exact"):
         policies.make_configs(["off", "foo"])
     with pytest.raises(ValueError, match="settings is 'atention_ratio'; accepted is"):
         policies.make_configs(["off"], {"atention_ratio": 1})
+
+
+def plan_of(name: str, reference: Reference) -> ReusePlan:
+    """The plan for 40 stored tokens behind 10 new ones and before the question."""
+    rules = policies.POLICIES[name].reuse.rules
+    ids = np.concatenate([np.full(10, 3), reference.token_ids[:40], np.full(8, 4)])
+    question = np.arange(len(ids)) >= 50
+    plan = build_plan(ids, None, [Run(10, reference, 0, 40)], [], question, rules, 4, [(0, 50)])
+    return worthwhile(plan, rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "must", "deviating", "full_layers"), [("raw", 18, 0, 0), ("cacheblend", 18, 6, 1), ("epic", 34, 0, 0)]
+)
+def test_methods_of_the_field_compute_what_they_say(
+    name: str, must: int, deviating: int, full_layers: int, references: list[Reference]
+) -> None:
+    plan = plan_of(name, references[0])
+    assert plan.declined is None and plan.borrowed.sum() == 40
+    assert (int(plan.must.sum()), plan.deviation_tokens, plan.full_layers) == (must, deviating, full_layers)
+    assert plan.attention_tokens == 0 and not plan.relevant.any()
+    assert plan.max_deviation == policies.UNGUARDED
+    if name == "cacheblend":
+        assert set(plan.shares) == {1.0}, "as many at every layer"
+
+
+@pytest.mark.parametrize(
+    ("said", "exact", "mentions"),
+    [
+        ("In Velmar, the cost was 12 million crowns.", True, True),
+        ("It cost 12  Million crowns, they say.", False, True),
+        ("It cost 312 million crowns.", False, False),
+        ("", False, False),
+    ],
+)
+def test_answers_in_any_words_are_judged_by_their_facts(said: str, exact: bool, mentions: bool) -> None:
+    answer, values = "In Velmar, the cost was 12 million crowns.", ("12 million crowns",)
+    assert quality.is_answer(said, answer, values, "exact") is exact
+    assert quality.is_answer(said, answer, values, "mentions") is mentions
+    assert quality.is_answer(said, None, (), "exact") is None
+
+
+def test_a_summary_is_right_with_its_lines_in_any_order_and_has_rouge() -> None:
+    pytest.importorskip("rouge_score")
+    case = case_of("summaries")
+    assert case.answer is not None
+    lines = case.answer.splitlines()
+    backward, one = "\n".join(reversed(lines)), lines[0]
+    outcomes = [quality._outcome("x", 0, case, said(text), said(case.answer)) for text in (backward, one, "")]
+    assert [outcome.right for outcome in outcomes] == [True, False, False]
+    assert outcomes[0].rouge_l is not None and outcomes[1].rouge_l is not None
+    assert 1 > outcomes[0].rouge_l > 0.3 and 0 < outcomes[1].rouge_l < 0.9 and outcomes[2].rouge_l == 0
+    perfect = quality._outcome("x", 0, case, said(case.answer), said(one))
+    assert perfect.rouge_l == 1 and perfect.rouge_l_to_full == outcomes[1].rouge_l
+    other = quality._outcome("x", 0, case_of("edited"), said("a"), said("a"))
+    assert other.rouge_l is None and other.rouge_l_to_full is None
+
+
+def test_a_missing_package_is_named_with_how_to_get_it() -> None:
+    with pytest.raises(extra.MissingPackageError, match=r"Telling needs no_such: pip install semsharekv.*\[lab\]"):
+        extra.imported("no_such.part", "Telling")
+    assert not extra.is_installed("no_such") and extra.is_installed("torch")
+
+
+def test_an_answer_that_is_not_known_counts_for_agreement_alone() -> None:
+    unknown = [replace(outcome, right=None, stale=None) for outcome in HAND_MADE]
+    _, row = metrics.summarize(unknown)
+    assert row.accuracy is row.full_accuracy is row.difference_points is None
+    assert row.agreement is not None and row.agreement.value == 0.75
+    assert "accuracy" not in tables.table([row])
 
 
 def test_full_prefill_must_be_one_and_corruptions_must_have_a_policy(long_llama, tokenizer) -> None:
@@ -205,13 +277,15 @@ def test_figures_are_over_the_cases_on_which_reuse_fired() -> None:
     assert row.accuracy.value == 0.5 and row.full_accuracy == 0.75
     assert row.difference_points.value == -25
     assert -75 <= row.difference_points.low < -25 < row.difference_points.high <= 0
-    assert row.agreement == 0.75
-    assert (row.stale_cases, row.stale_rate, row.full_stale_rate) == (3, pytest.approx(2 / 3), pytest.approx(1 / 3))
-    assert row.compute_ratio == pytest.approx(0.25)
-    assert row.ttft_ratio == 3.0  # of 2, 4, 2 and 6
-    assert row.rest_ttft_ratio == 0.5
+    assert row.agreement == metrics.wilson(3, 4)
+    assert (row.stale_cases, row.full_stale_rate) == (3, pytest.approx(1 / 3))
+    assert row.stale_rate == metrics.wilson(2, 3)
+    assert row.compute_ratio.value == pytest.approx(0.25)
+    assert row.ttft_ratio.value == 3.0  # of 2, 4, 2 and 6
+    assert 2 <= row.ttft_ratio.low < 3 < row.ttft_ratio.high <= 6
+    assert row.rest_ttft_ratio == (0.5, 0.5, 0.5)
     assert (first.policy, first.counted, first.accuracy.value, first.full_accuracy) == ("off", 5, 0.6, 0.6)
-    assert first.difference_points == (0, 0, 0) and first.ttft_ratio == 1 and first.rest_ttft_ratio is None
+    assert first.difference_points == (0, 0, 0) and first.ttft_ratio == (1, 1, 1) and first.rest_ttft_ratio is None
 
 
 def test_a_row_without_counted_cases_has_no_figures() -> None:
@@ -219,7 +293,7 @@ def test_a_row_without_counted_cases_has_no_figures() -> None:
     assert (row.cases, row.fired, row.counted, row.stale_cases) == (1, 0, 0, 0)
     for name in ("accuracy", "full_accuracy", "difference_points", "agreement", "stale_rate", "full_stale_rate"):
         assert getattr(row, name) is None
-    assert row.compute_ratio is None and row.ttft_ratio is None and row.rest_ttft_ratio == 2
+    assert row.compute_ratio is None and row.ttft_ratio is None and row.rest_ttft_ratio == (2, 2, 2)
 
 
 def test_rows_keep_workloads_and_policies_apart() -> None:
@@ -230,13 +304,18 @@ def test_rows_keep_workloads_and_policies_apart() -> None:
     assert rows[2].accuracy.value == pytest.approx(0.4) and rows[3].difference_points.value == 25
 
 
-def test_the_table_shows_each_row() -> None:
-    lines = metrics.table(metrics.summarize(HAND_MADE)).splitlines()
+def test_the_table_shows_each_row_and_no_empty_column() -> None:
+    lines = tables.table(metrics.summarize(HAND_MADE)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len(lines) == 4 and {len(row) for row in cells} == {len(metrics.COLUMNS)}
+    assert len(lines) == 4 and len({len(row) for row in cells}) == 1
+    assert "ROUGE-L" not in cells[0] and "KV kept" not in cells[0]
     assert cells[2][:3] == ["edited", "off", "all 5"] and cells[3][:3] == ["edited", "identical", "4 of 5"]
     assert cells[3][3].startswith("0.500 [0.150, 0.850]") and cells[3][5].startswith("-25.0 [")
-    assert cells[3][6:] == ["0.750", "0.667", "0.333", "0.250", "3.00", "0.50"]
+    assert cells[3][6].startswith("0.750 [") and cells[3][7].startswith("0.667 [") and cells[3][8] == "0.333"
+    assert cells[3][9].startswith("0.250 [") and cells[3][10].startswith("3.00 [") and cells[3][11] == "0.50"
+    kept = [replace(outcome, kv_kept_ratio=0.4, rouge_l=0.5) for outcome in HAND_MADE]
+    heading = tables.table(metrics.summarize(kept)).splitlines()[0]
+    assert "ROUGE-L" in heading and "KV kept" in heading
 
 
 @pytest.mark.parametrize(
@@ -264,30 +343,3 @@ def test_a_paired_difference_has_the_interval_of_its_pairs() -> None:
     assert flipped == (10, pytest.approx(-high, abs=0.3), pytest.approx(-low, abs=0.3))
     # what counts is the pairs: the same shares with wrong answers in the same places differ by nothing
     assert metrics.paired_difference(right, right) == (0, 0, 0)
-
-
-def test_the_script_writes_a_table_and_every_outcome(tmp_path: Path, long_llama, tokenizer) -> None:
-    folder, out = tmp_path / "model", tmp_path / "results" / "reuse.md"
-    long_llama.save_pretrained(folder), tokenizer.save_pretrained(folder)
-    measure = importlib.import_module("measure_reuse")
-    names = ["--workloads", "reordered", "edited", "--policies", "off", "exact"]
-    measure.main([*names, *f"--cases 2 --documents 2 3 --model {folder} --device cpu --seed 7 --out {out}".split()])
-    written = json.loads(out.with_suffix(".json").read_text())
-    outcomes = [Outcome(**outcome) for outcome in written["outcomes"]]
-    assert len(outcomes) == 8 and metrics.table(metrics.summarize(outcomes)) in out.read_text()
-    assert (written["seed"], written["cases"], written["documents"], written["device"]) == (
-        7,
-        2,
-        [2, 3],
-        written["device"],
-    )
-    assert written["policies"]["exact"]["reuse"]["mode"] == "exact" and written["dtype"] == "float32"
-    assert sorted(path.name for path in out.parent.iterdir()) == ["reuse.json", "reuse.md"]
-
-
-def test_the_script_reads_settings_as_literals() -> None:
-    measure = importlib.import_module("measure_reuse")
-    args = measure._parse(["--set", "attention_ratio=0.2", "fuzzy=True", "lsh_bits=None", "embedder=some/name"])
-    assert dict(args.set) == {"attention_ratio": 0.2, "fuzzy": True, "lsh_bits": None, "embedder": "some/name"}
-    with pytest.raises(SystemExit):
-        measure._parse(["--set", "attention_ratio"])

@@ -13,6 +13,7 @@ CASES = 25
 SIZES = (2, 5)
 CONTRADICTING = ("edited", "changed", "swapped")
 each_workload = pytest.mark.parametrize("workload", workloads.WORKLOADS)
+each_with_questions = pytest.mark.parametrize("workload", [name for name in workloads.WORKLOADS if name != "summaries"])
 
 
 def cases(workload: str, seed: int = 0, sizes: tuple[int, int] = SIZES, num_cases: int = CASES) -> list[Case]:
@@ -66,7 +67,7 @@ def wrong_cases(case: Case) -> Iterator[str]:
         yield "a document does not stand in its reference"
 
 
-@each_workload
+@each_with_questions
 def test_the_documents_state_the_right_and_the_stale_answer(workload: str) -> None:
     for case in cases(workload):
         assert not list(wrong_cases(case)), case
@@ -81,7 +82,7 @@ def test_a_case_depends_on_seed_and_index_alone(workload: str) -> None:
     assert len(set(map(str, cases(workload, 3)))) == CASES
 
 
-@each_workload
+@each_with_questions
 def test_the_number_of_documents_keeps_its_range(workload: str) -> None:
     assert {len(case.target.documents) for case in cases(workload, num_cases=60)} == set(range(2, 6))
     assert {len(case.target.documents) for case in cases(workload, sizes=(3, 3))} == {3}
@@ -99,7 +100,7 @@ def test_no_document_of_the_target_stands_in_a_shared_prefix(workload: str) -> N
             assert not text_of(reference).startswith(target[: min(ends)])
 
 
-@each_workload
+@each_with_questions
 def test_the_question_differs_in_place_and_kind(workload: str) -> None:
     asked = [
         (list(case.target.documents).index(question_of(case.target)[0]), question_of(case.target)[1])
@@ -168,6 +169,27 @@ def test_templates_change_for_some_cases_and_stay_for_others() -> None:
     assert {isinstance(case.target.prompt, str) for case in found} == {True, False}
     plain = workloads.make_cases("changed", 10, 0, SIZES, layouts=["completion"])
     assert all(isinstance(q.prompt, str) for case in plain for q in (*case.references, case.target))
+
+
+@each_with_questions
+def test_a_case_names_the_facts_that_its_answers_hold(workload: str) -> None:
+    for case in cases(workload):
+        town, kind = question_of(case.target)
+        assert case.asked == town and case.answer == world.KINDS[kind].answer(town, *case.values)
+        assert case.stale == (world.KINDS[kind].answer(town, *case.stale_values) if case.stale_values else None)
+
+
+def test_a_summary_has_a_line_for_each_document_and_states_its_facts() -> None:
+    found = cases("summaries", sizes=(6, 30), num_cases=40)
+    assert {len(case.target.documents) for case in found} == {2, 3}
+    for case in found:
+        assert case.answer is not None and case.is_summary and case.stale is None
+        for line, (town, text) in zip(case.answer.splitlines(), case.target.documents.items(), strict=True):
+            assert line.startswith(f"In {town}, ") and text in text_of(case.target)
+        assert len(case.values) == len(world.CORE_KINDS) * len(case.target.documents)
+        assert all(value in case.answer and value in text_of(case.target) for value in case.values)
+    known = [documents(case)[0].items() & documents(case)[1].items() for case in found]
+    assert any(known) and not all(known), "some share documents with what was seen, some share none word for word"
 
 
 def test_unknown_names_are_refused() -> None:
