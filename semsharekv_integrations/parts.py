@@ -45,8 +45,7 @@ class ModelParts:
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = PromptRenderer(self.tokenizer)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
-        selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
-        self._selective = selective
+        self._selective = selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
         self._rules = rules = config.reuse.rules
         shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
         self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
@@ -77,14 +76,11 @@ class ModelParts:
     def shortened(self, rendered: Rendered, prefill: Prefill) -> Prefill:
         """``prefill`` with what is kept of its cache: what the question is about first, then what it attends to."""
         assert self._retainer is not None, "it is asked for"
-        token_ids, texts, question = (
-            rendered.token_ids,
-            texts_of(rendered),
-            question_of(rendered, self._rules.tail_tokens),
-        )
-        scores = relevance(token_ids, texts, question)
+        texts = texts_of(rendered)
+        question = question_of(rendered, self._rules.tail_tokens)
+        scores = relevance(rendered.token_ids, texts, question)
         relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
-        return self._retainer.shortened(token_ids, question, relevant, prefill)
+        return self._retainer.shortened(rendered.token_ids, question, relevant, prefill)
 
     def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
         """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""
