@@ -29,6 +29,7 @@ class Answer:
     ttft_s: float = 0.0
     finish_reason: FinishReason = "cancelled"
     first_logits: list[torch.Tensor] = field(default_factory=list)
+    kept_bytes: int | None = None  # of the prompt's KV, where not all of it was kept for decoding
 
     def see(self, most: int, logits: torch.Tensor) -> None:
         """Keep the logits [B, V] of the first ``most`` tokens, for an audit."""
@@ -43,15 +44,21 @@ class Answer:
         self.text += piece
 
     def generation(self, report: ReuseReport) -> Generation:
-        """The whole, with its times put into ``report``."""
-        report = replace(
+        """The whole, with ``report``."""
+        return Generation(self.text, self.token_ids, self.finish_reason, report)
+
+    def completed(self, report: ReuseReport) -> ReuseReport:
+        """``report`` with what is known at the end."""
+        kept = report.kv_bytes if self.kept_bytes is None else self.kept_bytes
+        return replace(
             report,
+            kv_retained_bytes=kept,
+            kv_retained_ratio=kept / report.kv_bytes,
             ttft_s=self.ttft_s,
             decode_s=self.watch.phases_s["decode"],
             phases_s=dict(self.watch.phases_s),
             output_tokens=len(self.token_ids),
         )
-        return Generation(self.text, self.token_ids, self.finish_reason, report)
 
 
 def report_of(mode: Mode, rendered: Rendered, plan: ReusePlan, outcome: Outcome, kv_bytes: int) -> ReuseReport:

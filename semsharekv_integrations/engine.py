@@ -219,16 +219,8 @@ class SemShareEngine:
         plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
         outcome = parts.execute(plan, answer.watch)
         report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
-        kept = outcome.prefill
-        if parts.retains:
-            with answer.watch.phase("retain"):
-                self._remember(request, rendered, plan, outcome)
-                kept = parts.shortened(rendered, outcome.prefill)
-                num_bytes = parts.adapter.kv_bytes(kept.cache)
-                ratio = num_bytes / report.kv_bytes
-                report = replace(report, kv_retained_bytes=num_bytes, kv_retained_ratio=ratio)
         try:
-            for text in parts.decode(rendered, kept, request.sampling, answer):
+            for text in parts.decode(rendered, outcome.prefill, request.sampling, answer):
                 yield GenerationChunk(text)
         except GeneratorExit:
             self._finish(request, rendered, plan, outcome, answer)
@@ -236,11 +228,11 @@ class SemShareEngine:
         with answer.watch.phase("remember"):
             self._finish(request, rendered, plan, outcome, answer)
         with answer.watch.phase("audit"):
-            report = replace(report, audit=self._audit(request.namespace, rendered, report, answer))
-        yield GenerationChunk("", answer.generation(report))
+            audit = self._audit(request.namespace, rendered, answer.completed(report), answer)
+        yield GenerationChunk("", answer.generation(replace(answer.completed(report), audit=audit)))
 
     def _finish(self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer) -> None:
-        """Count the call, and remember what it said and, unless that was done before, its KV."""
+        """Count the call, and remember what it said and its KV, as far as that is exact and whole."""
         with self._lock:
             self._counts.update(
                 requests=1,
@@ -248,16 +240,8 @@ class SemShareEngine:
                 reused_tokens=int((~outcome.computed).sum()),
                 output_tokens=len(answer.token_ids),
             )
-        parts = self._ready()
-        parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
-        if not parts.retains:
-            self._remember(request, rendered, plan, outcome, answer.token_ids)
-
-    def _remember(
-        self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answered: Sequence[int] = ()
-    ) -> None:
-        """Store the KV of prompt and answer, as far as it is exact. The last token sampled has none yet."""
-        token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
+        self._ready().renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
+        token_ids = np.concatenate([rendered.token_ids, np.array(answer.token_ids, dtype=np.int64)])
         starts = plan.document_starts() | request.document_starts(rendered, plan.prefix)
         self._store(token_ids, rendered, outcome, request.namespace, starts, request.session)
 

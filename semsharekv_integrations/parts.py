@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from semsharekv_integrations.model.text import TextStream
 from semsharekv_integrations.planner import Planner, question_of, texts_of
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.store import KVStore
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 class ModelParts:
@@ -68,22 +72,11 @@ class ModelParts:
         with watch.phase("forward"):
             return prefill_behind_prefix(self.adapter, plan)
 
-    @property
-    def retains(self) -> bool:
-        """Whether only a part of the KV is kept for decoding."""
-        return self._retainer is not None
-
-    def shortened(self, rendered: Rendered, prefill: Prefill) -> Prefill:
-        """``prefill`` with what is kept of its cache: what the question is about first, then what it attends to."""
-        assert self._retainer is not None, "it is asked for"
-        texts = texts_of(rendered)
-        question = question_of(rendered, self._rules.tail_tokens)
-        scores = relevance(rendered.token_ids, texts, question)
-        relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
-        return self._retainer.shortened(rendered.token_ids, question, relevant, prefill)
-
     def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
-        """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back."""
+        """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back.
+
+        With retention the cache is shortened behind the first token, which does not need it; that of ``prefill`` stays.
+        """
         text = TextStream(self.tokenizer, sampling.stop)
         with answer.watch.phase("decode"):
             decoder = Decoder(self.adapter, rendered.token_ids, sampling)
@@ -95,8 +88,20 @@ class ModelParts:
                 piece = text.push(token_id)
             answer.add(token_id, piece)
             yield piece
+            if self._retainer is not None and len(answer.token_ids) == 1 and not last:
+                with answer.watch.phase("retain"):
+                    decoder.cache = self._shortened(self._retainer, rendered, prefill.cache)
+                answer.kept_bytes = self.adapter.kv_bytes(decoder.cache)
         rest = text.finish()
         answer.text += rest
         answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
         if rest:
             yield rest
+
+    def _shortened(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
+        """What is kept of ``cache``: what the question is about first, then what it attends to."""
+        texts = texts_of(rendered)
+        question = question_of(rendered, self._rules.tail_tokens)
+        scores = relevance(rendered.token_ids, texts, question)
+        relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
+        return retainer.shortened(rendered.token_ids, question, relevant, cache)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.kv import TokenIds
@@ -30,7 +30,12 @@ class Decoder:
         adapter: the model.
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
+
+    Attributes:
+        cache: KV of all tokens but the last, once decoding has begun.
     """
+
+    cache: DynamicCache
 
     def __init__(self, adapter: ModelAdapter, prompt_ids: TokenIds, sampling: SamplingConfig) -> None:
         self._adapter = adapter
@@ -43,9 +48,9 @@ class Decoder:
     def tokens(self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None) -> Iterator[tuple[int, bool]]:
         """Each new token, and whether it is the last; the prefill's cache then holds all but the last token.
 
-        ``see`` is shown the model's logits [B, V] for each.
+        ``see`` is shown the model's logits [B, V] for each. ``cache`` may be replaced between two tokens.
         """
-        logits = prefill.logits
+        self.cache, logits = prefill.cache, prefill.logits
         while True:
             if see is not None:
                 see(logits)
@@ -55,7 +60,7 @@ class Decoder:
             yield token_id, last
             if last:
                 return
-            logits = self._adapter.decode_step(self._ids, prefill.cache)
+            logits = self._adapter.decode_step(self._ids, self.cache)
 
     def is_end(self, token_id: int) -> bool:
         """Whether ``token_id`` is one of the model's end-of-sequence tokens."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from semsharekv_integrations.core.retention import retained_shares, retained_tokens
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
-from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.gathered import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.modes import ReuseRules
@@ -36,16 +37,15 @@ class Retainer:
         self._selective = selective
         self._shares = retained_shares(selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share)
 
-    def shortened(self, token_ids: TokenIds, question: Mask, relevant: Mask, prefill: Prefill) -> Prefill:
-        """``prefill`` with what is kept of its cache, which itself stays as it is.
+    def shortened(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:
+        """What is kept of ``cache``, which itself stays as it is.
 
         Args:
             token_ids: [T] of the prompt.
             question: [T] whose attention decides.
             relevant: [T] what is kept before anything else.
-            prefill: of that prompt.
+            cache: of that prompt.
         """
-        cache = prefill.cache
         whole = GatheredCache([LayerKV(layer.keys, layer.values) for layer in cache.layers])
         for layer in whole.layers:
             layer.frozen = True
@@ -55,4 +55,4 @@ class Retainer:
             first = torch.from_numpy(relevant).to(weights.device)
             kept = retained_tokens(weights, share, first).to(layer.keys.device)
             layers.append(LayerKV(layer.keys[:, :, kept], layer.values[:, :, kept]))
-        return Prefill(prefill.logits, GatheredCache(layers).finished())
+        return GatheredCache(layers).finished()

@@ -23,6 +23,7 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.retaining import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.modes import ReuseRules
+from semsharekv_integrations.request import Request
 from tiny_models import EngineMaker, make_model
 
 VOCAB, NUM_TOKENS = 99, 80
@@ -101,16 +102,14 @@ def test_decoding_equals_attention_with_the_dropped_tokens_masked(architecture: 
     adapter, _, retainer = retaining(architecture, 0.5)
     token_ids, answered = ids_of(1), [5, 17, 8, 60]
     prefill = adapter.prefill(token_ids)
-    short = retainer.shortened(token_ids, ~no_tokens(), no_tokens(), prefill)
-    kept = [
-        _places(whole.keys, part.keys) for whole, part in zip(prefill.cache.layers, short.cache.layers, strict=True)
-    ]
+    short = retainer.shortened(token_ids, ~no_tokens(), no_tokens(), prefill.cache)
+    kept = [_places(whole.keys, part.keys) for whole, part in zip(prefill.cache.layers, short.layers, strict=True)]
     assert len({len(places) for places in kept}) == 3 and all(len(places) < NUM_TOKENS for places in kept[1:])
 
     logits, ids = [], token_ids
     for token_id in answered:
         ids = np.append(ids, token_id)
-        logits.append(adapter.decode_step(torch.from_numpy(ids)[None], short.cache))
+        logits.append(adapter.decode_step(torch.from_numpy(ids)[None], short))
     wanted = _masked_logits(make_model(architecture, VOCAB), ids, kept)[:, NUM_TOKENS:]
     torch.testing.assert_close(torch.cat(logits), wanted[0], atol=1e-4, rtol=1e-3)
     full = adapter.logits_behind(token_ids, np.array(answered))[1:]
@@ -146,11 +145,10 @@ def test_the_whole_cache_is_neither_changed_nor_shared() -> None:
     adapter, _, retainer = retaining("llama", 0.5)
     prefill = adapter.prefill(ids_of(2))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in prefill.cache.layers]
-    short = retainer.shortened(ids_of(2), ~no_tokens(), no_tokens(), prefill)
-    adapter.decode_step(torch.from_numpy(np.append(ids_of(2), 5))[None], short.cache)
+    short = retainer.shortened(ids_of(2), ~no_tokens(), no_tokens(), prefill.cache)
+    adapter.decode_step(torch.from_numpy(np.append(ids_of(2), 5))[None], short)
     for layer, (keys, values) in zip(prefill.cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
-    assert torch.equal(short.logits, prefill.logits)
 
 
 def test_the_most_attended_of_each_layer_stay() -> None:
@@ -158,12 +156,12 @@ def test_the_most_attended_of_each_layer_stay() -> None:
     token_ids = ids_of(3)
     prefill = adapter.prefill(token_ids)
     question = np.arange(NUM_TOKENS) >= NUM_TOKENS - 6
-    short = retainer.shortened(token_ids, question, no_tokens(), prefill)
+    short = retainer.shortened(token_ids, question, no_tokens(), prefill.cache)
     eager = make_model("llama", VOCAB)
     eager.set_attn_implementation("eager")
     with torch.inference_mode():
         attentions = eager(input_ids=torch.from_numpy(token_ids)[None], output_attentions=True).attentions
-    for whole, part, weights in zip(prefill.cache.layers, short.cache.layers, attentions, strict=True):
+    for whole, part, weights in zip(prefill.cache.layers, short.layers, attentions, strict=True):
         attended = weights[0][:, -6:].mean(1)  # [heads, T]
         kept = _places(whole.keys, part.keys)
         assert kept == retained_tokens(attended, len(kept) / NUM_TOKENS).tolist()
@@ -175,8 +173,8 @@ def test_what_is_relevant_stays_in_every_layer() -> None:
     relevant = no_tokens()
     relevant[20:30] = True
     prefill = adapter.prefill(token_ids)
-    short = retainer.shortened(token_ids, ~relevant, relevant, prefill)
-    for whole, part in zip(prefill.cache.layers, short.cache.layers, strict=True):
+    short = retainer.shortened(token_ids, ~relevant, relevant, prefill.cache)
+    for whole, part in zip(prefill.cache.layers, short.layers, strict=True):
         assert {*range(20, 30)} <= set(_places(whole.keys, part.keys))
 
 
@@ -188,9 +186,9 @@ def test_the_document_asked_for_is_kept_whole(make_engine: EngineMaker) -> None:
     parts = engine._ready()
     rendered = parts.renderer.render(prompt, documents, "default")
     whole = parts.adapter.prefill(rendered.token_ids)
-    short = parts.shortened(rendered, whole)
+    short = parts._shortened(parts._retainer, rendered, whole.cache)
     (asked,) = [segment for segment in rendered.segments if segment.document_id == "Velmar"]
-    for before, after in zip(whole.cache.layers, short.cache.layers, strict=True):
+    for before, after in zip(whole.cache.layers, short.layers, strict=True):
         kept = set(_places(before.keys, after.keys))
         assert {*range(asked.start, asked.stop)} <= kept and len(kept) < 0.4 * len(rendered.token_ids)
 
@@ -238,6 +236,18 @@ def test_stored_references_are_whole(make_engine: EngineMaker) -> None:
     again = engine.generate(PROMPT, **TOKENS)
     assert again.report.prefix_tokens == again.report.prompt_tokens - 1
     assert again.report.kv_retained_ratio < 0.6
+
+
+def test_the_first_token_waits_for_no_retention(make_engine: EngineMaker) -> None:
+    engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.3))
+    chunks = engine._run(Request.of(PROMPT, {"max_new_tokens": 9}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._ready()._retainer, "shortened", None)
+        next(chunks)
+    last = [*chunks][-1].generation
+    assert last is not None and last.report.kv_retained_ratio < 0.7
+    one = engine.generate(PROMPT, max_new_tokens=1).report
+    assert one.kv_retained_ratio == 1 and "retain" not in one.phases_s, "there is nothing to decode"
 
 
 def test_retention_makes_a_difference_after_the_first_token(make_engine: EngineMaker) -> None:
