@@ -154,7 +154,7 @@ def wilson(right: int, asked: int) -> Estimate:
     centre = share + z * z / (2 * asked)
     spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))
-    return Estimate(share, max(low, 0.0), min(high, 1.0))
+    return Estimate(share, max(min(low, share), 0.0), min(max(high, share), 1.0))  # rounding may put it outside
 
 
 def paired_difference(right: Sequence[bool], full_right: Sequence[bool], seed: int = 0) -> Estimate:

@@ -45,6 +45,11 @@ class _Point(NamedTuple):
     y: Estimate
 
 
+def _reaches(point: _Point) -> tuple[float, float]:
+    """How far its interval goes down and up."""
+    return point.y.value - point.y.low, point.y.high - point.y.value
+
+
 def draw(rows: Sequence[Row], title: str, axis: Axis, out: Path) -> list[Path]:
     """Write one picture beside ``out`` for each quantity that the rows have; where they are.
 
@@ -120,7 +125,7 @@ def _draw_panel(plot: Any, name: str, lines: dict[str, list[_Point]], series: Se
     for label, points in lines.items():
         at = series.index(label)
         x, y = [point.x for point in points], [point.y.value for point in points]
-        spread = [[p.y.value - p.y.low for p in points], [p.y.high - p.y.value for p in points]]
+        spread = [[max(0.0, side) for side in sides] for sides in zip(*map(_reaches, points), strict=True)]
         style = {"marker": _MARKERS[at % len(_MARKERS)], "color": f"C{at % 10}", "markersize": 5, "linewidth": 1.2}
         where = _aside(plot, at - (len(series) - 1) / 2)
         plot.errorbar(x, y, yerr=spread, label=label, capsize=2, elinewidth=0.8, transform=where, **style)

@@ -343,3 +343,10 @@ def test_a_paired_difference_has_the_interval_of_its_pairs() -> None:
     assert flipped == (10, pytest.approx(-high, abs=0.3), pytest.approx(-low, abs=0.3))
     # what counts is the pairs: the same shares with wrong answers in the same places differ by nothing
     assert metrics.paired_difference(right, right) == (0, 0, 0)
+
+
+def test_an_interval_holds_its_share_and_stays_within_none_and_all() -> None:
+    for asked in range(1, 130):
+        for right in range(asked + 1):
+            share, low, high = metrics.wilson(right, asked)
+            assert 0 <= low <= share <= high <= 1, (right, asked)
