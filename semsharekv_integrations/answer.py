@@ -49,11 +49,11 @@ class Answer:
 
     def completed(self, report: ReuseReport) -> ReuseReport:
         """``report`` with what is known at the end."""
-        kept = report.kv_bytes if self.kept_bytes is None else self.kept_bytes
+        if self.kept_bytes is not None:
+            ratio = self.kept_bytes / report.kv_bytes
+            report = replace(report, kv_retained_bytes=self.kept_bytes, kv_retained_ratio=ratio)
         return replace(
             report,
-            kv_retained_bytes=kept,
-            kv_retained_ratio=kept / report.kv_bytes,
             ttft_s=self.ttft_s,
             decode_s=self.watch.phases_s["decode"],
             phases_s=dict(self.watch.phases_s),
