@@ -19,7 +19,8 @@ class ReuseConfig:
     Attributes:
         mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
             anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described.
-        min_prefix_tokens: a shorter common prefix is computed afresh, at least 1.
+        min_prefix_tokens: a shorter common prefix is computed afresh, at least 1; so is one under 5% of the prompt,
+            which would cost more than it saves.
         embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
             input embeddings.
     """

@@ -114,7 +114,9 @@ MODE_RULES: dict[Mode, ReuseRules] = {
     ),
     # SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
     # confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most
-    # readers think not; turning favours it), the distance behind 0.8, how retention is spread over layers and tokens.
+    # readers think not; turning favours it), how alike a reference must be, how retention is spread over layers. Not
+    # settings: the distance behind 0.8 (``paper_similarity``) and which tokens retention keeps (``core.retention``).
+    # Its attention recovery is read as the reason for the decay, and chooses nothing here.
     "paper": ReuseRules(
         fuzzy=True,
         full_layers=1,

