@@ -106,6 +106,8 @@ def _figure(
     for plot, (name, lines) in zip(grid, panels.items(), strict=False):
         _draw_panel(plot, name, lines, series, axis)
         _draw_baseline(plot, [row for row in rows if axis.panel(row) == name], axis, quantity)
+    if not axis.is_logarithmic:  # shares from none on, so that near ones look near
+        grid[0].set_xlim(left=min(0.0, grid[0].get_xlim()[0]))
     for plot in grid[::columns]:
         plot.set_ylabel(quantity.label)
     for plot in grid[len(panels) :]:
@@ -131,8 +133,6 @@ def _draw_panel(plot: Any, name: str, lines: dict[str, list[_Point]], series: Se
         plot.errorbar(x, y, yerr=spread, label=label, capsize=2, elinewidth=0.8, transform=where, **style)
         plot.update_datalim([(p.x, end) for p in points for end in (p.y.low, p.y.high)])
     plot.autoscale_view()
-    if not axis.is_logarithmic:
-        plot.set_xlim(left=min(0.0, plot.get_xlim()[0]))  # shares from none on, so that near ones look near
     plot.set_title(name, fontsize=10)
     plot.set_xlabel(axis.label)
     plot.tick_params(labelbottom=True)

@@ -5,11 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from semsharekv_integrations.lab import extra, metrics, origin, policies, quality_command, rouge, tables
+from semsharekv_integrations.lab import (
+    extra,
+    metrics,
+    origin,
+    policies,
+    quality_command,
+    quality_plots,
+    rouge,
+    studies,
+    tables,
+)
+from semsharekv_integrations.lab.metrics import Estimate
 from semsharekv_integrations.lab.quality import Outcome
 from tiny_models import make_model
 
@@ -138,3 +150,15 @@ def test_help_names_policies_sweeps_and_the_format_of_data() -> None:
     text = " ".join(parser.format_help().split())
     for word in ("CacheBlend, arXiv", "15% of the tokens", "sentences:", '"stored": {"id": "text", ...}'):
         assert word in text
+
+
+def test_every_point_of_every_panel_is_in_the_picture() -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    places = {"turns": 0.1, "summaries": 0.6}
+    rows = [SimpleNamespace(workload=name, policy="identical", compute_ratio=(x, x, x)) for name, x in places.items()]
+    panels = {name: {"identical": [quality_plots._Point(x, Estimate(0.9, 0.8, 1.0))]} for name, x in places.items()}
+    axis = studies.BY_COMPUTE._replace(x=lambda row: row.compute_ratio[0])
+    figure = quality_plots._figure(figures, panels, rows, "Title", axis, quality_plots.QUANTITIES[0])
+    for plot in figure.axes:
+        left, right = plot.get_xlim()
+        assert left == 0 and right >= 0.6
