@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,22 +101,24 @@ def _by_blocks(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, heads, N, D] over key and value [B, H, T, D]; mask [B, 1, N, T], or None for causal."""
-    blocks = _blocks.get()
-    if attention_mask is None or not blocks or blocks[-1].stop != query.shape[2]:
+    num_rows = query.shape[2]
+    if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    attend = partial(scaled_dot_product_attention, scale=options.get("scaling"))
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # [B, heads, T, D]
-    mixed = [
-        scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[:, :, :num_keys],
-            value[:, :, :num_keys],
-            attn_mask=attention_mask[:, :, start:stop, :num_keys],
-            scale=options.get("scaling"),
-        )
-        for start, stop, num_keys in blocks
-    ]
-    return torch.cat(mixed, dim=2).transpose(1, 2).contiguous(), None  # [B, N, heads, D]
+    blocks = _blocks.get()
+    if not blocks or blocks[-1].stop != num_rows:
+        # queries of one key head come as more rows of it: copies of the keys would cost more than these few rows
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        mixed = attend(grouped, key, value, attention_mask.repeat(1, 1, groups, 1)).view(*query.shape[:3], -1)
+    else:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # [B, heads, T, D]
+        parts = [
+            attend(query[:, :, i:j], key[:, :, :end], value[:, :, :end], attention_mask[:, :, i:j, :end])
+            for i, j, end in blocks
+        ]
+        mixed = torch.cat(parts, dim=2)
+    return mixed.transpose(1, 2).contiguous(), None  # [B, N, heads, D]
 
 
 def _watch(

@@ -64,7 +64,7 @@ def blocks_and_none(compute: Callable[[], Prefill]) -> tuple[Prefill, Prefill, l
         blocked, seen = compute(), list(shapes)
         patch.setattr(attention, "ROWS_PER_BLOCK", 10**9)
         whole = compute()
-    assert shapes == seen, "no blocks are used"
+    assert len({keys for _, keys in shapes[len(seen) :]}) <= 1, "no blocks are used"
     return blocked, whole, seen
 
 
