@@ -52,7 +52,7 @@ class Conversation:
 def run_chat(conversation: Conversation, console: Console, *, as_json: bool) -> None:
     """Turns until the input ends or the user leaves."""
     if not as_json:
-        console.print(f"[bold]{conversation.engine.name}[/] · mode {conversation.engine.config.reuse.mode} · {HELP}")
+        console.print(f"[bold]{conversation.engine.name}[/] · mode {conversation.engine.mode} · {HELP}")
     for text in _turns(console, as_json=as_json):
         if text == "/reset":
             conversation.reset()

@@ -21,7 +21,7 @@ from rich.table import Table
 from semsharekv_integrations import __version__
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
-from semsharekv_integrations.modes import MODES
+from semsharekv_integrations.modes import MODE_SETTINGS
 
 if TYPE_CHECKING:
     from semsharekv_integrations.demo import Call
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder or hub id (default: {DEFAULT_MODEL}, built in)")
-    parser.add_argument("--mode", choices=MODES, default="exact", help="what may be reused (default: exact)")
+    parser.add_argument("--mode", choices=MODE_SETTINGS, default="auto", help="what may be reused (default: auto)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
@@ -147,12 +147,12 @@ def _demo(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps([call.to_dict() for call in calls], indent=1) + "\n")
     else:
         _print_demo(console, engine, calls)
-    promised = args.mode in ("off", "exact")  # the same text; other modes only come close
+    promised = engine.mode in ("off", "exact")  # the same text; other modes only come close
     return 0 if not promised or all(call.same_as_off for call in calls) else 1
 
 
 def _print_demo(console: Console, engine: SemShareEngine, calls: list[Call]) -> None:
-    console.print(f"[bold]{engine.name}[/] on {engine.model.device}, mode [bold]{engine.config.reuse.mode}[/]\n")
+    console.print(f"[bold]{engine.name}[/] on {engine.model.device}, mode [bold]{engine.mode}[/]\n")
     for scenario in dict.fromkeys(call.scenario for call in calls):
         group = [call for call in calls if call.scenario == scenario]
         console.print(_demo_table(scenario, group))

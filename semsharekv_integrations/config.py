@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from semsharekv_integrations.checks import check_lifetime, is_number, is_whole, require
-from semsharekv_integrations.modes import MODE_RULES, MODES, Mode, ReuseRules
+from semsharekv_integrations.modes import FASTEST, MODE_RULES, MODE_SETTINGS, Mode, ModeSetting, ReuseRules
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,15 @@ class ReuseConfig:
 
     Attributes:
         mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
-            anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described.
+            anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described. ``auto``
+            is ``identical``, the fastest that meets the quality bar, or ``exact`` for models that do not allow it.
         min_prefix_tokens: a shorter common prefix is computed afresh, at least 1; so is one under 5% of the prompt,
             which would cost more than it saves.
         embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
             input embeddings.
     """
 
-    mode: Mode = "exact"
+    mode: ModeSetting = "auto"
     min_prefix_tokens: int = 1
     embedder: str | None = None
     min_run_tokens: int | None = None
@@ -49,7 +50,7 @@ class ReuseConfig:
     retention_final_share: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.mode in MODES, "reuse.mode", self.mode, " or ".join(map(repr, MODES)))
+        require(self.mode in MODE_SETTINGS, "reuse.mode", self.mode, " or ".join(map(repr, MODE_SETTINGS)))
         require(is_whole(self.min_prefix_tokens, 1), "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
         named = isinstance(self.embedder, str) and bool(self.embedder)
         require(self.embedder is None or named, "reuse.embedder", self.embedder, "None or a path or hub id")
@@ -60,19 +61,32 @@ class ReuseConfig:
         _ = self.rules
 
     @property
+    def wanted(self) -> Mode:
+        """The mode itself, and for ``auto`` the one that it asks for."""
+        return FASTEST if self.mode == "auto" else self.mode
+
+    @property
     def is_approximate(self) -> bool:
-        """Whether KV is reused off the prefix."""
-        return self.mode in MODE_RULES
+        """Whether KV is reused off the prefix, if the model allows it."""
+        return self.wanted in MODE_RULES
 
     @property
     def rules(self) -> ReuseRules:
         """The mode's rules with what was given here."""
-        return replace(MODE_RULES.get(self.mode, ReuseRules()), **self._given())
+        return replace(MODE_RULES.get(self.wanted, ReuseRules()), **self._given())
+
+    def settled(self, *, allowed: bool) -> ReuseConfig:
+        """As it is for one model: what ``auto`` comes to, if the model has ``allowed`` what it asks for or not."""
+        if self.mode != "auto":
+            return self
+        if allowed:
+            return replace(self, mode=self.wanted)
+        return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)
 
     @property
     def indexed_run_tokens(self) -> int | None:
         """Shortest run of identical tokens that the store must find, or None where none is asked for."""
-        return self.rules.min_run_tokens if self.mode in ("identical", "semantic") else None
+        return self.rules.min_run_tokens if self.wanted in ("identical", "semantic") else None
 
     def _given(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(ReuseRules)}

@@ -108,7 +108,7 @@ class Demo:
 
     def _next(self, documents: list[world.Document]) -> list[world.Document]:
         """The articles as the next call gets them, with the same facts."""
-        mode = self.engine.config.reuse.mode
+        mode = self.engine.mode
         if mode == "semantic":
             documents = [world.reword(self.rng, document) for document in documents]
         return documents if mode in ("off", "exact") else [*documents[1:], documents[0]]

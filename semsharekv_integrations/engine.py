@@ -29,6 +29,7 @@ from semsharekv_integrations.matching import segments_of
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
 from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.model.selective import Outcome
+from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
@@ -48,7 +49,7 @@ class SemShareEngine:
     Args:
         model: any loaded decoder-only transformers model.
         tokenizer: its tokenizer.
-        config: settings; the default reuses exact prefixes.
+        config: settings.
 
     Raises:
         UnsupportedModelError: if the model does not allow the configured mode.
@@ -108,6 +109,12 @@ class SemShareEngine:
     def model(self) -> PreTrainedModel:
         """The transformers model, loaded if it was not."""
         return self._ready().adapter.model
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that calls run in; where ``auto`` is set, what the model allows, which has to be loaded for it."""
+        setting = self.config.reuse.mode
+        return self._ready().mode if setting == "auto" else setting
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -285,7 +292,7 @@ class SemShareEngine:
 
         Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
         """
-        risky = report.reused_tokens - report.prefix_tokens * self.config.reuse.is_approximate
+        risky = report.reused_tokens - report.prefix_tokens * self._ready().reuse.is_approximate
         if (not risky and report.kv_retained_ratio == 1) or not self.auditor.draws():
             return None
         reused = torch.cat(answer.first_logits)  # [N, V]

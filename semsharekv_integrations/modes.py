@@ -9,6 +9,9 @@ from semsharekv_integrations.checks import is_number, is_share, is_whole, requir
 
 Mode = Literal["off", "exact", "identical", "semantic", "paper"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+ModeSetting = Literal["auto", Mode]
+MODE_SETTINGS: tuple[ModeSetting, ...] = ("auto", *MODES)
+FASTEST: Mode = "identical"  # of the modes that meet the quality bar on the committed results: what ``auto`` asks for
 
 
 @dataclass(frozen=True)

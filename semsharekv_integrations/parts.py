@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from semsharekv_integrations.answer import Answer
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
+from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.kv import Rendered
 from semsharekv_integrations.matching import FuzzyMatcher
@@ -44,18 +46,19 @@ class ModelParts:
 
     def __init__(self, source: ModelSource, config: EngineConfig, store: KVStore) -> None:
         self.tokenizer = source.tokenizer
-        self.mode = config.reuse.mode
-        self.adapter = ModelAdapter(source.load(), config.reuse.mode)
+        self.adapter = ModelAdapter(source.load(), config.reuse.wanted)
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = PromptRenderer(self.tokenizer)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
-        self._selective = selective = SelectivePrefill(self.adapter) if config.reuse.is_approximate else None
-        self._rules = rules = config.reuse.rules
+        self._selective = selective = _selective_prefill(self.adapter, config.reuse)
+        self.reuse = reuse = config.reuse.settled(allowed=selective is not None)
+        self.mode = reuse.wanted
+        self._rules = rules = reuse.rules
         shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
         self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
-        matcher = self._matcher(config.reuse, store, selective) if selective and rules.fuzzy else None
+        matcher = self._matcher(reuse, store, selective) if selective and rules.fuzzy else None
         limit = self.adapter.stable_positions
-        self.planner = Planner(config.reuse, store, matcher, self.num_layers, limit)
+        self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
 
     def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
@@ -105,3 +108,17 @@ class ModelParts:
         scores = relevance(rendered.token_ids, texts, question)
         relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
         return retainer.shortened(rendered.token_ids, question, relevant, cache)
+
+
+def _selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
+    """What reuses KV off the prefix, if it is asked for; where ``auto`` asks, None for a model that does not allow it."""
+    if not config.is_approximate:
+        return None
+    try:
+        return SelectivePrefill(adapter)
+    except UnsupportedModelError as error:
+        if config.mode != "auto":
+            raise
+        name = type(adapter.model).__name__
+        warnings.warn(f"mode 'auto' reuses exact prefixes alone on {name}: {error}", stacklevel=2)
+        return None

@@ -18,7 +18,7 @@ from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
-from semsharekv_integrations.modes import MODES, Mode
+from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 from semsharekv_integrations.request import GenerateOptions
 
 _UNNAMED = "a path or hub id, or an engine in its place"
@@ -40,8 +40,8 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     engine: SemShareEngine = Field(default=cast(SemShareEngine, None), frozen=True, exclude=True, repr=False)
     """The engine underneath, to share, warm, forget or save; made from ``model`` if not given."""
 
-    mode: Mode = Field(default="exact", frozen=True)
-    """What may be reused, from ``off`` to ``paper``: see ``ReuseConfig``. By default that of ``config``."""
+    mode: ModeSetting = Field(default="auto", frozen=True)
+    """What may be reused, ``auto`` or ``off`` to ``paper``: see ``ReuseConfig``. By default that of ``config``."""
 
     config: EngineConfig = Field(default_factory=EngineConfig, frozen=True)
     """All other settings of the engine."""
@@ -114,7 +114,7 @@ def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
     require(isinstance(name, str) and bool(name), "model", name, _UNNAMED)
     require(isinstance(config, EngineConfig), "config", config, "an EngineConfig")
     if "mode" in given:
-        require(given["mode"] in MODES, "mode", given["mode"], " or ".join(map(repr, MODES)))
+        require(given["mode"] in MODE_SETTINGS, "mode", given["mode"], " or ".join(map(repr, MODE_SETTINGS)))
         config = replace(config, reuse=replace(config.reuse, mode=given["mode"]))
     options = given.get("model_kwargs", {})
     require(isinstance(options, Mapping), "model_kwargs", options, "a dict")

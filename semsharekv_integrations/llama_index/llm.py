@@ -38,7 +38,7 @@ from semsharekv_integrations.llama_index.translate import (
     stream_responses,
 )
 from semsharekv_integrations.model.prompt import Prompt
-from semsharekv_integrations.modes import MODES, Mode
+from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 from semsharekv_integrations.request import GenerateOptions, Request
 
 _FIELD_OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop", "namespace")
@@ -73,8 +73,8 @@ class SemShareKVLLM(LLM):
         fields: the fields below.
 
     Attributes:
-        mode: ``off``, ``exact``, ``identical``, ``semantic`` or ``paper`` (see ``ReuseConfig``); None for that of
-            ``config``.
+        mode: ``auto``, ``off``, ``exact``, ``identical``, ``semantic`` or ``paper`` (see ``ReuseConfig``); None for
+            that of ``config``.
         config: all other settings of the engine.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
         dtype: ``auto`` for that of the weights, else a torch dtype or its name.
@@ -96,7 +96,7 @@ class SemShareKVLLM(LLM):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(frozen=True)
-    mode: Mode | None = Field(default=None, frozen=True)
+    mode: ModeSetting | None = Field(default=None, frozen=True)
     config: EngineConfig | None = Field(default=None, frozen=True)
     device: str | None = Field(default=None, frozen=True)
     dtype: str = Field(default="auto", frozen=True)
@@ -129,7 +129,7 @@ class SemShareKVLLM(LLM):
     @field_validator("mode", mode="before")
     @classmethod
     def _checked_mode(cls, mode: Any) -> Any:
-        require(mode in (None, *MODES), "mode", mode, " or ".join(map(repr, MODES)))
+        require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, MODE_SETTINGS)))
         return mode
 
     @field_validator("device", "dtype", mode="before")

@@ -130,7 +130,7 @@ def test_stats_count_what_reports_say(make_engine: EngineMaker) -> None:
 
 
 def test_short_prefixes_are_declined(make_engine: EngineMaker) -> None:
-    engine = make_engine(reuse=ReuseConfig(min_prefix_tokens=1000))
+    engine = make_engine(reuse=ReuseConfig(mode="exact", min_prefix_tokens=1000))
     engine.generate(ASK, max_new_tokens=2)
     report = engine.generate(ASK, max_new_tokens=2).report
     assert report.prefix_tokens == 0 and "min_prefix_tokens" in (report.declined or "")

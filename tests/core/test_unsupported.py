@@ -10,7 +10,7 @@ from test_parity import FIRST, engine_of, plain_tokens
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations import UnsupportedModelError
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
 from tiny_models import SIZES, EngineMaker, make_model
 
 RECURRENT: dict[str, dict[str, Any]] = {
@@ -79,3 +79,29 @@ def test_a_cache_that_loses_tokens_is_noticed(make_engine: EngineMaker, monkeypa
     with pytest.raises(UnsupportedModelError, match="other logits"):
         make_engine()
     make_engine("off")
+
+
+def test_auto_reuses_exact_prefixes_where_no_more_is_allowed_and_says_why(tokenizer) -> None:
+    model = make_model("gpt2", len(tokenizer))
+    with pytest.raises(UnsupportedModelError, match="mode='exact'"):
+        engine_of(model, tokenizer, "identical")
+    config = EngineConfig(reuse=ReuseConfig(min_run_tokens=8))
+    with pytest.warns(UserWarning, match=r"'auto' reuses exact prefixes alone on GPT2LMHeadModel: .*rotated"):
+        engine = SemShareEngine(model, tokenizer, config)
+    assert engine.mode == "exact"
+    reports = [engine.generate(FIRST + end, max_new_tokens=2).report for end in ("", " Then?")]
+    assert {report.mode for report in reports} == {"exact"}
+    assert reports[1].prefix_tokens > 0 and reports[1].identical_tokens == 0
+
+
+def test_auto_is_identical_where_the_model_allows_it(make_engine: EngineMaker) -> None:
+    engine = make_engine("auto")
+    assert engine.mode == "identical" and engine.config.reuse.mode == "auto"
+    engine.generate(FIRST, max_new_tokens=2)
+    report = engine.generate(f"Otherwise: {FIRST} Why?", documents={"first": FIRST}, max_new_tokens=2).report
+    assert report.mode == "identical" and report.identical_tokens > 0
+
+
+def test_auto_is_refused_where_not_even_prefixes_can_be_reused(tokenizer) -> None:
+    with pytest.raises(UnsupportedModelError, match="mode='off'"):
+        engine_of(make_model("mamba", len(tokenizer)), tokenizer, "auto")
