@@ -24,8 +24,9 @@ class ReuseRules:
         edit_tokens: as ``boundary_tokens``, for runs that follow changed words within the same text.
         tail_tokens: fewest tokens at the prompt's end that count as the question, at least 1.
         relevance_ratio: share of the borrowed tokens that is computed at every layer because their documents or
-            passages share rare words with the question, 0 to 1; whole documents, those that share most first. Unless
-            this is 0, the first of them may be up to half of the borrowed tokens.
+            passages share rare words with the question, 0 to 1; whole documents, those that share most first, and
+            none that shares less than half as much as the first. Unless this is 0, the first of them may be up to half
+            of the borrowed tokens.
         attention_ratio: where no document is relevant, share of the borrowed tokens that is computed because the
             question attends to them, 0 to 1.
         deviation_ratio: likewise, because they deviate from fresh KV; needs ``full_layers``.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from semsharekv_integrations.kv import Mask, TokenIds
 
 MOST_OF_ONE = 0.5  # share of the tokens that may be chosen, for a single document
+LEAST_OF_BEST = 0.5  # score of a document that counts, as a share of the best one's: less is words that many share
 _SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
 
 
@@ -50,8 +51,9 @@ def relevant_tokens(
 ) -> Mask:
     """[T] the ``eligible`` tokens of the segments with the highest scores.
 
-    Whole segments, up to the first that would take more than ``ratio`` of the eligible tokens. Where ``ratio`` is above
-    0, the first of them may take up to ``MOST_OF_ONE``: what is alone with its question cannot be told from the rest.
+    Whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than ``ratio`` of
+    the eligible tokens. Where ``ratio`` is above 0, the first of them may take up to ``MOST_OF_ONE``: what is alone with
+    its question cannot be told from the rest.
 
     Args:
         scores: [T] as ``relevance`` gives them.
@@ -61,7 +63,8 @@ def relevant_tokens(
     """
     chosen = np.zeros_like(eligible)
     share = max(ratio, MOST_OF_ONE) if ratio > 0 else 0.0
-    for start, stop in sorted((s for s in segments if scores[s[0]] > 0), key=lambda s: -scores[s[0]]):
+    least = max(LEAST_OF_BEST * float(scores.max(initial=0.0)), np.finfo(np.float32).tiny)
+    for start, stop in sorted((s for s in segments if scores[s[0]] >= least), key=lambda s: -scores[s[0]]):
         larger = chosen.copy()
         larger[start:stop] |= eligible[start:stop]
         if larger.sum() > share * eligible.sum():

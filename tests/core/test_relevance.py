@@ -68,11 +68,12 @@ def chosen(scores: np.ndarray, ratio: float, eligible: np.ndarray | None = None)
 
 
 def test_documents_are_chosen_whole_and_at_least_one() -> None:
-    scores = scored(1, 3, 2)
+    scores = scored(1.5, 3, 2)
     assert chosen(scores, 0.01) == [4, 5, 6, 7], "the first, though it takes more than its share"
     assert chosen(scores, 0.6) == chosen(scores, 0.01), "the next does not fit"
     assert chosen(scores, 0.7) == [*range(4, 12)]
     assert chosen(scores, 1.0) == [*range(12)]
+    assert chosen(scored(1.4, 3, 2), 1.0) == [*range(4, 12)], "less than half as relevant as the best"
     assert chosen(scores, 0.0) == [], "not asked for"
     assert chosen(scored(0, 0, 0), 1.0) == [], "nothing in common"
 
