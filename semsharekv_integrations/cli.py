@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
 
 DEFAULT_MODEL = "semsharekv/reference"
-_LAB = {
-    "quality": "is the answer still right? every mode beside a full prefill",
-    "bench": "how much time and memory did reuse save? every mode beside a full prefill",
+_LOADED = {  # subcommand: its module, and what it is for
+    "quality": ("lab.quality_command", "is the answer still right? every mode beside a full prefill"),
+    "bench": ("lab.bench_command", "how much time and memory did reuse save? every mode beside a full prefill"),
+    "inspect": ("inspect_command", "what a store's directory holds"),
+    "clear": ("clear_command", "delete what a store's directory holds"),
 }
 
 
@@ -97,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--save", type=Path, metavar="FILE", help="load stored KV from FILE if it is there; write it back"
     )
     chat.set_defaults(run=_chat)
-    for name, text in _LAB.items():
-        commands.add_parser(name, help=text, loads=f"semsharekv_integrations.lab.{name}_command")
+    for name, (module, text) in _LOADED.items():
+        commands.add_parser(name, help=text, loads=f"semsharekv_integrations.{module}")
     return parser
 
 

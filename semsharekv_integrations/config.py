@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from os import PathLike
+from typing import Any, Literal, get_args
 
 from semsharekv_integrations.checks import check_lifetime, is_number, is_whole, require
 from semsharekv_integrations.modes import FASTEST, MODE_RULES, MODE_SETTINGS, Mode, ModeSetting, ReuseRules
+
+Eviction = Literal["value", "lru"]
+EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,44 @@ class ReuseConfig:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """How much KV is kept.
+    """Where KV is kept, and how much of it.
 
     Attributes:
-        max_bytes: bound on the KV bytes of all entries together, on the model's device. Default 2 GiB.
+        max_bytes: bound on the KV on the model's device. Default 2 GiB.
+        host_max_bytes: bound on the KV in host memory, to which goes what the device has no room for; pinned memory if
+            the model is on CUDA. Default 0, none.
+        directory: where KV is written as well, so that it outlives the process, or None to write nothing. One process
+            at a time may use it with a model.
+        disk_max_bytes: bound on the KV files in ``directory``. Default 16 GiB.
         ttl_s: seconds after its last use at which an entry expires, or None to keep it while there is room.
+        kv_bits: 8 to keep KV in about half of the bytes of half precision, rounded, not in mode ``exact``; None to keep
+            it as it is.
+        eviction: ``value`` to give up first what was never reused, then what saves least compute; ``lru`` for what was
+            used least recently.
+        shared_namespace: a namespace that requests of every other one may read as well, or None. Nothing is written to
+            it but by calls that name it.
     """
 
     max_bytes: int = 2 * 1024**3
+    host_max_bytes: int = 0
+    directory: str | PathLike[str] | None = None
+    disk_max_bytes: int = 16 * 1024**3
     ttl_s: float | None = None
+    kv_bits: int | None = None
+    eviction: Eviction = "value"
+    shared_namespace: str | None = None
 
     def __post_init__(self) -> None:
-        require(is_whole(self.max_bytes, 0), "store.max_bytes", self.max_bytes, "0 or more bytes")
+        for name in ("max_bytes", "host_max_bytes", "disk_max_bytes"):
+            require(is_whole(getattr(self, name), 0), f"store.{name}", getattr(self, name), "0 or more bytes")
         check_lifetime("store.ttl_s", self.ttl_s)
+        is_path = isinstance(self.directory, str | PathLike) and bool(str(self.directory))
+        require(self.directory is None or is_path, "store.directory", self.directory, "None or a path")
+        require(self.kv_bits in (None, 8), "store.kv_bits", self.kv_bits, "None or 8")
+        require(self.eviction in EVICTIONS, "store.eviction", self.eviction, " or ".join(map(repr, EVICTIONS)))
+        shared = self.shared_namespace
+        named = isinstance(shared, str) and bool(shared)
+        require(shared is None or named, "store.shared_namespace", shared, "None or a non-empty string")
 
 
 @dataclass(frozen=True)
@@ -162,6 +191,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         limit = self.max_context_tokens
         require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
+        rounds = self.store.kv_bits is not None
+        allowed = not rounds or self.reuse.mode in MODE_RULES
+        require(allowed, "store.kv_bits", self.store.kv_bits, f"None in mode {self.reuse.mode!r}, whose KV is exact")
 
 
 @dataclass(frozen=True)

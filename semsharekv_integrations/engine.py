@@ -8,8 +8,9 @@ its similar tokens. Knows nothing about LangChain, LlamaIndex or the terminal, n
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from semsharekv_integrations.concurrency import iterate_in_thread
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered, TokenIds
+from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.matching import segments_of
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
 from semsharekv_integrations.model.prompt import Prompt
@@ -89,6 +91,7 @@ class SemShareEngine:
         self.name = name
         self.store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
+        self._observers = Observers(log_call)
         self._source = source
         self._parts: ModelParts | None = None
         self._lock = threading.RLock()
@@ -97,7 +100,11 @@ class SemShareEngine:
     def _ready(self) -> ModelParts:
         with self._lock:
             if self._parts is None:
-                self._parts = ModelParts(self._source, self.config, self.store)
+                parts = ModelParts(self._source, self.config, self.store)
+                if self.config.store.directory is not None:
+                    self.store.open(parts.fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
+                    weakref.finalize(self, self.store.close)
+                self._parts = parts
             return self._parts
 
     @property
@@ -202,9 +209,16 @@ class SemShareEngine:
             }
         return {**counts, **{f"store_{k}": v for k, v in self.store.stats().items()}, **self.auditor.stats()}
 
+    def observe(self, callback: Callable[[ReuseReport], None]) -> None:
+        """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
+
+        It runs before the last chunk is out, in the call's own thread, so it should be quick. What it raises is logged.
+        """
+        self._observers.add(callback)
+
     def save(self, path: str | Path) -> int:
         """Write the stored KV to one safetensors file, atomically, readable by its owner; how many entries."""
-        return write_references(Path(path), self.store.references(), self._ready().adapter.fingerprint())
+        return write_references(Path(path), self.store.fetch_all(), self._ready().fingerprint())
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -212,8 +226,15 @@ class SemShareEngine:
         Raises:
             StoreFileError: if the file is damaged or was written with another model.
         """
-        adapter = self._ready().adapter
-        return sum(map(self.store.put, read_references(Path(path), adapter.fingerprint(), adapter.device)))
+        parts = self._ready()
+        return sum(map(self.store.put, read_references(Path(path), parts.fingerprint(), parts.adapter.device)))
+
+    def close(self) -> None:
+        """Let go of the store's directory, after writing down what was used when; it is done at exit in any case.
+
+        The engine goes on with what it has in memory.
+        """
+        self.store.close()
 
     def _run(self, request: Request) -> Generator[GenerationChunk, None, None]:
         """One prompt's flow. Every phase is timed; loading the model is not part of it."""
@@ -236,7 +257,9 @@ class SemShareEngine:
             self._finish(request, rendered, plan, outcome, answer)
         with answer.watch.phase("audit"):
             audit = self._audit(request.namespace, rendered, answer.completed(report), answer)
-        yield GenerationChunk("", answer.generation(replace(answer.completed(report), audit=audit)))
+        report = replace(answer.completed(report), audit=audit)
+        self._observers.tell(report)
+        yield GenerationChunk("", answer.generation(report))
 
     def _finish(self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer) -> None:
         """Count the call, and remember what it said and its KV, as far as that is exact and whole."""

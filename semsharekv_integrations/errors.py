@@ -25,3 +25,11 @@ class PromptError(SemShareError, ValueError):
 
 class StoreFileError(SemShareError):
     """A file of stored KV is missing, damaged, or belongs to another model or format version."""
+
+
+class StoreLockedError(SemShareError):
+    """The directory of stored KV is in use by another process; the message names the directory."""
+
+
+class StoreWriteError(SemShareError):
+    """Stored KV could not be written to disk; the message names the file and the reason."""

@@ -6,9 +6,9 @@ Axis legend, for every shape comment in this package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from semsharekv_integrations.report import ReuseReport
 
 TokenIds = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+UNPLACED = -1  # before all tokens
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -26,6 +27,58 @@ class LayerKV(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class KVPiece(Protocol):
+    """KV of consecutive tokens, wherever and in whatever form it is kept. Never mutated."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens."""
+
+    def layer(self, index: int) -> LayerKV:
+        """Keys and values of one layer, as the model takes them and where it takes them."""
+
+
+class PiecedLayers(Sequence[LayerKV]):
+    """The layers of KV that lies in pieces, one behind the other. A layer is put together when it is asked for.
+
+    Args:
+        pieces: at least one.
+        num_layers: of each.
+    """
+
+    def __init__(self, pieces: Sequence[KVPiece], num_layers: int) -> None:
+        self._pieces = pieces
+        self._num_layers = num_layers
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    @overload
+    def __getitem__(self, index: int) -> LayerKV: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerKV]: ...
+    def __getitem__(self, index: int | slice) -> LayerKV | Sequence[LayerKV]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(self._num_layers)[index]  # which knows its bounds
+        parts = [piece.layer(index) for piece in self._pieces]
+        return parts[0] if len(parts) == 1 else LayerKV(*(torch.cat(both, dim=2) for both in zip(*parts, strict=True)))
+
+    def covering(self, num_tokens: int) -> PiecedLayers:
+        """Only the pieces that the first ``num_tokens`` tokens need."""
+        needed, have = 0, 0
+        while have < num_tokens:
+            have += self._pieces[needed].num_tokens
+            needed += 1
+        return PiecedLayers(self._pieces[:needed], self._num_layers)
+
+
+def first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[LayerKV]:
+    """Each layer's keys and values of the first tokens, one layer after the other; not copied if in one piece."""
+    for keys, values in layers.covering(num_tokens) if isinstance(layers, PiecedLayers) else layers:
+        yield LayerKV(keys[:, :, :num_tokens], values[:, :, :num_tokens])
 
 
 class Segment(NamedTuple):
@@ -44,8 +97,9 @@ class Reference:
         id: stable digest of namespace and token ids.
         namespace: the only namespace that may read it.
         token_ids: [S], one for each position that has KV.
-        layers: one pair for each layer.
-        document_starts: the caller's documents that stand in it, for ``forget``, each with its first token.
+        layers: one pair for each layer; none in what the store lists, which ``KVStore.fetch`` brings KV for.
+        document_starts: the caller's documents that stand in it, for ``forget``, each with its first token, or
+            ``UNPLACED`` if it may stand anywhere.
         segments: the documents and passages that stand in its exact part, in order; what is matched by similarity.
         exact_tokens: number of leading tokens whose KV is that of a full prefill; None for all. What follows is
             tainted: it came after a borrowed token, and may serve nothing but the same session's exact continuation.
@@ -57,7 +111,7 @@ class Reference:
     id: str
     namespace: str
     token_ids: TokenIds
-    layers: tuple[LayerKV, ...]
+    layers: Sequence[LayerKV]
     document_starts: Mapping[str, int] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
     exact_tokens: int | None = None

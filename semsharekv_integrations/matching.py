@@ -8,6 +8,7 @@ are then matched by their RoPE'd embeddings. Knows the tokenizer only as a funct
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from semsharekv_integrations.core.facts import guarded_tokens, unlike_facts
 from semsharekv_integrations.core.lsh import mean_hamming_distance, nearest_tokens, paper_similarity, rotated_embeddings
 from semsharekv_integrations.core.plan import Borrowing
-from semsharekv_integrations.index import SegmentIndex
+from semsharekv_integrations.index import SegmentIndex, SegmentMatch
 from semsharekv_integrations.kv import Mask, Reference, Rendered, Segment, TokenIds
 from semsharekv_integrations.modes import ReuseRules
 from semsharekv_integrations.store import KVStore
@@ -65,18 +66,29 @@ class FuzzyMatcher:
         wanted = [s for s in segments_of(rendered) if open_tokens[s.start : s.stop].mean() > 1 - MOST_COVERED]
         if not wanted:
             return []
-        self._index.sync(self._store.references(namespace), namespace)
         texts = [rendered.token_ids[s.start : s.stop] for s in wanted]
-        found = self._index.nearest(texts, namespace)
+        found = [self._nearest(texts, name) for name in self._store.readable(namespace)]
         least = self._rules.min_similarity
         threshold = self._index.embedder.threshold if least is None else least
+        fetched: dict[str, Reference | None] = {}
         borrowings, still_open = [], open_tokens.copy()
-        for segment, matches in zip(wanted, found, strict=True):
-            if matches and matches[0].similarity >= threshold:
-                for borrowing in self._tokens(rendered, segment, matches[0].reference, matches[0].segment, still_open):
-                    still_open[borrowing.targets] = False  # a caller's documents may stand inside of each other
-                    borrowings.append(borrowing)
+        for segment, matches in zip(wanted, zip(*found, strict=True), strict=True):
+            best = max(chain(*matches), key=lambda match: match.similarity, default=None)
+            if best is None or best.similarity < threshold:
+                continue
+            key = best.reference.id
+            reference = fetched[key] = fetched[key] if key in fetched else self._store.fetch(key, namespace)
+            if reference is None:
+                continue
+            for borrowing in self._tokens(rendered, segment, reference, best.segment, still_open):
+                still_open[borrowing.targets] = False  # a caller's documents may stand inside of each other
+                borrowings.append(borrowing)
         return borrowings
+
+    def _nearest(self, texts: Sequence[TokenIds], namespace: str) -> list[list[SegmentMatch]]:
+        """For each text the stored passage of one namespace that is most like it, or none."""
+        self._index.sync(self._store.references(namespace), namespace)
+        return self._index.nearest(texts, namespace)
 
     def prompt_matches(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
         """Matches of the whole prompt with the stored one most alike by LSH distance, if it is alike enough."""
@@ -84,10 +96,14 @@ class FuzzyMatcher:
         target = self._embed(rendered.token_ids)
         candidates = [
             (paper_similarity(mean_hamming_distance(target, self._embed(reference.token_ids))), reference)
-            for reference in self._store.references(namespace)[-MOST_CANDIDATES:]
+            for name in self._store.readable(namespace)
+            for reference in self._store.references(name)[-MOST_CANDIDATES:]
         ]
-        similarity, best = max(candidates, key=lambda pair: pair[0], default=(0.0, None))
-        if best is None or similarity < (self._rules.min_similarity or 0.0):
+        similarity, found = max(candidates, key=lambda pair: pair[0], default=(0.0, None))
+        if found is None or similarity < (self._rules.min_similarity or 0.0):
+            return []
+        best = self._store.fetch(found.id, namespace)
+        if best is None:
             return []
         stored = Segment("", 0, len(best.token_ids))
         return list(self._tokens(rendered, whole, best, stored, open_tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -68,6 +70,12 @@ class ModelParts:
         pieces = self.renderer.pieces_of
         return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
 
+    def fingerprint(self) -> str:
+        """A digest of model and tokenizer: stored KV and token ids are good for them alone."""
+        digest = hashlib.blake2b(self.adapter.fingerprint().encode(), digest_size=16)
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        return digest.hexdigest()
+
     def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
         """The prefill that ``plan`` describes."""
         if self._selective is not None:
@@ -111,7 +119,7 @@ class ModelParts:
 
 
 def _selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
-    """What reuses KV off the prefix, if it is asked for; where ``auto`` asks, None for a model that does not allow it."""
+    """What reuses KV off the prefix, if asked for; where ``auto`` asks, None for a model that does not allow it."""
     if not config.is_approximate:
         return None
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
-from semsharekv_integrations.store.memory import reference_id
+from semsharekv_integrations.store.labels import reference_id
 
 
 def references_of(

@@ -10,7 +10,7 @@ from typing import TypedDict
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import ContextWindowError
-from semsharekv_integrations.kv import PrefixMatch, Rendered
+from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered
 from semsharekv_integrations.model.prompt import Prompt
 
 Documents = Sequence[str] | Mapping[str, str]
@@ -81,12 +81,11 @@ class Request:
     def document_starts(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, int]:
         """Every document that an entry of this prompt is forgotten with, and the token at which it starts.
 
-        One that was named but is not there word for word may stand anywhere, so at 0; those in the reused prefix are
-        here too.
+        One that was named but is not there word for word may stand anywhere; those in the reused prefix are here too.
         """
         inherited = prefix.reference.document_starts.items() if prefix else ()
         reused = prefix.num_tokens if prefix else 0
-        unplaced = dict.fromkeys(self.documents, 0)
+        unplaced = dict.fromkeys(self.documents, UNPLACED)
         placed = {segment.document_id: segment.start for segment in rendered.segments}
         return {key: start for key, start in inherited if start < reused} | unplaced | placed
 

@@ -238,7 +238,7 @@ def _boundaries(prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseRul
 
 def _follows_edit(last: Run | None, run: Run) -> bool:
     """Whether both runs stand in one text with little changed between them."""
-    if last is None or last.reference is not run.reference:
+    if last is None or last.reference.id != run.reference.id:
         return False
     gaps = (run.start - last.start - last.num_tokens, run.source_start - last.source_start - last.num_tokens)
     return all(0 <= gap <= _LONGEST_EDIT_TOKENS for gap in gaps)

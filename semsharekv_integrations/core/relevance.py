@@ -52,8 +52,8 @@ def relevant_tokens(
     """[T] the ``eligible`` tokens of the segments with the highest scores.
 
     Whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than ``ratio`` of
-    the eligible tokens. Where ``ratio`` is above 0, the first of them may take up to ``MOST_OF_ONE``: what is alone with
-    its question cannot be told from the rest.
+    the eligible tokens. Where ``ratio`` is above 0, the first of them may take up to ``MOST_OF_ONE``: what is alone
+    with its question cannot be told from the rest.
 
     Args:
         scores: [T] as ``relevance`` gives them.

@@ -135,7 +135,7 @@ class Bench:
         self.filler.clear()
         for query in case.references:
             self.filler.generate(query.prompt, documents=query.documents, namespace=NAMESPACE, max_new_tokens=1)
-        return self.filler.store.references(NAMESPACE)
+        return self.filler.store.fetch_all(NAMESPACE)
 
     def _say(self, name: str, case: Case, references: Sequence[Reference]) -> Generation:
         engine = self.engines[name]

@@ -148,7 +148,7 @@ class SpeedBench:
         try:
             for query in scenario.references:
                 self._filler.ask(query)
-            return self._filler.engine.store.references(NAMESPACE)
+            return self._filler.engine.store.fetch_all(NAMESPACE)
         finally:
             self._filler.clear()
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.errors import UnsupportedModelError
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
 from semsharekv_integrations.modes import Mode
 
@@ -198,10 +198,10 @@ class ModelAdapter:
 
     def _cache_from(self, prefix: PrefixMatch) -> DynamicCache:
         cache = DynamicCache()
-        for keys, values in prefix.reference.layers:
+        for keys, values in first_tokens(prefix.reference.layers, prefix.num_tokens):
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys[:, :, : prefix.num_tokens], values[:, :, : prefix.num_tokens]
+            layer.keys, layer.values = keys, values
             cache.layers.append(layer)
         return cache
 

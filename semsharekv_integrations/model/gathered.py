@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.core.plan import Borrowing, ReusePlan
 from semsharekv_integrations.core.rope import Rotation, turn
-from semsharekv_integrations.kv import LayerKV, Reference
+from semsharekv_integrations.kv import LayerKV, Reference, first_tokens
 
 
 class Measured(Exception):
@@ -110,26 +110,28 @@ class _Gatherer:
         for borrowing in plan.borrowings:
             groups.setdefault(id(borrowing.reference), []).append(borrowing)
         self._taken = [_taken(group) for group in groups.values()]
+        prefix = plan.prefix
+        self._prefixes = first_tokens(prefix.reference.layers, prefix.num_tokens) if prefix else None
         self._angles: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, rotation: Rotation | None) -> LayerKV:
-        return LayerKV(self._gathered(index, 0, rotation), self._gathered(index, 1, None))
+        stored = [taken.reference.layers[index] for taken in self._taken]
+        prefix = next(self._prefixes) if self._prefixes else LayerKV(*(tensor[:, :, :0] for tensor in stored[0]))
+        keys = self._gathered([layer.keys for layer in stored], prefix.keys, rotation)
+        return LayerKV(keys, self._gathered([layer.values for layer in stored], prefix.values, None))
 
-    def _gathered(self, index: int, kind: int, rotation: Rotation | None) -> torch.Tensor:
-        whole = self._with_prefix(index, kind)
-        for place, (reference, sources, targets) in enumerate(self._taken):
-            part = reference.layers[index][kind].index_select(2, sources.to(whole.device))
+    def _gathered(
+        self, stored: Sequence[torch.Tensor], prefix: torch.Tensor, rotation: Rotation | None
+    ) -> torch.Tensor:
+        """Keys or values [B, H, T, D] of one layer from those of each reference [B, H, S, D]."""
+        like = stored[0]
+        whole = like.new_zeros((*like.shape[:2], len(self._plan.token_ids), like.shape[3]))
+        whole[:, :, : prefix.shape[2]] = prefix
+        for place, (_, sources, targets) in enumerate(self._taken):
+            part = stored[place].index_select(2, sources.to(whole.device))
             if rotation is not None and self._plan.rotate_keys and not torch.equal(sources, targets):
                 part = turn(part, *self._angles_of(place, rotation, whole.device), rotation.interleaved)
             whole.index_copy_(2, targets.to(whole.device), part)
-        return whole
-
-    def _with_prefix(self, index: int, kind: int) -> torch.Tensor:
-        like = self._taken[0].reference.layers[index][kind]
-        whole = like.new_zeros((*like.shape[:2], len(self._plan.token_ids), like.shape[3]))  # [B, H, T, D]
-        if self._plan.prefix:
-            start = self._plan.prefix.num_tokens
-            whole[:, :, :start] = self._plan.prefix.reference.layers[index][kind][:, :, :start]
         return whole
 
     def _angles_of(self, place: int, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

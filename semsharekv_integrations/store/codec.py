@@ -5,11 +5,10 @@ The digest finds damage, not forgery: whoever can write the file can write the d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from safetensors.torch import save_file
 
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
-from semsharekv_integrations.store.memory import reference_id
+from semsharekv_integrations.store.files import tensor_digest
+from semsharekv_integrations.store.labels import reference_id
 
 FORMAT_VERSION = 2
 
@@ -38,7 +38,7 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
     header = json.dumps(
         {"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": [_header(r) for r in references]}
     )
-    metadata = {"semsharekv": header, "digest": _digest(header, sorted(tensors.items()))}
+    metadata = {"semsharekv": header, "digest": tensor_digest(header, sorted(tensors.items()))}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # owner-only permissions
     os.close(handle)
@@ -65,7 +65,12 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
             _require_same(path, "version", header["version"], FORMAT_VERSION)
             _require_same(path, "model fingerprint", header["fingerprint"], fingerprint)
             named = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-            _require_same(path, "digest", _digest(metadata["semsharekv"], named), metadata["digest"])
+            _require_same(
+                path,
+                "digest",
+                tensor_digest(metadata["semsharekv"], ((name, tensor.cpu()) for name, tensor in named)),
+                metadata["digest"],
+            )
             return [_read(file, n, entry) for n, entry in enumerate(header["entries"])]
     except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
@@ -74,15 +79,6 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
 def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
     if found != wanted:
         raise StoreFileError(f"{path} has {name} {found!r}; accepted is {wanted!r}")
-
-
-def _digest(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of the header and of every tensor's name, dtype, shape and bytes, in the order given."""
-    digest = hashlib.blake2b(header.encode(), digest_size=16)
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def _header(reference: Reference) -> dict[str, Any]:

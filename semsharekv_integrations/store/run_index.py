@@ -29,7 +29,9 @@ SCANNED_AT_ONCE = 1024
 POSITION_BITS = 32
 
 Places = NDArray[np.int64]  # number of a source, shifted, plus a position in it: newer sources have higher places
-Live = NDArray[np.bool_]  # whether the source with each number ever given is still there
+Live = NDArray[np.bool_]  # whether there is a source with each number
+
+BYTES_PER_WINDOW = 16  # a hash and a place
 
 
 class IndexedRun(NamedTuple):
@@ -74,30 +76,32 @@ class RunIndex:
 
     def __init__(self, min_run_tokens: int) -> None:
         self.min_run_tokens = min_run_tokens
-        self._sources: dict[int, _Source] = {}  # number -> source; numbers only grow
+        self._sources: dict[int, _Source] = {}  # number -> source; later ones have higher numbers
         self._numbers: dict[str, int] = {}  # key -> number
-        self._num_added = 0
+        self._next_number = 0
+        self._live: Live = np.zeros(64, dtype=bool)  # with room for more
+        self._num_live_windows = 0
         self._blocks: list[_Block] = []  # older ones first
 
     def add(self, key: str, token_ids: TokenIds) -> None:
         """Index a sequence [S], which must not change from now on, under a key that is not there."""
-        assert key not in self._numbers
-        hashes = window_hashes(token_ids, self.min_run_tokens)
-        positions = windows_by_hash(hashes, self.min_run_tokens)
-        self._numbers[key] = self._num_added
-        self._sources[self._num_added] = _Source(key, token_ids, len(positions))
-        if len(positions):
-            self._blocks.append(_Block(hashes[positions], positions | self._num_added << POSITION_BITS))
-        self._num_added += 1  # before merging, which asks what is live
+        self.add_all([(key, token_ids)])
+
+    def add_all(self, sequences: Iterable[tuple[str, TokenIds]]) -> None:
+        """As ``add`` for each, sorted once."""
+        new = [block for block in (self._numbered(*sequence) for sequence in sequences) if len(block.hashes)]
+        if new:
+            self._blocks.append(new[0] if len(new) == 1 else _sorted(new))
         while len(self._blocks) > 1 and len(self._blocks[-2].hashes) < 2 * len(self._blocks[-1].hashes):
             self._blocks[-2:] = [self._merged(*self._blocks[-2:])]
 
     def remove(self, key: str) -> None:
         """Forget a sequence; it is not found from now on."""
-        del self._sources[self._numbers.pop(key)]
-        num_live = self._num_live_windows()
-        if self.num_windows > 2 * num_live:
-            self._blocks = [reduce(self._merged, self._blocks, NOTHING)] if num_live else []
+        number = self._numbers.pop(key)
+        self._num_live_windows -= self._sources.pop(number).num_windows
+        self._live[number] = False
+        if self.num_windows > 2 * self._num_live_windows or self._next_number > 64 + 2 * len(self._sources):
+            self._purge()
 
     def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
         """Runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
@@ -107,7 +111,7 @@ class RunIndex:
         before would continue.
         """
         hashes = window_hashes(token_ids, self.min_run_tokens)
-        live = self._live()
+        live = self._live
         distinct, which = np.unique(hashes, return_inverse=True)  # ordered: searching is several times as fast
         held = np.zeros(len(distinct), dtype=bool)
         for block in self._blocks:
@@ -128,24 +132,27 @@ class RunIndex:
 
     @property
     def num_windows(self) -> int:
-        """Windows in memory, those of removed sequences that are not yet purged included; 16 bytes each."""
+        """Windows in memory, those of removed sequences that are not yet purged included."""
         return sum(len(block.hashes) for block in self._blocks)
 
     def check(self) -> None:
         """The law: blocks are ordered and few, exactly the windows of live sequences are found, the rest is bounded."""
         assert {source.key: number for number, source in self._sources.items()} == self._numbers
-        assert self.num_windows <= 2 * self._num_live_windows(), "removed windows are not purged"
+        assert set(np.flatnonzero(self._live).tolist()) == set(self._sources), "what is live"
+        assert self._num_live_windows == sum(source.num_windows for source in self._sources.values())
+        assert self.num_windows <= 2 * self._num_live_windows, "removed windows are not purged"
+        assert self._next_number <= 64 + 2 * len(self._sources), "removed numbers are not purged"
         for block in self._blocks:
             assert (np.lexsort((block.places, block.hashes)) == np.arange(len(block.hashes))).all(), "out of order"
         for older, newer in pairwise(self._blocks):
             assert len(older.hashes) >= 2 * len(newer.hashes), "too many blocks"
-        live = self._live()
+        live = self._live
         found = [place for block in self._blocks for place in block.only(live).places.tolist()]
         for number, source in self._sources.items():
             hashes = window_hashes(source.token_ids, self.min_run_tokens)
             positions = windows_by_hash(hashes, self.min_run_tokens)
             assert {number << POSITION_BITS | int(at) for at in positions} <= set(found), "a window is not indexed"
-        assert len(found) == self._num_live_windows(), "a window is indexed twice"
+        assert len(found) == self._num_live_windows, "a window is indexed twice"
 
     def _occurrences(self, window_hash: np.uint64, expected: Occurrence | None, live: Live) -> Iterable[Occurrence]:
         """The latest live occurrences of a hash, and those just before and behind the expected one."""
@@ -164,8 +171,7 @@ class RunIndex:
 
     def _merged(self, older: _Block, newer: _Block) -> _Block:
         """One block for two, the older before the newer among equal hashes, without what was removed."""
-        live = self._live()
-        older, newer = older.only(live), newer.only(live)
+        older, newer = older.only(self._live), newer.only(self._live)
         inserted = older.hashes.searchsorted(newer.hashes, side="right") + np.arange(len(newer.hashes))
         is_older = np.ones(len(older.hashes) + len(newer.hashes), dtype=bool)
         is_older[inserted] = False
@@ -174,13 +180,37 @@ class RunIndex:
             array[is_older], array[inserted] = first, second
         return merged
 
-    def _live(self) -> Live:
-        live = np.zeros(self._num_added, dtype=bool)
-        live[list(self._sources)] = True
-        return live
+    def _numbered(self, key: str, token_ids: TokenIds) -> _Block:
+        """The windows of a new source, under the next number."""
+        assert key not in self._numbers
+        hashes = window_hashes(token_ids, self.min_run_tokens)
+        positions = windows_by_hash(hashes, self.min_run_tokens)
+        number = self._numbers[key] = self._next_number
+        self._next_number += 1
+        self._sources[number] = _Source(key, token_ids, len(positions))
+        self._num_live_windows += len(positions)
+        if number == len(self._live):
+            self._live = np.concatenate([self._live, np.zeros_like(self._live)])
+        self._live[number] = True
+        return _Block(hashes[positions], positions | number << POSITION_BITS)
 
-    def _num_live_windows(self) -> int:
-        return sum(source.num_windows for source in self._sources.values())
+    def _purge(self) -> None:
+        """Drop what was removed; what is left has the lowest numbers from now on, in the same order."""
+        hashes, places = reduce(self._merged, self._blocks, NOTHING)
+        numbers = np.cumsum(self._live) - 1
+        moved = numbers[places >> POSITION_BITS] << POSITION_BITS | places & (1 << POSITION_BITS) - 1
+        self._blocks = [_Block(hashes, moved)] if len(hashes) else []
+        self._sources = {int(numbers[number]): source for number, source in sorted(self._sources.items())}
+        self._numbers = {source.key: number for number, source in self._sources.items()}
+        self._next_number = len(self._sources)
+        self._live = np.arange(64 + 2 * len(self._sources)) < len(self._sources)
+
+
+def _sorted(blocks: list[_Block]) -> _Block:
+    """One block for several, the older ones first among equal hashes."""
+    hashes, places = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    order = hashes.argsort(kind="stable")
+    return _Block(hashes[order], places[order])
 
 
 def _latest(places: Places, live: Live, count: int) -> Places:

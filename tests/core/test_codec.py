@@ -13,7 +13,7 @@ import torch
 from semsharekv_integrations import StoreFileError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.store import codec
-from semsharekv_integrations.store.memory import reference_id
+from semsharekv_integrations.store.labels import reference_id
 from tiny_models import EngineMaker, make_model
 
 PROMPTS = ["Report on Prorna in the Daily Courier.", "What happened in Velmar?"]
@@ -38,7 +38,7 @@ def test_round_trip(make_engine: EngineMaker, saved: Path) -> None:
         found = engine.generate(prompt, max_new_tokens=5, namespace=prompt[:4])
         assert found.token_ids == wanted.token_ids and found.report.recomputed_tokens == 1
     assert engine.generate(PROMPTS[0], max_new_tokens=1).report.prefix_tokens <= 2  # another namespace: the warm text's
-    pinned = next(r for r in engine.store.references() if r.pinned)
+    pinned = next(r for r in engine.store.fetch_all() if r.pinned)
     assert (dict(pinned.document_starts), pinned.expires_after_s) == ({"pinned": 1}, 60.0)
     assert engine.forget("d", namespace=PROMPTS[0][:4]) == engine.clear(PROMPTS[1][:4], session="s") == 1
 
@@ -49,7 +49,7 @@ def test_round_trip_in_half_precision(make_engine: EngineMaker, tokenizer, tmp_p
     engine.generate(PROMPTS[0], max_new_tokens=3)
     engine.save(tmp_path / "kv")
     again.load(tmp_path / "kv")
-    for kept, read in zip(engine.store.references(), again.store.references(), strict=True):
+    for kept, read in zip(engine.store.fetch_all(), again.store.fetch_all(), strict=True):
         assert kept.id == read.id
         for one, other in zip(kept.layers, read.layers, strict=True):
             assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)

@@ -191,7 +191,7 @@ def test_dropping_a_stream_is_closing_it(make_engine: EngineMaker) -> None:
 def assert_consistent(engine: SemShareEngine, off: SemShareEngine) -> None:
     """What a call that ended early left is sound: the next one equals ``off``."""
     engine.store.check()
-    for reference in engine.store.references():
+    for reference in engine.store.fetch_all():
         assert all(t.shape[2] == len(reference.token_ids) for layer in reference.layers for t in layer)
     for prompt in (PROMPTS[0], PROMPTS[0] + " And where?"):
         for options in ({"max_new_tokens": 6}, {**LONG, "max_new_tokens": 12}):

@@ -38,6 +38,11 @@ def reused_later(engine: SemShareEngine) -> int:
     return engine.generate(PROMPT, max_new_tokens=2).report.reused_tokens
 
 
+def reused_from_all(engine: SemShareEngine) -> int:
+    engine.generate(PROMPT, max_new_tokens=2, namespace="all")
+    return engine.generate(PROMPT, max_new_tokens=2).report.reused_tokens
+
+
 def prompt_of(start: str, *documents: str) -> str:
     return "\n\n".join([start, *documents, "Who was affected ?"])
 
@@ -134,7 +139,9 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "retention_ratio"): (0.3, moved, IDENTICAL),
     (ReuseConfig, "retention_final_share"): (0.1, moved, {**IDENTICAL, "retention_ratio": 0.5}),
     (StoreConfig, "max_bytes"): (1, reused, {}),
+    (StoreConfig, "host_max_bytes"): (2**30, reused, {"max_bytes": 0}),
     (StoreConfig, "ttl_s"): (50.0, reused_later, {}),
+    (StoreConfig, "shared_namespace"): ("all", reused_from_all, {}),
     (AuditConfig, "sample_ratio"): (1.0, audited, {}),
     (AuditConfig, "min_agreement"): (0.2, suspends, {}),
     (AuditConfig, "tokens"): (3, compared_tokens, {"sample_ratio": 1.0}),
@@ -149,6 +156,8 @@ OPTION_EFFECTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "repetition_penalty": (9.0, {}),
     "seed": (6, {"seed": 5, "temperature": 2.0}),
 }
+# What needs a folder, another mode, or a trace of its own: see test_store_disk and test_store_tiers.
+SHOWN_ELSEWHERE = ("directory", "disk_max_bytes", "kv_bits", "eviction")
 SECTIONS = {ReuseConfig: "reuse", StoreConfig: "store", AuditConfig: "audit"}
 
 
@@ -178,9 +187,10 @@ def test_every_rule_is_a_setting() -> None:
 
 
 def test_no_setting_was_overlooked() -> None:
-    assert set(BAD[ReuseConfig]) == {field.name for field in fields(ReuseConfig)}
+    for config in (ReuseConfig, StoreConfig):
+        assert set(BAD[config]) == {field.name for field in fields(config)}
     known = {*EFFECTS, *((SamplingConfig, name) for name in OPTION_EFFECTS), (EngineConfig, "max_context_tokens")}
-    known |= {(EngineConfig, name) for name in SECTIONS.values()}
+    known |= {(EngineConfig, name) for name in SECTIONS.values()} | {(StoreConfig, name) for name in SHOWN_ELSEWHERE}
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
     options = {*OPTION_EFFECTS, "namespace", "documents", "session"}  # the last three: see test_prefix_reuse
     assert options == set(GenerateOptions.__annotations__)
@@ -212,7 +222,16 @@ BAD = {
         "retention_ratio": [0, *SHARES],
         "retention_final_share": [0, -1, float("nan"), float("inf"), "1"],
     },
-    StoreConfig: {"max_bytes": [-1, 0.5, None], "ttl_s": [0, -1.0, "1", float("nan")]},
+    StoreConfig: {
+        "max_bytes": [-1, 0.5, None],
+        "host_max_bytes": [-1, 0.5, None],
+        "directory": ["", 3, True],
+        "disk_max_bytes": [-1, 0.5, None],
+        "ttl_s": [0, -1.0, "1", float("nan")],
+        "kv_bits": [4, 0, "8", True],
+        "eviction": ["fifo", "", None],
+        "shared_namespace": ["", 3, True],
+    },
     AuditConfig: {
         "sample_ratio": [-0.1, 1.1, None, "1"],
         "min_agreement": [-1, 2, "x"],
@@ -278,6 +297,14 @@ def test_rules_that_need_a_full_layer_say_so(needy: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="full_layers is 0"):
         ReuseConfig(mode="semantic", full_layers=0)
     assert ReuseConfig(mode="identical", full_layers=1, **needy).rules.full_layers == 1
+
+
+def test_rounded_kv_is_refused_where_answers_are_exact() -> None:
+    store = StoreConfig(kv_bits=8)
+    for mode in ("exact", "off", "auto"):
+        with pytest.raises(ValueError, match=rf"store.kv_bits is 8; accepted is None in mode '{mode}'"):
+            EngineConfig(reuse=ReuseConfig(mode=mode), store=store)
+    assert EngineConfig(reuse=ReuseConfig(mode="identical"), store=store).store.kv_bits == 8
 
 
 def test_modes_that_compare_no_runs_index_none() -> None:

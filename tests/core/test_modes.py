@@ -91,7 +91,7 @@ def test_an_unchanged_prompt_gets_the_same_answer(make_engine: EngineMaker, mode
 def test_reordered_documents_are_found(make_engine: EngineMaker, model, mode: str) -> None:
     engine = make_engine(model=model, reuse=of(mode, max_deviation=100.0, max_compute_ratio=1.0))
     engine.generate(FIRST, **TOKENS)
-    (kept,) = engine.store.references()
+    (kept,) = engine.store.fetch_all()
     report = engine.generate(SECOND, documents=DOCUMENTS, **TOKENS).report
     assert_counts(report)
     reused, other = report.identical_tokens, report.fuzzy_tokens
@@ -328,7 +328,7 @@ class TestFallback:
         for max_deviation in (None, UNGUARDED):
             engine = make_engine(model=model, reuse=of("identical", max_deviation=max_deviation, **rules))
             engine.generate(FIRST, **TOKENS)
-            stored = engine.store.references()
+            stored = engine.store.fetch_all()
             engine.clear()
             assert all(engine.store.put(zeroed(reference)) for reference in stored)
             generation = engine.generate(SECOND, documents=DOCUMENTS, **TOKENS)

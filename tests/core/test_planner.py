@@ -21,7 +21,7 @@ from semsharekv_integrations.matching import FuzzyMatcher, segments_of
 from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
 from semsharekv_integrations.planner import LONGEST_QUESTION_TOKENS, Planner, question_of
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.memory import reference_id
+from semsharekv_integrations.store.labels import reference_id
 
 NUM_LAYERS, TAIL, VOCAB, WIDTH = 8, 4, 5000, 64
 DOCUMENTS = {
@@ -212,7 +212,8 @@ def test_only_its_own_session_continues_approximate_kv(renderer: PromptRenderer,
     fixture = Fixture(renderer, mode)
     rendered = fixture.prompt()
     kept = fixture.keep(rendered, session="s", exact_tokens=3, segments=())
-    assert fixture.plan(rendered, session="s").prefix == (kept, len(rendered.token_ids) - 1)
+    prefix = fixture.plan(rendered, session="s").prefix
+    assert prefix and (prefix.reference.id, prefix.num_tokens) == (kept.id, len(rendered.token_ids) - 1)
     for session, suspended in ((None, False), ("t", False), ("s", True)):
         plan = fixture.plan(rendered, session=session, suspended=suspended)
         assert plan.prefix is None and not plan.borrowings, (session, suspended)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.remember import references_of
-from semsharekv_integrations.store.memory import KVStore, reference_id
+from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.labels import reference_id
 from tiny_models import EngineMaker
 
 DOCUMENTS = {
@@ -92,7 +93,7 @@ class TestReferences:
 def assert_exact(engine: SemShareEngine, namespace: str = "default") -> None:
     """Every stored reference holds what a full prefill of its tokens gives."""
     adapter = engine._ready().adapter
-    for reference in engine.store.references(namespace):
+    for reference in engine.store.fetch_all(namespace):
         fresh = adapter.layers_of(adapter.prefill(reference.token_ids).cache)
         for stored, wanted in zip(reference.layers, fresh, strict=True):
             torch.testing.assert_close(stored.keys, wanted.keys, atol=1e-4, rtol=1e-3)
@@ -125,7 +126,7 @@ def test_what_borrowed_leaves_its_exact_part_alone(engine: SemShareEngine) -> No
     before = {reference.id for reference in engine.store.references()}
     generation = engine.generate(SECOND, documents=DOCUMENTS, **ANSWER)
     assert borrowed(generation.report) > 10 and tainted(engine) == 0
-    new = [reference for reference in engine.store.references() if reference.id not in before]
+    new = [reference for reference in engine.store.fetch_all() if reference.id not in before]
     rendered = engine._ready().renderer.render(SECOND, DOCUMENTS, "default")
     for reference in new:
         assert len(reference.token_ids) < len(rendered.token_ids), "neither all of the prompt, nor the answer"
@@ -216,7 +217,7 @@ def test_forgetting_a_document_drops_exact_parts_that_begin_it(make_engine: Engi
     engine.generate(FIRST, documents=DOCUMENTS, **ANSWER)
     before = {reference.id for reference in engine.store.references()}
     assert len(engine.generate(SECOND, **ANSWER).report.sources) >= 1
-    (new,) = [reference for reference in engine.store.references() if reference.id not in before]
+    (new,) = [reference for reference in engine.store.fetch_all() if reference.id not in before]
     segments = engine._ready().renderer.render(SECOND, DOCUMENTS, "default").segments
     assert [s.document_id for s in segments if s.start < len(new.token_ids)] == ["fire"], "it holds words of one"
     engine.forget("fire")

@@ -200,7 +200,7 @@ def test_ratio_one_changes_nothing(make_engine: EngineMaker, mode: str) -> None:
     assert generation.token_ids == make_engine("off").generate(PROMPT, **TOKENS).token_ids
     assert generation.report.kv_retained_ratio == 1
     assert generation.report.kv_retained_bytes == generation.report.kv_bytes > 0
-    (kept,) = engine.store.references()
+    (kept,) = engine.store.fetch_all()
     assert len(kept.token_ids) == generation.report.prompt_tokens + len(generation.token_ids) - 1
 
 
@@ -227,7 +227,7 @@ def test_bytes_shrink_about_in_proportion(make_engine: EngineMaker) -> None:
 def test_stored_references_are_whole(make_engine: EngineMaker) -> None:
     engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.4))
     first = engine.generate(PROMPT, **TOKENS)
-    (kept,) = engine.store.references()
+    (kept,) = engine.store.fetch_all()
     assert len(kept.token_ids) == first.report.prompt_tokens, "the answer stands on a part of the KV"
     adapter = engine._ready().adapter
     for stored, wanted in zip(kept.layers, adapter.layers_of(adapter.prefill(kept.token_ids).cache), strict=True):

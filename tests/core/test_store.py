@@ -1,242 +1,54 @@
-"""The store against a simple model of it: bounds, lifetimes, namespaces, sessions, and its law after every step."""
+"""The store in memory: what is found, replaced, kept, refused and forgotten, and its law.
+
+For the rest see ``test_store_machine`` (everything against a model), ``test_store_tiers`` and ``test_store_disk``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kept_prompts import (
+    BYTES_PER_TOKEN,
+    MIN_RUN_TOKENS,
+    Tokens,
+    assert_whole,
+    distinct_tokens,
+    layers_of,
+    lookup,
+    put_all,
+    reference,
+    runs_of,
+    store_of,
+    tainted,
+)
 from semsharekv_integrations import StoreConfig
-from semsharekv_integrations.kv import LayerKV, Reference, Run, Segment
+from semsharekv_integrations.kv import UNPLACED, Run, Segment
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.memory import reference_id
-
-BYTES_PER_TOKEN = 2 * 2 * 4  # keys and values, two numbers each, four bytes
-MIN_RUN_TOKENS = 2
-NAMESPACES = st.sampled_from(["a", "b"])
-SESSIONS = st.sampled_from(["s", "t"])
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def reference(tokens: tuple[int, ...], namespace: str = "a", **labels: object) -> Reference:
-    ids = np.array(tokens, dtype=np.int64)
-    layer = LayerKV(*(torch.from_numpy(ids).float()[None, None, :, None].repeat(1, 1, 1, 2) for _ in range(2)))
-    return Reference(reference_id(namespace, ids), namespace, ids, (layer,), **labels)  # type: ignore[arg-type]
-
-
-def store_of(max_tokens: int = 1000, ttl_s: float | None = None) -> tuple[KVStore, Clock]:
-    clock = Clock()
-    config = StoreConfig(max_bytes=max_tokens * BYTES_PER_TOKEN, ttl_s=ttl_s)
-    return KVStore(config, clock, min_run_tokens=MIN_RUN_TOKENS), clock
-
-
-def lookup(store: KVStore, tokens: tuple[int, ...], namespace: str = "a", session: str | None = None) -> int:
-    ids = np.array(tokens, dtype=np.int64)
-    match = store.longest_prefix(ids, namespace, max_tokens=len(tokens), session=session)
-    if match is None:
-        return 0
-    assert match.reference.namespace == namespace
-    assert tuple(match.reference.token_ids[: match.num_tokens]) == tokens[: match.num_tokens]
-    return match.num_tokens
-
-
-def runs_of(store: KVStore, tokens: tuple[int, ...], namespace: str = "a") -> list[Run]:
-    return store.identical_runs(np.array(tokens, dtype=np.int64), namespace, start=0, stop=len(tokens))
-
-
-@dataclass
-class Kept:
-    namespace: str
-    tokens: tuple[int, ...]
-    pinned: bool
-    ttl_s: float | None
-    documents: set[str]
-    used_s: float
-    tainted_session: str | None = None
-
-    def shared_with(self, tokens: tuple[int, ...]) -> int:
-        pairs = zip(self.tokens, tokens, strict=False)
-        return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(self.tokens), len(tokens)))
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Every entry is a plain record here; what the store does is done to a list of them."""
-
-    MAX_TOKENS, TTL_S = 14, 9.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.store, self.clock = store_of(self.MAX_TOKENS, self.TTL_S)
-        self.kept: list[Kept] = []
-
-    def expire(self) -> None:
-        self.kept = [k for k in self.kept if self.clock.now_s - k.used_s < (k.ttl_s or self.TTL_S)]
-
-    @rule(
-        tokens=TOKENS,
-        namespace=NAMESPACES,
-        pinned=st.booleans(),
-        ttl_s=st.sampled_from([None, 4.0]),
-        document=st.text(),
-    )
-    def put(self, tokens: tuple[int, ...], namespace: str, pinned: bool, ttl_s: float | None, document: str) -> None:
-        self.clock.now_s += 0.01  # no two uses at the same time, so that the order of eviction is certain
-        self.expire()
-        labels = {"pinned": pinned, "expires_after_s": ttl_s, "document_starts": {document: 0}}
-        stored = self.store.put(reference(tokens, namespace, **labels))
-        new = Kept(namespace, tokens, pinned, ttl_s, {document}, self.clock.now_s)
-        mine = [k for k in self.kept if k.namespace == namespace and not k.tainted_session]
-        containers = [k for k in mine if k.tokens[: len(tokens)] == tokens and (k.pinned or not pinned)]
-        if containers:
-            assert stored
-            labelled = [k for k in containers if self.labels_of(k) >= k.documents | {document}]
-            assert labelled, "one entry that contains it carries its labels"
-            labelled[0].documents |= {document}
-            labelled[0].used_s = self.clock.now_s
-            labelled[0].ttl_s = min(filter(None, (labelled[0].ttl_s, ttl_s)), default=None)
-            return
-        absorbed = [k for k in mine if not k.pinned and tokens[: len(k.tokens)] == k.tokens]
-        self.settle(new, stored, absorbed, absorbed)
-
-    @rule(tokens=TOKENS, namespace=NAMESPACES, session=SESSIONS, exact=st.integers(0, 5), pinned=st.booleans())
-    def put_tainted(self, tokens: tuple[int, ...], namespace: str, session: str, exact: int, pinned: bool) -> None:
-        self.clock.now_s += 0.01
-        self.expire()
-        labels = {"exact_tokens": min(exact, len(tokens) - 1), "document_starts": {session: 0}, "pinned": pinned}
-        stored = self.store.put(reference(tokens, namespace, session=session, **labels))
-        new = Kept(namespace, tokens, False, None, {session}, self.clock.now_s, tainted_session=session)
-        former = [k for k in self.kept if (k.namespace, k.tainted_session) == (namespace, session)]
-        self.settle(new, stored, former, [k for k in former if tokens[: len(k.tokens)] == k.tokens])
-
-    def settle(self, new: Kept, stored: bool, replaced: list[Kept], absorbed: list[Kept]) -> None:
-        """Whether it had to be stored; if so, what goes for it, with labels joined and the oldest evicted."""
-        num_tokens = len(new.tokens)
-        room = self.MAX_TOKENS - sum(len(k.tokens) for k in self.kept if k.pinned)
-        assert stored == (num_tokens <= room)
-        if not stored:
-            return
-        for k in absorbed:
-            new.documents |= k.documents
-            new.ttl_s = min(filter(None, (new.ttl_s, k.ttl_s)), default=None)
-        for k in replaced:
-            self.kept.remove(k)
-        for k in sorted((k for k in self.kept if not k.pinned), key=lambda k: k.used_s):
-            if sum(len(k.tokens) for k in self.kept) + num_tokens <= self.MAX_TOKENS:
-                break
-            self.kept.remove(k)
-        self.kept.append(new)
-
-    def labels_of(self, kept: Kept) -> set[str]:
-        for found in self.store.references(kept.namespace):
-            if tuple(found.token_ids) == kept.tokens:
-                return set(found.document_starts)
-        return set()
-
-    @rule(tokens=TOKENS, namespace=NAMESPACES, session=st.none() | SESSIONS)
-    def look_up(self, tokens: tuple[int, ...], namespace: str, session: str | None) -> None:
-        self.clock.now_s += 0.01
-        self.expire()
-        ids = np.array(tokens, dtype=np.int64)
-        match = self.store.longest_prefix(ids, namespace, max_tokens=len(tokens) - 1, session=session)
-        readable = [k for k in self.kept if k.namespace == namespace and k.tainted_session in (None, session)]
-        longest = min(max((k.shared_with(tokens) for k in readable), default=0), len(tokens) - 1)
-        assert (match.num_tokens if match else 0) == longest
-        if match:
-            found = match.reference
-            assert found.namespace == namespace
-            assert tuple(found.token_ids[:longest]) == tokens[:longest]
-            assert tuple(found.layers[0].keys[0, 0, :longest, 0].int().tolist()) == tokens[:longest]
-            exact = max((k.shared_with(tokens) for k in readable if not k.tainted_session), default=0)
-            assert found.is_tainted == (exact < longest), "of equal ones the ordinary entry is taken"
-            self.use(found)
-
-    @rule(tokens=TOKENS, namespace=NAMESPACES, data=st.data())
-    def look_for_runs(self, tokens: tuple[int, ...], namespace: str, data: st.DataObject) -> None:
-        self.clock.now_s += 0.01
-        self.expire()
-        start = data.draw(st.integers(0, len(tokens)))
-        stop = data.draw(st.integers(start, len(tokens)))
-        exact = [k.tokens for k in self.kept if k.namespace == namespace and not k.tainted_session]
-        known = {t[at : at + MIN_RUN_TOKENS] for t in exact for at in range(len(t) - MIN_RUN_TOKENS + 1)}
-        ids = np.array(tokens, dtype=np.int64)
-        covered: set[int] = set()
-        for run in self.store.identical_runs(ids, namespace, start=start, stop=stop):
-            found = tuple(run.reference.token_ids[run.source_start : run.source_start + run.num_tokens])
-            assert found == tokens[run.start : run.start + run.num_tokens] and tuple(run.reference.token_ids) in exact
-            assert not run.reference.is_tainted and run.reference.namespace == namespace
-            assert start <= min({run.start} - covered) and run.start + run.num_tokens <= stop
-            covered |= set(range(run.start, run.start + run.num_tokens))
-            self.use(run.reference)
-        for at in range(start, stop - MIN_RUN_TOKENS + 1):
-            assert at in covered or tokens[at : at + MIN_RUN_TOKENS] not in known
-
-    def use(self, found: Reference) -> None:
-        session = found.session if found.is_tainted else None
-        key = (found.namespace, tuple(found.token_ids), session)
-        used = next(k for k in self.kept if (k.namespace, k.tokens, k.tainted_session) == key)
-        used.used_s = self.clock.now_s
-
-    @rule(seconds=st.floats(0.5, 6))
-    def wait(self, seconds: float) -> None:
-        self.clock.now_s += seconds
-
-    @precondition(lambda self: self.kept)
-    @rule(data=st.data())
-    def forget(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.kept))
-        document = sorted(one.documents)[0]
-        gone = [k for k in self.kept if k.namespace == one.namespace and document in k.documents]
-        expired = [k for k in gone if self.clock.now_s - k.used_s >= (k.ttl_s or self.TTL_S)]
-        found = self.store.forget(one.namespace, document_id=document)
-        assert len(gone) - len(expired) <= found <= len(gone)
-        self.kept = [k for k in self.kept if k not in gone]
-
-    @rule()
-    def clear(self) -> None:
-        self.store.clear()
-        self.kept = []
-        assert self.store.stats()["entries"] == self.store.stats()["bytes"] == 0
-
-    @invariant()
-    def same_entries(self) -> None:
-        self.store.check()
-        self.expire()
-        found = [(r.namespace, tuple(r.token_ids), r.pinned) for r in self.store.references()]
-        ordinary = [k for k in self.kept if not k.tainted_session]
-        assert sorted(found) == sorted((k.namespace, k.tokens, k.pinned) for k in ordinary)
-        stats = self.store.stats()
-        assert (stats["entries"], stats["tainted_entries"]) == (len(self.kept), len(self.kept) - len(ordinary))
-        assert stats["bytes"] == sum(len(k.tokens) for k in self.kept) * BYTES_PER_TOKEN
-        self.store.check()
-
-
-TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=60, stateful_step_count=25)
+from semsharekv_integrations.store.packed import PackedKV
 
 
 def test_tensors_are_shaped_as_the_legend_says() -> None:
     kept = reference((1, 0, 1))
-    assert kept.layers[0].keys.shape == (1, 1, 3, 2) and kept.num_bytes == 3 * BYTES_PER_TOKEN
+    assert kept.layers[0].keys.shape == (1, 1, 3, 3) and kept.num_bytes == 3 * BYTES_PER_TOKEN
 
 
-def test_least_recently_used_goes_first() -> None:
-    store, clock = store_of(max_tokens=6)
-    for tokens in ((1, 1), (2, 2), (3, 3)):
-        clock.now_s += 1
-        store.put(reference(tokens))
+def test_kv_made_for_tests_tells_tokens_places_and_owners() -> None:
+    one = layers_of((1, 2, 3), "a")
+    assert all(torch.equal(x.keys, y.keys[:, :, :3]) for x, y in zip(one, layers_of((1, 2, 3, 4), "a"), strict=True))
+    for other in (layers_of((2, 2, 3), "a"), layers_of((1, 2, 4), "a"), layers_of((1, 2, 3), "b")):
+        assert not torch.equal(one[0].keys[:, :, 2], other[0].keys[:, :, 2])
+    assert len({tuple(t[0, 0, 2].tolist()) for layer in one for t in layer}) == 4
+
+
+@pytest.mark.parametrize("eviction", ["value", "lru"])
+def test_least_recently_used_goes_first(eviction: str) -> None:
+    store, clock = store_of(max_tokens=6, eviction=eviction)
+    put_all(store, clock, [(1, 1), (2, 2), (3, 3)])
     clock.now_s += 1
     assert lookup(store, (1, 1)) == 2
     store.put(reference((4, 4)))
@@ -244,31 +56,56 @@ def test_least_recently_used_goes_first() -> None:
     assert store.stats()["evicted"] == 1
 
 
+def test_putting_what_is_there_counts_as_a_use() -> None:
+    store, clock = store_of(max_tokens=6)
+    put_all(store, clock, [(1, 1), (2, 2), (3, 3), (1, 1), (4, 4)])
+    assert [r.token_ids[0] for r in store.references()] == [3, 1, 4]
+
+
+def test_what_is_put_behind_a_stored_beginning_does_not_go_before_older_entries() -> None:
+    store, clock = store_of(max_tokens=8)
+    put_all(store, clock, [(1, 1, 1, 2), (3, 3), (1, 1, 1, 4), (5, 5)])  # the first one's tail is the oldest
+    assert [lookup(store, t) for t in ((1, 1, 1, 2), (3, 3), (1, 1, 1, 4), (5, 5))] == [3, 2, 4, 2]
+
+
 def test_pinned_entries_are_never_evicted() -> None:
     store, clock = store_of(max_tokens=5)
-    store.put(reference((1, 1, 1), pinned=True))
-    for n in range(2, 9):
-        clock.now_s += 1
-        assert store.put(reference((n, n)))
+    put_all(store, clock, [(1, 1, 1)], pinned=True)
+    put_all(store, clock, [(n, n) for n in range(2, 9)])
     assert lookup(store, (1, 1, 1)) == 3
     assert not store.put(reference((9, 9, 9)))
     assert lookup(store, (8, 8)) == 2, "a refusal evicts nothing"
 
 
-def test_a_refused_entry_leaves_its_prefix() -> None:
-    store, _ = store_of(max_tokens=3)
-    store.put(reference((1, 2)))
-    assert not store.put(reference((1, 2, 3, 4)))
-    assert lookup(store, (1, 2, 3, 4)) == 2 and store.stats()["refused"] == 1
+def test_a_refused_entry_changes_nothing() -> None:
+    store, clock = store_of(max_tokens=4)
+    put_all(store, clock, [(1, 2, 5)])
+    before = store.stats()
+    assert not store.put(reference((1, 2, 3, 4, 5, 6), document_starts={"d": 0}))
+    store.check()
+    assert store.stats() == {**before, "refused": 1}
+    assert lookup(store, (1, 2, 5)) == 3 and lookup(store, (1, 2, 3)) == 2
+    assert store.put(reference((1, 2, 5, 6))), "what goes on from it is as before"
 
 
 def test_pinning_what_is_there_keeps_the_bytes_exact() -> None:
-    store, _ = store_of()
+    store, _ = store_of(max_tokens=3)
     store.put(reference((1, 2), document_starts={"d": 0}))
     store.put(reference((1, 2), pinned=True))
     store.check()
     (kept,) = store.references()
     assert kept.pinned and set(kept.document_starts) == {"d"}
+    assert not store.put(reference((3, 4)))
+
+
+def test_a_pinned_beginning_stays_when_what_follows_goes() -> None:
+    store, clock = store_of(max_tokens=6)
+    put_all(store, clock, [(1, 2, 3, 4)])
+    put_all(store, clock, [(1, 2)], pinned=True)
+    assert store.stats()["bytes"] == 4 * BYTES_PER_TOKEN, "it lies within the other"
+    put_all(store, clock, [(7, 7, 7, 7)])
+    assert lookup(store, (1, 2, 3, 4)) == 2
+    assert store.forget("a") == 2 and store.stats()["bytes"] == 0
 
 
 def test_an_absorbed_entry_leaves_its_labels() -> None:
@@ -300,8 +137,65 @@ def test_segments_of_an_absorbed_entry_are_kept_where_there_are_none() -> None:
         assert found.segments == (kept if len(tokens) == 4 else other)
 
 
-def tainted(tokens: tuple[int, ...], session: str | None = "s", namespace: str = "a", **labels: object) -> Reference:
-    return reference(tokens, namespace, session=session, exact_tokens=len(tokens) - 1, **labels)
+# Common beginnings ----------------------------------------------------------------------------------------------------
+
+FORKS = [(1, 2, 3, 4, 5), (1, 2, 3, 6), (1, 2, 7, 8), (1, 2, 3, 4, 9, 9)]
+
+
+def test_a_common_beginning_takes_its_bytes_once() -> None:
+    store, clock = store_of()
+    put_all(store, clock, FORKS)
+    assert store.stats()["bytes"] == distinct_tokens(FORKS) * BYTES_PER_TOKEN < sum(map(len, FORKS)) * BYTES_PER_TOKEN
+    put_all(store, clock, FORKS[:1], namespace="b")
+    assert store.stats()["bytes"] == (distinct_tokens(FORKS) + 5) * BYTES_PER_TOKEN, "not across namespaces"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)])
+def test_what_several_share_stays_while_one_needs_it(order: tuple[int, ...]) -> None:
+    store, _ = store_of()
+    for n, tokens in enumerate(FORKS):
+        store.put(reference(tokens, document_starts={f"d{n}": 0}))
+    left = list(FORKS)
+    for n in order:
+        assert store.forget("a", document_id=f"d{n}") == 1
+        left.remove(FORKS[n])
+        store.check()
+        assert store.stats()["bytes"] == distinct_tokens(left) * BYTES_PER_TOKEN
+        assert [lookup(store, tokens) for tokens in left] == [len(tokens) for tokens in left]
+        assert all(map(assert_whole_or_fail, store.fetch_all()))
+
+
+def assert_whole_or_fail(found: object) -> bool:
+    assert_whole(found)  # type: ignore[arg-type]
+    return True
+
+
+def test_a_beginning_brings_only_its_own_pieces() -> None:
+    store, clock = store_of()
+    put_all(store, clock, FORKS)
+    match = store.longest_prefix(np.array((1, 2, 3, 9)), "a", max_tokens=4)
+    assert match is not None and match.num_tokens == 3
+    assert len(match.reference.token_ids) == match.reference.layers[0].keys.shape[2] == 3
+
+
+def test_documents_that_begin_in_what_is_found_are_told_whoever_named_them() -> None:
+    store, _ = store_of()
+    store.put(reference((1, 2, 3, 4), document_starts={"d": 1, "e": 3, "f": UNPLACED}))
+    store.put(reference((1, 2, 3, 5)))
+    found = store.longest_prefix(np.array((1, 2, 3, 5, 6)), "a", max_tokens=4)
+    assert found is not None and found.num_tokens == 4
+    assert found.reference.document_starts["d"] == 1 and "e" not in found.reference.document_starts
+
+
+def test_what_a_fork_splits_keeps_its_order_of_use() -> None:
+    """The tail of an old entry is no younger because another one shares its beginning."""
+    store, clock = store_of(max_tokens=8, eviction="lru")
+    put_all(store, clock, [(1, 1, 2, 2), (3, 3), (1, 1, 4, 4)][:3])
+    put_all(store, clock, [(5, 5)])
+    assert [lookup(store, t) for t in ((1, 1, 2, 2), (3, 3), (1, 1, 4, 4))] == [2, 2, 4]
+
+
+# Sessions -------------------------------------------------------------------------------------------------------------
 
 
 def test_tainted_kv_serves_its_own_session_alone() -> None:
@@ -349,54 +243,62 @@ def test_the_latest_tainted_entry_of_a_session_replaces_the_one_before() -> None
 def test_tainted_entries_are_evicted_like_others() -> None:
     store, clock = store_of(max_tokens=4)
     store.put(tainted((1, 1), pinned=True))
-    clock.now_s += 1
-    store.put(reference((2, 2)))
+    put_all(store, clock, [(2, 2)])
     clock.now_s += 1
     assert store.put(tainted((3, 3), session="t"))
     assert [lookup(store, (n, n), session=s) for n, s in ((1, "s"), (2, None), (3, "t"))] == [0, 2, 2]
 
 
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
 def test_runs_are_found_at_any_offset_from_any_entry_and_count_as_a_use() -> None:
     store, clock = store_of(max_tokens=9)
-    for tokens in ((9, 1, 2, 3), (8, 8, 4, 5), (7,)):
-        clock.now_s += 1
-        store.put(reference(tokens))
+    put_all(store, clock, [(9, 1, 2, 3), (8, 8, 4, 5), (7,)])
     ids = np.array((4, 5, 0, 1, 2, 3, 4, 5), dtype=np.int64)
     found = store.identical_runs(ids, "a", start=2, stop=8)
     assert [(run.start, run.source_start, run.num_tokens) for run in found] == [(3, 1, 3), (6, 2, 2)]
+    for run in found:
+        assert_whole(run.reference)
     clock.now_s += 1
     runs_of(store, (1, 2))
-    store.put(reference((6, 6, 6, 6)))
-    assert runs_of(store, (4, 5)) == [] and len(runs_of(store, (1, 2))) == 1, "the least recently used goes first"
+    put_all(store, clock, [(6, 6, 6, 6)])
+    assert len(runs_of(store, (1, 2))) == 1 and runs_of(store, (4, 5)) == [], "what was found more often stays"
     assert store.identical_runs(ids, "b", start=0, stop=8) == []
 
 
 def test_runs_end_with_their_entry() -> None:
     store, clock = store_of(max_tokens=6, ttl_s=10)
-    for leave in (
+    leaves: list[Callable[[], object]] = [
         lambda: store.forget("a"),
         store.clear,
         lambda: setattr(clock, "now_s", clock.now_s + 10),
         lambda: store.put(reference((5,) * 6)),
         lambda: store.put(reference((6,) * 6, "b")),
-    ):
+    ]
+    for leave in leaves:
         store.put(reference((1, 2, 3)))
         (run,) = runs_of(store, (0, 2, 3))
-        assert run == Run(1, run.reference, 1, 2)
+        assert (run.start, run.source_start, run.num_tokens) == (1, 1, 2)
         leave()
         assert runs_of(store, (0, 2, 3)) == []
         store.check()
 
 
+def same(run: Run, tokens: Tokens) -> bool:
+    return tuple(run.reference.token_ids.tolist()) == tokens
+
+
 def test_runs_follow_an_entry_that_is_replaced() -> None:
     store, _ = store_of()
     store.put(reference((1, 2, 3)))
+    assert same(runs_of(store, (2, 3, 4))[0], (1, 2, 3))
     store.put(reference((1, 2, 3, 4)))
     (run,) = runs_of(store, (2, 3, 4))
-    assert run.num_tokens == 3 and run.reference is store.references()[0]
-    store.put(reference((1, 2), document_starts={"d": 0}))  # what it is joined to is another object from now on
+    assert run.num_tokens == 3 and same(run, (1, 2, 3, 4))
+    store.put(reference((1, 2), document_starts={"d": 0}))  # what it is joined to has other labels from now on
     (run,) = runs_of(store, (2, 3, 4))
-    assert run.reference is store.references()[0] and "d" in run.reference.document_starts
+    assert same(run, (1, 2, 3, 4)) and "d" in run.reference.document_starts
 
 
 def test_a_store_without_an_index_of_runs_says_so() -> None:
@@ -407,22 +309,123 @@ def test_a_store_without_an_index_of_runs_says_so() -> None:
         runs_of(store, (1, 2, 3))
 
 
-DAMAGES = {
-    "entries gone": lambda store: store._spaces.clear(),
-    "bytes": lambda store: setattr(store, "_num_bytes", store._num_bytes + 1),
-    "not indexed": lambda store: store._spaces["a"].runs.remove(reference_id("a", np.array((1, 2)))),
-    "windows gone": lambda store: store._spaces["a"].runs._blocks.clear(),
-    "indexed twice": lambda store: store._spaces["a"].runs._blocks.append(store._spaces["a"].runs._blocks[0]),
-    "tainted among ordinary": lambda store: store._spaces["a"].ordinary.update(x=store._spaces["a"].tainted.pop("s")),
-    "foreign session": lambda store: store._spaces["a"].tainted.update(t=store._spaces["a"].tainted.pop("s")),
+# The shared namespace -------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_namespace_is_read_by_others_only_if_configured() -> None:
+    for shared, found in (("all", 3), (None, 0), ("other", 0)):
+        store, _ = store_of(shared_namespace=shared)
+        store.put(reference((1, 2, 3), "all"))
+        assert lookup(store, (1, 2, 3)) == found
+        assert len(runs_of(store, (0, 1, 2))) == bool(found)
+        assert (store.fetch(reference((1, 2, 3), "all").id, "a") is not None) == bool(found)
+        assert lookup(store, (1, 2, 3), "all") == 3
+
+
+def test_a_shared_namespace_reads_no_other() -> None:
+    store, _ = store_of(shared_namespace="all")
+    store.put(reference((1, 2, 3)))
+    store.put(tainted((4, 5, 6)))
+    assert lookup(store, (1, 2, 3), "all") == lookup(store, (1, 2, 3), "b") == lookup(store, (4, 5, 6), "all", "s") == 0
+    assert runs_of(store, (1, 2, 3), "all") == [] and store.fetch(reference((1, 2, 3)).id, "all") is None
+
+
+def test_a_shared_namespace_is_never_written_by_others() -> None:
+    store, clock = store_of(shared_namespace="all")
+    store.put(reference((1, 2, 3, 4), "all"))
+    (before,) = store.references("all")
+    put_all(store, clock, [(1, 2), (1, 2, 3, 4), (1, 2, 9)], document_starts={"d": 0})
+    assert lookup(store, (1, 2, 3, 4, 5)) == 4
+    (after,) = store.references("all")
+    assert (after.id, dict(after.document_starts)) == (before.id, {}) and len(store.references("a")) == 2
+    assert store.forget("a") == 2 and lookup(store, (1, 2, 3, 4)) == 4, "its own entries are forgotten alone"
+
+
+def test_own_entries_win_ties_and_exact_ones_win_against_tainted_ones() -> None:
+    store, _ = store_of(shared_namespace="all")
+    store.put(reference((1, 2, 3, 4), "all"))
+
+    def found(session: str | None = None) -> tuple[str, bool, int]:
+        match = store.longest_prefix(np.array((1, 2, 3, 4, 5)), "a", max_tokens=5, session=session)
+        assert match is not None
+        assert_whole(match.reference)
+        return match.reference.namespace, match.reference.is_tainted, match.num_tokens
+
+    store.put(tainted((1, 2, 3, 4)))
+    assert found("s") == ("all", False, 4), "exact KV of all is better than approximate KV of one's own"
+    store.put(reference((1, 2, 3)))
+    assert found() == ("all", False, 4), "the longer one is taken"
+    store.put(reference((1, 2, 3, 4)))
+    assert found() == found("s") == ("a", False, 4)
+
+
+def test_own_runs_come_before_shared_ones() -> None:
+    store, _ = store_of(shared_namespace="all")
+    store.put(reference((9, 1, 2, 3, 4, 5, 6), "all"))
+    store.put(reference((8, 3, 4)))
+    found = runs_of(store, (0, 1, 2, 3, 4, 5, 6))
+    assert [(run.start, run.num_tokens, run.reference.namespace) for run in found] == [
+        (1, 2, "all"),
+        (3, 2, "a"),
+        (5, 2, "all"),
+    ]
+
+
+# Trouble --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_without_memory_for_it_an_entry_is_refused(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    store, clock = store_of()
+    put_all(store, clock, [(1, 2, 3)])
+
+    def fail(*_: object) -> PackedKV:
+        raise error
+
+    for name in ("of", "part"):
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedKV, name, fail)
+            stored = [store.put(reference((1, 2, 4))), store.put(tainted((5, 6)))]
+            assert stored == ([False, False] if name == "of" else [True, True])
+        store.check()
+        assert lookup(store, (1, 2, 3)) == 3
+    assert store.stats()["refused"] == 2
+
+
+DAMAGES: dict[str, Callable[[KVStore], object]] = {
+    "entries gone": lambda store: store._entries.spaces.clear(),
+    "an entry gone": lambda store: store._entries.by_key.popitem(),
+    "bytes": lambda store: setattr(store._entries.shelves.device, "num_bytes", 1),
+    "bound": lambda store: setattr(store._entries.shelves.device, "max_bytes", 1),
+    "KV gone": lambda store: setattr(node_of(store), "held", None),
+    "KV of fewer tokens": lambda store: setattr(node_of(store), "held", node_of(store).held.part(0, 1)),
+    "other tokens": lambda store: node_of(store).token_ids.__setitem__(0, 9),
+    "pins": lambda store: setattr(node_of(store), "pins", 1),
+    "documents": lambda store: node_of(store).documents.clear(),
+    "a node that nothing needs": lambda store: node_of(store).entries.clear(),
+    "unranked": lambda store: store._entries.shelves.device._novel.popitem(),
+    "not indexed": lambda store: space_of(store)._runs.remove(reference((1, 2)).id),
+    "windows gone": lambda store: space_of(store)._runs._blocks.clear(),
+    "indexed twice": lambda store: space_of(store)._runs._blocks.append(space_of(store)._runs._blocks[0]),
+    "tainted among ordinary": lambda store: space_of(store).ordinary.update(x=space_of(store).tainted.pop("s")),
+    "foreign session": lambda store: space_of(store).tainted.update(t=space_of(store).tainted.pop("s")),
 }
 
 
+def space_of(store: KVStore):
+    return store._entries.spaces["a"]
+
+
+def node_of(store: KVStore):
+    return space_of(store).ordinary[reference((1, 2)).id].node
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_check_sees_damage(damage) -> None:
+def test_check_sees_damage(damage: Callable[[KVStore], object]) -> None:
     store, _ = store_of()
-    store.put(reference((1, 2)))
+    store.put(reference((1, 2), document_starts={"d": 0}))
     store.put(tainted((1, 3)))
+    runs_of(store, (1,) * MIN_RUN_TOKENS)  # makes the index
     store.check()
     damage(store)
     with pytest.raises(AssertionError):
@@ -432,7 +435,7 @@ def test_check_sees_damage(damage) -> None:
 def test_check_sees_an_entry_in_a_foreign_namespace() -> None:
     store, _ = store_of()
     store.put(reference((1, 2)))
-    (entry,) = store._spaces["a"].ordinary.values()
+    (entry,) = space_of(store).ordinary.values()
     entry.reference = replace(entry.reference, namespace="b")
     with pytest.raises(AssertionError):
         store.check()

@@ -16,14 +16,14 @@ ROOT = Path(semsharekv_integrations.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
 # From the top down. A module may import from lower layers and from its own.
 LAYERS = (
-    {"langchain", "llama_index", "cli", "demo", "chat", "serve"},
+    {"langchain", "llama_index", "cli", "demo", "chat", "serve", "inspect_command", "clear_command", "metrics"},
     {"engine"},
     {"parts"},
     {"answer", "concurrency", "request", "planner"},
     {"matching", "remember"},
     {"model", "store", "audit", "index"},
     {"core"},
-    {"kv"},
+    {"kv", "logs"},
     {"report"},
     {"config"},
     {"modes"},

@@ -112,7 +112,10 @@ def test_device_dtype_and_model_kwargs_reach_the_loader(model_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mode": "fast"}, "mode is 'fast'; accepted is 'auto' or 'off' or 'exact' or 'identical' or 'semantic' or 'paper'"),
+        (
+            {"mode": "fast"},
+            "mode is 'fast'; accepted is 'auto' or 'off' or 'exact' or 'identical' or 'semantic' or 'paper'",
+        ),
         ({"temperature": -0.5}, "temperature is -0.5; accepted is 0 or more"),
         ({"top_p": 0.0}, "top_p is 0.0; accepted is above 0, up to 1"),
         ({"top_k": 0}, "top_k is 0; accepted is None or 1 or more"),

@@ -1,0 +1,49 @@
+"""``semsharekv clear``: delete what a store's directory holds. Loads no model, and needs the directory to itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.directory import directories
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("directory", type=Path, help="StoreConfig.directory")
+    parser.add_argument("--namespace", help="only entries of this one (default: all)")
+    parser.add_argument("--document", metavar="ID", help="only entries of the namespace that carry this document")
+    parser.add_argument("--session", metavar="NAME", help="only entries of the namespace and of this session")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Delete entries, and the KV that no other one needs; the exit code.
+
+    Raises:
+        ValueError: if a document or session is given without its namespace.
+        StoreLockedError: if a process uses the directory.
+        StoreFileError: if it cannot be used.
+    """
+    for name in ("document", "session"):
+        alone = getattr(args, name) is not None and args.namespace is None
+        require(not alone, "namespace", None, f"a string where a {name} is given")
+    removed = sum(_cleared(args, path.name) for path in directories(args.directory))
+    Console().print(f"{removed} entries deleted from {args.directory}.", highlight=False, markup=False)
+    return 0
+
+
+def _cleared(args: argparse.Namespace, fingerprint: str) -> int:
+    store = KVStore(StoreConfig(max_bytes=0, directory=args.directory, disk_max_bytes=2**62))
+    store.open(fingerprint, torch.float32, torch.device("cpu"))  # no KV is read
+    try:
+        if args.namespace is None:
+            return store.clear()
+        return store.forget(args.namespace, document_id=args.document, session=args.session)
+    finally:
+        store.close()

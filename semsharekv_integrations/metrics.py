@@ -1,0 +1,158 @@
+"""Prometheus metrics of engines: what ``stats`` counts, and distributions over finished calls.
+
+No namespace, session, document id or text is a label or a value: labels are the caller's own, the mode and the phase.
+Needs the extra ``metrics``. Knows nothing about servers but the one that ``prometheus_client`` starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.errors import SemShareError
+from semsharekv_integrations.report import ReuseReport
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Histogram, Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    from semsharekv_integrations.engine import SemShareEngine
+
+PREFIX = "semsharekv_"
+# Last words of the names in ``stats`` that can fall; all other figures count events since the start.
+GAUGES = ("entries", "bytes", "ratio", "audits")
+OWN_LABELS = ("mode", "phase", "le")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+TOKENS = tuple(float(2**power) for power in range(4, 18))
+
+
+class _Figure(NamedTuple):
+    """One histogram: its name, what it measures, its upper bounds, and how to read it off a report."""
+
+    name: str
+    what: str
+    bounds: tuple[float, ...]
+    read: Callable[[ReuseReport], float]
+
+
+FIGURES = (
+    _Figure("call_ttft_seconds", "Seconds from the call to the first new token", SECONDS, lambda r: r.ttft_s),
+    _Figure("call_decode_seconds", "Seconds of decoding", SECONDS, lambda r: r.decode_s),
+    _Figure("call_prompt_tokens", "Tokens of the prompt", TOKENS, lambda r: r.prompt_tokens),
+    _Figure("call_compute_ratio", "Token-layers computed over all", SHARES, lambda r: r.compute_ratio),
+    _Figure("call_reused_ratio", "Prompt tokens reused over all", SHARES, lambda r: r.reused_tokens / r.prompt_tokens),
+)
+
+
+class EngineCollector:
+    """A Prometheus collector for one engine, or several: ``REGISTRY.register(EngineCollector(engine))``.
+
+    Figures of ``SemShareEngine.stats`` are read when scraped. Histograms hold the calls that finish from now on:
+    one that is cancelled, or ends in an error, is in none of them.
+
+    Args:
+        engine: whose calls and store are measured.
+        labels: set on every series, such as ``service="search"``; few values, and nothing private.
+
+    Raises:
+        SemShareError: if ``prometheus_client`` is not installed.
+        ValueError: if a label's name or value is not accepted.
+    """
+
+    def __init__(self, engine: SemShareEngine, /, **labels: str) -> None:
+        self._client = _prometheus_client()
+        self._label_names = tuple(sorted(labels))
+        self._engines: dict[tuple[str, ...], SemShareEngine] = {}
+        _check_labels(labels)
+        self._histograms = [(self._histogram(f.name, f.what, f.bounds), f.read) for f in FIGURES]
+        self._phases = self._histogram("call_phase_seconds", "Seconds by phase", SECONDS, "phase")
+        self.add(engine, **labels)
+
+    def add(self, engine: SemShareEngine, /, **labels: str) -> None:
+        """Measure another engine, under the same label names with other values.
+
+        A registry takes one collector of engines, as each family of metrics may stand in a scrape once.
+        """
+        _check_labels(labels)
+        values = tuple(labels[name] for name in sorted(labels))
+        same = tuple(sorted(labels)) == self._label_names
+        require(same, "labels", sorted(labels), f"those of the first engine, {list(self._label_names)}")
+        require(values not in self._engines, "labels", labels, "values that no other engine of this collector has")
+        self._engines[values] = engine
+        engine.observe(lambda report: self._record(values, report))
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family of metrics as it is now."""
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for labels, engine in tuple(self._engines.items()):
+            for name, value in engine.stats().items():
+                if name not in families:
+                    families[name] = self._family(name)
+                families[name].add_metric(labels, value)
+        yield from families.values()
+        for histogram in (*(histogram for histogram, _ in self._histograms), self._phases):
+            yield from histogram.collect()
+
+    def describe(self) -> Iterator[Metric]:
+        """What a registry looks for names in, to refuse a second collector of the same."""
+        return self.collect()
+
+    def _family(self, name: str) -> CounterMetricFamily | GaugeMetricFamily:
+        gauge = name.rpartition("_")[2] in GAUGES
+        kind = self._client.core.GaugeMetricFamily if gauge else self._client.core.CounterMetricFamily
+        return kind(PREFIX + name, f"{name} of SemShareEngine.stats", labels=self._label_names)
+
+    def _histogram(self, name: str, what: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+        names = (*self._label_names, "mode", *labels)
+        return self._client.Histogram(PREFIX + name, f"{what}, by finished call.", names, buckets=bounds, registry=None)
+
+    def _record(self, labels: tuple[str, ...], report: ReuseReport) -> None:
+        for histogram, read in self._histograms:
+            histogram.labels(*labels, report.mode).observe(read(report))
+        for phase, seconds in report.phases_s.items():
+            self._phases.labels(*labels, report.mode, phase).observe(seconds)
+
+
+def export(
+    engine: SemShareEngine,
+    /,
+    port: int | None = None,
+    registry: CollectorRegistry | None = None,
+    address: str = "127.0.0.1",
+    **labels: str,
+) -> EngineCollector:
+    """Register a collector for ``engine``, and serve the registry over HTTP if a port is given.
+
+    Args:
+        engine: whose calls and store are measured.
+        port: where a daemon thread serves ``/metrics``, or None.
+        registry: what to register with, or None for the default one.
+        address: which interface is served; this machine alone unless set, to ``0.0.0.0`` for all.
+        labels: as for ``EngineCollector``.
+    """
+    client = _prometheus_client()
+    registry = client.REGISTRY if registry is None else registry
+    collector = EngineCollector(engine, **labels)
+    if port is not None:
+        client.start_http_server(port, addr=address, registry=registry)
+    registry.register(collector)
+    return collector
+
+
+def _prometheus_client() -> ModuleType:
+    try:
+        import prometheus_client.core
+    except ImportError as error:
+        raise SemShareError("metrics need prometheus_client: pip install semsharekv-integrations[metrics]") from error
+    return prometheus_client
+
+
+def _check_labels(labels: dict[str, str]) -> None:
+    for name, value in labels.items():
+        fits = re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]*", name) and name not in OWN_LABELS
+        require(bool(fits), "label", name, f"letters, digits and underscores, and none of {', '.join(OWN_LABELS)}")
+        require(isinstance(value, str), f"label {name}", value, "a string")

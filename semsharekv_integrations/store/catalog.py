@@ -1,0 +1,251 @@
+"""The catalog of one directory of KV files, in SQLite: which tokens lie in which file, and the prompts that need them.
+
+Every row carries a digest over its fields, because SQLite does not notice a flipped byte in a value, and wrong token
+ids would serve wrong KV. It finds damage, not forgery. Knows nothing about KV files, nor which records fit together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord
+
+FORMAT_VERSION = 1
+CATALOG = "catalog.sqlite"
+DAMAGED = "catalog.damaged"
+_LOG = f"{CATALOG}-wal"
+_SIDECARS = (_LOG, f"{CATALOG}-shm", f"{CATALOG}-journal")
+# What says something about the disk or other processes, not about the bytes of the catalog.
+_SURROUNDINGS = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+}
+
+
+class UnusableCatalogError(Exception):
+    """SQLite cannot read the catalog, or it is of another format version (``foreign``)."""
+
+    def __init__(self, reason: object, *, foreign: bool = False) -> None:
+        super().__init__(str(reason))
+        self.foreign = foreign
+
+
+class _Table(NamedTuple):
+    name: str
+    columns: str
+    row: Callable[[Any], tuple[Any, ...]]
+    record: Callable[..., Any]
+
+
+def _node_row(node: NodeRecord) -> tuple[Any, ...]:
+    token_ids = node.token_ids.astype("<i4")  # half the bytes to write and to read
+    assert np.array_equal(token_ids, node.token_ids), "token ids of more than 32 bits"
+    return node.id, node.parent, node.namespace, token_ids.tobytes(), node.file, int(node.first)
+
+
+def _node(id: str, parent: str | None, namespace: str, token_ids: bytes, file: str, first: int) -> NodeRecord:
+    return NodeRecord(id, parent, namespace, np.frombuffer(token_ids, "<i4").astype(np.int64), file, first)
+
+
+def _entry_row(entry: EntryRecord) -> tuple[Any, ...]:
+    labels = json.dumps(dict(entry.labels))
+    return entry.id, entry.namespace, entry.node, labels, float(entry.hits), float(entry.used_s)
+
+
+def _entry(id: str, namespace: str, node: str, labels: str, hits: float, used_s: float) -> EntryRecord:
+    return EntryRecord(id, namespace, node, json.loads(labels), hits, used_s)
+
+
+_TABLES = (  # in the order of Contents
+    _Table("files", "id TEXT PRIMARY KEY, num_tokens INTEGER, num_bytes INTEGER", tuple, FileRecord),
+    _Table(
+        "nodes",
+        "id TEXT PRIMARY KEY, parent TEXT, namespace TEXT, token_ids BLOB, file TEXT, first INTEGER",
+        _node_row,
+        _node,
+    ),
+    _Table(
+        "entries",
+        "id TEXT PRIMARY KEY, namespace TEXT, node TEXT, labels TEXT, hits REAL, used_s REAL",
+        _entry_row,
+        _entry,
+    ),
+)
+
+
+class Catalog:
+    """An open catalog. Any thread may use it, but only one at a time."""
+
+    def __init__(self, database: sqlite3.Connection, fingerprint: str) -> None:
+        self._db = database
+        self._fingerprint = fingerprint
+
+    def change(self, gone: Mapping[str, Iterable[str]], put: Contents) -> None:
+        """Delete the ids that are gone from the tables named, then insert or replace what is put, in one transaction.
+
+        Raises:
+            sqlite3.Error, UnicodeEncodeError: if that fails; the catalog is as before.
+        """
+        with self._transaction():
+            for table, ids in gone.items():
+                self._db.executemany(f"DELETE FROM {table} WHERE id = ?", [(id,) for id in ids])
+            self._insert(put)
+
+    def replace(self, contents: Contents) -> None:
+        """Make ``contents`` all that there is, in one transaction."""
+        with self._transaction():
+            for table in _TABLES:
+                self._db.execute(f"DELETE FROM {table.name}")
+            self._insert(contents)
+
+    def close(self) -> None:
+        """Close it. May be called again."""
+        self._db.close()
+
+    def _insert(self, contents: Contents) -> None:
+        kinds: tuple[Sequence[Any], ...] = (contents.files, contents.nodes, contents.entries)
+        for table, records in zip(_TABLES, kinds, strict=True):
+            rows = (self._row(table, record) for record in records)
+            places = ", ".join("?" * (table.columns.count(",") + 2))
+            self._db.executemany(f"INSERT OR REPLACE INTO {table.name} VALUES ({places})", rows)
+
+    def _row(self, table: _Table, record: Any) -> tuple[Any, ...]:
+        values = table.row(record)
+        return (*values, _digest(self._fingerprint, table.name, values))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+
+def open_catalog(path: Path, fingerprint: str) -> tuple[Catalog, Contents]:
+    """Open or create the catalog in the directory ``path``, and read all of it.
+
+    Raises:
+        UnusableCatalogError: if nothing can be done with it but ``set_aside``.
+        OSError, sqlite3.Error: if the disk does not allow it.
+    """
+    file = path / CATALOG
+    if not file.exists():
+        _remove_sidecars(path)
+    os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives the files beside it the same permissions
+    os.chmod(file, 0o600)
+    database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
+        _create_tables(database)
+        (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            raise UnusableCatalogError(state)
+        return Catalog(database, fingerprint), _read(database, fingerprint)
+    except BaseException as error:
+        database.close()
+        if _is_damage(error):
+            raise UnusableCatalogError(error) from error
+        raise
+
+
+def look_into(path: Path, fingerprint: str) -> Contents:
+    """The catalog in the directory ``path`` as it is now; nothing is changed, and its owner may write meanwhile.
+
+    Raises:
+        UnusableCatalogError, sqlite3.Error: if it cannot be read.
+    """
+    file = path / CATALOG
+    # Without a log nobody has it open, and SQLite would begin one.
+    mode = "mode=ro" if path.joinpath(_LOG).exists() else "mode=ro&immutable=1"
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)) as database:
+        database.execute("BEGIN")
+        _require_version(_version(database))
+        return _read(database, fingerprint)
+
+
+def set_aside(path: Path) -> None:
+    """Rename the catalog in the directory ``path``, over the one set aside before."""
+    _remove_sidecars(path)
+    os.replace(path / CATALOG, path / DAMAGED)
+
+
+def _create_tables(database: sqlite3.Connection) -> None:
+    """In an empty database; in another they must be there, and it must be one that can be written."""
+    found = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
+    wanted = [f"CREATE TABLE {t.name} ({t.columns}, digest BLOB) WITHOUT ROWID" for t in _TABLES]
+    version = _version(database)
+    if not found and not version:
+        database.executescript(f"BEGIN; {'; '.join(wanted)}; PRAGMA user_version = {FORMAT_VERSION}; COMMIT;")
+        return
+    _require_version(version)
+    if found != wanted:
+        raise UnusableCatalogError("its tables are not those of a catalog")
+    database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # fails if it cannot be written
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether it is the bytes of the catalog that are wrong; names in a damaged schema may not even be text."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF not in _SURROUNDINGS
+    return isinstance(error, UnicodeDecodeError)
+
+
+def _version(database: sqlite3.Connection) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return version
+
+
+def _require_version(found: int) -> None:
+    if found != FORMAT_VERSION:
+        raise UnusableCatalogError(f"it has version {found}; accepted is {FORMAT_VERSION}", foreign=True)
+
+
+def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
+    database.text_factory = _decode
+    found: dict[str, list[Any]] = {table.name: [] for table in _TABLES}
+    num_damaged = 0
+    for table in _TABLES:
+        for *values, digest in database.execute(f"SELECT * FROM {table.name}"):
+            if _digest(fingerprint, table.name, values) == digest:
+                found[table.name].append(table.record(*values))
+            else:
+                num_damaged += 1
+    return Contents(**found, num_damaged=num_damaged)
+
+
+def _decode(text: bytes) -> str:
+    return text.decode(errors="replace")  # what was not written this way fails the digest
+
+
+def _digest(fingerprint: str, table: str, values: Sequence[Any]) -> bytes:
+    plain = [value for value in values if not isinstance(value, bytes)]
+    digest = hashlib.blake2b(json.dumps([fingerprint, table, *plain]).encode(), digest_size=16)
+    for value in values:
+        if isinstance(value, bytes):
+            digest.update(value)
+    return digest.digest()
+
+
+def _remove_sidecars(path: Path) -> None:
+    for name in _SIDECARS:
+        path.joinpath(name).unlink(missing_ok=True)

@@ -1,0 +1,282 @@
+"""The disk tier of the KV store: one directory for each model, in it a catalog and KV files, safe against crashes.
+
+A KV file is written whole before the catalog names it, and deleted after the catalog has forgotten it. So what a crash
+leaves is a file that nothing names, which the next opening deletes. What is found damaged on disk is dropped, together
+with what hangs on it, and counted; it is never a wrong answer. Knows nothing about matching, eviction or expiry.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
+from semsharekv_integrations.store.catalog import (
+    CATALOG,
+    Catalog,
+    UnusableCatalogError,
+    look_into,
+    open_catalog,
+    set_aside,
+)
+from semsharekv_integrations.store.files import KVFiles
+from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, fits, rooted, sound
+
+__all__ = ["EntryRecord", "KVDirectory", "NodeRecord", "PeekedEntry", "directories", "peek"]
+
+LOCK = "lock"
+COUNTS = ("damaged", "foreign", "vanished", "orphans", "write_failed")
+_FINGERPRINT = re.compile(r"[0-9a-f]+")
+
+
+class PeekedEntry(NamedTuple):
+    """An entry on disk, with the tokens of its whole path and the bytes of their KV, those shared with others too."""
+
+    entry: EntryRecord
+    num_tokens: int
+    num_bytes: int
+
+
+class KVDirectory:
+    """The KV of one model on disk, locked against other processes.
+
+    Not thread-safe: several threads may take turns with it, under a lock of the caller. Not for both sides of a fork.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """Open or create ``path``/``fingerprint``, and drop from it what cannot be used.
+
+        Raises:
+            StoreLockedError: if another process has it open.
+            StoreFileError: if the directory cannot be used.
+            ValueError: if ``fingerprint`` is not made of hexadecimal digits.
+        """
+        if not _FINGERPRINT.fullmatch(fingerprint):
+            raise ValueError(f"fingerprint is {fingerprint!r}; accepted are the digits 0-9 and a-f")
+        self.path = Path(path) / fingerprint
+        self._fingerprint = fingerprint
+        self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+        self._on_disk = KVFiles(self.path, fingerprint, self._counts)
+        self._resources = ExitStack()
+        try:
+            _make_private(self.path)
+            lock = FileLock(self.path / LOCK, mode=0o600, thread_local=False)
+            self._resources.enter_context(lock.acquire(timeout=0))
+            self._catalog, found = self._open_catalog()
+            self._resources.callback(self._catalog.close)
+            kept = self._keep(found)
+        except Timeout as error:
+            raise StoreLockedError(
+                f"{self.path} is in use by another process; end that process, or use another directory in this one"
+            ) from error
+        except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
+            self._resources.close()
+            raise StoreFileError(f"{self.path} cannot be used to store KV: {error}") from error
+        except BaseException:
+            self._resources.close()
+            raise
+        self._files = {file.id: file for file in kept.files}  # those in use, and those written but not recorded yet
+        self._nodes = {node.id: node for node in kept.nodes}
+        self._entries = {entry.id: entry for entry in kept.entries}
+        self._uses = Counter(node.file for node in kept.nodes)  # nodes of each file in use
+        self._num_bytes = sum(file.num_bytes for file in kept.files)
+
+    def nodes(self) -> list[NodeRecord]:
+        """All nodes, parents before children."""
+        return rooted(self._nodes.values())
+
+    def entries(self) -> list[EntryRecord]:
+        """All entries."""
+        return list(self._entries.values())
+
+    def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
+        """Write a new KV file, with the tokens at dim 2 of every tensor, and return its id.
+
+        It is in use once a node is recorded that lies in it; ``discard`` it if that does not come about.
+
+        Raises:
+            StoreWriteError: if it cannot be written; nothing is left of it.
+            ValueError: if a tensor has another number of tokens.
+        """
+        file = self._on_disk.write(uuid.uuid4().hex, tensors, num_tokens)
+        self._files[file.id] = file
+        return file.id
+
+    def discard(self, file: str) -> None:
+        """Delete a file that was written, if no node lies in it."""
+        if file in self._files and not self._uses[file]:
+            del self._files[file]
+            self._on_disk.remove(file)
+
+    def read(self, file: str) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU that are private maps of the file: bytes are read when touched.
+
+        The digest is verified, which touches all of them, the first time that a file is read.
+
+        Raises:
+            StoreFileError: if the file is missing, damaged, or another than the one written. It is counted; to drop
+                the nodes that lie in it is up to the caller.
+        """
+        return self._on_disk.read(self._known(file))
+
+    def file_bytes(self, file: str) -> int:
+        """Size on disk of a file in use, or of one just written.
+
+        Raises:
+            StoreFileError: if it is neither.
+        """
+        return self._known(file).num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk of all files in use; the catalog is not counted."""
+        return self._num_bytes
+
+    def record(
+        self,
+        *,
+        nodes: Iterable[NodeRecord] = (),
+        entries: Iterable[EntryRecord] = (),
+        gone_nodes: Iterable[str] = (),
+        gone_entries: Iterable[str] = (),
+    ) -> None:
+        """Forget the gone, then insert or replace the others, all or nothing; then delete files out of use.
+
+        Raises:
+            StoreWriteError: if the catalog cannot be written; nothing has changed.
+            ValueError: if a node does not lie in a file that was written.
+        """
+        put_nodes, put_entries = {node.id: node for node in nodes}, {entry.id: entry for entry in entries}
+        for node in put_nodes.values():
+            if node.file not in self._files or not fits(node, self._files[node.file]):
+                raise ValueError(f"node {node.id} has {len(node.token_ids)} tokens that file {node.file} does not have")
+        gone_nodes, gone_entries = set(gone_nodes), set(gone_entries)
+        replaced = [self._nodes[id] for id in gone_nodes | put_nodes.keys() if id in self._nodes]
+        uses = Counter(node.file for node in put_nodes.values())
+        uses.subtract(node.file for node in replaced)
+        begun = [self._files[file] for file in uses if not self._uses[file]]
+        ended = [self._files[file] for file, more in uses.items() if not self._uses[file] + more]
+        gone = {"files": [file.id for file in ended], "nodes": gone_nodes, "entries": gone_entries}
+        put = Contents(begun, list(put_nodes.values()), list(put_entries.values()))
+        try:
+            self._catalog.change(gone, put)
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            self._counts["write_failed"] += 1
+            raise StoreWriteError(f"{self.path / CATALOG} could not be written: {error}") from error
+        for id in gone_nodes:
+            self._nodes.pop(id, None)
+        for id in gone_entries:
+            self._entries.pop(id, None)
+        self._nodes |= put_nodes
+        self._entries |= put_entries
+        self._uses.update(uses)
+        self._num_bytes += sum(file.num_bytes for file in begun) - sum(file.num_bytes for file in ended)
+        for file in ended:
+            del self._uses[file.id], self._files[file.id]
+            self._on_disk.remove(file.id)
+
+    def counts(self) -> dict[str, int]:
+        """What went wrong since opening.
+
+        ``damaged``: catalogs, rows and files whose bytes are not those written. ``foreign``: catalogs and files of
+        another model or format version. ``vanished``: files that are missing. ``orphans``: rows, files and temporaries
+        that were left without what they belong to, deleted when opened. ``write_failed``: files and changes of the
+        catalog that could not be written.
+        """
+        return dict(self._counts)
+
+    def check(self) -> None:
+        """The law: every node lies in a file, every file in use is on disk as recorded, and their bytes are exact."""
+        assert self._uses == Counter(node.file for node in self._nodes.values()), "uses of files"
+        assert all(fits(node, self._files[node.file]) for node in self._nodes.values()), "nodes outside of their files"
+        sizes = self._on_disk.sizes()
+        assert {id: file.num_bytes for id, file in self._files.items()}.items() <= sizes.items(), "files on disk"
+        assert self._num_bytes == sum(sizes[file] for file in self._uses), "bytes of files in use"
+
+    def close(self) -> None:
+        """Delete what was written and not recorded, and let other processes in. May be called again."""
+        for file in self._files.keys() - self._uses.keys():
+            self.discard(file)
+        self._resources.close()
+
+    def _known(self, file: str) -> FileRecord:
+        if file not in self._files:
+            raise StoreFileError(f"{self.path} has no KV file {file!r}")
+        return self._files[file]
+
+    def _open_catalog(self) -> tuple[Catalog, Contents]:
+        try:
+            return open_catalog(self.path, self._fingerprint)
+        except UnusableCatalogError as error:
+            self._counts["foreign" if error.foreign else "damaged"] += 1
+            set_aside(self.path)
+            return open_catalog(self.path, self._fingerprint)
+
+    def _keep(self, found: Contents) -> Contents:
+        """What of ``found`` is sound; all else is deleted, from the catalog and from the disk, and counted."""
+        sizes = self._on_disk.sizes()
+        kept = sound(found, sizes)
+        missing = [file.id for file in found.files if file.id not in sizes]
+        resized = [file.id for file in found.files if sizes.get(file.id, file.num_bytes) != file.num_bytes]
+        unused = sizes.keys() - {file.id for file in kept.files}
+        self._counts["damaged"] += found.num_damaged + len(resized)
+        self._counts["vanished"] += len(missing)
+        self._counts["orphans"] += len(found.nodes) - len(kept.nodes) + len(found.entries) - len(kept.entries)
+        self._counts["orphans"] += len(unused - set(resized)) + self._on_disk.remove_temporaries()
+        if found.num_damaged or found.num_records != kept.num_records:
+            self._catalog.replace(kept)
+        for file in unused:
+            self._on_disk.remove(file)
+        return kept
+
+
+def directories(path: Path) -> list[Path]:
+    """The directories of single models under ``path``.
+
+    Raises:
+        StoreFileError: if ``path`` cannot be read.
+    """
+    try:
+        return sorted(catalog.parent for catalog in Path(path).glob(f"*/{CATALOG}"))
+    except OSError as error:
+        raise StoreFileError(f"{path} cannot be read: {error}") from error
+
+
+def peek(path: Path) -> list[PeekedEntry]:
+    """The sound entries in ``path``, a directory of a single model.
+
+    Takes no lock and changes nothing; another process may have it open, and write.
+
+    Raises:
+        StoreFileError: if it cannot be read.
+    """
+    fingerprint = path.absolute().name
+    try:
+        found = look_into(path, fingerprint)
+        kept = sound(found, KVFiles(path, fingerprint, Counter()).sizes())
+    except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
+        raise StoreFileError(f"{path} cannot be read: {error}") from error
+    files = {file.id: file for file in kept.files}
+    totals: dict[str | None, tuple[int, int]] = {None: (0, 0)}
+    for node in kept.nodes:
+        num_tokens, num_bytes = totals[node.parent]
+        file, own_tokens = files[node.file], len(node.token_ids)
+        totals[node.id] = num_tokens + own_tokens, num_bytes + file.num_bytes * own_tokens // file.num_tokens
+    return [PeekedEntry(entry, *totals[entry.node]) for entry in kept.entries]
+
+
+def _make_private(path: Path) -> None:
+    """Make a directory that only its owner may enter, and likewise those above it that are missing."""
+    if not path.parent.is_dir():
+        _make_private(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(0o700)

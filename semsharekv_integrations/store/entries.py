@@ -1,0 +1,180 @@
+"""The entries of a store: in their namespace, on the shelves, with a deadline, and out again.
+
+What every other part leaves to it: an entry is in all of these places or in none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.kv import PiecedLayers, Reference
+from semsharekv_integrations.store.deadlines import Deadlines
+from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
+from semsharekv_integrations.store.labels import Entry, record_of, shortened
+from semsharekv_integrations.store.radix import Node
+from semsharekv_integrations.store.reopening import entries_on_disk
+from semsharekv_integrations.store.shelves import Shelves, Unreadable
+from semsharekv_integrations.store.space import Space
+
+
+class Entries:
+    """Entries by key and by namespace. Not safe to use from several threads by itself.
+
+    Args:
+        config: bounds.
+        clock: seconds that only grow.
+        wall_clock: seconds since the epoch.
+        min_run_tokens: shortest run that is found, or None.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        min_run_tokens: int | None,
+    ) -> None:
+        self.shelves = Shelves(config, self._lose)
+        self.spaces: dict[str, Space] = {}  # by namespace; none is empty
+        self.by_key: dict[str, Entry] = {}
+        self.counts: Counter[str] = Counter()
+        self._ttl_s = config.ttl_s
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._min_run_tokens = min_run_tokens
+        self._deadlines = Deadlines()
+
+    def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
+        """Take up what lies in ``directory`` and has not expired, within the bound; how many entries."""
+        self.shelves.disk.attach(directory, dtype, device)
+        began = self._wall_clock() - self._clock()
+        found = entries_on_disk(directory, self.shelves.disk, self.space)
+        self.spaces = {name: space for name, space in self.spaces.items() if space.tree.root.children}
+        for entry, used_s in found:
+            entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger
+            self.keep(entry)
+        self.expire()
+        self.shelves.disk.fit()
+        return len(self.by_key)
+
+    def close(self) -> None:
+        """Write down what was used when, and give the directory up, with the entries that lie there alone."""
+        ordinary = [entry for entry in self.by_key.values() if not entry.reference.is_tainted]
+        self.shelves.disk.close([self._record(entry) for entry in ordinary if entry.node.on_disk is not None])
+        for entry in ordinary:
+            if any(node.held is None for node in entry.node.path()):
+                self.remove(entry)
+
+    def of(self, namespace: str | None) -> list[Entry]:
+        """Those of one namespace, or all."""
+        if namespace is None:
+            return list(self.by_key.values())
+        return list(self.spaces[namespace].entries()) if namespace in self.spaces else []
+
+    def space(self, namespace: str) -> Space:
+        """The namespace's, made if there is none."""
+
+        def divided(upper: Node, lower: Node) -> None:
+            self.shelves.split(upper, lower, namespace)
+
+        return self.spaces.setdefault(namespace, Space(self._min_run_tokens, divided))
+
+    def keep(self, entry: Entry) -> None:
+        """Take ``entry`` in; its KV is placed by the caller."""
+        self.space(entry.reference.namespace).add(entry)
+        self.by_key[entry.key] = entry
+        self._limit(entry)
+
+    def relabelled(self, entry: Entry, reference: Reference) -> None:
+        """``entry`` has the labels of ``reference`` from now on."""
+        space = self.spaces[reference.namespace]
+        space.pin(entry, reference.pinned - entry.reference.pinned)
+        entry.reference = reference
+        space.label(entry)
+        self._limit(entry)
+        if entry.node.on_disk is not None:
+            self.shelves.disk.record(entries=[self._record(entry)])
+
+    def remove(self, entry: Entry) -> None:
+        """Drop ``entry``, and the KV that no other entry needs."""
+        space = self.spaces[entry.reference.namespace]
+        written = [entry.key] if entry.node.on_disk is not None else []
+        gone = space.remove(entry)
+        del self.by_key[entry.key]
+        self._deadlines.drop(entry.key)
+        self.shelves.drop(gone, written)
+        if not (space.ordinary or space.tainted):
+            del self.spaces[entry.reference.namespace]
+
+    def expire(self) -> None:
+        """Drop what was not used for longer than it may live."""
+        now = self._clock()
+        for key in self._deadlines.due(now):
+            entry = self.by_key[key]
+            if now - entry.last_used_s < (self._lifetime(entry) or 0.0):
+                self._limit(entry)  # it was used since
+            else:
+                self.remove(entry)
+                self.counts["expired"] += 1
+
+    def loaded(self, entry: Entry, path: list[Node]) -> Reference | None:
+        """``entry`` with the KV of ``path``, which it begins with. Counts as a use.
+
+        None, and counted, if that cannot be had: then the entry is gone, and all others that need it.
+        """
+        try:
+            pieces = self.shelves.load(path, entry.node.path())
+        except Unreadable as trouble:
+            self.counts["unreadable"] += 1
+            for key in [key for node in trouble.node.below() for key in node.entries]:
+                self.remove(self.by_key[key])
+            return None
+        entry.last_used_s = self._clock()
+        entry.hits += 1
+        starts = dict(entry.reference.document_starts)
+        if not entry.reference.is_tainted:
+            starts |= self.spaces[entry.reference.namespace].documents_of(path)
+        return replace(
+            entry.reference,
+            token_ids=entry.reference.token_ids[: path[-1].stop],
+            layers=PiecedLayers(pieces, pieces[0].num_layers),
+            document_starts=starts,
+        )
+
+    def check(self) -> None:
+        """The law: every entry is in its namespace, and the shelves hold the KV of all of them and nothing else."""
+        assert {entry.key for space in self.spaces.values() for entry in space.entries()} == set(self.by_key)
+        nodes: list[Node] = []
+        for namespace, space in self.spaces.items():
+            space.check(namespace)
+            nodes += [*space.tree.nodes(), *(entry.node for entry in space.tainted.values())]
+        ordinary = (entry for space in self.spaces.values() for entry in space.ordinary.values())
+        self.shelves.check(nodes, {entry.key for entry in ordinary if entry.node.on_disk is not None})
+
+    def _lose(self, node: Node) -> None:
+        """Drop what ends with ``node``; a beginning that was reused stays, though nothing else needs it."""
+        before = node.parent
+        for entry in [self.by_key[key] for key in node.entries]:
+            if before is not None and before.hits and not before.entries and len(before.children) == 1:
+                reference = shortened(entry.reference, before.stop)
+                beginning = Entry(reference, before, entry.last_used_s, before.hits)
+                self.keep(beginning)
+                self.relabelled(beginning, reference)
+            self.remove(entry)
+
+    def _lifetime(self, entry: Entry) -> float | None:
+        return entry.reference.expires_after_s or self._ttl_s
+
+    def _limit(self, entry: Entry) -> None:
+        lifetime = self._lifetime(entry)
+        if lifetime is not None:
+            self._deadlines.set(entry.key, entry.last_used_s + lifetime)
+
+    def _record(self, entry: Entry) -> EntryRecord:
+        age_s = max(0.0, self._clock() - entry.last_used_s)
+        return record_of(entry, self._wall_clock() - age_s)

@@ -1,0 +1,160 @@
+"""KV files of one directory: safetensors, written whole or not at all, memory-mapped when read, and checked.
+
+A file says in its header whose it is: format version, model fingerprint, its own id and its number of tokens; a digest
+covers the header and all tensors. It finds damage, not forgery. Knows nothing about what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from semsharekv_integrations.errors import StoreFileError, StoreWriteError
+from semsharekv_integrations.store.records import FileRecord
+
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+TEMPORARY = ".tmp"  # what a temporary begins with: ours, and those that safetensors puts beside it
+TOKEN_DIM = 2
+_NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
+
+
+class KVFiles:
+    """The KV files in ``path``. ``counts`` is told of whatever is found wrong."""
+
+    def __init__(self, path: Path, fingerprint: str, counts: Counter[str]) -> None:
+        self.path = path
+        self._fingerprint = fingerprint
+        self._counts = counts
+        self._verified: set[str] = set()
+
+    def write(self, file: str, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
+        """Write a temporary, then rename it: after a crash the file is there whole or not at all.
+
+        Raises:
+            StoreWriteError: if it cannot be written; nothing is left of it.
+            ValueError: if a tensor has another number of tokens.
+        """
+        for name, tensor in tensors.items():
+            if tensor.ndim <= TOKEN_DIM or tensor.shape[TOKEN_DIM] != num_tokens:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, without {num_tokens} at dim 2")
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = json.dumps(self._header(file, num_tokens))
+        metadata = {"semsharekv": header, "digest": tensor_digest(header, sorted(on_cpu.items()))}
+        temporary, path = self.path / f"{TEMPORARY}{file}", self._path(file)
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            save_file(on_cpu, temporary, metadata=metadata)
+            os.chmod(temporary, 0o600)
+            _sync(temporary)
+            num_bytes = temporary.stat().st_size
+            os.replace(temporary, path)
+            _sync(self.path)
+        except BaseException as error:
+            self._remove(temporary)
+            self._remove(path)
+            if isinstance(error, (OSError, SafetensorError)):
+                self._counts["write_failed"] += 1
+                raise StoreWriteError(f"{path} could not be written: {error}") from error
+            raise
+        return FileRecord(file, num_tokens, num_bytes)
+
+    def read(self, record: FileRecord) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU that are private maps of the file: bytes are read when touched.
+
+        The first time that a file is read its digest is verified, which touches all of them.
+
+        Raises:
+            StoreFileError: if the file is missing, damaged, or another than the one recorded.
+        """
+        path = self._path(record.id)
+        try:
+            if (found := path.stat().st_size) != record.num_bytes:
+                raise ValueError(f"it has {found} bytes in place of {record.num_bytes}")
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata()
+                header = json.loads(metadata["semsharekv"])
+                tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+            for name, wanted in self._header(record.id, record.num_tokens).items():
+                if header[name] != wanted:
+                    self._counts["foreign"] += 1
+                    raise StoreFileError(f"{path} has {name} {header[name]!r}; accepted is {wanted!r}")
+            if record.id not in self._verified:
+                if tensor_digest(metadata["semsharekv"], tensors.items()) != metadata["digest"]:
+                    raise ValueError("its digest is wrong")
+                self._verified.add(record.id)
+        except FileNotFoundError as error:
+            self._counts["vanished"] += 1
+            raise StoreFileError(f"{path} is missing") from error
+        except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            self._counts["damaged"] += 1
+            raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
+        return tensors
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every KV file on disk; none is opened."""
+        return {name.removesuffix(SUFFIX): num_bytes for name, num_bytes in self._scan() if _NAME.fullmatch(name)}
+
+    def remove(self, file: str) -> None:
+        """Delete a KV file. One that cannot be deleted is left to the next opening."""
+        self._verified.discard(file)
+        self._remove(self._path(file))
+
+    def remove_temporaries(self) -> int:
+        """Delete what writers that were killed have left, and tell how many there were."""
+        names = [name for name, _ in self._scan() if name.startswith(TEMPORARY)]
+        for name in names:
+            self._remove(self.path / name)
+        return len(names)
+
+    def _scan(self) -> list[tuple[str, int]]:
+        named = []
+        with os.scandir(self.path) as found:
+            for item in found:
+                with suppress(FileNotFoundError):  # its owner may have deleted it meanwhile
+                    named.append((item.name, item.stat(follow_symlinks=False).st_size))
+        return named
+
+    def _path(self, file: str) -> Path:
+        return self.path / f"{file}{SUFFIX}"
+
+    def _header(self, file: str, num_tokens: int) -> dict[str, Any]:
+        return {
+            "version": FORMAT_VERSION,
+            "fingerprint": self._fingerprint,
+            "file": file,
+            "num_tokens": num_tokens,
+        }
+
+    def _remove(self, path: Path) -> None:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def tensor_digest(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Of the header and of every tensor's name, dtype, shape and bytes, in the order given."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

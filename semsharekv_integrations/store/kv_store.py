@@ -1,0 +1,280 @@
+"""The store: stored prompts by namespace, found by what they begin with and by runs anywhere in them.
+
+Knows nothing about models. What several prompts begin with is kept once (``store.radix``), wherever there is room for
+it (``store.shelves``). A hit is always verified token by token. Tainted entries, whose KV is approximate, lie apart:
+the latest of each session, in memory alone, found by that session alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, TokenIds
+from semsharekv_integrations.logs import log_trouble
+from semsharekv_integrations.store.directory import KVDirectory
+from semsharekv_integrations.store.entries import Entries
+from semsharekv_integrations.store.labels import Entry, joined
+from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
+from semsharekv_integrations.store.radix import Node
+from semsharekv_integrations.store.space import Space
+
+_COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
+_MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
+
+
+class KVStore:
+    """References by namespace. Safe to use from several threads; every method holds one lock.
+
+    Args:
+        config: bounds.
+        clock: seconds that only grow; passed in by tests.
+        wall_clock: seconds since the epoch, for what outlives the process; may jump.
+        min_run_tokens: shortest run that ``identical_runs`` finds, at least 1; None if it is never asked, which saves
+            about 20 bytes for each stored token, not counted in the byte bounds.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        min_run_tokens: int | None = None,
+    ) -> None:
+        self.config = config
+        self.min_run_tokens = min_run_tokens
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._entries = Entries(config, clock, wall_clock, min_run_tokens)
+
+    def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
+        """Take up what lies in the configured directory; how many entries. Without a directory, none.
+
+        Args:
+            fingerprint: of the model that the KV is of, in hexadecimal digits; another one's KV is left alone.
+            dtype: in which the model takes KV.
+            device: where it does.
+
+        Raises:
+            StoreLockedError: if another process uses the directory with this model.
+            StoreFileError: if the directory cannot be used.
+        """
+        if self.config.directory is None:
+            return 0
+        with self._lock:
+            return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, device)
+
+    def close(self) -> None:
+        """Write down what was used when, and leave the directory to others; what is in memory stays there."""
+        with self._lock:
+            self._entries.close()
+
+    def readable(self, namespace: str) -> list[str]:
+        """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""
+        shared = self.config.shared_namespace
+        return [namespace] if shared in (None, namespace) else [namespace, str(shared)]
+
+    def longest_prefix(
+        self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
+    ) -> PrefixMatch | None:
+        """The entry of ``namespace`` that agrees longest with the start of ``token_ids``, and for how many tokens.
+
+        The shared namespace is read as well, and the tainted entry of ``session`` if it agrees for longer than the
+        others. Counts as a use of the entry. None if no entry shares the first token.
+        """
+        with self._lock:
+            self._entries.expire()
+            while True:
+                spaces = [(name, self._entries.spaces.get(name)) for name in self.readable(namespace)]
+                found = [
+                    match
+                    for name, space in spaces
+                    if space is not None
+                    and (match := space.longest_prefix(token_ids, max_tokens, session if name == namespace else None))
+                ]
+                if not found:
+                    self._entries.counts["misses"] += 1
+                    return None
+                best = max(found, key=lambda match: (match.num_tokens, not match.entry.reference.is_tainted))
+                reference = self._entries.loaded(best.entry, best.path)
+                if reference is not None:
+                    self._entries.counts["hits"] += 1
+                    return PrefixMatch(reference, best.num_tokens)
+
+    def identical_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
+        """Stretches of ``token_ids[start:stop]`` that stand anywhere in entries of ``namespace``; exact KV only.
+
+        In order, without overlap, each at least ``min_run_tokens`` long and as long as its entry agrees. Every window
+        of ``min_run_tokens`` that occurs in an entry starts inside a run. Where the namespace has nothing, the shared
+        one is read. Counts as a use of the entries.
+        """
+        with self._lock:
+            self._entries.expire()
+            runs: list[Run] = []
+            for name in self.readable(namespace):
+                for first, last in _gaps(runs, start, stop):
+                    runs += self._runs_of(token_ids, name, first, last)
+                runs.sort(key=lambda run: run.start)
+            return runs
+
+    def put(self, reference: Reference) -> bool:
+        """Keep ``reference``; whether it, or a longer entry that contains it, is in the store afterwards.
+
+        Entries that are a prefix of it are replaced by it, their labels joined to its own. A tainted one replaces that
+        of its session instead, and is never pinned. Refused, and counted, if there is no room beside pinned entries, or
+        if it is tainted and without a session; nothing changes then.
+        """
+        with self._lock:
+            self._entries.expire()
+            if reference.is_tainted:
+                return self._put_tainted(reference)
+            space = self._entries.space(reference.namespace)
+            container = space.ordinary.get(reference.id) or space.container_of(reference)
+            if container is None:
+                return self._put_new(space, reference)
+            pinned = reference.pinned or container.reference.pinned
+            container.last_used_s = self._clock()
+            self._entries.shelves.touch(container.node.path())
+            self._entries.relabelled(container, replace(joined(container.reference, reference), pinned=pinned))
+            return True
+
+    def fetch(self, reference_id: str, namespace: str) -> Reference | None:
+        """An entry with its KV, by the id that ``references`` gives; None if it is not there. Counts as a use."""
+        with self._lock:
+            self._entries.expire()
+            spaces = [self._entries.spaces.get(name) for name in self.readable(namespace)]
+            found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
+            return self._entries.loaded(found[0], found[0].node.path()) if found else None
+
+    def references(self, namespace: str | None = None) -> list[Reference]:
+        """The stored references of one namespace, or of all, oldest use first, without KV; no tainted ones."""
+        with self._lock:
+            self._entries.expire()
+            entries = sorted(self._entries.of(namespace), key=lambda entry: entry.last_used_s)
+            return [entry.reference for entry in entries if not entry.reference.is_tainted]
+
+    def fetch_all(self, namespace: str | None = None) -> list[Reference]:
+        """As ``references``, with KV. Counts as a use of each."""
+        found = [self.fetch(reference.id, reference.namespace) for reference in self.references(namespace)]
+        return [reference for reference in found if reference is not None]
+
+    def forget(self, namespace: str, *, document_id: str | None = None, session: str | None = None) -> int:
+        """Drop the entries of ``namespace`` that carry the document or session (all, if neither is given).
+
+        What several entries share goes with the last of them. How many entries there were.
+        """
+        with self._lock:
+            doomed = [
+                entry
+                for entry in self._entries.of(namespace)
+                if (document_id is None or document_id in entry.reference.document_starts)
+                and (session is None or entry.reference.session == session)
+            ]
+            for entry in doomed:
+                self._entries.remove(entry)
+            return len(doomed)
+
+    def clear(self) -> int:
+        """Drop every entry of every namespace; how many there were."""
+        with self._lock:
+            return sum(self.forget(namespace) for namespace in list(self._entries.spaces))
+
+    def stats(self) -> dict[str, int]:
+        """Entries, bytes and bounds by tier, and counts of hits, misses, moves, ways out and troubles."""
+        with self._lock:
+            entries, shelves = self._entries, self._entries.shelves
+            return {
+                "entries": len(entries.by_key),
+                "tainted_entries": sum(entry.reference.is_tainted for entry in entries.by_key.values()),
+                "bytes": shelves.device.num_bytes,
+                "max_bytes": shelves.device.max_bytes,
+                "host_bytes": shelves.host.num_bytes,
+                "host_max_bytes": shelves.host.max_bytes,
+                "disk_bytes": shelves.disk.num_bytes,
+                "disk_max_bytes": shelves.disk.tier.max_bytes,
+                "index_bytes": sum(space.index_bytes for space in entries.spaces.values()),
+                **{name: entries.counts[name] for name in _COUNTED},
+                **{name: shelves.counts[name] for name in _MOVED},
+                **shelves.disk.counts(),
+            }
+
+    def check(self) -> None:
+        """The law: bytes are exact and bounded in every tier, ids and namespaces fit, and every entry has its KV."""
+        with self._lock:
+            self._entries.check()
+
+    def _put_new(self, space: Space, reference: Reference) -> bool:
+        """An entry that no other one contains."""
+        layers, reference = reference.layers, replace(reference, layers=())
+        entry = Entry(reference, space.tree.insert(reference.token_ids), self._clock())
+        node = entry.node
+        self._entries.keep(entry)
+        if node.held is None and node.on_disk is None:
+            packed = self._packed(layers, node.start)
+            if packed is None or not self._entries.shelves.place(node, packed, reference.namespace):
+                return self._refused(entry)
+        absorbed = space.contained_in(entry)
+        for other in absorbed:
+            reference = joined(reference, other.reference)
+            entry.hits = max(entry.hits, other.hits)
+        self._entries.relabelled(entry, reference)
+        for other in absorbed:
+            self._entries.remove(other)
+        return True
+
+    def _put_tainted(self, reference: Reference) -> bool:
+        packed = self._packed(reference.layers, 0)
+        if reference.session is None or packed is None or not self._entries.shelves.could_hold(packed.num_bytes):
+            return self._refused()
+        entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())
+        former = self._entries.by_key.get(entry.key)
+        if former is not None:
+            if _begins_with(reference.token_ids, former.reference.token_ids):
+                entry.reference = replace(joined(entry.reference, former.reference), segments=reference.segments)
+            self._entries.remove(former)
+        self._entries.keep(entry)
+        return self._entries.shelves.place(entry.node, packed, None) or self._refused(entry)
+
+    def _packed(self, layers: Sequence[LayerKV], start: int) -> PackedKV | None:
+        """What ``layers`` have from token ``start`` on, as it is kept; None if there is no memory for that."""
+        try:
+            return PackedKV.of(layers, self.config.kv_bits, start)
+        except OUT_OF_MEMORY:
+            log_trouble("out_of_memory")
+            return None
+
+    def _refused(self, entry: Entry | None = None) -> bool:
+        if entry is not None:
+            self._entries.remove(entry)
+        self._entries.counts["refused"] += 1
+        return False
+
+    def _runs_of(self, token_ids: TokenIds, namespace: str, start: int, stop: int) -> list[Run]:
+        assert self.min_run_tokens is not None, "a store made without min_run_tokens keeps no index of runs"
+        while (space := self._entries.spaces.get(namespace)) is not None:
+            found = space.runs(token_ids[start:stop])
+            entries = {run.key: space.ordinary[run.key] for run in found}
+            alive = (key for key in entries if key in self._entries.by_key)  # what is loaded may push others out
+            loaded = {key: self._entries.loaded(entries[key], entries[key].node.path()) for key in alive}
+            known = [(run, reference) for run in found if (reference := loaded.get(run.key)) is not None]
+            if len(known) == len(found):
+                return [Run(start + run.start, ref, run.source_start, run.num_tokens) for run, ref in known]
+        return []
+
+
+def _begins_with(token_ids: TokenIds, other: TokenIds) -> bool:
+    return len(other) <= len(token_ids) and bool(np.array_equal(token_ids[: len(other)], other))
+
+
+def _gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
+    """What ``runs``, in order, leave of the tokens from ``start`` to ``stop``."""
+    edges = [start, *(edge for run in runs for edge in (run.start, run.start + run.num_tokens)), stop]
+    return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

@@ -1,0 +1,101 @@
+"""What is known of a stored prompt beside its KV, how two of them become one, and how it is written down."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from semsharekv_integrations.kv import Reference, Segment, TokenIds
+from semsharekv_integrations.store.directory import EntryRecord
+from semsharekv_integrations.store.radix import Node
+
+
+@dataclass(eq=False)
+class Entry:
+    """A stored prompt.
+
+    Attributes:
+        reference: its labels and token ids, without KV.
+        node: the node that it ends with.
+        last_used_s: by the store's clock.
+        hits: number of times it was found.
+    """
+
+    reference: Reference
+    node: Node
+    last_used_s: float
+    hits: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Unique in a store: the reference's id, or, of a tainted one, its session's name."""
+        reference = self.reference
+        if not reference.is_tainted:
+            return reference.id
+        return f"{len(reference.namespace)} {reference.namespace}{reference.session}"  # whatever stands in the names
+
+
+def reference_id(namespace: str, token_ids: TokenIds) -> str:
+    """A stable digest of namespace and token ids, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=hashlib.blake2b(namespace.encode()).digest())
+    return digest.hexdigest()
+
+
+def joined(kept: Reference, absorbed: Reference) -> Reference:
+    """``kept`` with the labels of an entry that it contains; it expires as soon as either would."""
+    lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
+    return replace(
+        kept,
+        document_starts={**absorbed.document_starts, **kept.document_starts},
+        segments=kept.segments or absorbed.segments,
+        session=kept.session or absorbed.session,
+        expires_after_s=min(lifetimes, default=None),
+    )
+
+
+def shortened(reference: Reference, num_tokens: int) -> Reference:
+    """The first ``num_tokens`` tokens of an entry as an entry of their own, without KV."""
+    token_ids = reference.token_ids[:num_tokens]
+    return replace(
+        reference,
+        id=reference_id(reference.namespace, token_ids),
+        token_ids=token_ids,
+        document_starts={key: start for key, start in reference.document_starts.items() if start < num_tokens},
+        segments=tuple(segment for segment in reference.segments if segment.stop <= num_tokens),
+    )
+
+
+def record_of(entry: Entry, used_s: float) -> EntryRecord:
+    """An entry as it is written, with the wall clock's time of its last use."""
+    reference = entry.reference
+    labels: dict[str, Any] = {
+        "document_starts": dict(reference.document_starts),
+        "segments": [list(segment) for segment in reference.segments],
+        "session": reference.session,
+        "pinned": reference.pinned,
+        "expires_after_s": reference.expires_after_s,
+    }
+    return EntryRecord(reference.id, reference.namespace, entry.node.id, labels, entry.hits, used_s)
+
+
+def reference_of(record: EntryRecord, token_ids: TokenIds) -> Reference:
+    """The labels that ``record_of`` wrote, without KV.
+
+    Raises:
+        ValueError: if they are not those of ``token_ids``.
+    """
+    labels = record.labels
+    if record.id != reference_id(record.namespace, token_ids):
+        raise ValueError(f"entry {record.id} has other tokens")
+    return Reference(
+        record.id,
+        record.namespace,
+        token_ids,
+        (),
+        labels["document_starts"],
+        tuple(Segment(*segment) for segment in labels["segments"]),
+        session=labels["session"],
+        pinned=labels["pinned"],
+        expires_after_s=labels["expires_after_s"],
+    )

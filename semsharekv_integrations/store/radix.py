@@ -1,0 +1,162 @@
+"""The radix tree of one namespace: what several stored prompts begin with is one node, whose KV is kept once.
+
+A node stands for consecutive tokens behind those of its parent. Knows nothing about KV or bytes: a node carries them
+for whoever keeps them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from semsharekv_integrations.core.prefix import common_prefix_tokens
+from semsharekv_integrations.kv import TokenIds
+
+if TYPE_CHECKING:
+    from semsharekv_integrations.store.packed import PackedKV
+
+
+class FileRange(NamedTuple):
+    """The KV of a node on disk: as many tokens of ``file`` as the node has, from ``first`` on."""
+
+    file: str
+    first: int
+
+
+@dataclass(eq=False)
+class Node:
+    """Consecutive tokens of every stored prompt that goes through here.
+
+    Attributes:
+        token_ids: [N] its own.
+        parent: the node before it; None for a root, and for KV that lies apart.
+        start: position of its first token.
+        children: those behind it, by their first token.
+        entries: keys of the entries that end with it.
+        pins: number of pinned entries that need it.
+        held: its KV in memory, or None.
+        tier: the name of the memory tier that counts ``held``, or None.
+        on_disk: its KV on disk, or None.
+        hits: number of times it was reused.
+        documents: those of the caller's documents that begin in it, each with the position of its first token.
+        id: for records.
+    """
+
+    token_ids: TokenIds
+    parent: Node | None = None
+    start: int = 0
+    children: dict[int, Node] = field(default_factory=dict)
+    entries: set[str] = field(default_factory=set)
+    pins: int = 0
+    held: PackedKV | None = None
+    tier: str | None = None
+    on_disk: FileRange | None = None
+    hits: float = 0.0
+    documents: dict[str, int] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def stop(self) -> int:
+        """Position behind its last token."""
+        return self.start + len(self.token_ids)
+
+    def path(self) -> list[Node]:
+        """All nodes from the first token to this one; the root, which has no tokens, is left out."""
+        nodes: list[Node] = []
+        node: Node | None = self
+        while node is not None and len(node.token_ids):
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def below(self) -> Iterator[Node]:
+        """This node and all behind it."""
+        pending = [self]
+        while pending:
+            node = pending.pop()
+            yield node
+            pending += node.children.values()
+
+
+class Found(NamedTuple):
+    """The deepest node that shares a token with what was looked for, and how many tokens agree in all."""
+
+    node: Node
+    num_tokens: int
+
+
+class RadixTree:
+    """Token sequences, found by what they begin with. Not safe to use from several threads by itself.
+
+    Args:
+        on_split: called with the new upper node and the node whose first tokens it took over.
+    """
+
+    def __init__(self, on_split: Callable[[Node, Node], None]) -> None:
+        self.root = Node(np.empty(0, dtype=np.int64))
+        self._on_split = on_split
+
+    def longest(self, token_ids: TokenIds) -> Found:
+        """How far the tree agrees with ``token_ids`` [T]."""
+        node, agreed = self.root, 0
+        while agreed < len(token_ids):
+            child = node.children.get(int(token_ids[agreed]))
+            if child is None:
+                break
+            shared = common_prefix_tokens(child.token_ids, token_ids[agreed:])
+            node, agreed = child, agreed + shared
+            if shared < len(child.token_ids):
+                break
+        return Found(node, agreed)
+
+    def insert(self, token_ids: TokenIds) -> Node:
+        """The node that ends with the last of ``token_ids`` [T], made if there is none, which has no KV then."""
+        node, agreed = self.longest(token_ids)
+        if agreed < node.stop:
+            node = self._split(node, agreed - node.start)
+        return node if agreed == len(token_ids) else self.attach(node, token_ids[agreed:])
+
+    def attach(self, parent: Node, token_ids: TokenIds) -> Node:
+        """A new node behind ``parent``, none of whose children begins with the same token."""
+        assert int(token_ids[0]) not in parent.children
+        node = Node(token_ids, parent, parent.stop)
+        parent.children[int(token_ids[0])] = node
+        return node
+
+    @staticmethod
+    def prune(node: Node) -> list[Node]:
+        """Take ``node`` and those before it out, as far as no entry needs them; what is gone, the last one first."""
+        gone = []
+        while node.parent is not None and not node.entries and not node.children:
+            gone.append(node)
+            del node.parent.children[int(node.token_ids[0])]
+            node = node.parent
+        return gone
+
+    def nodes(self) -> Iterator[Node]:
+        """All but the root, parents before children."""
+        return (node for node in self.root.below() if node is not self.root)
+
+    def _split(self, node: Node, num_tokens: int) -> Node:
+        """A new node with the first tokens of ``node``, before it."""
+        assert node.parent is not None and 0 < num_tokens < len(node.token_ids)
+        upper = Node(node.token_ids[:num_tokens], node.parent, node.start, pins=node.pins, hits=node.hits)
+        node.parent.children[int(upper.token_ids[0])] = upper
+        node.token_ids, node.start, node.parent = node.token_ids[num_tokens:], upper.stop, upper
+        upper.children[int(node.token_ids[0])] = node
+        upper.documents = {key: start for key, start in node.documents.items() if start < upper.stop}
+        node.documents = {key: start for key, start in node.documents.items() if start >= upper.stop}
+        self._on_split(upper, node)
+        return upper
+
+    def check(self) -> None:
+        """The law: tokens are ordered from the root on, no node is empty or superfluous."""
+        for parent in self.root.below():
+            for token, node in parent.children.items():
+                assert len(node.token_ids) > 0 and token == node.token_ids[0] and node.parent is parent
+                assert node.start == parent.stop
+                assert node.entries or node.children, "a node that no entry needs"

@@ -1,0 +1,153 @@
+"""One namespace of a store: its entries, the radix tree they are paths of, and where runs of them are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from semsharekv_integrations.core.prefix import common_prefix_tokens
+from semsharekv_integrations.kv import UNPLACED, Reference, TokenIds
+from semsharekv_integrations.store.labels import Entry
+from semsharekv_integrations.store.radix import Node, RadixTree
+from semsharekv_integrations.store.run_index import BYTES_PER_WINDOW, IndexedRun, RunIndex
+
+
+class Match(NamedTuple):
+    """An entry that begins as a prompt does, and for how many tokens."""
+
+    entry: Entry
+    num_tokens: int
+
+    @property
+    def path(self) -> list[Node]:
+        """The nodes that have these tokens."""
+        return [node for node in self.entry.node.path() if node.start < self.num_tokens]
+
+
+class Space:
+    """Entries of one namespace: ordinary ones by reference id, tainted ones by session.
+
+    Args:
+        min_run_tokens: shortest run that is found; None if runs are never asked for.
+        on_split: see ``RadixTree``.
+    """
+
+    def __init__(self, min_run_tokens: int | None, on_split: Callable[[Node, Node], None]) -> None:
+        self.tree = RadixTree(on_split)
+        self.ordinary: dict[str, Entry] = {}
+        self.tainted: dict[str, Entry] = {}
+        self._min_run_tokens = min_run_tokens
+        self._runs: RunIndex | None = None  # made when first asked for: opening a large store must not wait for it
+
+    def entries(self) -> Iterator[Entry]:
+        """All of them."""
+        yield from self.ordinary.values()
+        yield from self.tainted.values()
+
+    def add(self, entry: Entry) -> None:
+        """Keep ``entry``, whose node is in place."""
+        reference, node = entry.reference, entry.node
+        node.entries.add(entry.key)
+        if reference.is_tainted:
+            self.tainted[str(reference.session)] = entry
+            return
+        self.ordinary[reference.id] = entry
+        self.label(entry)
+        self.pin(entry, +reference.pinned)
+        if self._runs is not None:
+            self._runs.add(reference.id, reference.token_ids)
+
+    def remove(self, entry: Entry) -> list[Node]:
+        """Forget ``entry``; the nodes that nothing needs any more, the last one first."""
+        entry.node.entries.discard(entry.key)
+        if entry.reference.is_tainted:
+            del self.tainted[str(entry.reference.session)]
+            return [entry.node]
+        del self.ordinary[entry.reference.id]
+        self.pin(entry, -entry.reference.pinned)
+        if self._runs is not None:
+            self._runs.remove(entry.reference.id)
+        return self.tree.prune(entry.node)
+
+    def label(self, entry: Entry) -> None:
+        """Tell the nodes which documents begin in them: a prompt that goes on behind them has these, too."""
+        for node in entry.node.path():
+            starts = entry.reference.document_starts.items()
+            node.documents |= {key: start for key, start in starts if node.start <= start < node.stop}
+
+    def pin(self, entry: Entry, change: int) -> None:
+        """One pinned entry more, or less, needs the nodes of ``entry``."""
+        for node in entry.node.path():
+            node.pins += change
+
+    def longest_prefix(self, token_ids: TokenIds, max_tokens: int, session: str | None) -> Match | None:
+        """The entry that agrees longest with ``token_ids``, an ordinary one unless that of ``session`` is longer."""
+        node, agreed = self.tree.longest(token_ids)
+        best = Match(self._entry_through(node), min(agreed, max_tokens)) if agreed else None
+        own = self.tainted.get(session) if session is not None else None
+        if own is not None:
+            shared = min(common_prefix_tokens(own.reference.token_ids, token_ids), max_tokens)
+            if shared > (best.num_tokens if best else 0):
+                best = Match(own, shared)
+        return best if best and best.num_tokens else None
+
+    def container_of(self, reference: Reference) -> Entry | None:
+        """An entry that begins with ``reference`` or equals it; a pinned one, if that is to be pinned."""
+        node, agreed = self.tree.longest(reference.token_ids)
+        if agreed < len(reference.token_ids):
+            return None
+        found = (self.ordinary[key] for below in node.below() for key in below.entries)
+        return next((entry for entry in found if entry.reference.pinned or not reference.pinned), None)
+
+    def contained_in(self, entry: Entry) -> list[Entry]:
+        """The other entries that ``entry`` begins with; pinned ones are left to stand by themselves."""
+        found = [self.ordinary[key] for node in entry.node.path() for key in node.entries if key != entry.key]
+        return [other for other in found if not other.reference.pinned]
+
+    def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
+        """Runs of ``token_ids`` [T] anywhere in ordinary entries, by reference id: see ``RunIndex.runs``."""
+        if self._runs is None:
+            assert self._min_run_tokens is not None, "a store made without min_run_tokens finds no runs"
+            self._runs = RunIndex(self._min_run_tokens)
+            self._runs.add_all((key, entry.reference.token_ids) for key, entry in self.ordinary.items())
+        return self._runs.runs(token_ids)
+
+    def documents_of(self, path: list[Node]) -> dict[str, int]:
+        """The documents that begin in ``path``, each with its first token."""
+        return {key: start for node in path for key, start in node.documents.items()}
+
+    @property
+    def index_bytes(self) -> int:
+        """Of the index of runs."""
+        return BYTES_PER_WINDOW * self._runs.num_windows if self._runs is not None else 0
+
+    def check(self, namespace: str) -> None:
+        """The law: every entry is the path to its node and of this namespace, and runs are found in all of them."""
+        self.tree.check()
+        assert self.ordinary or self.tainted, "an empty namespace is kept"
+        for key, entry in self.ordinary.items():
+            reference, path = entry.reference, entry.node.path()
+            assert reference.id == key and not reference.is_tainted and reference.namespace == namespace
+            assert entry.node.stop == len(reference.token_ids) and key in entry.node.entries
+            for node in path:
+                assert (reference.token_ids[node.start : node.stop] == node.token_ids).all(), "a path of other tokens"
+            placed = {document for document, start in reference.document_starts.items() if start != UNPLACED}
+            assert placed <= set(self.documents_of(path)), "documents that its nodes miss"
+            assert all(other is entry for other in self.contained_in(entry)), "an unpinned entry begins another"
+        for session, entry in self.tainted.items():
+            reference = entry.reference
+            assert reference.session == session and reference.is_tainted and reference.namespace == namespace
+            assert not reference.pinned and entry.node.parent is None and entry.key in entry.node.entries
+        for node in self.tree.nodes():
+            assert node.pins == sum(
+                self.ordinary[key].reference.pinned for below in node.below() for key in below.entries
+            )
+        if self._runs is not None:
+            assert self._runs.keys == set(self.ordinary), "the index of runs differs from the ordinary entries"
+            self._runs.check()
+
+    def _entry_through(self, node: Node) -> Entry:
+        """Some entry whose path goes through ``node``."""
+        while not node.entries:
+            node = next(iter(node.children.values()))
+        return self.ordinary[next(iter(node.entries))]
