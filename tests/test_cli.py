@@ -20,7 +20,7 @@ def run(*arguments: str) -> int:
 
 
 def test_demo_shows_prefix_reuse_and_equal_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("demo", "--json") == 0
+    assert run("demo", "--mode", "exact", "--json") == 0
     calls = json.loads(capsys.readouterr().out)
     assert len(calls) == NUM_CALLS
     assert all(call["same_as_off"] for call in calls)
@@ -31,6 +31,16 @@ def test_demo_shows_prefix_reuse_and_equal_answers(capsys: pytest.CaptureFixture
         assert first["prefix_tokens"] < first["prompt_tokens"] / 2
         assert all(report["prefix_tokens"] > report["prompt_tokens"] / 2 for report in later)
     assert len(scenarios) == 3
+
+
+def test_demo_reuses_documents_in_another_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--json") == 0
+    calls = json.loads(capsys.readouterr().out)
+    assert all(call["same_as_off"] and call["report"]["mode"] == "identical" for call in calls)
+    first, moved, again = [call["report"] for call in calls if "LangChain" in call["scenario"]]
+    assert first["identical_tokens"] == 0
+    assert moved["identical_tokens"] > moved["prompt_tokens"] / 3 > moved["prefix_tokens"]
+    assert again["prefix_tokens"] > again["prompt_tokens"] / 2, "the first order is back"
 
 
 def test_demo_table_names_every_call(capsys: pytest.CaptureFixture[str]) -> None:
