@@ -1,4 +1,4 @@
-"""A blocking iterator as an asynchronous one: produced in a thread of its own, cancelled with its consumer."""
+"""Several calls at once: taking turns, threads for a batch, and a blocking iterator as an asynchronous one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,63 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+class Turns:
+    """Calls that run at the same time, one of which at a time has its turn."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._count = threading.Lock()
+        self._num_running = 0
+
+    @property
+    def others_run(self) -> bool:
+        """Whether one call is not the only one."""
+        return self._num_running > 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A call, from its beginning to its end; or calls that are still to come."""
+        with self._count:
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self._num_running -= 1
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the turn, and have it inside."""
+        with self._turn:
+            yield
+
+
+def outcomes_of(call: Callable[[Item], T], items: Sequence[Item], max_threads: int) -> list[T | Exception]:
+    """What ``call`` returns for each item, or raises, in order; each in a thread, so many at a time.
+
+    An item whose call fails takes none of the others down.
+    """
+
+    def outcome(future: Future[T]) -> T | Exception:
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, Exception):
+            return error
+        raise error
+
+    with ThreadPoolExecutor(max(1, min(max_threads, len(items)))) as pool:
+        futures = [pool.submit(contextvars.copy_context().run, call, item) for item in items]
+        return [outcome(future) for future in futures]
 
 
 class _End:

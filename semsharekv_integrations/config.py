@@ -181,14 +181,18 @@ class EngineConfig:
         store: how much KV is kept.
         audit: how often reuse is checked against a full prefill.
         max_context_tokens: context window in tokens, or None for the model's own.
+        max_batch_size: most calls that decode in one forward pass, of those that run at the same time; 1 for each by
+            itself. Logits in a batch differ from those of a call by itself by rounding.
     """
 
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     max_context_tokens: int | None = None
+    max_batch_size: int = 8
 
     def __post_init__(self) -> None:
+        require(is_whole(self.max_batch_size, 1), "max_batch_size", self.max_batch_size, "1 or more calls")
         limit = self.max_context_tokens
         require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
         rounds = self.store.kv_bits is not None

@@ -10,31 +10,30 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import AbstractContextManager, aclosing, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
-import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.checks import check_lifetime, require
-from semsharekv_integrations.concurrency import iterate_in_thread
+from semsharekv_integrations.concurrency import Turns, iterate_in_thread, outcomes_of
 from semsharekv_integrations.config import EngineConfig
-from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
-from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered, TokenIds
+from semsharekv_integrations.core.plan import ReusePlan
+from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
-from semsharekv_integrations.matching import segments_of
-from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
+from semsharekv_integrations.memory import Memory
+from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, window_of
 from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.parts import ModelParts
-from semsharekv_integrations.remember import references_of
-from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
+from semsharekv_integrations.report import ReuseReport
 from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
@@ -96,6 +95,8 @@ class SemShareEngine:
         self._parts: ModelParts | None = None
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
+        self._turns = Turns()
+        self._memory = Memory(self.config, self.store)
 
     def _ready(self) -> ModelParts:
         with self._lock:
@@ -131,7 +132,7 @@ class SemShareEngine:
     @property
     def context_window(self) -> int | None:
         """Most tokens of prompt and answer together, or None if nothing bounds it; loads no weights."""
-        return self.config.max_context_tokens or _window_of(self._source)
+        return self.config.max_context_tokens or window_of(self._source.config)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """The whole answer to a text prompt or to messages (mappings with ``role`` and ``content``).
@@ -151,8 +152,20 @@ class SemShareEngine:
         return spoken(self._run(Request.of(prompt, options)))
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
-        """The answers to several prompts, in order; later ones reuse what earlier ones left."""
-        return [self.generate(prompt, **options) for prompt in prompts]
+        """The answers to several prompts, in order; what they share is computed once, and they decode together.
+
+        One that fails takes none of the others down: when all are done, the first error is raised.
+        """
+        with self.sharing():
+            done = outcomes_of(lambda prompt: self.generate(prompt, **options), prompts, self.config.max_batch_size)
+        for outcome in done:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return cast(list[Generation], done)
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
+        return self._turns.running()
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
@@ -169,25 +182,45 @@ class SemShareEngine:
                     yield chunk
 
     def warm(
-        self, documents: Documents, namespace: str = "default", pinned: bool = False, ttl_s: float | None = None
+        self,
+        documents: Documents,
+        namespace: str = "default",
+        pinned: bool = False,
+        ttl_s: float | None = None,
+        progress: bool = False,
     ) -> int:
-        """Compute KV ahead of time for texts that prompts will start with.
+        """Compute KV ahead of time for texts that will stand in prompts, which need not name them then.
+
+        A text that differs from what is stored under its id replaces it.
 
         Args:
             documents: texts, or texts by id.
             namespace: who may reuse them.
             pinned: whether the byte bound never evicts them.
             ttl_s: seconds after their last use at which they expire, or None.
+            progress: whether to show a progress bar.
 
         Returns:
             How many were stored; fewer than given if the store has no room, or in mode ``off``.
+
+        Raises:
+            ContextWindowError: if a text is too long; those before it are stored.
         """
         check_lifetime("ttl_s", ttl_s)
         namespace, texts = checked_namespace(namespace), document_texts(documents)
-        return sum(self._warm_one(key, text, namespace, pinned, ttl_s) for key, text in texts.items())
+        if self.config.reuse.mode == "off":
+            return 0
+        stored, parts = 0, self._ready()
+        labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
+        for key, text in tqdm(texts.items(), "computing KV", disable=not progress, leave=False):
+            request = Request.of(text, {"documents": {key: text}, "namespace": namespace})
+            with self._turns.taken():
+                stored += self._memory.warm(parts, request, self.context_window, **labels)
+        return stored
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many there were."""
+        self._memory.known.forget(checked_namespace(namespace), document_id)
         return self.store.forget(checked_namespace(namespace), document_id=document_id)
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
@@ -196,6 +229,7 @@ class SemShareEngine:
         if namespace is not None:
             checked_namespace(namespace)
         if session is None:
+            self._memory.known.forget(namespace)
             self.auditor.clear(namespace)
             if self._parts is not None:
                 self._parts.renderer.forget_replies(namespace)
@@ -237,26 +271,34 @@ class SemShareEngine:
         self.store.close()
 
     def _run(self, request: Request) -> Generator[GenerationChunk, None, None]:
+        with self._turns.running():
+            yield from self._flow(request, self._ready())
+
+    def _flow(self, request: Request, parts: ModelParts) -> Generator[GenerationChunk, None, None]:
         """One prompt's flow. Every phase is timed; loading the model is not part of it."""
-        parts = self._ready()
         answer = Answer()
         with answer.watch.phase("render"):
-            rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
+            hints = self._memory.hints(request)
+            rendered = parts.renderer.render(request.prompt, request.documents, request.namespace, hints)
             request = request.fitted(len(rendered.token_ids), self.context_window)
         suspended = self.auditor.suspends(request.namespace)
-        plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
-        outcome = parts.execute(plan, answer.watch)
+        with self._turns.taken():  # so that each may reuse what the one before computed
+            plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
+            outcome = parts.execute(plan, answer.watch)
+            if self._turns.others_run:
+                self._memory.keep(parts, request, rendered, plan, outcome)
         report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
         try:
-            for text in parts.decode(rendered, outcome.prefill, request.sampling, answer):
-                yield GenerationChunk(text)
+            with closing(parts.decode(rendered, outcome.prefill, request.sampling, answer)) as texts:
+                for text in texts:
+                    yield GenerationChunk(text)
         except GeneratorExit:
             self._finish(request, rendered, plan, outcome, answer)
             raise
         with answer.watch.phase("remember"):
             self._finish(request, rendered, plan, outcome, answer)
         with answer.watch.phase("audit"):
-            audit = self._audit(request.namespace, rendered, answer.completed(report), answer)
+            audit = parts.audit(self.auditor, request.namespace, rendered, answer.completed(report), answer)
         report = replace(answer.completed(report), audit=audit)
         self._observers.tell(report)
         yield GenerationChunk("", answer.generation(report))
@@ -270,60 +312,6 @@ class SemShareEngine:
                 reused_tokens=int((~outcome.computed).sum()),
                 output_tokens=len(answer.token_ids),
             )
-        self._ready().renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
-        token_ids = np.concatenate([rendered.token_ids, np.array(answer.token_ids, dtype=np.int64)])
-        starts = plan.document_starts() | request.document_starts(rendered, plan.prefix)
-        self._store(token_ids, rendered, outcome, request.namespace, starts, request.session)
-
-    def _store(
-        self,
-        token_ids: TokenIds,
-        rendered: Rendered,
-        outcome: Outcome,
-        namespace: str,
-        document_starts: Mapping[str, int],
-        session: str | None = None,
-        **labels: Any,
-    ) -> bool:
-        """Whether all of it went into the store; ``labels`` are those of ``Reference``."""
-        adapter = self._ready().adapter
-        if self.config.reuse.mode == "off":
-            return False
-        layers = adapter.layers_of(outcome.prefill.cache)
-        token_ids = token_ids[: layers[0].keys.shape[2]]
-        if len(token_ids) > (adapter.stable_positions or len(token_ids)):
-            return False
-        segments = tuple(segments_of(rendered))
-        found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session)
-        stored = [self.store.put(replace(reference, **labels)) for reference in found]
-        return all(stored)
-
-    def _warm_one(self, key: str, text: str, namespace: str, pinned: bool, ttl_s: float | None) -> bool:
-        if self.config.reuse.mode == "off":
-            return False
         parts = self._ready()
-        request = Request.of(text, {"documents": {key: text}})
-        rendered = parts.renderer.render(text, request.documents, namespace)
-        request.fitted(len(rendered.token_ids), self.context_window)
-        outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
-        starts = request.document_starts(rendered, None)
-        labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
-        return self._store(rendered.token_ids, rendered, outcome, namespace, starts, **labels)
-
-    def _audit(self, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer) -> AuditResult | None:
-        """The answer's first tokens once more, behind a full prefill, if this call is drawn.
-
-        Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
-        """
-        risky = report.reused_tokens - report.prefix_tokens * self._ready().reuse.is_approximate
-        if (not risky and report.kv_retained_ratio == 1) or not self.auditor.draws():
-            return None
-        reused = torch.cat(answer.first_logits)  # [N, V]
-        answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)
-        full = self._ready().adapter.logits_behind(rendered.token_ids, answered)
-        return self.auditor.record(namespace, reused, full)
-
-
-def _window_of(source: ModelSource) -> int | None:
-    """Most positions that the model was made for, or None if its configuration does not say."""
-    return getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
+        self._memory.keep(parts, request, rendered, plan, outcome, answer.token_ids)

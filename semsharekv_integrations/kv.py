@@ -1,7 +1,8 @@
 """The data that the parts hand to each other.
 
 Axis legend, for every shape comment in this package:
-    B batch (always 1), T tokens, S stored tokens, H key-value heads, D head dimension, V vocabulary.
+    B batch (1, but where calls decode together), T tokens, S stored tokens, H key-value heads, D head dimension,
+    V vocabulary.
 """
 
 from __future__ import annotations

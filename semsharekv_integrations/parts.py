@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from semsharekv_integrations.answer import Answer
+from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
@@ -20,6 +23,7 @@ from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex
 from semsharekv_integrations.kv import Rendered
 from semsharekv_integrations.matching import FuzzyMatcher
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import ModelSource
 from semsharekv_integrations.model.prompt import PromptRenderer
@@ -27,7 +31,7 @@ from semsharekv_integrations.model.retaining import Retainer
 from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
 from semsharekv_integrations.model.text import TextStream
 from semsharekv_integrations.planner import Planner, question_of, texts_of
-from semsharekv_integrations.report import Stopwatch
+from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
 from semsharekv_integrations.store import KVStore
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ class ModelParts:
         self.adapter = ModelAdapter(source.load(), config.reuse.wanted)
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = PromptRenderer(self.tokenizer)
+        self._together = SharedDecoding(self.adapter, config.max_batch_size)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         self._selective = selective = _selective_prefill(self.adapter, config.reuse)
         self.reuse = reuse = config.reuse.settled(allowed=selective is not None)
@@ -83,31 +88,48 @@ class ModelParts:
         with watch.phase("forward"):
             return prefill_behind_prefix(self.adapter, plan)
 
-    def decode(self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer) -> Iterator[str]:
+    def decode(
+        self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer
+    ) -> Generator[str, None, None]:
         """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back.
 
         With retention the cache is shortened behind the first token, which does not need it; that of ``prefill`` stays.
+        Closed or at its end, that of ``prefill`` has KV of the answer as well, but for the last token, else.
         """
         text = TextStream(self.tokenizer, sampling.stop)
         with answer.watch.phase("decode"):
-            decoder = Decoder(self.adapter, rendered.token_ids, sampling)
-            steps = decoder.tokens(prefill, partial(answer.see, self._audited_tokens))
+            decoder = Decoder(self.adapter, rendered.token_ids, sampling, self._together)
         last = False
-        while not last and not text.stopped:
-            with answer.watch.phase("decode"):
-                token_id, last = next(steps)
-                piece = text.push(token_id)
-            answer.add(token_id, piece)
-            yield piece
-            if self._retainer is not None and len(answer.token_ids) == 1 and not last:
-                with answer.watch.phase("retain"):
-                    decoder.cache = self._shortened(self._retainer, rendered, prefill.cache)
-                answer.kept_bytes = self.adapter.kv_bytes(decoder.cache)
+        with closing(decoder.tokens(prefill, partial(answer.see, self._audited_tokens))) as steps:
+            while not last and not text.stopped:
+                with answer.watch.phase("decode"):
+                    token_id, last = next(steps)
+                    piece = text.push(token_id)
+                answer.add(token_id, piece)
+                yield piece
+                if self._retainer is not None and len(answer.token_ids) == 1 and not last:
+                    with answer.watch.phase("retain"):
+                        decoder.cache = self._shortened(self._retainer, rendered, prefill.cache)
+                    answer.kept_bytes = self.adapter.kv_bytes(decoder.cache)
         rest = text.finish()
         answer.text += rest
         answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
         if rest:
             yield rest
+
+    def audit(
+        self, auditor: Auditor, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer
+    ) -> AuditResult | None:
+        """The answer's first tokens once more, behind a full prefill, if this call is drawn.
+
+        Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
+        """
+        risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
+        if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
+            return None
+        reused = torch.cat(answer.first_logits)  # [N, V]
+        answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)
+        return auditor.record(namespace, reused, self.adapter.logits_behind(rendered.token_ids, answered))
 
     def _shortened(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
         """What is kept of ``cache``: what the question is about first, then what it attends to."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -160,6 +163,19 @@ class ModelAdapter:
             return logits
         return self._forward(ids[:, -1:], cache, torch.tensor([position]))
 
+    @property
+    def accepts_padding(self) -> bool:
+        """Whether a forward pass can be told which slots of a batch are padding, and each row's position."""
+        return {"attention_mask", "position_ids"} <= self._accepts
+
+    def decode_padded(
+        self, ids: torch.Tensor, cache: DynamicCache, positions: Sequence[int], pads: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """Logits [B, V] after ``ids`` [B, 1] at ``positions`` [B]; cached rows begin with ``pads`` [B] empty slots."""
+        slots = torch.arange(cache.layers[0].keys.shape[2] + 1)
+        mask = (slots >= torch.from_numpy(pads)[:, None]).long().to(self.device)
+        return self._forward(ids, cache, torch.tensor(positions)[:, None], attention_mask=mask)
+
     def layers_of(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
         """The cache's keys and values, without copying; all layers hold the same tokens."""
         layers = tuple(LayerKV(layer.keys, layer.values) for layer in cache.layers)
@@ -183,8 +199,11 @@ class ModelAdapter:
     def _forward(
         self, ids: torch.Tensor, cache: DynamicCache, positions: torch.Tensor, keep: int = 0, **more: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions`` [N], or [B, keep, V] of the last ``keep``."""
-        place = positions.to(self.device)[None]
+        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions``, or [B, keep, V] of the last ``keep``.
+
+        Positions are [N] where all rows have the same, else [B, N].
+        """
+        place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}

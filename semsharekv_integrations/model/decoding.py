@@ -7,7 +7,7 @@ the meaning they have in transformers, while the prefill and the loop are ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.batching import SharedDecoding
 
 
 class _Prepared(NamedTuple):
@@ -30,37 +31,47 @@ class Decoder:
         adapter: the model.
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
+        together: with which other calls decode.
 
     Attributes:
-        cache: KV of all tokens but the last, once decoding has begun.
+        cache: what decoding goes on with; it holds KV of all tokens but the last when ``tokens`` has ended.
     """
 
     cache: DynamicCache
 
-    def __init__(self, adapter: ModelAdapter, prompt_ids: TokenIds, sampling: SamplingConfig) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, prompt_ids: TokenIds, sampling: SamplingConfig, together: SharedDecoding
+    ) -> None:
         self._adapter = adapter
+        self._together = together
         self._ids = torch.from_numpy(prompt_ids)[None].to(adapter.device)  # [B, T]
         self._prepared = self._prepare(sampling)
         self._greedy = sampling.temperature == 0
         self._random = torch.Generator(device=adapter.device)
         self._random.seed() if sampling.seed is None else self._random.manual_seed(sampling.seed)
 
-    def tokens(self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None) -> Iterator[tuple[int, bool]]:
-        """Each new token, and whether it is the last; the prefill's cache then holds all but the last token.
+    def tokens(
+        self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None
+    ) -> Generator[tuple[int, bool], None, None]:
+        """Each new token, and whether it is the last. Closing it ends the call.
 
-        ``see`` is shown the model's logits [B, V] for each. ``cache`` may be replaced between two tokens.
+        ``see`` is shown the model's logits [B, V] for each. ``cache`` may be replaced behind the first token.
         """
         self.cache, logits = prefill.cache, prefill.logits
-        while True:
-            if see is not None:
-                see(logits)
-            token_id, scores = self._choose(logits)
-            self._ids = torch.cat([self._ids, torch.tensor([[token_id]], device=self._ids.device)], dim=1)
-            last = bool(self._prepared.stopping_criteria(self._ids, scores).all())
-            yield token_id, last
-            if last:
-                return
-            logits = self._adapter.decode_step(self._ids, self.cache)
+        row = self._together.join()
+        try:
+            while True:
+                if see is not None:
+                    see(logits)
+                token_id, scores = self._choose(logits)
+                self._ids = torch.cat([self._ids, torch.tensor([[token_id]], device=self._ids.device)], dim=1)
+                last = bool(self._prepared.stopping_criteria(self._ids, scores).all())
+                yield token_id, last
+                if last:
+                    return
+                logits = row.step(self._ids, self.cache)
+        finally:
+            row.leave()
 
     def is_end(self, token_id: int) -> bool:
         """Whether ``token_id`` is one of the model's end-of-sequence tokens."""

@@ -125,3 +125,8 @@ def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}; accepted is 'auto' or a torch dtype such as 'bfloat16'")
     return found
+
+
+def window_of(config: PretrainedConfig) -> int | None:
+    """Most positions that the model was made for, or None if its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -39,8 +39,12 @@ class PromptRenderer:
         self._pieces: dict[int, str] = {}
         self._lock = threading.Lock()
 
-    def render(self, prompt: Prompt, documents: Mapping[str, str], namespace: str) -> Rendered:
+    def render(
+        self, prompt: Prompt, documents: Mapping[str, str], namespace: str, hints: Mapping[str, str] | None = None
+    ) -> Rendered:
         """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
+
+        Where none is named, ``hints`` are texts that may stand there: of those that overlap the longest counts.
 
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
@@ -58,7 +62,7 @@ class PromptRenderer:
         starts = list(accumulate((start for _, offsets in pieces for start in offsets), max))
         return Rendered(
             np.array(token_ids, dtype=np.int64),
-            _segments(text, starts, documents),
+            _segments(text, starts, documents) or _apart(_segments(text, starts, hints or {})),
             _passages(text, starts),
             None if isinstance(prompt, str) else _question(text, starts, prompt),
         )
@@ -212,6 +216,15 @@ def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> lis
         if at >= 0 and starts and content:
             found.append(Segment(document_id, *_tokens_between(starts, at, at + len(content))))
     return found
+
+
+def _apart(segments: list[Segment]) -> list[Segment]:
+    """Those that overlap no longer one."""
+    kept: list[Segment] = []
+    for segment in sorted(segments, key=lambda s: s.start - s.stop):
+        if all(segment.stop <= other.start or other.stop <= segment.start for other in kept):
+            kept.append(segment)
+    return sorted(kept, key=lambda s: s.start)
 
 
 def _passages(text: str, starts: list[int]) -> list[Segment]:

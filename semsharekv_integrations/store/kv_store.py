@@ -166,10 +166,18 @@ class KVStore:
         found = [self.fetch(reference.id, reference.namespace) for reference in self.references(namespace)]
         return [reference for reference in found if reference is not None]
 
-    def forget(self, namespace: str, *, document_id: str | None = None, session: str | None = None) -> int:
+    def forget(
+        self,
+        namespace: str,
+        *,
+        document_id: str | None = None,
+        session: str | None = None,
+        spare: Callable[[Reference], bool] | None = None,
+    ) -> int:
         """Drop the entries of ``namespace`` that carry the document or session (all, if neither is given).
 
-        What several entries share goes with the last of them. How many entries there were.
+        Of these, the ones that ``spare`` is true of stay. What several entries share goes with the last of them. How
+        many entries there were.
         """
         with self._lock:
             doomed = [
@@ -177,6 +185,7 @@ class KVStore:
                 for entry in self._entries.of(namespace)
                 if (document_id is None or document_id in entry.reference.document_starts)
                 and (session is None or entry.reference.session == session)
+                and not (spare is not None and spare(entry.reference))
             ]
             for entry in doomed:
                 self._entries.remove(entry)

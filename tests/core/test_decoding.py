@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from semsharekv_integrations import ContextWindowError, SamplingConfig
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder
 from tiny_models import EngineMaker, make_model
 
@@ -52,7 +53,8 @@ def test_scores_are_those_that_generate_samples_from(llama, tokenizer, options) 
         **inputs, **options, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True
     ).scores[0]
     adapter, ids = ModelAdapter(llama, "off"), inputs.input_ids[0].numpy()
-    _, scores = Decoder(adapter, ids, SamplingConfig(seed=1, **options))._choose(adapter.prefill(ids).logits)
+    decoder = Decoder(adapter, ids, SamplingConfig(seed=1, **options), SharedDecoding(adapter, 1))
+    _, scores = decoder._choose(adapter.prefill(ids).logits)
     torch.testing.assert_close(scores, wanted)
 
 

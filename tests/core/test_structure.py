@@ -18,6 +18,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts
 LAYERS = (
     {"langchain", "llama_index", "cli", "demo", "chat", "serve", "inspect_command", "clear_command", "metrics"},
     {"engine"},
+    {"memory"},
     {"parts"},
     {"answer", "concurrency", "request", "planner"},
     {"matching", "remember"},

@@ -1,0 +1,151 @@
+"""What calls leave behind: KV in the store, the words of their replies, and the texts of their documents.
+
+Knows nothing about how KV is found or reused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from semsharekv_integrations.config import EngineConfig
+from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
+from semsharekv_integrations.kv import UNPLACED, Reference, Rendered, TokenIds
+from semsharekv_integrations.matching import segments_of
+from semsharekv_integrations.model.selective import Outcome
+from semsharekv_integrations.parts import ModelParts
+from semsharekv_integrations.remember import references_of
+from semsharekv_integrations.report import Stopwatch
+from semsharekv_integrations.request import Request
+from semsharekv_integrations.store import KVStore
+
+MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named
+
+
+class KnownTexts:
+    """The latest documents that were named in each namespace, so that prompts need not name them again."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, OrderedDict[str, str]] = {}
+        self._lock = threading.Lock()
+
+    def note(self, namespace: str, documents: Mapping[str, str]) -> None:
+        """Texts by id; one that is known under the same id is replaced."""
+        with self._lock:
+            known = self._texts.setdefault(namespace, OrderedDict())
+            for key, text in documents.items():
+                known[key] = text
+                known.move_to_end(key)
+            while len(known) > MOST_KNOWN_TEXTS:
+                known.popitem(last=False)
+
+    def of(self, namespaces: Sequence[str]) -> dict[str, str]:
+        """Texts by id; of two with one id, that of the first namespace."""
+        with self._lock:
+            return {key: text for name in reversed(namespaces) for key, text in self._texts.get(name, {}).items()}
+
+    def forget(self, namespace: str | None = None, document_id: str | None = None) -> None:
+        """Drop one document of a namespace, or all of it, or everything."""
+        with self._lock:
+            for name in [name for name in self._texts if namespace in (None, name)]:
+                if document_id is None:
+                    del self._texts[name]
+                else:
+                    self._texts[name].pop(document_id, None)
+
+
+class Memory:
+    """Puts what calls computed into the store.
+
+    Args:
+        config: of the engine.
+        store: where KV goes.
+    """
+
+    def __init__(self, config: EngineConfig, store: KVStore) -> None:
+        self.known = KnownTexts()
+        self._is_off = config.reuse.mode == "off"
+        self._store = store
+
+    def hints(self, request: Request) -> dict[str, str]:
+        """Documents that may stand in the prompt, by id: none where the call names its own."""
+        return {} if request.documents else self.known.of(self._store.readable(request.namespace))
+
+    def keep(
+        self,
+        parts: ModelParts,
+        request: Request,
+        rendered: Rendered,
+        plan: ReusePlan,
+        outcome: Outcome,
+        answered: Sequence[int] = (),
+    ) -> bool:
+        """Store the KV of a prompt and of what was ``answered``, as far as there is any; whether all of it is there."""
+        token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
+        starts = plan.document_starts() | request.document_starts(rendered, plan.prefix)
+        self.known.note(request.namespace, request.documents)
+        return self._put(parts, token_ids, rendered, outcome, request.namespace, starts, request.session)
+
+    def warm(self, parts: ModelParts, request: Request, window: int | None, **labels: Any) -> bool:
+        """Compute and store the KV of one document, which is the whole prompt; whether it is there.
+
+        What was stored of another text under the same id is dropped.
+
+        Args:
+            parts: of the engine.
+            request: whose only document is its prompt.
+            window: context window in tokens, or None.
+            labels: those of ``Reference``.
+
+        Raises:
+            ContextWindowError: if the text is too long.
+        """
+        (key,) = request.documents
+        rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
+        request.fitted(len(rendered.token_ids), window)
+        self._drop_other_versions(key, rendered, request.namespace)
+        self.known.note(request.namespace, request.documents)
+        outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
+        starts = request.document_starts(rendered, None)
+        return self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, starts, None, **labels)
+
+    def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str) -> None:
+        tokens = [rendered.token_ids[s.start : s.stop] for s in rendered.segments if s.document_id == key]
+
+        def is_current(reference: Reference) -> bool:
+            start = reference.document_starts[key]
+            if start == UNPLACED or not tokens:
+                return False
+            there = reference.token_ids[start : start + len(tokens[0])]
+            inner = slice(1, len(there) - 1)  # tokens at its edges may be shared with what is beside it
+            return bool(np.array_equal(there[inner], tokens[0][inner]))
+
+        self._store.forget(namespace, document_id=key, spare=is_current)
+
+    def _put(
+        self,
+        parts: ModelParts,
+        token_ids: TokenIds,
+        rendered: Rendered,
+        outcome: Outcome,
+        namespace: str,
+        document_starts: Mapping[str, int],
+        session: str | None,
+        **labels: Any,
+    ) -> bool:
+        adapter = parts.adapter
+        if self._is_off:
+            return False
+        layers = adapter.layers_of(outcome.prefill.cache)
+        token_ids = token_ids[: layers[0].keys.shape[2]]
+        if len(token_ids) > (adapter.stable_positions or len(token_ids)):
+            return False
+        segments = tuple(segments_of(rendered))
+        found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session)
+        stored = [self._store.put(replace(reference, **labels)) for reference in found]
+        return all(stored)

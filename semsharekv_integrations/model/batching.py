@@ -1,0 +1,210 @@
+"""Decode steps of several calls at once: one forward pass for whoever asks for a token at about the same time.
+
+Each call decodes by itself and knows nothing of the others. Their caches are put behind each other in one, padded on
+the left, for as long as the same calls come together, and handed back to each of them when one of them leaves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from semsharekv_integrations.logs import log_trouble
+from semsharekv_integrations.model.adapter import ModelAdapter
+
+PATIENCE_S = 0.005  # that a step waits for calls which are at their last token still; a forward pass takes longer
+_PROBE_TOKENS = (7, 4)
+
+
+class Row:
+    """One call's place; ``step`` is called by one thread at a time."""
+
+    def __init__(self, together: SharedDecoding) -> None:
+        self.waits = self.late = self.shares = False
+        self.thread = 0
+        self.ids = torch.empty(1, 0)
+        self.cache = DynamicCache()
+        self.num_stored = 0  # tokens that have KV in the joint cache
+        self.logits: torch.Tensor | None = None
+        self.error: Exception | None = None
+        self._together = together
+
+    def step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` holds its KV at the latest at the end."""
+        return self._together.step(self, ids, cache)
+
+    def leave(self) -> None:
+        """No more steps: the cache is whole again."""
+        self._together.leave(self)
+
+
+class SharedDecoding:
+    """Brings together the decode steps of all calls of one engine.
+
+    Where ``max_batch_size`` is 1, or the model does not give the same logits in a padded batch (which is tried once),
+    every step is a forward pass of its own.
+
+    Args:
+        adapter: the model.
+        max_batch_size: most calls in one forward pass.
+    """
+
+    def __init__(self, adapter: ModelAdapter, max_batch_size: int) -> None:
+        self._adapter = adapter
+        self._max_batch_size = max_batch_size
+        self._turn = threading.Condition()
+        self._rows: list[Row] = []
+        self._group: list[Row] = []  # whose KV is in ``_joint``
+        self._joint = DynamicCache()  # [B, H, T, D], each row at the end, behind padding
+        self._pads = np.empty(0, dtype=np.int64)  # [B]
+        self._is_allowed: bool | None = None
+
+    def join(self) -> Row:
+        """A place for one more call."""
+        row = Row(self)
+        with self._turn:
+            self._rows.append(row)
+        return row
+
+    def step(self, row: Row, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """See ``Row.step``."""
+        with self._turn:
+            takes = self._takes(cache)
+        if not takes:
+            return self._adapter.decode_step(ids, cache)
+        with self._turn:
+            row.ids, row.cache, row.thread = ids, cache, threading.get_ident()
+            row.waits, row.late, row.shares = True, False, True
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: not (row.waits and self._missing()), PATIENCE_S)
+            if row.waits:
+                for other in self._missing():
+                    other.late = True  # nobody waits for it again until it is back
+                self._advance([row, *(other for other in self._rows if other.waits and other is not row)])
+            logits, error, row.logits, row.error = row.logits, row.error, None, None
+        if error is not None:
+            raise error
+        assert logits is not None
+        return logits
+
+    def leave(self, row: Row) -> None:
+        """See ``Row.leave``."""
+        with self._turn:
+            self._rows.remove(row)
+            if row in self._group:
+                self._part()
+            self._turn.notify_all()
+
+    def _missing(self) -> list[Row]:
+        """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
+        if sum(row.waits for row in self._rows) >= self._max_batch_size:
+            return []
+        here = threading.get_ident()  # a thread that takes turns between calls waits for none of its own
+        return [row for row in self._rows if row.shares and not (row.waits or row.late or row.thread == here)]
+
+    def _takes(self, cache: DynamicCache) -> bool:
+        """Whether steps behind ``cache`` may be joined to others, and there are others."""
+        if len(self._rows) == 1 or self._max_batch_size == 1 or self._adapter.stable_positions is not None:
+            return False
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return False
+        if len({layer.keys.shape[2] for layer in cache.layers}) != 1:
+            return False
+        if self._is_allowed is None:
+            self._is_allowed = self._same_in_batches()
+            if not self._is_allowed:
+                log_trouble("unbatched")
+        return self._is_allowed
+
+    def _advance(self, waiting: list[Row]) -> None:
+        """One token further with the first of those who wait, whose threads find the outcome in their rows."""
+        rows = [row for row in self._rows if row in waiting[: self._max_batch_size]]
+        try:
+            for row, logits in zip(rows, self._forward(rows), strict=True):
+                row.logits = logits[None]
+        except Exception as error:
+            self._part()
+            for row in rows:
+                if len(rows) == 1:
+                    row.error = error
+                else:  # each by itself: one that cannot go on does not take the others down
+                    self._advance([row])
+        for row in rows:
+            row.waits = False
+        self._turn.notify_all()
+
+    def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [B, V]."""
+        if len(rows) == 1:
+            self._part()
+            return self._adapter.decode_step(rows[0].ids, rows[0].cache)
+        if rows != self._group:
+            self._part()
+            self._gather(rows)
+        last = torch.cat([row.ids[:, -1:] for row in rows])
+        logits = self._adapter.decode_padded(last, self._joint, [row.ids.shape[1] - 1 for row in rows], self._pads)
+        for row in rows:
+            row.num_stored += 1
+        return logits
+
+    def _gather(self, rows: Sequence[Row]) -> None:
+        """Move the KV of ``rows`` into one cache."""
+        self._joint, self._pads = padded([row.cache for row in rows])
+        self._group = list(rows)
+        for row in rows:
+            row.num_stored = row.cache.layers[0].keys.shape[2]
+            for layer in row.cache.layers:
+                layer.keys, layer.values = _emptied(layer.keys), _emptied(layer.values)
+
+    def _part(self) -> None:
+        """Give every call of the group its KV back."""
+        for index, (row, pad) in enumerate(zip(self._group, self._pads, strict=True)):
+            place = (slice(index, index + 1), slice(None), slice(pad, pad + row.num_stored))
+            for own, joint in zip(row.cache.layers, self._joint.layers, strict=True):
+                own.keys, own.values = joint.keys[place].clone(), joint.values[place].clone()
+        self._group, self._joint, self._pads = [], DynamicCache(), np.empty(0, dtype=np.int64)
+
+    def _same_in_batches(self) -> bool:
+        """Whether two probes of different lengths, decoded together, end in the logits that each has alone."""
+        adapter = self._adapter
+        if not adapter.accepts_padding:
+            return False
+        probes = [adapter.probe_ids()[: size + 1] for size in _PROBE_TOKENS]
+        alone = [adapter.prefill(ids).logits for ids in probes]
+        joint, pads = padded([adapter.prefill(ids[:-1]).cache for ids in probes])
+        last = torch.tensor([[ids[-1]] for ids in probes])
+        try:
+            together = adapter.decode_padded(last, joint, list(_PROBE_TOKENS), pads)
+        except (TypeError, ValueError, RuntimeError):  # the model takes no such mask
+            return False
+        return all(adapter.same_logits(one[None], other) for one, other in zip(together, alone, strict=True))
+
+
+def padded(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
+    """One cache [B, H, T, D] of several, each behind so many slots of padding [B] that all end together."""
+    lengths = np.array([cache.layers[0].keys.shape[2] for cache in caches], dtype=np.int64)
+    pads = lengths.max() - lengths
+    joint = DynamicCache()
+    with torch.inference_mode():
+        for parts in zip(*(cache.layers for cache in caches), strict=True):
+            layer = DynamicLayer()
+            keys, values = _behind(pads, [part.keys for part in parts]), _behind(pads, [part.values for part in parts])
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            joint.layers.append(layer)
+    return joint, pads
+
+
+def _behind(pads: np.ndarray, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, H, T, D] of several [1, H, T, D]."""
+    return torch.cat([torch.nn.functional.pad(t, (0, 0, int(pad), 0)) for t, pad in zip(tensors, pads, strict=True)])
+
+
+def _emptied(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, H, 0, D] of [B, H, T, D]."""
+    return tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3]))

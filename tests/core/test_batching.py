@@ -1,0 +1,205 @@
+"""Calls at the same time: they decode in one forward pass, share what their prompts share, and end as each alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
+from semsharekv_integrations.concurrency import Turns, outcomes_of
+from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.batching import SharedDecoding, padded
+from tiny_models import ARCHITECTURES, EngineMaker, make_model
+
+PROMPTS = [f"News from {town}." + " People affected by it numbered 1204." * n for n, town in enumerate("abcde")]
+
+
+@contextmanager
+def widths(adapter: ModelAdapter, before: Callable[[int], None] = lambda width: None) -> Iterator[list[int]]:
+    """How many calls each decode step was for."""
+    found: list[int] = []
+    alone, together = adapter.decode_step, adapter.decode_padded
+
+    def one(ids, cache):
+        found.append(1)
+        before(1)
+        return alone(ids, cache)
+
+    def several(ids, *rest):
+        found.append(len(ids))
+        before(len(ids))
+        return together(ids, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "decode_step", one)
+        patch.setattr(adapter, "decode_padded", several)
+        yield found
+
+
+def decoded(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, together: SharedDecoding, prompt: str):
+    """A call's logits at every step, and its cache, decoding greedily by hand."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    prefill = adapter.prefill(ids[0].numpy())
+    row, logits = together.join(), [prefill.logits]
+    for _ in range(6):
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+        logits.append(row.step(ids, prefill.cache))
+    row.leave()
+    return torch.cat(logits), adapter.layers_of(prefill.cache)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_calls_of_all_lengths_have_the_logits_and_kv_they_have_alone(architecture: str, tokenizer) -> None:
+    adapter = ModelAdapter(make_model(architecture, len(tokenizer)), "exact")
+    wanted = [decoded(adapter, tokenizer, SharedDecoding(adapter, 1), prompt) for prompt in PROMPTS]
+    together = SharedDecoding(adapter, 8)
+    barrier = threading.Barrier(len(PROMPTS))
+
+    def one(prompt: str):
+        barrier.wait()
+        return decoded(adapter, tokenizer, together, prompt)
+
+    with widths(adapter) as found, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        outcome = list(pool.map(one, PROMPTS))
+    assert (max(found) > 1) == (adapter.stable_positions is None), "phi3 of this size has no limit"
+    for (logits, layers), (wanted_logits, wanted_layers) in zip(outcome, wanted, strict=True):
+        torch.testing.assert_close(logits, wanted_logits, atol=2e-4, rtol=1e-4)
+        for layer, wanted_layer in zip(layers, wanted_layers, strict=True):
+            torch.testing.assert_close(layer.keys, wanted_layer.keys, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.values, wanted_layer.values, atol=2e-4, rtol=1e-4)
+
+
+def test_a_batch_gives_what_each_gives_alone_in_order_and_in_fewer_passes(make_engine: EngineMaker) -> None:
+    engine = make_engine("exact")
+    wanted = [make_engine("off").generate(prompt, max_new_tokens=12).token_ids for prompt in PROMPTS]
+    with widths(engine._ready().adapter) as found:
+        generations = engine.generate_batch(PROMPTS, max_new_tokens=12)
+    assert [generation.token_ids for generation in generations] == wanted
+    assert max(found) >= 3 and len(found) < sum(found) / 1.5
+    engine.store.check()
+    for prompt, ids in zip(PROMPTS, wanted, strict=True):  # what they left is whole and exact
+        again = engine.generate(prompt, max_new_tokens=12)
+        assert again.token_ids == ids and again.report.prefix_tokens == again.report.prompt_tokens - 1
+
+
+def test_batches_no_larger_than_asked_for(llama, tokenizer) -> None:
+    for size in (1, 2):
+        engine = SemShareEngine(llama, tokenizer, EngineConfig(max_batch_size=size))
+        with widths(engine._ready().adapter) as found, ThreadPoolExecutor(5) as pool:
+            list(pool.map(partial(engine.generate, max_new_tokens=6), PROMPTS))
+        assert max(found) <= size
+    with pytest.raises(ValueError, match="max_batch_size is 0; accepted is 1 or more calls"):
+        EngineConfig(max_batch_size=0)
+
+
+@pytest.mark.parametrize("mode", ["exact", "identical"])
+def test_what_prompts_of_a_batch_share_is_computed_once(llama, tokenizer, mode) -> None:
+    engine = SemShareEngine(llama, tokenizer, EngineConfig(reuse=ReuseConfig(mode=mode)))
+    start = "News from Velmar. " + "The mayor was born in Osteck. " * 10
+    reports = [g.report for g in engine.generate_batch([f"{start} {end}" for end in ("Who?", "When?", "Why?")])]
+    reused = sorted(report.prefix_tokens for report in reports)
+    assert reused[0] == 0 and reused[1] == reused[2] > 0.8 * reports[0].prompt_tokens
+
+
+def test_one_that_fails_takes_none_of_the_others_down(make_engine: EngineMaker) -> None:
+    engine = make_engine("exact")
+    wanted = [make_engine("off").generate(prompt, max_new_tokens=6).token_ids for prompt in PROMPTS[:3]]
+    with pytest.raises(ValueError, match="prompt has no messages"):
+        engine.generate_batch([PROMPTS[0], [], *PROMPTS[1:3]], max_new_tokens=6)
+    assert engine.stats()["requests"] == 3
+    found = outcomes_of(lambda p: engine.generate(p, max_new_tokens=6).token_ids, [PROMPTS[0], [], *PROMPTS[1:3]], 4)
+    assert isinstance(found.pop(1), ValueError) and found == wanted
+
+
+def test_a_forward_pass_that_fails_for_all_is_tried_for_each(make_engine: EngineMaker, monkeypatch) -> None:
+    engine = make_engine("exact")
+    wanted = [make_engine("off").generate(prompt, max_new_tokens=8).token_ids for prompt in PROMPTS]
+
+    def out_of_memory(width: int) -> None:
+        if width > 1:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(SharedDecoding, "_same_in_batches", lambda self: True)
+    with widths(engine._ready().adapter, out_of_memory) as found:
+        assert [g.token_ids for g in engine.generate_batch(PROMPTS, max_new_tokens=8)] == wanted
+    assert max(found) > 1
+
+
+def test_a_stream_that_nobody_reads_holds_nobody_up(make_engine: EngineMaker) -> None:
+    engine = make_engine("exact")
+    wanted = make_engine("off").generate(PROMPTS[1], max_new_tokens=200, temperature=3.0, seed=1).token_ids
+    with ThreadPoolExecutor(1) as pool:
+        idle = engine.stream(PROMPTS[0], max_new_tokens=400, temperature=3.0, seed=4)
+        pool.submit(lambda: [next(idle) for _ in range(3)]).result()
+        began = time.perf_counter()
+        alone = engine.generate(PROMPTS[1], max_new_tokens=200, temperature=3.0, seed=1)
+        assert alone.token_ids == wanted and time.perf_counter() - began < 30
+        rest = pool.submit(lambda: [chunk.generation for chunk in idle][-1]).result()
+    expected = make_engine("off").generate(PROMPTS[0], max_new_tokens=400, temperature=3.0, seed=4)
+    assert rest is not None and rest.token_ids == expected.token_ids
+
+
+def test_two_streams_read_in_turn_by_one_thread(make_engine: EngineMaker) -> None:
+    engine, options = make_engine("exact"), {"max_new_tokens": 60, "temperature": 3.0}
+    streams = [engine.stream(prompt, seed=seed, **options) for seed, prompt in enumerate(PROMPTS[:2])]
+    last = [list(chunks)[-1] for chunks in zip(*zip(*streams, strict=False), strict=True)]
+    assert len(last) == 2
+    for stream in streams:
+        stream.close()
+    engine.store.check()
+
+
+@pytest.mark.parametrize("outcome", ["other logits", "error"])
+def test_a_model_that_takes_no_padding_decodes_each_by_itself(make_engine: EngineMaker, monkeypatch, outcome) -> None:
+    engine = make_engine("exact")
+    adapter = engine._ready().adapter
+    padded_step = adapter.decode_padded
+
+    def refusing(*args):
+        if outcome == "error":
+            raise ValueError("no such mask")
+        return padded_step(*args).flip(-1)
+
+    monkeypatch.setattr(adapter, "decode_padded", refusing)
+    with widths(adapter) as found:
+        generations = engine.generate_batch(PROMPTS, max_new_tokens=6)
+    assert found.count(2) == 1 and set(found) == {1, 2}, "the probe alone"
+    wanted = [make_engine("off").generate(prompt, max_new_tokens=6).token_ids for prompt in PROMPTS]
+    assert [generation.token_ids for generation in generations] == wanted
+
+
+def test_padding_comes_first(llama, tokenizer) -> None:
+    adapter = ModelAdapter(llama, "exact")
+    caches = [adapter.prefill(adapter.probe_ids()[:size]).cache for size in (3, 5)]
+    joint, pads = padded(caches)
+    assert pads.tolist() == [2, 0]
+    for layer, short, long in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
+        assert not layer.keys[0, :, :2].any() and not layer.values[0, :, :2].any()
+        assert layer.keys[:1, :, 2:].equal(short.keys) and layer.values[1:].equal(long.values)
+
+
+def test_turns_are_taken_one_after_another_by_those_who_run() -> None:
+    turns, order = Turns(), []
+
+    def take(name: str) -> None:
+        with turns.running(), turns.taken():
+            order.append(name)
+
+    with turns.running():
+        assert not turns.others_run
+        with turns.taken():
+            thread = threading.Thread(target=take, args=("second",))
+            thread.start()
+            while not turns.others_run:
+                time.sleep(0.001)
+            order.append("first")
+        thread.join()
+        assert order == ["first", "second"] and not turns.others_run
