@@ -5,7 +5,8 @@ Eight bits take absolute maxima by head and token for scales, so a large key in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,18 @@ from semsharekv_integrations.kv import LayerKV
 _KEYS, _VALUES, _SCALES = "keys", "values", "scales"
 _LARGEST = 127
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+_HOST_IS_FULL = "DefaultCPUAllocator"  # in the plain RuntimeError by which torch says so
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise one of ``OUT_OF_MEMORY`` for the host as for a device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _HOST_IS_FULL not in str(error):
+            raise
+        raise MemoryError(str(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +47,7 @@ class PackedKV:
     device: torch.device
 
     @classmethod
+    @memory_errors()
     def of(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
         """What ``layers`` have from token ``start`` on: the tensors themselves, or copies of a part, or packed."""
         tensors: dict[str, torch.Tensor] = {}
@@ -86,6 +100,7 @@ class PackedKV:
         except RuntimeError:  # no more memory can be pinned
             return tensor
 
+    @memory_errors()
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
         return PackedKV({name: change(tensor) for name, tensor in self.tensors.items()}, self.dtype, self.device)
 

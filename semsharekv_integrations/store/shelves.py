@@ -66,7 +66,7 @@ class Shelves:
         Nothing that is ``protected``, which includes ``path``, is lost for it.
 
         Raises:
-            Unreadable: naming the first node that is damaged, vanished, or does not fit into memory.
+            Unreadable: naming the first node that is damaged, vanished, or has no room after it could not be moved up.
         """
         pieces = [self._raised(node, protected) for node in path]
         for node in path:
@@ -167,13 +167,23 @@ class Shelves:
         self._out_of_memory(node)  # first, so that what must go from the device finds room on the host
         self._make_room(tier, packed.num_bytes, protected, novel=False)
         target = packed.device if tier is self.device else _CPU
-        node.held = _moved(packed, target, copied=not was_held)
-        if node.held is None:
+        raised = _moved(packed, target, copied=not was_held)
+        if raised is None:
             self.counts["promotion_failed"] += 1
-            raise Unreadable(node)
+            return self._left_below(node, packed, protected, was_held=was_held)
+        node.held = raised
         self._into(tier, node)
         self.counts["promoted"] += 1
-        return node.held
+        return raised
+
+    def _left_below(self, node: Node, packed: PackedKV, protected: Collection[Node], *, was_held: bool) -> PackedKV:
+        """The KV of a node for which a tier had room and the machine no memory: it is served from where it was."""
+        if was_held and self._make_room(self.host, packed.num_bytes, protected, novel=False):
+            node.held = packed
+            self._into(self.host, node)
+        elif node.on_disk is None:
+            raise Unreadable(node)
+        return packed
 
     def _read(self, node: Node) -> PackedKV:
         try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from semsharekv_integrations.kv import LayerKV
-from semsharekv_integrations.store.packed import PackedKV
+from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -102,3 +104,30 @@ def test_eight_bits_take_about_half_the_bytes_of_half_precision() -> None:
 def test_zeros_stay_zeros() -> None:
     zeros = [LayerKV(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))]
     assert not any(tensor.any() for tensor in PackedKV.of(zeros, 8).layer(0))
+
+
+CHANGES: dict[str, Callable[[list[LayerKV], PackedKV], object]] = {
+    "packing": lambda layers, _: PackedKV.of(layers, start=1),
+    "copying": lambda _, packed: packed.copied(CPU),
+    "moving": lambda _, packed: packed.moved(CPU),
+    "dividing": lambda _, packed: packed.part(0, 3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_full_host_is_out_of_memory_too(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch raises a plain error then, which only its text tells from others."""
+    layers = layers_of()
+    packed = PackedKV.of(layers)
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(2**50, dtype=torch.uint8)
+    for error, wanted in ((full.value, OUT_OF_MEMORY), (RuntimeError("another"), RuntimeError)):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", fail)
+            patch.setattr(torch.Tensor, "clone", fail)
+            with pytest.raises(wanted):
+                CHANGES[change](layers, packed)

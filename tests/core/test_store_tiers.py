@@ -248,13 +248,41 @@ def failing(*_: object) -> PackedKV:
     raise torch.OutOfMemoryError
 
 
-def test_no_memory_to_raise_it_is_a_counted_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_memory() -> tuple[KVStore, Clock]:
+    """The first of two prompts lies on the host, and the device has room for it."""
     store, clock = store_of(max_tokens=8, host_tokens=12)
     put_all(store, clock, prompts(1, 2))
     put_all(store, clock, prompts(3, 1), document_starts={"d": 0})
     store.forget("a", document_id="d")
+    return store, clock
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_no_memory_to_raise_it_costs_nothing_that_is_stored(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """A device that is full for a moment must not take away what many prompts begin with."""
+    store, clock = without_memory()
+    put_all(store, clock, [(1, 1, 1, 1, 5)])
+
+    def fail(*_: object) -> PackedKV:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedKV, "moved", fail)
+        assert lookup(store, (1,) * 4) == 4, "served from the host"
+        store.check()
+        assert where(store, (1, 1, 1, 1, 5)) == ["host", "device"]
+    assert [store.stats()[name] for name in ("promotion_failed", "unreadable", "misses")] == [1, 0, 0]
+    assert lookup(store, (1, 1, 1, 1, 5)) == 5 and where(store, (1, 1, 1, 1, 5)) == ["device", "device"]
+    store.check()
+
+
+def test_no_memory_to_raise_it_and_no_way_back_is_a_counted_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = without_memory()
     with monkeypatch.context() as patch:
         patch.setattr(PackedKV, "moved", failing)
+        patch.setattr(store._entries.shelves.host, "max_bytes", 0)
         assert lookup(store, (1,) * 4) == 0
         store.check()
     stats = store.stats()
