@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import directories
+from semsharekv_integrations.store.disk import DISK
+
+_UNUSABLE = ("damaged", "foreign", "vanished", "orphans")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,25 +29,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Delete entries, and the KV that no other one needs; the exit code.
 
+    What is damaged is deleted by opening the directory.
+
     Raises:
         ValueError: if a document or session is given without its namespace.
-        StoreLockedError: if a process uses the directory.
+        StoreLockedError: if a process uses the directory with any model; nothing is deleted then.
         StoreFileError: if it cannot be used.
     """
     for name in ("document", "session"):
         alone = getattr(args, name) is not None and args.namespace is None
         require(not alone, "namespace", None, f"a string where a {name} is given")
-    removed = sum(_cleared(args, path.name) for path in directories(args.directory))
-    Console().print(f"{removed} entries deleted from {args.directory}.", highlight=False, markup=False)
+    with ExitStack() as opened:
+        stores = [_opened(args.directory, path.name, opened) for path in directories(args.directory)]
+        removed = sum(_cleared(args, store) for store in stores)
+        unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{removed} entries deleted from {args.directory}.")
+    if unusable:
+        console.print(f"{unusable} files and records that were damaged or out of use were deleted as well.")
     return 0
 
 
-def _cleared(args: argparse.Namespace, fingerprint: str) -> int:
-    store = KVStore(StoreConfig(max_bytes=0, directory=args.directory, disk_max_bytes=2**62))
+def _opened(directory: Path, fingerprint: str, opened: ExitStack) -> KVStore:
+    """The store of a model, until ``opened`` is closed."""
+    store = KVStore(StoreConfig(max_bytes=0, directory=directory, disk_max_bytes=2**62))
     store.open(fingerprint, torch.float32, torch.device("cpu"))  # no KV is read
-    try:
-        if args.namespace is None:
-            return store.clear()
-        return store.forget(args.namespace, document_id=args.document, session=args.session)
-    finally:
-        store.close()
+    opened.callback(store.close)
+    return store
+
+
+def _cleared(args: argparse.Namespace, store: KVStore) -> int:
+    if args.namespace is None:
+        return store.clear()
+    return store.forget(args.namespace, document_id=args.document, session=args.session)

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.store.directory import PeekedEntry, directories, peek
+from semsharekv_integrations.store.disk import DISK
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
 _NUMBERS = ("tokens", "KV", "uses", "last used")
@@ -36,19 +38,36 @@ def run(args: argparse.Namespace) -> int:
     """List what is stored, by model; the exit code.
 
     Raises:
-        StoreFileError: if the directory cannot be read.
+        StoreFileError: if the directory, or that of a model, cannot be read; the others are listed before.
     """
-    found = {path.name: list(_chosen(args, peek(path))) for path in directories(args.directory)}
+    found: dict[str, list[PeekedEntry]] = {}
+    troubles: list[str] = []
+    for path in directories(args.directory):
+        try:
+            peeked = peek(path)
+        except StoreFileError as error:
+            troubles.append(str(error))
+            continue
+        found[path.name] = list(_chosen(args, peeked.entries))
+        if peeked.num_unusable:
+            left_out = f"{peeked.num_unusable} records that are damaged or belong to no entry"
+            sys.stderr.write(f"semsharekv: left out of {path}: {left_out}\n")
     if args.json:
         plain = {model: [_plain(peeked) for peeked in entries] for model, entries in found.items()}
         sys.stdout.write(json.dumps(plain, indent=1) + "\n")
-        return 0
+    else:
+        _print(found, args.directory, nothing=not troubles)
+    if troubles:
+        raise StoreFileError("; ".join(troubles))
+    return 0
+
+
+def _print(found: dict[str, list[PeekedEntry]], directory: Path, *, nothing: bool) -> None:
     console = Console()
     for model, entries in found.items():
         console.print(_table(model, entries))
-    if not found:
-        console.print(f"Nothing is stored in {args.directory}.", highlight=False, markup=False)
-    return 0
+    if nothing and not found:
+        console.print(f"Nothing is stored in {directory}.", highlight=False, markup=False)
 
 
 def _chosen(args: argparse.Namespace, entries: list[PeekedEntry]) -> Iterator[PeekedEntry]:
@@ -66,11 +85,12 @@ def _plain(peeked: PeekedEntry) -> dict[str, Any]:
     documents = sorted(entry.labels["document_starts"])
     sizes = {"tokens": peeked.num_tokens, "kv_bytes": peeked.num_bytes}
     uses = {"uses": round(entry.hits), "last_used_s": entry.used_s}
-    return {"id": entry.id, "namespace": entry.namespace, **sizes, "documents": documents, **labels, **uses}
+    named = {"id": entry.id, "namespace": entry.namespace, "tier": DISK}
+    return {**named, **sizes, "documents": documents, **labels, **uses}
 
 
 def _table(model: str, entries: list[PeekedEntry]) -> Table:
-    table = Table(title=f"model {model[:_SHOWN_DIGITS]}", title_justify="left", title_style="bold")
+    table = Table(title=f"model {model[:_SHOWN_DIGITS]}, tier {DISK}", title_justify="left", title_style="bold")
     for name in _COLUMNS:
         table.add_column(name, justify="right" if name in _NUMBERS else "left")
     for peeked in entries:
@@ -86,8 +106,13 @@ def _table(model: str, entries: list[PeekedEntry]) -> Table:
             str(plain["uses"]),
             f"{_age(time.time() - plain['last_used_s'])} ago",
         )
-        table.add_row(*map(Text, cells))  # names are shown as they are, brackets and all
+        table.add_row(*(Text(_printable(cell)) for cell in cells))  # names as they are, brackets and all
     return table
+
+
+def _printable(text: str) -> str:
+    """What would break a line, or tell a terminal to do something, is escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _size(num_bytes: int) -> str:

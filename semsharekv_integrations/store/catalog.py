@@ -112,6 +112,16 @@ class Catalog:
                 self._db.execute(f"DELETE FROM {table.name}")
             self._insert(contents)
 
+    def empty_log(self) -> None:
+        """Move what the log has into the catalog: until then the log still has rows that were deleted.
+
+        While another process reads the catalog nothing happens.
+
+        Raises:
+            sqlite3.Error: if it cannot be written.
+        """
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
     def close(self) -> None:
         """Close it. May be called again."""
         self._db.close()
@@ -187,6 +197,11 @@ def set_aside(path: Path) -> None:
     """Rename the catalog in the directory ``path``, over the one set aside before."""
     _remove_sidecars(path)
     os.replace(path / CATALOG, path / DAMAGED)
+
+
+def forget_set_aside(path: Path) -> None:
+    """Delete what ``set_aside`` renamed in the directory ``path``, if it did."""
+    path.joinpath(DAMAGED).unlink(missing_ok=True)
 
 
 def _create_tables(database: sqlite3.Connection) -> None:

