@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,24 @@ def reused_later(engine: SemShareEngine) -> int:
 
 def reused_from_all(engine: SemShareEngine) -> int:
     engine.generate(PROMPT, max_new_tokens=2, namespace="all")
+    return engine.generate(PROMPT, max_new_tokens=2).report.reused_tokens
+
+
+def stored_bytes(tier: str) -> Callable[[SemShareEngine], float]:
+    def count(engine: SemShareEngine) -> float:
+        engine.generate(PROMPT, max_new_tokens=2)
+        found = engine.stats()[f"store_{tier}bytes"]
+        engine.close()
+        return found
+
+    return count
+
+
+def reused_after_others(engine: SemShareEngine) -> int:
+    """Of what was reused once, behind prompts that fill the store and never come back."""
+    reused(engine)
+    for number in range(8):
+        engine.generate(f"{number} {FIRE} {number}", max_new_tokens=2)
     return engine.generate(PROMPT, max_new_tokens=2).report.reused_tokens
 
 
@@ -114,6 +133,7 @@ def compared_tokens(engine: SemShareEngine) -> int | None:
 EAGER = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0, "relevance_ratio": 0.0}
 IDENTICAL, SEMANTIC = {"mode": "identical", **EAGER}, {"mode": "semantic", **EAGER}
 NEAR = {**SEMANTIC, "min_similarity": 0.01, "min_run_tokens": 40}
+FOLDER = "a folder of the engine's own"
 # For every setting: its value, what shows its effect, and the settings that both engines have beside it.
 EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], Any]] = {
     (ReuseConfig, "mode"): ("off", reused, {}),
@@ -140,6 +160,10 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "retention_final_share"): (0.1, moved, {**IDENTICAL, "retention_ratio": 0.5}),
     (StoreConfig, "max_bytes"): (1, reused, {}),
     (StoreConfig, "host_max_bytes"): (2**30, reused, {"max_bytes": 0}),
+    (StoreConfig, "directory"): (FOLDER, stored_bytes("disk_"), {}),
+    (StoreConfig, "disk_max_bytes"): (1, stored_bytes("disk_"), {"directory": FOLDER}),
+    (StoreConfig, "kv_bits"): (8, stored_bytes(""), {}),
+    (StoreConfig, "eviction"): ("lru", reused_after_others, {"max_bytes": 30_000}),
     (StoreConfig, "ttl_s"): (50.0, reused_later, {}),
     (StoreConfig, "shared_namespace"): ("all", reused_from_all, {}),
     (AuditConfig, "sample_ratio"): (1.0, audited, {}),
@@ -156,16 +180,18 @@ OPTION_EFFECTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "repetition_penalty": (9.0, {}),
     "seed": (6, {"seed": 5, "temperature": 2.0}),
 }
-# What needs a folder, another mode, or a trace of its own: see test_store_disk and test_store_tiers.
-SHOWN_ELSEWHERE = ("directory", "disk_max_bytes", "kv_bits", "eviction")
 SECTIONS = {ReuseConfig: "reuse", StoreConfig: "store", AuditConfig: "audit"}
 
 
 @pytest.mark.parametrize(("config", "name"), EFFECTS)
-def test_no_setting_is_dead(make_engine: EngineMaker, config: type, name: str) -> None:
+def test_no_setting_is_dead(make_engine: EngineMaker, tmp_path: Path, config: type, name: str) -> None:
     value, effect, others = EFFECTS[config, name]
-    without, with_it = (make_engine(**{SECTIONS[config]: config(**made)}) for made in (others, {**others, name: value}))
-    assert effect(without) != effect(with_it)
+    mode = "identical" if name == "kv_bits" else "exact"  # unless it is a setting of reuse itself
+    seen = []
+    for settings in (others, {**others, name: value}):
+        made = {key: tmp_path / f"{len(seen)}" if given == FOLDER else given for key, given in settings.items()}
+        seen.append(effect(make_engine(mode, **{SECTIONS[config]: config(**made)})))
+    assert seen[0] != seen[1]
 
 
 @pytest.mark.parametrize("name", OPTION_EFFECTS)
@@ -187,10 +213,10 @@ def test_every_rule_is_a_setting() -> None:
 
 
 def test_no_setting_was_overlooked() -> None:
-    for config in (ReuseConfig, StoreConfig):
+    for config in (ReuseConfig, StoreConfig, AuditConfig, SamplingConfig):
         assert set(BAD[config]) == {field.name for field in fields(config)}
     known = {*EFFECTS, *((SamplingConfig, name) for name in OPTION_EFFECTS), (EngineConfig, "max_context_tokens")}
-    known |= {(EngineConfig, name) for name in SECTIONS.values()} | {(StoreConfig, name) for name in SHOWN_ELSEWHERE}
+    known |= {(EngineConfig, name) for name in SECTIONS.values()}
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
     options = {*OPTION_EFFECTS, "namespace", "documents", "session"}  # the last three: see test_prefix_reuse
     assert options == set(GenerateOptions.__annotations__)
