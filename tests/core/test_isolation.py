@@ -185,6 +185,63 @@ def test_putting_in_one_namespace_changes_nothing_in_another(filled: KVStore) ->
     filled.check()
 
 
+LOOKUPS = {name: way for name, way in WAYS.items() if not name.startswith("forget")}
+
+
+def uses(store: KVStore, namespace: str = "a") -> list[tuple[Any, ...]]:
+    """What is known of the use of each entry and node, and of how long it may live."""
+    entries = sorted(store._entries.of(namespace), key=lambda entry: entry.key)
+    deadlines = store._entries._deadlines._times
+    return [
+        (entry.hits, entry.last_used_s, deadlines.get(entry.key), [node.hits for node in entry.node.path()])
+        for entry in entries
+    ]
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("lookup", LOOKUPS.values(), ids=LOOKUPS)
+def test_a_lookup_is_no_use_of_what_others_have(lookup: Callable[[KVStore, str], Any], tier: str) -> None:
+    """Of neither its time nor its rank, whether the stranger has the same itself or not."""
+    clock = Clock()
+    room = {"max_bytes": 10**6} if tier == "device" else {"max_bytes": 0, "host_max_bytes": 10**6}
+    store = store_of(clock, ttl_s=10.0, **room)
+    fill(store, "a")
+    fill(store, "b")
+    clock.now_s += 1
+    assert by_prefix(store, "a") and by_run(store, "a")
+    before, theirs = uses(store), uses(store, "b")
+    clock.now_s += 1
+    for stranger in ("b", "c"):
+        lookup(store, stranger)
+    assert uses(store) == before
+    assert by_prefix(store, "b") and uses(store, "b") != theirs, "a use is seen"
+    clock.now_s += 9  # of which the stranger has used a part
+    assert store.references("a") == [] and "a" not in store._entries.spaces
+    store.check()
+
+
+@pytest.mark.parametrize("eviction", ["value", "lru"])
+def test_a_lookup_does_not_change_which_of_anothers_entries_goes_first(eviction: str) -> None:
+    """The stranger has the same prompt itself, and asks for that, or for another one."""
+    left = []
+    prompts = [tuple(range(first, first + 4)) for first in (10, 20, 30, 40, 50)]
+    for asked in (prompts[0], prompts[3]):
+        clock = Clock()
+        store = store_of(clock, max_bytes=5 * 4 * 16, eviction=eviction)
+        for namespace, tokens in [("b", prompts[0]), ("b", prompts[3]), *(("a", tokens) for tokens in prompts[:3])]:
+            clock.now_s += 1
+            assert store.put(reference(tokens, namespace))
+        for tokens in (asked, asked, prompts[0], prompts[3]):
+            clock.now_s += 1
+            assert by_prefix(store, "b", tokens) and by_run(store, "b", tokens)
+            assert not by_prefix(store, "c", tokens)
+        clock.now_s += 1
+        assert store.put(reference(prompts[4], "c"))
+        left.append([int(found.token_ids[0]) for found in store.references("a")])
+        store.check()
+    assert left == [[20, 30]] * 2, "the oldest one has gone, as if nobody had asked for it"
+
+
 class TestTheSharedNamespace:
     """The only way across, and one way."""
 
