@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         StoreFileError,
         UnsupportedModelError,
     )
-    from semsharekv_integrations.kv import Generation, GenerationChunk
+    from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
     from semsharekv_integrations.report import ReuseReport
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _MODULES = {
         "StoreFileError",
         "UnsupportedModelError",
     ),
-    "kv": ("Generation", "GenerationChunk"),
+    "kv": ("Generation", "GenerationChunk", "ToolCall"),
     "report": ("ReuseReport",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -55,6 +55,7 @@ __all__ = [
     "SemShareError",
     "StoreConfig",
     "StoreFileError",
+    "ToolCall",
     "UnsupportedModelError",
 ]
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from semsharekv_integrations.core.plan import ReusePlan
-from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Mask, Rendered
+from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Mask, Rendered, ToolCall
 from semsharekv_integrations.model.selective import Outcome
+from semsharekv_integrations.model.tool_parser import Said
 from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.report import DocumentUse, ReuseReport, SourceUse, Stopwatch
 
@@ -26,6 +27,7 @@ class Answer:
     watch: Stopwatch = field(default_factory=Stopwatch)
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     ttft_s: float = 0.0
     finish_reason: FinishReason = "cancelled"
     first_logits: list[torch.Tensor] = field(default_factory=list)
@@ -36,16 +38,25 @@ class Answer:
         if len(self.first_logits) < most:
             self.first_logits.append(logits)
 
-    def add(self, token_id: int, piece: str) -> None:
-        """One more token, and the text that it made certain."""
+    def add(self, token_id: int, said: Said) -> None:
+        """One more token, and what it made certain."""
         if not self.token_ids:
             self.ttft_s = self.watch.elapsed_s
         self.token_ids.append(token_id)
-        self.text += piece
+        self.say(said)
+
+    def say(self, said: Said) -> None:
+        """More text and tool calls."""
+        self.text += said.text
+        self.tool_calls += said.tool_calls
+
+    def end(self, *, whole: bool) -> None:
+        """Nothing more; ``whole`` unless a limit cut it."""
+        self.finish_reason = ("tool_calls" if self.tool_calls else "stop") if whole else "length"
 
     def generation(self, report: ReuseReport) -> Generation:
         """The whole, with ``report``."""
-        return Generation(self.text, self.token_ids, self.finish_reason, report)
+        return Generation(self.text, self.token_ids, self.finish_reason, report, tuple(self.tool_calls))
 
     def completed(self, report: ReuseReport) -> ReuseReport:
         """``report`` with what is known at the end."""
@@ -95,11 +106,17 @@ def _sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
     return tuple(SourceUse(key, count) for key, count in tokens.most_common() if count)
 
 
+def chunks_of(said: Said) -> Iterator[GenerationChunk]:
+    """One chunk of text, perhaps empty, and one for each tool call."""
+    yield GenerationChunk(said.text)
+    yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
+
+
 def spoken(chunks: Generator[GenerationChunk, None, None]) -> Generator[GenerationChunk, None, None]:
     """Without the empty chunks of tokens that end no piece of text; closing it closes ``chunks``."""
     with closing(chunks):
         for chunk in chunks:
-            if chunk.text or chunk.generation:
+            if not chunk.is_empty:
                 yield chunk
 
 

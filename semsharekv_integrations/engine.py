@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import AbstractContextManager, aclosing, closing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -178,7 +178,7 @@ class SemShareEngine:
         """As ``stream``, computed in a thread of its own."""
         async with aclosing(iterate_in_thread(self._run(Request.of(prompt, options)))) as chunks:
             async for chunk in chunks:
-                if chunk.text or chunk.generation:
+                if not chunk.is_empty:
                     yield chunk
 
     def warm(
@@ -279,8 +279,9 @@ class SemShareEngine:
         answer = Answer()
         with answer.watch.phase("render"):
             hints = self._memory.hints(request)
-            rendered = parts.renderer.render(request.prompt, request.documents, request.namespace, hints)
+            rendered = parts.renderer.render(request.prompt, request.documents, request.namespace, request.tools, hints)
             request = request.fitted(len(rendered.token_ids), self.context_window)
+            text = parts.begin_text(request)
         suspended = self.auditor.suspends(request.namespace)
         with self._turns.taken():  # so that each may reuse what the one before computed
             plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
@@ -289,9 +290,7 @@ class SemShareEngine:
                 self._memory.keep(parts, request, rendered, plan, outcome)
         report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
         try:
-            with closing(parts.decode(rendered, outcome.prefill, request.sampling, answer)) as texts:
-                for text in texts:
-                    yield GenerationChunk(text)
+            yield from parts.decode(rendered, outcome.prefill, request.sampling, text, answer)
         except GeneratorExit:
             self._finish(request, rendered, plan, outcome, answer)
             raise

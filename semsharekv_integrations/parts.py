@@ -13,25 +13,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from semsharekv_integrations.answer import Answer
+from semsharekv_integrations.answer import Answer, chunks_of
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
-from semsharekv_integrations.kv import Rendered
+from semsharekv_integrations.kv import GenerationChunk, Rendered
 from semsharekv_integrations.matching import FuzzyMatcher
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.answer_text import AnswerText, AnswerTexts
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import ModelSource
 from semsharekv_integrations.model.prompt import PromptRenderer
 from semsharekv_integrations.model.retaining import Retainer
 from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
-from semsharekv_integrations.model.text import TextStream
 from semsharekv_integrations.planner import Planner, question_of, texts_of
 from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
+from semsharekv_integrations.request import Request
 from semsharekv_integrations.store import KVStore
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class ModelParts:
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = PromptRenderer(self.tokenizer)
         self._together = SharedDecoding(self.adapter, config.max_batch_size)
+        self._texts = AnswerTexts(self.tokenizer, self.adapter.end_ids)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         self._selective = selective = _selective_prefill(self.adapter, config.reuse)
         self.reuse = reuse = config.reuse.settled(allowed=selective is not None)
@@ -88,34 +90,41 @@ class ModelParts:
         with watch.phase("forward"):
             return prefill_behind_prefix(self.adapter, plan)
 
+    def begin_text(self, request: Request) -> AnswerText:
+        """What the request's answer will be read with.
+
+        Raises:
+            ValueError: if it asks for what sampling cannot be held to.
+        """
+        tools, choice = request.tools, request.tool_choice
+        return self._texts.begin(request.sampling.stop, self.renderer.tool_format, tools, choice, request.json_schema)
+
     def decode(
-        self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, answer: Answer
-    ) -> Generator[str, None, None]:
-        """The text that each new token made certain, perhaps empty, recorded in ``answer``, then what was held back.
+        self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, text: AnswerText, answer: Answer
+    ) -> Generator[GenerationChunk, None, None]:
+        """What each new token made certain, perhaps nothing, recorded in ``answer``, then what was held back.
 
         With retention the cache is shortened behind the first token, which does not need it; that of ``prefill`` stays.
         Closed or at its end, that of ``prefill`` has KV of the answer as well, but for the last token, else.
         """
-        text = TextStream(self.tokenizer, sampling.stop)
         with answer.watch.phase("decode"):
-            decoder = Decoder(self.adapter, rendered.token_ids, sampling, self._together)
+            decoder = Decoder(self.adapter, rendered.token_ids, sampling, self._together, text.constraint)
         last = False
         with closing(decoder.tokens(prefill, partial(answer.see, self._audited_tokens))) as steps:
             while not last and not text.stopped:
                 with answer.watch.phase("decode"):
                     token_id, last = next(steps)
-                    piece = text.push(token_id)
-                answer.add(token_id, piece)
-                yield piece
+                    said = text.push(token_id)
+                answer.add(token_id, said)
+                yield from chunks_of(said)
                 if self._retainer is not None and len(answer.token_ids) == 1 and not last:
                     with answer.watch.phase("retain"):
                         decoder.cache = self._shortened(self._retainer, rendered, prefill.cache)
                     answer.kept_bytes = self.adapter.kv_bytes(decoder.cache)
         rest = text.finish()
-        answer.text += rest
-        answer.finish_reason = "stop" if text.stopped or decoder.is_end(answer.token_ids[-1]) else "length"
-        if rest:
-            yield rest
+        answer.say(rest)
+        answer.end(whole=text.stopped or decoder.is_complete or decoder.is_end(answer.token_ids[-1]))
+        yield from chunks_of(rest)
 
     def audit(
         self, auditor: Auditor, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import ContextWindowError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered
 from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.model.tool_format import Tool
 
+_CHOICES = ("auto", "none", "any")
 Documents = Sequence[str] | Mapping[str, str]
 
 
@@ -22,6 +24,12 @@ class GenerateOptions(TypedDict, total=False):
     The first seven are explained at ``SamplingConfig``; ``stop`` may also be one string or None. ``namespace`` says
     whose KV may be read and where new KV goes. ``documents`` are texts, or texts by id, that stand in the prompt: the
     report then says how much of each was reused, and ``forget`` knows them. ``session`` names the conversation.
+
+    ``tools`` are functions in OpenAI's form, ``{"type": "function", "function": {"name", "description",
+    "parameters"}}`` with a JSON schema for the parameters; the prompt must be messages. ``tool_choice`` is ``auto``
+    (the default: the model decides), ``none``, ``any`` (it must call one of them), or the name of the one it must
+    call. ``json_schema`` makes the answer JSON of that schema; not where tools may be called. An answer that reaches
+    ``max_new_tokens`` first is cut, and its ``finish_reason`` says so.
     """
 
     max_new_tokens: int
@@ -34,6 +42,9 @@ class GenerateOptions(TypedDict, total=False):
     namespace: str
     documents: Documents | None
     session: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | None
+    json_schema: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,9 @@ class Request:
     namespace: str
     documents: dict[str, str]
     session: str | None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    json_schema: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, prompt: Prompt, options: GenerateOptions) -> Request:
@@ -58,9 +72,12 @@ class Request:
         rest = dict(options)
         namespace, session = checked_namespace(rest.pop("namespace", "default")), rest.pop("session", None)
         documents = document_texts(rest.pop("documents", None))
+        tools = _checked_tools(rest.pop("tools", None))
+        choice = _checked_choice(rest.pop("tool_choice", None), tools)
+        schema = _checked_schema(rest.pop("json_schema", None), tools, choice)
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
         require(session is None or isinstance(session, str), "session", session, "None or a string")
-        return cls(prompt, sampling, namespace, documents, session)  # type: ignore[arg-type]
+        return cls(prompt, sampling, namespace, documents, session, tools, choice, schema)  # type: ignore[arg-type]
 
     def fitted(self, prompt_tokens: int, context_window: int | None) -> Request:
         """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
@@ -96,6 +113,48 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
         return ()
     require(isinstance(stop, (str, Sequence)), "stop", stop, "None, a string or a sequence of strings")
     return (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+
+
+def _checked_tools(tools: object) -> tuple[Tool, ...]:
+    if tools is None:
+        return ()
+    a_list = isinstance(tools, Sequence) and not isinstance(tools, (str, bytes))
+    require(a_list and bool(tools), "tools", tools, "None or a list of at least one tool")
+    found: tuple[Any, ...] = tuple(tools)  # type: ignore[arg-type]
+    names = [_tool_name(f"tools[{index}]", tool) for index, tool in enumerate(found)]
+    require(len(set(names)) == len(names), "tools", names, "tools of different names")
+    return found
+
+
+def _tool_name(field: str, tool: object) -> str:
+    """The name of one tool in OpenAI's form, which is checked."""
+    function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+    form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+    require(isinstance(function, Mapping), field, tool, form)
+    assert isinstance(function, Mapping)
+    name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+    named = isinstance(name, str) and bool(name) and name not in _CHOICES
+    require(named, f"{field}.function.name", name, f"a non-empty string other than {', '.join(_CHOICES)}")
+    described = description is None or isinstance(description, str)
+    require(described, f"{field}.function.description", description, "a string or none")
+    accepted = parameters is None or (isinstance(parameters, Mapping) and parameters.get("type", "object") == "object")
+    require(accepted, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
+    return str(name)
+
+
+def _checked_choice(choice: object, tools: Sequence[Tool]) -> str:
+    names = [tool["function"]["name"] for tool in tools]
+    accepted = (*_CHOICES, *names) if tools else ("auto", "none")
+    require(choice is None or choice in accepted, "tool_choice", choice, ", ".join(accepted))
+    return "auto" if choice is None else str(choice)
+
+
+def _checked_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mapping[str, Any] | None:
+    if schema is None:
+        return None
+    require(isinstance(schema, Mapping), "json_schema", schema, "None or a JSON schema as a mapping")
+    require(not tools or choice == "none", "json_schema", schema, "None with tools, unless tool_choice is 'none'")
+    return schema  # type: ignore[return-value]
 
 
 def checked_namespace(namespace: object) -> str:

@@ -77,6 +77,12 @@ class ModelAdapter:
         """The input embeddings of ``token_ids`` [N, hidden]: the E-cache, looked up when it is needed."""
         return self.embedding_matrix[torch.from_numpy(token_ids).to(self.device)]
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The model's end-of-sequence tokens; none if it knows no end."""
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
     @cached_property
     def stable_positions(self) -> int | None:
         """Most tokens for which a token's KV does not depend on how many there are, or None if it never does.

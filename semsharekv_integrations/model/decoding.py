@@ -17,6 +17,7 @@ from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
+from semsharekv_integrations.model.grammar import AllowedTokens, Constraint, IsComplete
 
 
 class _Prepared(NamedTuple):
@@ -31,6 +32,7 @@ class Decoder:
         adapter: the model.
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
+        constraint: what the answer must look like, or None.
         together: with which other calls decode.
 
     Attributes:
@@ -40,10 +42,16 @@ class Decoder:
     cache: DynamicCache
 
     def __init__(
-        self, adapter: ModelAdapter, prompt_ids: TokenIds, sampling: SamplingConfig, together: SharedDecoding
+        self,
+        adapter: ModelAdapter,
+        prompt_ids: TokenIds,
+        sampling: SamplingConfig,
+        together: SharedDecoding,
+        constraint: Constraint | None = None,
     ) -> None:
         self._adapter = adapter
         self._together = together
+        self._constraint = constraint
         self._ids = torch.from_numpy(prompt_ids)[None].to(adapter.device)  # [B, T]
         self._prepared = self._prepare(sampling)
         self._greedy = sampling.temperature == 0
@@ -75,8 +83,12 @@ class Decoder:
 
     def is_end(self, token_id: int) -> bool:
         """Whether ``token_id`` is one of the model's end-of-sequence tokens."""
-        ends = self._adapter.model.generation_config.eos_token_id
-        return token_id in (ends if isinstance(ends, list) else [ends])
+        return token_id in self._adapter.end_ids
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is all that its constraint allows."""
+        return self._constraint is not None and self._constraint.is_complete
 
     def _choose(self, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
         with torch.inference_mode():
@@ -96,6 +108,8 @@ class Decoder:
             self._ids,
             attention_mask=torch.ones_like(self._ids),
             custom_generate=hand_back,
+            logits_processor=LogitsProcessorList([AllowedTokens(self._constraint)] if self._constraint else []),
+            stopping_criteria=StoppingCriteriaList([IsComplete(self._constraint)] if self._constraint else []),
             generation_config=self._generation_config(sampling),
         )
 

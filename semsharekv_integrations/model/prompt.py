@@ -13,6 +13,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -22,11 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.kv import Rendered, Segment, TokenIds
+from semsharekv_integrations.model.tool_format import Tool, ToolFormat
+from semsharekv_integrations.model.tool_messages import checked_message, native_messages, plain_messages
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 MAX_REMEMBERED_REPLIES = 4096
 _PASSAGE = re.compile(r"\S(?:.|\n(?!\s*\n))*")
+_REFUSED = (TemplateError, ValueError)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -39,12 +43,23 @@ class PromptRenderer:
         self._pieces: dict[int, str] = {}
         self._lock = threading.Lock()
 
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls."""
+        return ToolFormat.of(self._tokenizer)
+
     def render(
-        self, prompt: Prompt, documents: Mapping[str, str], namespace: str, hints: Mapping[str, str] | None = None
+        self,
+        prompt: Prompt,
+        documents: Mapping[str, str],
+        namespace: str,
+        tools: Sequence[Tool] = (),
+        hints: Mapping[str, str] | None = None,
     ) -> Rendered:
         """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
 
-        Where none is named, ``hints`` are texts that may stand there: of those that overlap the longest counts.
+        ``tools`` are shown to the model, as its template does it or in the system message. Where no document is named,
+        ``hints`` are texts that may stand there: of those that overlap the longest counts.
 
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
@@ -52,10 +67,13 @@ class PromptRenderer:
         if not isinstance(prompt, (str, Sequence)):
             raise PromptError(f"prompt is {type(prompt).__name__}; accepted is text or a sequence of messages")
         if isinstance(prompt, str):
-            text, pieces = prompt, [self._plain(prompt)]
+            if tools:
+                raise PromptError("prompt is text; accepted with tools is a sequence of messages")
+            messages, text, pieces = None, prompt, [self._plain(prompt)]
         else:
-            text = self.chat_text(prompt)
-            pieces = self._chat_pieces(text, prompt, namespace)
+            messages = _checked(prompt)
+            text = self._chat_text(messages, tools)
+            pieces = self._chat_pieces(text, messages, namespace)
         token_ids = [token_id for ids, _ in pieces for token_id in ids]
         if not token_ids:
             raise PromptError("prompt is empty; accepted is text or messages of at least one token")
@@ -64,7 +82,7 @@ class PromptRenderer:
             np.array(token_ids, dtype=np.int64),
             _segments(text, starts, documents) or _apart(_segments(text, starts, hints or {})),
             _passages(text, starts),
-            None if isinstance(prompt, str) else _question(text, starts, prompt),
+            None if messages is None else _question(text, starts, messages),
         )
 
     def text_of(self, token_ids: TokenIds) -> str:
@@ -100,32 +118,41 @@ class PromptRenderer:
             for key in [key for key in self._replies if namespace in (None, key[0])]:
                 del self._replies[key]
 
-    def chat_text(self, messages: Sequence[Message]) -> str:
+    def chat_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The messages through the chat template; a last assistant message is left open, to be continued."""
-        checked = [_checked(index, message) for index, message in enumerate(messages)]
-        if not checked:
-            raise PromptError("prompt has no messages; accepted is at least one")
+        return self._chat_text(_checked(messages), tools)
+
+    def _chat_text(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+        if tools or any("tool_calls" in message for message in messages):
+            native = self.tool_format.is_native
+            form = self.tool_format
+            messages = native_messages(messages, form) if native else plain_messages(messages, tools, form)
+            tools = tools if native else ()
         if self._tokenizer.chat_template is None:
-            return _generic_chat_text(checked)
+            return _generic_chat_text(messages)
         try:
-            return self._template(checked)
-        except (TemplateError, ValueError) as error:
-            folded = _fold_system(checked)
+            return self._template(messages, tools)
+        except _REFUSED as error:
+            folded = _fold_system(messages)
             if folded is None:
                 raise PromptError(f"the model's chat template refuses the messages: {error}") from error
-            return self._retry_template(folded)
+            return self._retry_template(folded, tools)
 
-    def _retry_template(self, messages: list[dict[str, Any]]) -> str:
+    def _retry_template(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
         try:
-            return self._template(messages)
-        except (TemplateError, ValueError) as error:
+            return self._template(messages, tools)
+        except _REFUSED as error:
             raise PromptError(f"the model's chat template refuses the messages: {error}") from error
 
-    def _template(self, messages: list[dict[str, Any]]) -> str:
-        open_end = messages[-1]["role"] == "assistant"
+    def _template(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+        open_end = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
         return str(
             self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=not open_end, continue_final_message=open_end
+                messages,
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=not open_end,
+                continue_final_message=open_end,
             )
         )
 
@@ -133,7 +160,9 @@ class PromptRenderer:
         bos = self._tokenizer.bos_token
         return self._encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
-    def _chat_pieces(self, text: str, messages: Sequence[Message], namespace: str) -> list[tuple[list[int], list[int]]]:
+    def _chat_pieces(
+        self, text: str, messages: list[dict[str, Any]], namespace: str
+    ) -> list[tuple[list[int], list[int]]]:
         add_special = self._tokenizer.chat_template is None
         whole = self._encode(text, add_special_tokens=add_special)
         pieces: list[tuple[list[int], list[int]]] = []
@@ -179,15 +208,10 @@ class PromptRenderer:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special))
 
 
-def _checked(index: int, message: Message) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise PromptError(f"messages[{index}] is {type(message).__name__}; accepted is a mapping with role and content")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise PromptError(f"messages[{index}].role is {role!r}; accepted is one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise PromptError(f"messages[{index}].content is {type(content).__name__}; accepted is a string")
-    return dict(message)
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    if not messages:
+        raise PromptError("prompt has no messages; accepted is at least one")
+    return [checked_message(index, message, ROLES) for index, message in enumerate(messages)]
 
 
 def _generic_chat_text(messages: list[dict[str, Any]]) -> str:

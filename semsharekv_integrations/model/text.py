@@ -6,7 +6,7 @@ end together): so the text does not depend on how it was cut into tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,11 +17,20 @@ class TextStream:
     """The text of one generation as it grows.
 
     Decoding starts a few tokens back, since some tokenizers put a space before a token only behind another one.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the text.
+        marks: special tokens that are part of the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], marks: Collection[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._marks = marks
+        self._special = special_ids(tokenizer) if marks else frozenset()
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self._stop_ids = {token_id for token, token_id in special if token in stop}  # never in the decoded text
         self._ids: list[int] = []
@@ -51,7 +60,10 @@ class TextStream:
         return whole[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        if not self._marks:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        kept = [token_id for token_id in ids if token_id in self._marks or token_id not in self._special]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
     def _release(self, text: str, *, final: bool) -> str:
         self._held += text
@@ -72,3 +84,9 @@ class TextStream:
             if any(stop.startswith(self._held[-size:]) for stop in self._stop):
                 return size
         return 0
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that decoding drops."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added if token.special}

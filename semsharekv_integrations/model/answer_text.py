@@ -1,0 +1,90 @@
+"""What one answer's tokens say, and what they are held to: text, tool calls, JSON of a schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations.model.grammar import Constraint, Grammars
+from semsharekv_integrations.model.text import TextStream
+from semsharekv_integrations.model.tool_format import Tool, ToolFormat
+from semsharekv_integrations.model.tool_parser import Said, ToolCallParser
+
+
+class AnswerText:
+    """The text and the tool calls of one answer as it grows.
+
+    Args:
+        stream: tokens to text.
+        parser: finds calls in it, or None where there can be none.
+        constraint: what the answer is held to, or None.
+    """
+
+    def __init__(self, stream: TextStream, parser: ToolCallParser | None, constraint: Constraint | None) -> None:
+        self._stream = stream
+        self._parser = parser
+        self.constraint = constraint
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stream.stopped
+
+    def push(self, token_id: int) -> Said:
+        """What became certain with this token."""
+        text = self._stream.push(token_id)
+        return self._parser.push(text) if self._parser else Said(text)
+
+    def finish(self) -> Said:
+        """What was held back until now."""
+        rest = self._stream.finish()
+        if self._parser is None:
+            return Said(rest)
+        said, last = self._parser.push(rest), self._parser.finish()
+        return Said(said.text + last.text, said.tool_calls + last.tool_calls)
+
+
+class AnswerTexts:
+    """Begins the answers of one model.
+
+    Args:
+        tokenizer: of the model.
+        end_ids: its end-of-sequence tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._grammars = Grammars(tokenizer, end_ids)
+
+    def begin(
+        self,
+        stop: Sequence[str],
+        tool_format: ToolFormat,
+        tools: Sequence[Tool],
+        tool_choice: str,
+        json_schema: Mapping[str, Any] | None,
+    ) -> AnswerText:
+        """An answer of nothing yet.
+
+        Raises:
+            ValueError: if a schema is none, or says what sampling cannot be held to.
+            UnsupportedModelError: if something is asked for that a slow tokenizer does not allow.
+        """
+        if not tools or tool_choice == "none":
+            constraint = None if json_schema is None else self._grammars.json(json_schema)
+            return AnswerText(TextStream(self._tokenizer, stop), None, constraint)
+        names = [tool["function"]["name"] for tool in tools]
+        stream = TextStream(self._tokenizer, stop, tool_format.marks(self._tokenizer))
+        constraint = self._held_to_calls(tool_format, dict(zip(names, tools, strict=True)), tool_choice)
+        return AnswerText(stream, ToolCallParser(tool_format, names), constraint)
+
+    def _held_to_calls(self, tool_format: ToolFormat, tools: Mapping[str, Tool], choice: str) -> Constraint | None:
+        """A call where one is wanted; where it is up to the model, only if a call's beginning cannot be mistaken."""
+        if choice == "any":
+            return self._grammars.forced_calls(tool_format, list(tools.values()))
+        if choice != "auto":
+            return self._grammars.forced_calls(tool_format, [tools[choice]])
+        unmistakable = bool(tool_format.opening) and self._grammars.is_possible
+        return self._grammars.opened_calls(tool_format, list(tools.values())) if unmistakable else None

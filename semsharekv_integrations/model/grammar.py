@@ -1,0 +1,161 @@
+"""Holds an answer to a grammar while it is sampled: JSON of a schema, or tool calls in the template's format.
+
+llguidance says which tokens may come next; all others are taken from the scores before temperature and the like. JSON
+comes on one line, with at most one space behind a comma or a colon, so that space cannot go on without end.
+
+Knows nothing about where text stops or what calls mean.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.model.call_grammar import STYLE, CallGrammar, closed
+from semsharekv_integrations.model.tool_format import Tool, ToolFormat
+
+
+class Constraint:
+    """What one answer must look like, as far as it is written.
+
+    Args:
+        matcher: at its beginning.
+        on_trigger: whether only what an opened call needs is forced, and text is free.
+    """
+
+    def __init__(self, matcher: LLMatcher, *, on_trigger: bool = False) -> None:
+        self._matcher = matcher
+        self._fresh = matcher.deep_copy() if on_trigger else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def add(self, token_id: int) -> None:
+        """One more token of the answer."""
+        if self._matcher.consume_token(token_id):
+            return
+        assert self._fresh is not None, self._matcher.get_error()
+        self._matcher = self._fresh.deep_copy()  # a special token in free text: look for calls behind it
+
+    def allowed(self, vocab_size: int) -> torch.Tensor | None:
+        """Which tokens may come next, [V], or None for all."""
+        if self._fresh is not None and self._matcher.is_accepting():
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[:vocab_size].astype(np.bool_)
+        return torch.from_numpy(np.pad(allowed, (0, vocab_size - len(allowed))))
+
+
+class AllowedTokens(LogitsProcessor):
+    """Leaves scores [B, V] to the tokens that a constraint allows."""
+
+    def __init__(self, constraint: Constraint) -> None:
+        self._constraint = constraint
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores; equal ones for what is allowed if the model's own settings forbid all of it."""
+        allowed = self._constraint.allowed(scores.shape[-1])
+        if allowed is None:
+            return scores
+        allowed = allowed.to(scores.device)
+        left = scores.masked_fill(~allowed, -torch.inf)
+        return left if torch.isfinite(left).any() else torch.where(allowed, 0.0, left)
+
+
+class IsComplete(StoppingCriteria):
+    """Tells a constraint of every token, and stops when it is complete."""
+
+    def __init__(self, constraint: Constraint) -> None:
+        self._constraint = constraint
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Whether the sequence [1, T] is complete, [B]."""
+        self._constraint.add(int(input_ids[0, -1]))
+        return torch.tensor([self._constraint.is_complete], device=input_ids.device)
+
+
+class Grammars:
+    """Makes the constraints of one model's answers; safe to use from several threads.
+
+    Args:
+        tokenizer: of the model.
+        end_ids: the model's end-of-sequence tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = list(end_ids)
+        self._lock = threading.Lock()
+        self._wrapped: LLTokenizer | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the tokenizer allows constraints: it must be a fast one."""
+        return bool(self._tokenizer.is_fast)
+
+    def json(self, schema: Mapping[str, Any]) -> Constraint:
+        """JSON of ``schema`` and nothing else.
+
+        Raises:
+            ValueError: if it is no schema, or says what no grammar can hold to.
+            UnsupportedModelError: if the tokenizer is a slow one.
+        """
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(closed(schema), overrides=cast(Any, STYLE))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"json_schema is {schema!r}; accepted is a JSON schema: {error}") from error
+        return Constraint(self._matcher(grammar, "json_schema", schema))
+
+    def forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
+        """One call of one of ``tools``, with arguments of its schema, and nothing else.
+
+        Raises:
+            ValueError: if a tool's parameters are no schema, or say what no grammar can hold to.
+            UnsupportedModelError: if the tokenizer is a slow one.
+        """
+        lark = self._call_grammar(tool_format, tools, lenient=False).forced()
+        return Constraint(self._matcher(LLMatcher.grammar_from_lark(lark), "tools", tools))
+
+    def opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
+        """Free text, in which a call that has been opened is a valid one. What no grammar can hold to is left out.
+
+        Raises:
+            ValueError: if a tool's parameters are no schema.
+        """
+        lark = self._call_grammar(tool_format, tools, lenient=True).opened()
+        return Constraint(self._matcher(LLMatcher.grammar_from_lark(lark), "tools", tools), on_trigger=True)
+
+    def _call_grammar(self, tool_format: ToolFormat, tools: Sequence[Tool], *, lenient: bool) -> CallGrammar:
+        wrapped = self._llguidance()
+        special = {
+            text: id_ for text, id_ in self._tokenizer.get_added_vocab().items() if wrapped.is_special_token(id_)
+        }
+        return CallGrammar(tool_format, tools, special, lenient=lenient)
+
+    def _matcher(self, grammar: str, name: str, value: object) -> LLMatcher:
+        matcher = LLMatcher(self._llguidance(), grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(
+                f"{name} is {value!r}; accepted is a schema that sampling can hold to: {matcher.get_error()}"
+            )
+        return matcher
+
+    def _llguidance(self) -> LLTokenizer:
+        """The tokenizer as llguidance takes it, which is made once."""
+        if not self.is_possible:
+            name = type(self._tokenizer).__name__
+            raise UnsupportedModelError(f"json_schema and forced tool calls need a fast tokenizer; {name} is slow")
+        with self._lock:
+            if self._wrapped is None:
+                self._wrapped = from_tokenizer(self._tokenizer, eos_token=self._end_ids or None)
+            return self._wrapped

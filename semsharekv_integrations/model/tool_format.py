@@ -1,0 +1,214 @@
+"""How a model writes tool calls: learnt from its own chat template, which is rendered once with a made-up call.
+
+What is learnt is the shape of calls as JSON with a name and arguments: what stands before and after it, the names of
+its keys, one object for each call or a list of all. A template that shows no tools, or calls of another shape, gets
+the format of the Hermes models instead, with the tools described in the system message.
+
+Knows nothing about sampling: what holds a model to the format is ``grammar``, and what reads it ``tool_parser``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+Tool = Mapping[str, Any]  # in OpenAI's form
+_ASK = {"role": "user", "content": "Please look it up."}
+_REPLY = {"role": "assistant", "content": "\u00a7reply\u00a7"}  # a first character that no format begins with
+_NAMES = ("probing_first", "probing_second")
+_ARGUMENTS = {"probing_argument": "probing_value"}
+_IDS = ("call_0123456789abcdef01234567", "probing01"), ("call_123456789abcdef012345678", "probing02")
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probing_tool",
+        "description": "Looks it up.",
+        "parameters": {"type": "object", "properties": {"probing_argument": {"type": "string"}}},
+    },
+}
+_TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+SHORT_ID_CHARS = 9  # the only length of call ids that some templates take
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """The way of one chat template.
+
+    Attributes:
+        opening: what stands before a call's JSON, without surrounding space; nothing for bare JSON.
+        closing: what stands behind it, likewise.
+        space: between these and the JSON.
+        separator: between calls, each with its own opening and closing; None if a template takes one call only.
+        in_list: whether all calls stand in one JSON list.
+        name_key: of the tool's name in the JSON.
+        arguments_key: of the arguments.
+        arguments_first: whether they stand before the name.
+        is_native: whether the template itself shows tools and calls.
+        takes_json_text: whether the template wants arguments as JSON text, else as an object.
+        takes_short_ids: whether it refuses ids that have not ``SHORT_ID_CHARS`` letters or digits.
+    """
+
+    opening: str = "<tool_call>"
+    closing: str = "</tool_call>"
+    space: str = "\n"
+    separator: str | None = "\n"
+    in_list: bool = False
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    arguments_first: bool = False
+    is_native: bool = False
+    takes_json_text: bool = False
+    takes_short_ids: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
+        """The format of ``tokenizer``'s chat template; that of the Hermes models if it has none of its own."""
+        if tokenizer.chat_template is None:
+            return cls()
+        return _Probe(tokenizer).found() or cls()
+
+    def text_of(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        """Calls, as names and arguments, the way the model is to write them."""
+        values = [self._entry(*call) for call in calls]
+        if self.in_list:
+            return self._wrapped(values)
+        return (self.separator or "\n").join(map(self._wrapped, values))
+
+    def _entry(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        pairs = [(self.name_key, name), (self.arguments_key, dict(arguments))]
+        return dict(reversed(pairs) if self.arguments_first else pairs)
+
+    def _wrapped(self, value: object) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        opening = self.opening + self.space if self.opening else ""
+        closing = self.space + self.closing if self.closing else ""
+        return f"{opening}{text}{closing}"
+
+    def marks(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """The special tokens that the format is made of, which decoding must not drop."""
+        special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        fixed = f"{self.opening} {self.closing} {self.separator or ''}"
+        wanted = {id_ for text, id_ in special.items() if text in fixed}
+        return frozenset(wanted | {special[text] for text in self.openings if text in special})
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        """What a call may begin with. Bare JSON may stand behind the mark that Llama's models put before tool code."""
+        return (self.opening,) if self.opening else ("<|python_tag|>", "")
+
+
+class _Probe:
+    """Renders a made-up call with one template, and looks at what comes out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def found(self) -> ToolFormat | None:
+        """The template's format, or None if it shows no tools or calls of another shape."""
+        shown = self._render([_ASK], add_generation_prompt=True)
+        if shown is None or "probing_tool" not in shown:
+            return None
+        for ids in range(2):
+            for write in (dict, json.dumps):
+                found = self._found(lambda at, ids=ids, write=write: self._call(at, ids, write))  # type: ignore[misc]
+                if found is not None:
+                    return ToolFormat(
+                        **found, is_native=True, takes_json_text=write is json.dumps, takes_short_ids=bool(ids)
+                    )
+        return None
+
+    def _found(self, call: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
+        reply, one = self._render([_ASK, _REPLY]), self._render([_ASK, _calling(call(0))])
+        place = None if one is None else _place(one, _NAMES[0])
+        if one is None or reply is None or place is None or _REPLY["content"] not in reply:
+            return None
+        start, stop, value = place
+        entry = value[0] if isinstance(value, list) and len(value) == 1 else value
+        keys = _keys(entry) if isinstance(entry, dict) else None
+        if keys is None:
+            return None
+        before = one[_common(one, reply) : start]
+        behind = self._behind(one[stop:], reply)
+        space = before[len(before.rstrip()) :] if before.strip() else ""
+        return {
+            "opening": before.strip(),
+            "closing": behind.strip(),
+            "space": space,
+            "separator": self._separator([call(0), call(1)], before, behind),
+            "in_list": isinstance(value, list),
+            **keys,
+        }
+
+    def _behind(self, rest: str, reply: str) -> str:
+        """What stands between a call's JSON and the end of the turn."""
+        end = reply[reply.index(_REPLY["content"]) + len(_REPLY["content"]) :]
+        if end and rest.endswith(end):
+            return rest[: -len(end)]
+        special = [at for token in self._tokenizer.all_special_tokens if (at := rest.find(token)) >= 0]
+        return rest[: min(special, default=len(rest))]
+
+    def _separator(self, calls: list[dict[str, Any]], before: str, behind: str) -> str | None:
+        two = self._render([_ASK, _calling(*calls)])
+        places = [] if two is None else [place for name in _NAMES if (place := _place(two, name))]
+        if two is None or len(places) != len(_NAMES):
+            return None
+        between = two[places[0][1] : places[1][0]]
+        return between.removeprefix(behind).removesuffix(before.lstrip())
+
+    def _call(self, at: int, ids: int, write: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
+        function = {"name": _NAMES[at], "arguments": write(_ARGUMENTS)}
+        return {"id": _IDS[at][ids], "type": "function", "function": function}
+
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str | None:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=[_TOOL], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except _TEMPLATE_ERRORS:
+            return None
+        return str(text)
+
+
+def _calling(*calls: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": list(calls)}
+
+
+def _place(text: str, name: str) -> tuple[int, int, Any] | None:
+    """Where the outermost JSON around the tool's name stands, and what it is; None if the name is in none."""
+    at = text.find(name)
+    for start in _brackets(text, at):
+        try:
+            value, stop = json.JSONDecoder().raw_decode(text, start)
+        except ValueError:
+            continue
+        if stop > at:
+            return start, stop, value
+    return None
+
+
+def _common(one: str, other: str) -> int:
+    """How many first characters are the same."""
+    return next((at for at, both in enumerate(zip(one, other, strict=False)) if len(set(both)) > 1), len(one))
+
+
+def _brackets(text: str, stop: int) -> Iterator[int]:
+    return (at for at in range(max(stop, 0)) if text[at] in "[{")
+
+
+def _keys(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """The names of the keys of a call's JSON, or None if they are not there."""
+    name = next((key for key, value in entry.items() if value == _NAMES[0]), None)
+    arguments = next((key for key, value in entry.items() if value == _ARGUMENTS), None)
+    if name is None or arguments is None:
+        return None
+    order = list(entry)
+    return {
+        "name_key": name,
+        "arguments_key": arguments,
+        "arguments_first": order.index(arguments) < order.index(name),
+    }

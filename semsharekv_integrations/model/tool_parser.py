@@ -1,0 +1,157 @@
+"""Finds tool calls in an answer while it is written.
+
+Text that may still become a call is held back. What turns out to be none, because its JSON is broken or names no tool
+that was given, is text like any other: nothing is lost. Knows nothing about tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from semsharekv_integrations.kv import ToolCall
+from semsharekv_integrations.model.tool_format import ToolFormat
+
+_DECODER = json.JSONDecoder(strict=False)  # models write line ends into strings
+_UNSURE_CHARS = 8  # JSON that breaks off this close to its end may be whole with more: "fals", "\u00e"
+_BETWEEN_CALLS = " \t\r\n;"
+_FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>[^"]*)(?P<end>"?)|$)')
+_ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+class Said(NamedTuple):
+    """What became certain: visible text, and calls that are complete."""
+
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class ToolCallParser:
+    """The calls of one answer.
+
+    Args:
+        tool_format: how they are written.
+        names: of the tools that may be called.
+    """
+
+    def __init__(self, tool_format: ToolFormat, names: Collection[str]) -> None:
+        self._format = tool_format
+        self._names = names
+        self._keys = {tool_format.name_key, tool_format.arguments_key, *_ARGUMENT_KEYS, "function", "type", "id"}
+        self._held = ""  # nothing of it has been let go
+        self._line_is_blank = True  # whether only space stands before the held text in its line
+        self._after_call = False  # what separates calls is no text
+
+    def push(self, text: str) -> Said:
+        """What became certain with more text."""
+        self._held += text
+        return self._taken(final=False)
+
+    def finish(self) -> Said:
+        """What was held back until now."""
+        return self._taken(final=True)
+
+    def _taken(self, *, final: bool) -> Said:
+        visible: list[str] = []
+        calls: list[ToolCall] = []
+        while self._held:
+            start, opening = self._opening(final=final)
+            visible.append(self._let_go(start))
+            found = None if opening is None else self._calls_behind(opening, final=final)
+            if opening is None or found is None:
+                break
+            calls += found
+            if not found:
+                visible.append(self._let_go(len(opening) or 1))
+        return Said("".join(visible), tuple(calls))
+
+    def _let_go(self, num_chars: int) -> str:
+        """The first characters of what is held, as text."""
+        text, self._held = self._held[:num_chars], self._held[num_chars:]
+        if self._after_call:
+            text = text.lstrip(_BETWEEN_CALLS)
+        if text:
+            self._after_call = False
+            _, line_end, line = text.rpartition("\n")
+            self._line_is_blank = not line.strip() and (bool(line_end) or self._line_is_blank)
+        return text
+
+    def _opening(self, *, final: bool) -> tuple[int, str | None]:
+        """Where a call may begin in what is held, and with what; or how much is certainly text, and None."""
+        marks = [mark for mark in self._format.openings if mark]
+        found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
+        bare = self._bare_start() if "" in self._format.openings else None
+        if bare is not None:
+            found.append((bare, ""))
+        if found:
+            return min(found)
+        kept = 0 if final else max(_overlap(self._held, mark) for mark in marks)
+        return len(self._held) - kept, None
+
+    def _bare_start(self) -> int | None:
+        """The first bracket that begins a line, or follows a call."""
+        bracket = r"[\[{]" if self._format.in_list else r"\{"
+        first = re.match(rf"[{_BETWEEN_CALLS}]*({bracket})", self._held)
+        if first is None or not (self._line_is_blank or self._after_call):
+            first = re.search(rf"\n[^\S\n]*({bracket})", self._held)
+        return first.start(1) if first else None
+
+    def _calls_behind(self, opening: str, *, final: bool) -> list[ToolCall] | None:
+        """The calls that the held text begins with, taken out of it; empty if none, None while that is uncertain."""
+        text = self._held
+        start = len(opening) + len(text[len(opening) :]) - len(text[len(opening) :].lstrip())
+        if not opening and not self._may_be_a_call(text):
+            return []
+        try:
+            value, stop = _DECODER.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            return None if not final and _may_become_whole(error) else []
+        calls = self._calls_in(value, bare=not opening)
+        behind = text[stop:].lstrip()
+        closing = self._format.closing
+        if calls and closing and not behind.startswith(closing) and not final and closing.startswith(behind):
+            return None
+        if calls:
+            self._held, self._after_call = behind.removeprefix(closing), True
+        return calls
+
+    def _may_be_a_call(self, text: str) -> bool:
+        """Whether JSON with such a beginning may be a call, so far as its first key tells."""
+        match = _FIRST_KEY.match(text)
+        if match is None or match["key"] is None:
+            return match is not None
+        return match["key"] in self._keys if match["end"] else any(key.startswith(match["key"]) for key in self._keys)
+
+    def _calls_in(self, value: Any, *, bare: bool) -> list[ToolCall]:
+        """The calls that a JSON value is; none if anything in it is not one."""
+        found = [self._call_of(entry, bare=bare) for entry in (value if isinstance(value, list) else [value])]
+        return [call for call in found if call] if all(found) else []
+
+    def _call_of(self, entry: Any, *, bare: bool) -> ToolCall | None:
+        entry = entry.get("function", entry) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict):
+            return None
+        name = entry.get(self._format.name_key, entry.get("name"))
+        keys = (self._format.arguments_key, *_ARGUMENT_KEYS)
+        arguments: Any = next((entry[key] for key in keys if key in entry), None if bare else {})
+        if isinstance(arguments, str):
+            try:
+                arguments = _DECODER.decode(arguments)
+            except ValueError:
+                return None
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+            return None
+        return ToolCall.of(name, arguments)
+
+
+def _may_become_whole(error: json.JSONDecodeError) -> bool:
+    """Whether more text could mend it: a string that has no end yet, or a fault at the very end."""
+    return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos <= _UNSURE_CHARS
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of ``text`` that ``mark`` begins with."""
+    sizes = range(min(len(mark) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if mark.startswith(text[-size:])), 0)

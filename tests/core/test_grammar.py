@@ -1,0 +1,205 @@
+"""Answers that are held to a schema or to tool calls: valid whatever the model wants, and whole or marked as cut."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from semsharekv_integrations import ReuseConfig, SemShareEngine, UnsupportedModelError
+from semsharekv_integrations.model.call_grammar import closed
+from semsharekv_integrations.model.grammar import AllowedTokens, Constraint, Grammars
+from semsharekv_integrations.model.tool_format import ToolFormat
+from tiny_models import EngineMaker, make_model
+from tool_templates import TEMPLATES, TOOLS, tool, tool_tokenizer
+
+ASK = [{"role": "user", "content": "What happened in Prorna?"}]
+REPORT = {
+    "type": "object",
+    "properties": {
+        "town": {"$ref": "#/$defs/town"},
+        "affected": {"type": "integer", "minimum": 0, "maximum": 5000},
+        "kinds": {"type": "array", "items": {"enum": ["flood", "fire"]}, "minItems": 1, "maxItems": 2},
+        "mayor": {"type": "object", "properties": {"known": {"type": "boolean"}}, "required": ["known"]},
+    },
+    "required": ["town", "affected", "kinds", "mayor"],
+    "$defs": {"town": {"type": "string", "pattern": "^[A-Z][a-z]{2,6}$"}},
+}
+
+
+ROOMY = {"max_position_embeddings": 1024, "eos_token_id": None}
+
+
+def valid_report(text: str) -> bool:
+    found = json.loads(text)
+    return (
+        list(found) == list(REPORT["properties"])
+        and re.fullmatch("[A-Z][a-z]{2,6}", found["town"]) is not None
+        and type(found["affected"]) is int
+        and 0 <= found["affected"] <= 5000
+        and 1 <= len(found["kinds"]) <= 2
+        and set(found["kinds"]) <= {"flood", "fire"}
+        and list(found["mayor"]) == ["known"]
+        and type(found["mayor"]["known"]) is bool
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Any]:
+    return {name: tool_tokenizer(name, special=name != "bare") for name in TEMPLATES}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "seed": 1}, {"temperature": 1.0, "top_k": 1, "seed": 2}])
+def test_json_of_the_schema_and_then_the_end(make_engine: EngineMaker, options: dict) -> None:
+    generation = make_engine("off").generate(ASK, json_schema=REPORT, max_new_tokens=200, **options)
+    assert generation.finish_reason == "stop" and not generation.tool_calls
+    assert valid_report(generation.text), generation.text
+
+
+@pytest.mark.parametrize("extra", [0, 1, 45])
+def test_logits_may_be_wider_than_the_vocabulary(tokenizer, extra: int) -> None:
+    engine = SemShareEngine(make_model("llama", len(tokenizer) + extra, **ROOMY), tokenizer)
+    assert valid_report(engine.generate("News?", json_schema=REPORT, max_new_tokens=200).text)
+
+
+def test_tokens_behind_the_vocabulary_and_forbidden_ones_are_out(tokenizer) -> None:
+    constraint = Grammars(tokenizer, [1]).json({"const": "ab"})
+    scores = AllowedTokens(constraint)(torch.zeros(1, 1), torch.zeros(1, len(tokenizer) + 50))
+    allowed = torch.isfinite(scores[0]).nonzero().flatten().tolist()
+    assert allowed and {tokenizer.decode([token_id]) for token_id in allowed} <= {'"', '"a', '"ab', '"ab"'}
+    suppressed = torch.full((1, len(tokenizer)), -torch.inf)  # by the model's own settings
+    scores = AllowedTokens(constraint)(torch.zeros(1, 1), suppressed)
+    assert torch.isfinite(scores[0]).nonzero().flatten().tolist() == allowed
+
+
+def test_the_models_own_settings_do_not_break_it(tokenizer) -> None:
+    model = make_model("llama", len(tokenizer))
+    model.generation_config.min_new_tokens = 150
+    model.generation_config.no_repeat_ngram_size = 1
+    engine = SemShareEngine(model, tokenizer)
+    generation = engine.generate("News?", json_schema=REPORT, max_new_tokens=200, repetition_penalty=1.5)
+    assert valid_report(generation.text) and generation.finish_reason == "stop"
+
+
+def test_a_limit_cuts_it_and_says_so(make_engine: EngineMaker) -> None:
+    generation = make_engine().generate(ASK, json_schema=REPORT, max_new_tokens=5)
+    assert generation.finish_reason == "length" and len(generation.token_ids) == 5
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(generation.text)
+
+
+def test_space_is_bounded(tokenizer) -> None:
+    grammars = Grammars(tokenizer, [1])
+    whole = grammars.json(REPORT)
+    consumed(whole, tokenizer, '{"town": "Prorna", "affected": 3, "kinds": ["fire"], "mayor": {"known": true}}')
+    assert whole.is_complete
+    for wrong in ("{ ", "{\n", '{"town":  ', '{"town" :'):
+        with pytest.raises(AssertionError):
+            consumed(grammars.json(REPORT), tokenizer, wrong)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("choice", ["any", "weather"])
+def test_a_forced_call_is_valid_in_every_format(tokenizers, name: str, choice: str) -> None:
+    tokenizer = tokenizers[name]
+    engine = SemShareEngine(make_model("llama", len(tokenizer) + 3, **ROOMY), tokenizer)
+    tools = TOOLS if choice != "any" else TOOLS[1:]
+    generation = engine.generate(ASK, tools=tools, tool_choice=choice, max_new_tokens=120)
+    assert (generation.finish_reason, generation.text) == ("tool_calls", "")
+    (call,) = generation.tool_calls
+    assert call.name == "weather" and list(call.arguments) == ["town", "days"]
+    assert re.fullmatch("[A-Z][a-z]{0,7}", call.arguments["town"]) and 1 <= call.arguments["days"] <= 9
+
+
+def consumed(constraint: Constraint, tokenizer, text: str) -> str:
+    """The text of the tokens that may follow ``text``; "" if anything may."""
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        constraint.add(token_id)
+    allowed = constraint.allowed(len(tokenizer))
+    return "" if allowed is None else "|".join(tokenizer.decode(int(i)) for i in allowed.nonzero())
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", ["tagged", "listed"])
+def test_an_opened_call_is_held_to_the_tools_and_text_is_free(name: str, special: bool) -> None:
+    tokenizer = tool_tokenizer(name, special=special)
+    tool_format = ToolFormat.of(tokenizer)
+    one = tool_format.text_of([("get_news", {"town": "Prorna"})])
+    grammars = Grammars(tokenizer, [1])
+
+    def follows(text: str) -> str:
+        return consumed(grammars.opened_calls(tool_format, TOOLS), tokenizer, text)
+
+    for text in ("", "Well <", f"Well {one}", f"{one} and text", "<|tool|>", "<|tool|> a"):
+        assert follows(text) == "", text
+    begun = one[: one.index("get_news")]
+    for before in ("", "Well ", "<|tool|>", one + "\n", one + "<|tool|>"):
+        assert set(follows(before + begun)) <= set('|get_newsweather"'), before
+    assert "1" not in follows(begun + 'weather", "arguments": {"town": "P", "days": 1')
+
+
+def test_what_a_schema_does_not_name_is_left_out() -> None:
+    assert closed(REPORT)["additionalProperties"] is False
+    assert closed(REPORT)["properties"]["mayor"]["additionalProperties"] is False
+    free = {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "integer"}}
+    both = {"allOf": [REPORT, {"properties": {"more": {}}}]}
+    for schema in (free, both, {"type": "object"}, {"properties": {}, "anyOf": [{"required": ["a"]}]}):
+        assert closed(schema) == schema
+    assert closed({"anyOf": [REPORT]}) == {"anyOf": [closed(REPORT)]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "error"),
+    [
+        ({"type": "nothing"}, "json_schema is .*nothing.*accepted is a schema"),
+        ({"type": "string", "format": "binary"}, "json_schema is .*binary"),
+        ({"$ref": "#/$defs/x"}, "json_schema is "),
+        ({"type": {1, 2}}, "json_schema is .*accepted is a JSON schema"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "json_schema is "),
+    ],
+)
+def test_schemas_that_cannot_be_held_to_are_refused_before_anything_is_computed(make_engine, schema, error) -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match=error):
+        engine.generate(ASK, json_schema=schema)
+    assert engine.stats()["requests"] == 0
+
+
+def test_forced_tools_are_as_strict_and_free_ones_are_not(make_engine) -> None:
+    odd = [tool("odd", picture={"type": "string", "format": "binary"})]
+    with pytest.raises(ValueError, match=r"tools is .*binary"):
+        make_engine().generate(ASK, tools=odd, tool_choice="any", max_new_tokens=2)
+    assert make_engine().generate(ASK, tools=odd, max_new_tokens=2).token_ids
+
+
+def test_a_slow_tokenizer_is_refused_by_name() -> None:
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(UnsupportedModelError, match="need a fast tokenizer; SimpleNamespace is slow"):
+        Grammars(slow, []).json({})  # type: ignore[arg-type]
+
+
+def test_constrained_answers_do_not_depend_on_reuse(make_engine: EngineMaker) -> None:
+    off, exact = make_engine("off"), make_engine("exact")
+    wanted = off.generate(ASK, json_schema=REPORT, max_new_tokens=150)
+    for _ in range(2):
+        found = exact.generate(ASK, json_schema=REPORT, max_new_tokens=150)
+        assert (found.text, found.token_ids) == (wanted.text, wanted.token_ids)
+    assert found.report.prefix_tokens > 0
+
+
+def test_the_wrapped_tokenizer_is_made_once(make_engine: EngineMaker, monkeypatch) -> None:
+    from semsharekv_integrations.model import grammar
+
+    made: list[int] = []
+    real = grammar.from_tokenizer
+    monkeypatch.setattr(grammar, "from_tokenizer", lambda *a, **k: made.append(1) or real(*a, **k))
+    engine = make_engine(reuse=ReuseConfig(mode="exact"))
+    engine.generate(ASK, max_new_tokens=1)
+    assert not made
+    for _ in range(2):
+        engine.generate(ASK, json_schema={"type": "boolean"}, max_new_tokens=3)
+    assert made == [1]
