@@ -96,8 +96,10 @@ class ModelParts:
         Raises:
             ValueError: if it asks for what sampling cannot be held to.
         """
-        tools, choice = request.tools, request.tool_choice
-        return self._texts.begin(request.sampling.stop, self.renderer.tool_format, tools, choice, request.json_schema)
+        stop = request.sampling.stop
+        if not request.may_call:
+            return self._texts.plain(stop, request.json_schema)
+        return self._texts.calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
 
     def decode(
         self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, text: AnswerText, answer: Answer

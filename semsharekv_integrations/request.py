@@ -79,6 +79,11 @@ class Request:
         require(session is None or isinstance(session, str), "session", session, "None or a string")
         return cls(prompt, sampling, namespace, documents, session, tools, choice, schema)  # type: ignore[arg-type]
 
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may hold tool calls."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     def fitted(self, prompt_tokens: int, context_window: int | None) -> Request:
         """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
 

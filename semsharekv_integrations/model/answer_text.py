@@ -58,27 +58,27 @@ class AnswerTexts:
         self._tokenizer = tokenizer
         self._grammars = Grammars(tokenizer, end_ids)
 
-    def begin(
-        self,
-        stop: Sequence[str],
-        tool_format: ToolFormat,
-        tools: Sequence[Tool],
-        tool_choice: str,
-        json_schema: Mapping[str, Any] | None,
-    ) -> AnswerText:
-        """An answer of nothing yet.
+    def plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerText:
+        """An answer without tool calls, of nothing yet; JSON of ``json_schema`` if that is not None.
 
         Raises:
-            ValueError: if a schema is none, or says what sampling cannot be held to.
-            UnsupportedModelError: if something is asked for that a slow tokenizer does not allow.
+            ValueError: if it is no schema, or says what sampling cannot be held to.
+            UnsupportedModelError: if it is there, and the tokenizer a slow one.
         """
-        if not tools or tool_choice == "none":
-            constraint = None if json_schema is None else self._grammars.json(json_schema)
-            return AnswerText(TextStream(self._tokenizer, stop), None, constraint)
-        names = [tool["function"]["name"] for tool in tools]
+        constraint = None if json_schema is None else self._grammars.json(json_schema)
+        return AnswerText(TextStream(self._tokenizer, stop), None, constraint)
+
+    def calling(self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str) -> AnswerText:
+        """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
+
+        Raises:
+            ValueError: if a tool's parameters are no schema, or say what sampling cannot be held to.
+            UnsupportedModelError: if a call is forced, and the tokenizer a slow one.
+        """
+        by_name = {tool["function"]["name"]: tool for tool in tools}
         stream = TextStream(self._tokenizer, stop, tool_format.marks(self._tokenizer))
-        constraint = self._held_to_calls(tool_format, dict(zip(names, tools, strict=True)), tool_choice)
-        return AnswerText(stream, ToolCallParser(tool_format, names), constraint)
+        constraint = self._held_to_calls(tool_format, by_name, choice)
+        return AnswerText(stream, ToolCallParser(tool_format, by_name), constraint)
 
     def _held_to_calls(self, tool_format: ToolFormat, tools: Mapping[str, Tool], choice: str) -> Constraint | None:
         """A call where one is wanted; where it is up to the model, only if a call's beginning cannot be mistaken."""
