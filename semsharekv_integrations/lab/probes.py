@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.lsh import lsh_recall, rotated_embeddings
 from semsharekv_integrations.index import PooledEmbedder
@@ -72,11 +71,7 @@ class RecallProbe:
         self._last: tuple[Case | None, dict[str, float]] = None, {}
 
     def __call__(self, case: Case, outcome: Outcome) -> Outcome:
-        """``outcome`` with the recall of its policy; as it is where the policy hashes nothing.
-
-        Raises:
-            ValueError: if the case's document is so short that no policy would hash it.
-        """
+        """``outcome`` with the recall of its policy; as it is where a policy, or a document so short, is not hashed."""
         if case is not self._last[0]:
             self._last = case, self._recalls(case)
         return replace(outcome, lsh_recall=self._last[1].get(outcome.policy))
@@ -84,9 +79,8 @@ class RecallProbe:
     def _recalls(self, case: Case) -> dict[str, float]:
         (target,), (stored,) = case.target.documents.values(), case.references[0].documents.values()
         ids = [_ids(self._tokenizer, text) for text in (target, stored)]
-        longest = max(map(len, ids))
-        accepted = f"above {LONGEST_EXACT_TOKENS}, since shorter ones are not hashed: more --documents"
-        require(longest > LONGEST_EXACT_TOKENS, "tokens of a document", longest, accepted)
+        if max(map(len, ids)) <= LONGEST_EXACT_TOKENS:
+            return {}
         pair = [self._rotated(version) for version in ids]
         return {name: lsh_recall(pair[0], pair[1], bits=bits) if bits else 1.0 for name, bits in self._bits.items()}
 
