@@ -5,27 +5,30 @@ Knows nothing about messages, nor about how KV is reused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import BaseMessage
 from pydantic import ConfigDict, Field, model_validator
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.langchain.calls import ConfiguredCalls
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 from semsharekv_integrations.request import GenerateOptions
 
 _UNNAMED = "a path or hub id, or an engine in its place"
 _SECRETS = {"token"}
+_NOT_SAMPLING = {"stop", "private_namespace"}
 
 
-class LocalModel(SamplingFields, BaseLanguageModel):
+class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
     """A local transformers model, given by name (weights are loaded at the first call) or as a shared engine.
 
     Raises:
@@ -63,9 +66,15 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         given = {name: value for name, value in values.items() if value is not None}
         return given | (_of_engine(given) if "engine" in given else _of_name(given))
 
-    def _call(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> GenerateOptions:
-        """The engine's options for one call."""
-        return CallOptions.of(self, stop, kwargs).for_engine()
+    def _call(
+        self,
+        stop: list[str] | None,
+        kwargs: Mapping[str, Any],
+        contents: Sequence[str],
+        messages: Sequence[BaseMessage] = (),
+    ) -> GenerateOptions:
+        """The engine's options for one call, whose text is ``contents``."""
+        return CallOptions.of(self, stop, kwargs).for_engine(contents, messages)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""
@@ -76,7 +85,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """All that can change the text, as plain values: LangChain's response cache is keyed by it."""
-        sampling = {name: getattr(self, name) for name in SamplingFields.model_fields if name != "stop"}
+        sampling = {name: getattr(self, name) for name in SamplingFields.model_fields if name not in _NOT_SAMPLING}
         return {
             "model_name": self.model,
             "mode": self.mode,

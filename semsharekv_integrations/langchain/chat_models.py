@@ -5,16 +5,16 @@ Every way to call it goes through ``_stream`` or its asynchronous twin. Knows no
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models import BaseChatModel, ModelProfile
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from pydantic import Field, SecretStr
 
 from semsharekv_integrations.errors import ModelLoadError
@@ -23,6 +23,7 @@ from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import engine_messages
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
 from semsharekv_integrations.model.loading import resolve
+from semsharekv_integrations.request import GenerateOptions
 
 
 class ChatSemShareKV(LocalModel, BaseChatModel):
@@ -32,9 +33,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     ``input_token_details["cache_read"]``; its ``response_metadata`` holds ``model_name``, ``finish_reason`` and
     ``kv_cache`` (the ``ReuseReport``), all plain JSON. In a stream exactly one chunk, the last, carries them.
 
-    Every call also takes the sampling fields and ``namespace`` by keyword (None means the field's value), ``session``
-    (the conversation's name; by default LangChain's ``thread_id``) and ``documents`` that stand in the prompt (texts,
-    LangChain documents, or texts by id). Anything else is refused.
+    Every call also takes the sampling fields and ``namespace`` by keyword (None means what ``configurable`` of the
+    config or else the field says), ``session`` (the conversation's name; by default ``configurable``'s ``thread_id`` or
+    ``session_id``) and ``documents`` that stand in the prompt (texts, LangChain documents, or texts by id; see also
+    ``DocumentTracker``). Anything else is refused.
 
     Example::
 
@@ -65,7 +67,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        with closing(self.engine.stream(engine_messages(messages), **self._call(stop, kwargs))) as chunks:
+        prompt, options = self._prepared(messages, stop, kwargs)
+        with closing(self.engine.stream(prompt, **options)) as chunks:
             for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -79,7 +82,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(self.engine.astream(engine_messages(messages), **self._call(stop, kwargs))) as chunks:
+        prompt, options = self._prepared(messages, stop, kwargs)
+        async with aclosing(self.engine.astream(prompt, **options)) as chunks:
             async for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -105,6 +109,41 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return generate_from_stream(
             iter([piece async for piece in self._astream(messages, stop, run_manager, **kwargs)])
         )
+
+    def generate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As in the base class, with the documents that a tracker among the callbacks knows of."""
+        return super().generate(messages, stop, callbacks, **self._tracked({"callbacks": callbacks}, kwargs))
+
+    async def agenerate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As ``generate``, without blocking the event loop."""
+        return await super().agenerate(messages, stop, callbacks, **self._tracked({"callbacks": callbacks}, kwargs))
+
+    def _prepared(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[list[dict[str, str]], GenerateOptions]:
+        """Prompt and options for the engine."""
+        prompt = engine_messages(messages)
+        return prompt, self._call(stop, kwargs, [message["content"] for message in prompt], messages)
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """What traces show; the prompt itself shows documents."""
+        return super()._get_invocation_params(stop, **_without(kwargs, "tracked_documents"))
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The key of LangChain's response cache; neither conversation nor borders are part of the question."""
+        return super()._get_llm_string(stop, **_without(kwargs, "session", "documents", "tracked_documents"))
 
     def _piece(self, chunk: GenerationChunk) -> ChatGenerationChunk:
         if chunk.generation is None:
@@ -132,3 +171,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         with suppress(ModelLoadError):  # the engine says what is wrong when it loads the model
             return self.engine.context_window
         return None
+
+
+def _without(call: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in names}

@@ -25,9 +25,10 @@ class SemShareKVLLM(LocalModel, BaseLLM):
     Prompts are continued as they are, without a chat template. Each generation's ``generation_info`` holds
     ``model_name``, ``finish_reason``, ``usage`` (tokens) and ``kv_cache`` (the ``ReuseReport``), all plain JSON.
 
-    Every call also takes the sampling fields and ``namespace`` by keyword (None means the field's value), ``session``
-    (the conversation's name; by default LangChain's ``thread_id``) and ``documents`` that stand in the prompt (texts,
-    LangChain documents, or texts by id). Anything else is refused.
+    Every call also takes the sampling fields and ``namespace`` by keyword (None means what ``configurable`` of the
+    config or else the field says), ``session`` (the conversation's name; by default ``configurable``'s ``thread_id`` or
+    ``session_id``) and ``documents`` that stand in the prompt (texts, LangChain documents, or texts by id; see also
+    ``DocumentTracker``). Anything else is refused.
 
     Example::
 
@@ -46,7 +47,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self.engine.stream(prompt, **self._call(stop, kwargs))) as chunks:
+        with closing(self.engine.stream(prompt, **self._call(stop, kwargs, [prompt]))) as chunks:
             for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -60,7 +61,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(self.engine.astream(prompt, **self._call(stop, kwargs))) as chunks:
+        async with aclosing(self.engine.astream(prompt, **self._call(stop, kwargs, [prompt]))) as chunks:
             async for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -102,6 +103,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """As in the base class, except that the response cache is keyed by the call's settings as well."""
+        kwargs = self._tracked({"callbacks": callbacks}, kwargs)
         return BaseLLM.generate(self._keyed_by(kwargs), prompts, stop, callbacks, **kwargs)
 
     async def agenerate(
@@ -112,6 +114,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """As ``generate``, without blocking the event loop."""
+        kwargs = self._tracked({"callbacks": callbacks}, kwargs)
         return await BaseLLM.agenerate(self._keyed_by(kwargs), prompts, stop, callbacks, **kwargs)
 
     def _keyed_by(self, call: Mapping[str, Any]) -> Self:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
+from uuid import uuid4
 
-from langchain_core.documents import Document
-from langchain_core.runnables import ensure_config
-from pydantic import BaseModel, model_validator
+from langchain_core.messages import BaseMessage
+from pydantic import BaseModel, Field, model_validator
 
 from semsharekv_integrations.checks import require
-from semsharekv_integrations.request import Documents, GenerateOptions, Request, document_id
+from semsharekv_integrations.langchain.calls import configured
+from semsharekv_integrations.langchain.documents import in_artifacts, in_marked_blocks, with_found
+from semsharekv_integrations.request import GenerateOptions, Request
 
 _PASSED_ON = {"stream"}  # BaseChatModel decides by it whether to stream, and hands it on
 
@@ -42,8 +44,16 @@ class SamplingFields(BaseModel):
     stop: list[str] | None = None
     """Strings that end the text and are not part of it; a call's own ``stop`` replaces them."""
 
-    namespace: str = "default"
-    """Whose KV may be read, and where new KV goes."""
+    namespace: str | None = None
+    """Whose KV may be read, and where new KV goes: a tenant's name, or None for this model object and its copies alone.
+
+    ``configurable["namespace"]`` of a call's config goes before it, and the call's own ``namespace`` before both.
+    """
+
+    private_namespace: str = Field(
+        default_factory=lambda: f"private-{uuid4().hex}", frozen=True, exclude=True, repr=False
+    )
+    """What ``namespace`` None stands for. A field, since LangChain rebuilds models from their fields."""
 
     @model_validator(mode="before")
     @classmethod
@@ -70,8 +80,13 @@ class SamplingFields(BaseModel):
             top_k=self.top_k,
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
-            namespace=self.namespace,
+            namespace=self.kv_namespace,
         )
+
+    @property
+    def kv_namespace(self) -> str:
+        """The engine's namespace of calls that name none, to warm, forget or clear."""
+        return self.private_namespace if self.namespace is None else self.namespace
 
 
 class CallOptions(SamplingFields):
@@ -81,7 +96,10 @@ class CallOptions(SamplingFields):
     """Texts that stand in the prompt: texts or LangChain documents in a list, or texts by id."""
 
     session: str | None = None
-    """Name of the conversation; by default the ``thread_id`` that LangChain runs the call under, if any."""
+    """Name of the conversation; by default the ``thread_id`` or ``session_id`` that LangChain runs the call under."""
+
+    tracked_documents: dict[str, str] = {}
+    """Ids by text of documents that may stand in the prompt; those that do not are left out."""
 
     @classmethod
     def of(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> CallOptions:
@@ -90,17 +108,22 @@ class CallOptions(SamplingFields):
         Raises:
             ValueError: naming the option, its value and what is accepted.
         """
-        given = with_max_tokens({"stop": stop, **call})
+        given = with_max_tokens({"stop": stop, **configured(None, call)})
         given = {name: value for name, value in given.items() if value is not None and name not in _PASSED_ON}
-        thread_id = ensure_config().get("configurable", {}).get("thread_id")
-        session = None if thread_id is None else str(thread_id)
         defaults = {name: getattr(fields, name) for name in SamplingFields.model_fields}
-        return cls(**{"session": session, **defaults, **given})
+        return cls(**{**defaults, **given})
 
-    def for_engine(self) -> GenerateOptions:
-        """As keyword arguments of the engine's methods."""
-        extra = GenerateOptions(documents=engine_documents(self.documents), session=self.session)
-        return self._sampling_options() | extra
+    def for_engine(self, contents: Sequence[str], messages: Sequence[BaseMessage] = ()) -> GenerateOptions:
+        """As keyword arguments of the engine's methods.
+
+        Args:
+            contents: the prompt's text, or that of its messages, in which documents are looked for.
+            messages: what the prompt was made of, which may tell where documents are.
+        """
+        tracked = [(key, text) for text, key in self.tracked_documents.items()]
+        found = [*in_artifacts(messages), *tracked]
+        documents = with_found(self.documents, found, in_marked_blocks(messages), contents)
+        return self._sampling_options() | GenerateOptions(documents=documents, session=self.session)
 
 
 def with_max_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,23 +135,3 @@ def with_max_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
         require(other in (None, limit), "max_new_tokens", limit, f"{other}, as max_tokens says, or only one of them")
         renamed["max_tokens"] = limit
     return renamed
-
-
-def engine_documents(documents: Any) -> Documents | None:
-    """Texts by id where LangChain documents are among them; anything else unchanged, for the engine to check.
-
-    A document's id is its ``id``, else its metadata's ``id``, else a digest of its text.
-    """
-    if isinstance(documents, str) or not isinstance(documents, Sequence):
-        return documents
-    texts: dict[str, str] = {}
-    for item in documents:
-        key, text = _named(item) if isinstance(item, Document) else (document_id(item), item)
-        require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
-        texts[key] = text
-    return texts
-
-
-def _named(document: Document) -> tuple[str, str]:
-    key = document.id or document.metadata.get("id")
-    return str(key) if key else document_id(document.page_content), document.page_content

@@ -195,23 +195,14 @@ def test_documents_are_reported_under_their_ids(model: Model, documents: Any, ex
     details(model, documents=documents)
     found = details(model, documents=documents)["kv_cache"]["documents"]
     assert [use["document_id"] for use in found] == expected and found[0]["reused_tokens"] == found[0]["tokens"] > 0
-    assert model.engine.forget(expected[0]) > 0 and model.engine.forget(expected[0]) == 0
+    home = model.kv_namespace
+    assert model.engine.forget(expected[0], home) > 0 and model.engine.forget(expected[0], home) == 0
 
 
 def test_texts_and_documents_without_id_are_named_alike(model: Model) -> None:
     as_text = details(model, documents=["a green flag was raised"])["kv_cache"]["documents"]
     as_document = details(model, documents=[Document("a green flag was raised")])["kv_cache"]["documents"]
     assert as_text[0]["document_id"] == as_document[0]["document_id"]
-
-
-def test_session_is_the_callers_or_langchains_thread(model: Model) -> None:
-    model.invoke(PROMPT, session="mine")
-    assert model.engine.clear("default", session="mine") == 1
-    chain = model | text
-    chain.invoke(PROMPT, config={"configurable": {"thread_id": 42}})
-    assert model.engine.clear("default", session="42") == 1
-    chain.bind().invoke(PROMPT)
-    assert model.engine.clear("default", session="42") == 0
 
 
 def test_token_ids_are_the_models_own(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -224,7 +215,7 @@ def test_token_ids_are_the_models_own(model: Model, tokenizer: PreTrainedTokeniz
 
 def test_one_engine_serves_both_interfaces(make_engine: EngineMaker) -> None:
     engine = make_engine()
-    chat, llm = ChatSemShareKV(engine=engine, max_tokens=4), SemShareKVLLM(engine=engine, max_tokens=4)
+    chat, llm = (cls(engine=engine, namespace="ours", max_tokens=4) for cls in (ChatSemShareKV, SemShareKVLLM))
     chat.invoke(PROMPT)
     rendered = engine.tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
