@@ -1,0 +1,259 @@
+"""The layouts that people build, unchanged but for the model's class, on the model that ships: answers and reuse.
+
+Each runs twice, with the default mode and with reuse off, on the same documents and questions. ``measured()`` gives the
+figures of one layout, ``table()`` those of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from random import Random
+from typing import Any, NamedTuple, TypedDict
+
+import pytest
+from langchain_classic.chains import create_retrieval_chain
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_classic.chains.summarize import load_summarize_chain
+from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.runnables import RunnablePassthrough
+from langchain_core.runnables.history import RunnableWithMessageHistory
+from langchain_core.vectorstores import InMemoryVectorStore
+from langgraph.checkpoint.memory import MemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+
+from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
+from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.langchain import ChatSemShareKV, DocumentTracker
+from semsharekv_integrations.model.loading import REFERENCE_MODEL
+
+Pairs = Iterator[tuple[str, str]]  # what was said and what is right
+NUM_DOCUMENTS = 5
+SYSTEM = prompts.SYSTEM_WRAPS[5].replace("{docs}", "{context}")
+
+
+class Words(Embeddings):
+    """Texts with the same capitalized words are near each other."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [self.embed_query(text) for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        vector = [0.0] * 4096
+        for word in text.replace(".", " ").replace(",", " ").replace("?", " ").split():
+            if word[0].isupper():
+                vector[int.from_bytes(word.encode(), "big") % 4093] += 1.0
+        return vector
+
+
+def articles(rng: Random, count: int = NUM_DOCUMENTS) -> tuple[list[world.Document], list[Document]]:
+    made = world.make_documents(rng, count)
+    return made, [Document(document.text, id=document.town) for document in made]
+
+
+def store_of(documents: list[Document]) -> InMemoryVectorStore:
+    store = InMemoryVectorStore(Words())
+    store.add_documents(documents)
+    return store
+
+
+def questions(rng: Random, made: list[world.Document], count: int = 3) -> list[tuple[str, str]]:
+    return [world.ask(rng, document) for document in rng.sample(made, count)]
+
+
+def stuff(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """Documents in the system message, in another order each time."""
+    made, documents = articles(rng)
+    chain = create_stuff_documents_chain(chat, ChatPromptTemplate.from_messages([("system", SYSTEM), ("human", "{q}")]))
+    for question, expected in questions(rng, made):
+        documents = rng.sample(documents, len(documents))
+        yield chain.invoke({"context": documents, "q": question}, tracked()), expected
+
+
+def retrieval_chain(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The retrieval tutorial of the classic chains."""
+    made, documents = articles(rng)
+    prompt = ChatPromptTemplate.from_messages([("system", SYSTEM), ("human", "{input}")])
+    retriever = store_of(documents).as_retriever(search_kwargs={"k": 3})
+    chain = create_retrieval_chain(retriever, create_stuff_documents_chain(chat, prompt))
+    for question, expected in questions(rng, made):
+        yield chain.invoke({"input": question}, tracked())["answer"], expected
+
+
+def rag_pipe(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The retrieval tutorial written as a pipe, with no callbacks at all."""
+    made, documents = articles(rng)
+    prompt = ChatPromptTemplate.from_template(prompts.USER_WRAPS[3].replace("{docs}", "{context}"))
+    retriever = store_of(documents).as_retriever(search_kwargs={"k": 3})
+    given = {"context": retriever | _joined, "question": RunnablePassthrough()}
+    chain = given | prompt | chat | StrOutputParser()
+    for question, expected in questions(rng, made):
+        yield chain.invoke(question), expected
+
+
+def rag_graph(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The retrieval tutorial as a graph of two nodes."""
+
+    class State(TypedDict):
+        question: str
+        context: list[Document]
+        answer: str
+
+    made, documents = articles(rng)
+    store, prompt = store_of(documents), ChatPromptTemplate.from_messages([("system", SYSTEM), ("human", "{question}")])
+
+    def retrieve(state: State) -> dict[str, Any]:
+        return {"context": store.similarity_search(state["question"], k=3)}
+
+    def generate(state: State) -> dict[str, Any]:
+        messages = prompt.invoke({"question": state["question"], "context": _joined(state["context"])})
+        return {"answer": chat.invoke(messages).content}
+
+    graph: Any = StateGraph(State).add_sequence([retrieve, generate]).add_edge(START, "retrieve").compile()
+    for question, expected in questions(rng, made):
+        yield graph.invoke({"question": question}, tracked())["answer"], expected
+
+
+def message_history(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The chat history tutorial; the documents come with the first question."""
+    made, documents = articles(rng)
+    histories: dict[str, InMemoryChatMessageHistory] = {}
+    prompt = ChatPromptTemplate.from_messages(
+        [("system", prompts.PLAIN_SYSTEMS[0]), MessagesPlaceholder("history"), ("human", "{input}")]
+    )
+    chain = RunnableWithMessageHistory(
+        prompt | chat,
+        lambda session_id: histories.setdefault(session_id, InMemoryChatMessageHistory()),
+        input_messages_key="input",
+        history_messages_key="history",
+    )
+    for turn, (question, expected) in enumerate(questions(rng, made)):
+        text = question if turn else prompts.USER_WRAPS[1].format(docs=_joined(documents), question=question)
+        yield chain.invoke({"input": text}, {"configurable": {"session_id": "abc2"}}).content, expected
+
+
+def graph_chatbot(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The chatbot tutorial: a graph with a memory, of two threads."""
+    made, documents = articles(rng)
+
+    def call_model(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [chat.invoke(state["messages"])]}
+
+    graph = StateGraph(MessagesState).add_node("model", call_model).add_edge(START, "model")
+    app = graph.compile(checkpointer=MemorySaver())
+    for thread in ("abc123", "abc234"):
+        for turn, (question, expected) in enumerate(questions(rng, made, 2)):
+            text = question if turn else prompts.USER_WRAPS[1].format(docs=_joined(documents), question=question)
+            done = app.invoke({"messages": [("user", text)]}, {"configurable": {"thread_id": thread}})  # type: ignore[call-overload]
+            yield done["messages"][-1].content, expected
+
+
+def map_reduce(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """Every document is summarized, and a question asked about the summaries; then a document comes, and one goes."""
+    made, documents = articles(rng, 3)
+    asking = PromptTemplate.from_template(prompts.USER_WRAPS[3].replace("{docs}", "{text}"))
+    chain = load_summarize_chain(chat, chain_type="map_reduce", combine_prompt=asking)
+    for kept in (slice(0, 2), slice(1, 3)):
+        question, expected = world.ask(rng, made[1], rng.choice(world.CORE_KINDS))
+        given = {"input_documents": documents[kept], "question": question}
+        yield chain.invoke(given, tracked())["output_text"], expected
+
+
+def summaries(chain_type: str) -> Callable[[ChatSemShareKV, Random], Pairs]:
+    """The summarization chains as they come; the second time in another order."""
+
+    def summarize(chat: ChatSemShareKV, rng: Random) -> Pairs:
+        chain = load_summarize_chain(chat, chain_type=chain_type)
+        made, documents = articles(rng, 2)
+        for order in (1, -1):
+            said = chain.invoke({"input_documents": documents[::order]}, tracked())["output_text"]
+            yield said, prompts.summary(made[::order])
+
+    return summarize
+
+
+def tracked() -> Any:
+    return {"callbacks": [DocumentTracker()]}
+
+
+def _joined(documents: list[Document]) -> str:
+    return "\n\n".join(document.page_content for document in documents)
+
+
+class Layout(NamedTuple):
+    """What a layout does, and the least share of prompt tokens that it has to reuse."""
+
+    run: Callable[[ChatSemShareKV, Random], Pairs]
+    reused_share: float
+
+
+LAYOUTS = {
+    "stuff": Layout(stuff, 0.4),
+    "retrieval chain": Layout(retrieval_chain, 0.3),
+    "pipe": Layout(rag_pipe, 0.3),
+    "retrieval graph": Layout(rag_graph, 0.3),
+    "message history": Layout(message_history, 0.6),
+    "graph chatbot": Layout(graph_chatbot, 0.6),
+    "summary, stuff": Layout(summaries("stuff"), 0.3),
+    "map-reduce": Layout(map_reduce, 0.3),
+    "summary, refine": Layout(summaries("refine"), 0.2),
+}
+
+
+class Figures(NamedTuple):
+    """What one layout came to."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    compute_ratio: float
+    right: float
+    full_right: float
+    answers: int
+
+
+@cache
+def engine(mode: str) -> SemShareEngine:
+    return SemShareEngine.from_pretrained(REFERENCE_MODEL, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
+
+
+def measured(name: str) -> Figures:
+    """Tokens, share computed, and right answers with reuse and by full prefill."""
+    right: dict[str, list[float]] = {}
+    reports: dict[str, list[ReuseReport]] = {"off": [], "auto": []}
+    for mode in reports:
+        engine(mode).observe(reports[mode].append)
+        chat = ChatSemShareKV(engine=engine(mode), max_tokens=90)
+        right[mode] = [prompts.right_share(*pair) for pair in LAYOUTS[name].run(chat, Random(name))]
+    reusing = reports["auto"]
+    tokens = sum(report.prompt_tokens for report in reusing)
+    return Figures(
+        tokens,
+        sum(report.reused_tokens for report in reusing),
+        sum(report.compute_ratio * report.prompt_tokens for report in reusing) / tokens,
+        sum(right["auto"]),
+        sum(right["off"]),
+        len(right["auto"]),
+    )
+
+
+def table() -> str:
+    """Every layout's figures, in the columns of Markdown."""
+    columns = ("layout", "answers", "right", "by full prefill", "prompt tokens", "reused", "computed")
+    rows = [
+        f"| {name} | {f.answers} | {f.right:g} | {f.full_right:g} | {f.prompt_tokens} | {f.reused_tokens} "
+        f"| {f.compute_ratio:.0%} |"
+        for name, f in ((name, measured(name)) for name in LAYOUTS)
+    ]
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_answers_are_as_right_as_by_full_prefill_and_less_is_computed(name: str) -> None:
+    figures = measured(name)
+    assert figures.right >= figures.full_right
+    assert figures.reused_tokens >= LAYOUTS[name].reused_share * figures.prompt_tokens
+    assert figures.compute_ratio <= 1 - LAYOUTS[name].reused_share / 2
