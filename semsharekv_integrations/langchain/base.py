@@ -5,23 +5,21 @@ Knows nothing about messages, nor about how KV is reused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import BaseMessage
 from pydantic import ConfigDict, Field, model_validator
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.calls import ConfiguredCalls
-from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
+from semsharekv_integrations.langchain.options import SamplingFields, with_max_tokens
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
-from semsharekv_integrations.request import GenerateOptions
 
 _UNNAMED = "a path or hub id, or an engine in its place"
 _SECRETS = {"token"}
@@ -65,16 +63,6 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         return given | (_of_engine(given) if "engine" in given else _of_name(given))
-
-    def _call(
-        self,
-        stop: list[str] | None,
-        kwargs: Mapping[str, Any],
-        contents: Sequence[str],
-        messages: Sequence[BaseMessage] = (),
-    ) -> GenerateOptions:
-        """The engine's options for one call, whose text is ``contents``."""
-        return CallOptions.of(self, stop, kwargs).for_engine(contents, messages)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""

@@ -5,16 +5,17 @@ Every way to call it goes through ``_stream`` or its asynchronous twin. Knows no
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
-from langchain_core.language_models import BaseChatModel, ModelProfile
+from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import generate_from_stream
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable
 from pydantic import Field, SecretStr
 
 from semsharekv_integrations.errors import ModelLoadError
@@ -22,8 +23,9 @@ from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import engine_messages
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
+from semsharekv_integrations.langchain.structured import Method, json_schema_of, parsed, parser_of
+from semsharekv_integrations.langchain.tools import ChatOptions, Tool, ToolCallChunks, engine_choice, openai_tools
 from semsharekv_integrations.model.loading import resolve
-from semsharekv_integrations.request import GenerateOptions
 
 
 class ChatSemShareKV(LocalModel, BaseChatModel):
@@ -68,9 +70,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         prompt, options = self._prepared(messages, stop, kwargs)
-        with closing(self.engine.stream(prompt, **options)) as chunks:
+        calls = ToolCallChunks(options.answer_tool)
+        with closing(self.engine.stream(prompt, **options.for_engine(_texts(prompt), messages))) as chunks:
             for chunk in chunks:
-                piece = self._piece(chunk)
+                piece = self._piece(chunk, calls)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=piece)
                 yield piece
@@ -83,9 +86,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         prompt, options = self._prepared(messages, stop, kwargs)
-        async with aclosing(self.engine.astream(prompt, **options)) as chunks:
+        calls = ToolCallChunks(options.answer_tool)
+        async with aclosing(self.engine.astream(prompt, **options.for_engine(_texts(prompt), messages))) as chunks:
             async for chunk in chunks:
-                piece = self._piece(chunk)
+                piece = self._piece(chunk, calls)
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=piece)
                 yield piece
@@ -132,10 +136,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     def _prepared(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[list[dict[str, str]], GenerateOptions]:
-        """Prompt and options for the engine."""
-        prompt = engine_messages(messages)
-        return prompt, self._call(stop, kwargs, [message["content"] for message in prompt], messages)
+    ) -> tuple[list[dict[str, Any]], ChatOptions]:
+        return engine_messages(messages), ChatOptions.of(self, stop, kwargs)
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         """What traces show; the prompt itself shows documents."""
@@ -145,21 +147,86 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         """The key of LangChain's response cache; neither conversation nor borders are part of the question."""
         return super()._get_llm_string(stop, **_without(kwargs, "session", "documents", "tracked_documents"))
 
-    def _piece(self, chunk: GenerationChunk) -> ChatGenerationChunk:
+    def _piece(self, chunk: GenerationChunk, calls: ToolCallChunks) -> ChatGenerationChunk:
+        text, tool_calls = calls.of(chunk)
         if chunk.generation is None:
-            return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
+            return ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=tool_calls))
         details = details_of(chunk.generation, self.model)
+        if chunk.generation.finish_reason == "tool_calls" and not calls.count:  # the answer itself was the call
+            details["finish_reason"] = "stop"
         message = AIMessageChunk(
-            content=chunk.text,
+            content=text,
             usage_metadata=usage_of(chunk.generation),
             response_metadata=details,
             chunk_position="last",
         )
         return ChatGenerationChunk(message=message, generation_info=details)
 
+    def bind_tools(
+        self,
+        tools: Sequence[Tool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """This model with tools that it may call; its messages then have ``tool_calls``.
+
+        Args:
+            tools: functions, pydantic classes, LangChain tools, or schemas.
+            tool_choice: ``auto`` (the default: the model decides), ``none``, ``any`` (it must call one), or the name of
+                the one it must call; also in the forms of OpenAI and Anthropic.
+            strict: accepted for models that can be swapped; arguments are held to the tool's schema in any case.
+            kwargs: options of the calls.
+
+        Raises:
+            ValueError: naming what is wrong with ``tool_choice``.
+        """
+        choice = engine_choice(tool_choice)
+        bound: dict[str, Any] = {"tools": openai_tools(tools)} if tools else {}
+        return self.bind(**bound, **({} if choice is None else {"tool_choice": choice}), **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """This model with a parser behind it, whose answers are objects of a schema, which sampling is held to.
+
+        Args:
+            schema: a pydantic class, whose objects are returned; else a TypedDict or a JSON schema, for dictionaries.
+            method: ``json_schema`` and ``json_mode`` hold the text to the schema (``json_mode`` also goes without one:
+                any JSON object); ``function_calling`` makes it the arguments of a tool, which the model is shown.
+            include_raw: whether to return a dictionary with ``raw``, ``parsed`` and ``parsing_error``.
+            strict: accepted for models that can be swapped; the schema is held to in any case.
+            kwargs: options of the calls.
+
+        Raises:
+            ValueError: naming the argument, its value and what is accepted.
+        """
+        shape = json_schema_of(schema, method)
+        traced: dict[str, Any] = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": shape}}
+        if method == "function_calling":
+            assert schema is not None
+            model = self.bind_tools([schema], tool_choice="any", **traced, **kwargs)
+        else:
+            model = self.bind(json_schema=shape, **traced, **kwargs)
+        return parsed(model, parser_of(schema, method), include_raw=include_raw)
+
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may rely on; loads no weights and asks no network."""
-        profile = ModelProfile(text_inputs=True, text_outputs=True, tool_calling=False, structured_output=False)
+        profile = ModelProfile(
+            text_inputs=True,
+            text_outputs=True,
+            tool_calling=True,
+            tool_choice=True,
+            structured_output=True,
+            temperature=True,
+        )
         window = self._context_window()
         return profile if window is None else profile | ModelProfile(max_input_tokens=window)
 
@@ -171,6 +238,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         with suppress(ModelLoadError):  # the engine says what is wrong when it loads the model
             return self.engine.context_window
         return None
+
+
+def _texts(prompt: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(message["content"]) for message in prompt]
 
 
 def _without(call: Mapping[str, Any], *names: str) -> dict[str, Any]:

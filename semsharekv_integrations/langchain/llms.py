@@ -15,7 +15,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from semsharekv_integrations import kv
 from semsharekv_integrations.langchain.base import LocalModel
-from semsharekv_integrations.langchain.options import SamplingFields, with_max_tokens
+from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
 
 
@@ -47,7 +47,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self.engine.stream(prompt, **self._call(stop, kwargs, [prompt]))) as chunks:
+        with closing(self.engine.stream(prompt, **CallOptions.of(self, stop, kwargs).for_engine([prompt]))) as chunks:
             for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -61,7 +61,9 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(self.engine.astream(prompt, **self._call(stop, kwargs, [prompt]))) as chunks:
+        async with aclosing(
+            self.engine.astream(prompt, **CallOptions.of(self, stop, kwargs).for_engine([prompt]))
+        ) as chunks:
             async for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:

@@ -102,7 +102,7 @@ class CallOptions(SamplingFields):
     """Ids by text of documents that may stand in the prompt; those that do not are left out."""
 
     @classmethod
-    def of(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> CallOptions:
+    def of(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> Self:
         """The model's fields, overridden by what the call sets to anything but None.
 
         Raises:
@@ -123,7 +123,12 @@ class CallOptions(SamplingFields):
         tracked = [(key, text) for text, key in self.tracked_documents.items()]
         found = [*in_artifacts(messages), *tracked]
         documents = with_found(self.documents, found, in_marked_blocks(messages), contents)
-        return self._sampling_options() | GenerateOptions(documents=documents, session=self.session)
+        known = GenerateOptions(documents=documents, session=self.session)
+        return self._sampling_options() | known | self.engine_options()
+
+    def engine_options(self) -> GenerateOptions:
+        """What else the engine is told; nothing, but for those that know of more."""
+        return GenerateOptions()
 
 
 def with_max_tokens(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_sampling_fields_reach_the_engine(model: Model) -> None:
     assert greedy != text(model.invoke(PROMPT, repetition_penalty=5.0))
 
 
-@pytest.mark.parametrize("option", [{"foo": 1}, {"model": "another"}, {"tools": [{}]}, {"max_token": 3}])
+@pytest.mark.parametrize("option", [{"foo": 1}, {"model": "another"}, {"functions": [{}]}, {"max_token": 3}])
 async def test_unknown_options_are_refused(model: Model, option: dict[str, Any]) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: model.invoke(PROMPT, **option),

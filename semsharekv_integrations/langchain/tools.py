@@ -1,0 +1,125 @@
+"""Tools and answer formats in the forms that LangChain's callers give them, as the engine takes them.
+
+The engine knows tools in OpenAI's form and one JSON schema for the whole answer. Where both are wanted, as agents with
+a ``response_format`` do, the schema becomes one more tool, whose call is the answer. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage
+from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.kv import GenerationChunk, ToolCall
+from semsharekv_integrations.langchain.options import CallOptions
+from semsharekv_integrations.request import GenerateOptions
+
+Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
+_OPENAI_CHOICES = {"required": "any", True: "any", False: "none"}
+_CHOICES = "'auto', 'none', 'any', 'required', True, False, a tool's name, or a dict that names one"
+
+
+def openai_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Functions, classes, LangChain tools or schemas, in OpenAI's form."""
+    return [convert_to_openai_tool(tool) for tool in tools]
+
+
+def engine_choice(choice: Any) -> str | None:
+    """The engine's ``tool_choice`` for any of the forms that LangChain's models take.
+
+    Raises:
+        ValueError: if it is of no such form.
+    """
+    if isinstance(choice, Mapping):
+        function = choice.get("function", choice)
+        choice = function.get("name", choice.get("type")) if isinstance(function, Mapping) else None
+        require(isinstance(choice, str), "tool_choice", choice, _CHOICES)
+    require(choice is None or isinstance(choice, str | bool), "tool_choice", choice, _CHOICES)
+    return _OPENAI_CHOICES.get(choice, choice)
+
+
+def tool_calls_of(message: AIMessage) -> list[dict[str, Any]]:
+    """The calls of a message, in OpenAI's form."""
+    return [
+        {"id": call["id"] or "", "type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
+        for call in message.tool_calls
+    ]
+
+
+class ChatOptions(CallOptions):
+    """What one call of a chat model sets."""
+
+    tools: list[dict[str, Any]] = []
+    """Functions that the model may call, in OpenAI's form; see ``bind_tools``."""
+
+    tool_choice: Any = None
+    """``auto``, ``none``, ``any``, or a tool's name; in the forms of OpenAI and Anthropic too."""
+
+    json_schema: dict[str, Any] | None = None
+    """A JSON schema that the answer is held to; see ``with_structured_output``."""
+
+    response_format: dict[str, Any] | None = None
+    """The same in OpenAI's form: type ``text``, ``json_object``, or ``json_schema`` with that."""
+
+    def engine_options(self) -> GenerateOptions:
+        """Tools, choice and schema, as keyword arguments of the engine's methods."""
+        schema, choice = self._schema(), engine_choice(self.tool_choice)
+        if not self.tools or schema is None or choice == "none":
+            tools = self.tools or None
+            return GenerateOptions(tools=tools, tool_choice=choice if tools else None, json_schema=schema)
+        require(choice in (None, "auto"), "tool_choice", choice, "'auto' or 'none' beside an answer format")
+        answer = {"name": self.answer_tool, "description": "Give the final answer.", "parameters": schema}
+        return GenerateOptions(tools=[*self.tools, {"type": "function", "function": answer}], tool_choice="any")
+
+    @property
+    def answer_tool(self) -> str:
+        """The name of the tool that stands for an answer in the wanted format; no other tool's."""
+        name, names = "final_answer", {tool.get("function", {}).get("name") for tool in self.tools}
+        while name in names:
+            name += "_"
+        return name
+
+    def _schema(self) -> dict[str, Any] | None:
+        if self.response_format is None:
+            return self.json_schema
+        require(self.json_schema is None, "response_format", self.response_format, "None beside json_schema")
+        kind = self.response_format.get("type")
+        given = self.response_format.get("json_schema")
+        if kind == "json_schema" and isinstance(given, Mapping) and isinstance(given.get("schema"), Mapping):
+            return dict(given["schema"])
+        accepted = "type 'text', 'json_object', or 'json_schema' with json_schema.schema"
+        require(kind in ("text", "json_object"), "response_format", self.response_format, accepted)
+        return {"type": "object"} if kind == "json_object" else None
+
+
+class ToolCallChunks:
+    """Counts the tool calls of one answer and tells those apart that are the answer itself.
+
+    Args:
+        answer_tool: the name of the tool whose call is the answer.
+    """
+
+    def __init__(self, answer_tool: str) -> None:
+        self._answer_tool = answer_tool
+        self.count = 0
+
+    def of(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
+        """Text and tool calls of one chunk, as LangChain streams them."""
+        text, calls = chunk.text, []
+        for call in chunk.tool_calls:
+            if call.name == self._answer_tool:
+                text += _json(call)
+            else:
+                calls.append(tool_call_chunk(name=call.name, args=_json(call), id=call.id, index=self.count))
+                self.count += 1
+        return text, calls
+
+
+def _json(call: ToolCall) -> str:
+    return json.dumps(call.arguments, ensure_ascii=False)
