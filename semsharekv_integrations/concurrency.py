@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -70,6 +70,14 @@ class _End:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
+
+
+def raising(outcomes: Sequence[T | BaseException]) -> list[T]:
+    """The outcomes, if none of them is an error; else the first error is raised."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return cast(list[T], list(outcomes))
 
 
 async def iterate_in_thread(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.checks import check_lifetime, require
-from semsharekv_integrations.concurrency import Turns, iterate_in_thread, outcomes_of
+from semsharekv_integrations.concurrency import Turns, iterate_in_thread, outcomes_of, raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
@@ -157,11 +157,7 @@ class SemShareEngine:
         One that fails takes none of the others down: when all are done, the first error is raised.
         """
         with self.sharing():
-            done = outcomes_of(lambda prompt: self.generate(prompt, **options), prompts, self.config.max_batch_size)
-        for outcome in done:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return cast(list[Generation], done)
+            return raising(outcomes_of(lambda p: self.generate(p, **options), prompts, self.config.max_batch_size))
 
     def sharing(self) -> AbstractContextManager[None]:
         """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""

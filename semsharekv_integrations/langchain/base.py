@@ -12,9 +12,11 @@ from typing import Any, cast
 import torch
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
+from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field, model_validator
 
 from semsharekv_integrations.checks import require
+from semsharekv_integrations.concurrency import raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.calls import ConfiguredCalls
@@ -63,6 +65,35 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         return given | (_of_engine(given) if "engine" in given else _of_name(given))
+
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """The answers in order; what prompts share is computed once, and those that run together decode together.
+
+        One that fails takes none of the others down: they are finished before its error is raised or returned.
+        """
+        with self.engine.sharing():
+            done = Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
+        return done if return_exceptions else raising(done)
+
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """As ``batch``, without blocking the event loop."""
+        with self.engine.sharing():
+            done = await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
+        return done if return_exceptions else raising(done)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""

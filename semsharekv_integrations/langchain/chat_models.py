@@ -18,6 +18,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
 from pydantic import Field, SecretStr
 
+from semsharekv_integrations.concurrency import outcomes_of, raising
 from semsharekv_integrations.errors import ModelLoadError
 from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
@@ -121,8 +122,23 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         callbacks: Callbacks = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """As in the base class, with the documents that a tracker among the callbacks knows of."""
-        return super().generate(messages, stop, callbacks, **self._tracked({"callbacks": callbacks}, kwargs))
+        """As in the base class, for all prompts at the same time, with the documents that a tracker knows of."""
+        kwargs = self._tracked({"callbacks": callbacks}, kwargs)
+        if len(messages) < 2:
+            return super().generate(messages, stop, callbacks, **kwargs)
+        first_id = kwargs.pop("run_id", None)
+
+        def one(index: int) -> LLMResult:
+            run_id = None if index else first_id
+            return BaseChatModel.generate(self, [messages[index]], stop, callbacks, run_id=run_id, **kwargs)
+
+        with self.engine.sharing():
+            done = raising(outcomes_of(one, range(len(messages)), self.engine.config.max_batch_size))
+        return LLMResult(
+            generations=[generations for result in done for generations in result.generations],
+            llm_output=self._combine_llm_outputs([result.llm_output for result in done]),
+            run=[run for result in done for run in result.run or []],
+        )
 
     async def agenerate(
         self,
@@ -132,7 +148,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """As ``generate``, without blocking the event loop."""
-        return await super().agenerate(messages, stop, callbacks, **self._tracked({"callbacks": callbacks}, kwargs))
+        with self.engine.sharing():
+            return await super().agenerate(messages, stop, callbacks, **self._tracked({"callbacks": callbacks}, kwargs))
 
     def _prepared(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]

@@ -5,6 +5,7 @@ Every way to call it goes through ``_stream`` or its asynchronous twin. Knows no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Any, Self
@@ -14,6 +15,7 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from semsharekv_integrations import kv
+from semsharekv_integrations.concurrency import outcomes_of, raising
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
@@ -77,12 +79,14 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """The answers in order. LangChain hands over the first prompt's run manager, so only that hears tokens."""
-        answers = []
-        for index, prompt in enumerate(prompts):
-            listener = None if index else run_manager
-            answers.append(_whole(list(self._stream(prompt, stop, listener, **kwargs))))
-        return self._result(answers)
+        """The answers in order, at the same time. Only the first prompt has a run manager, which hears its tokens."""
+
+        def answer(index: int) -> Generation:
+            return _whole(list(self._stream(prompts[index], stop, None if index else run_manager, **kwargs)))
+
+        with self.engine.sharing():
+            done = outcomes_of(answer, range(len(prompts)), self.engine.config.max_batch_size)
+        return self._result(raising(done))
 
     async def _agenerate(
         self,
@@ -91,11 +95,16 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        answers = []
-        for index, prompt in enumerate(prompts):
+        room = asyncio.Semaphore(self.engine.config.max_batch_size)
+
+        async def answer(index: int) -> Generation:
             listener = None if index else run_manager
-            answers.append(_whole([piece async for piece in self._astream(prompt, stop, listener, **kwargs)]))
-        return self._result(answers)
+            async with room:
+                return _whole([piece async for piece in self._astream(prompts[index], stop, listener, **kwargs)])
+
+        with self.engine.sharing():
+            done = await asyncio.gather(*map(answer, range(len(prompts))), return_exceptions=True)
+        return self._result(raising(done))
 
     def generate(
         self,
