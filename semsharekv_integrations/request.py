@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import SamplingConfig
@@ -121,22 +121,22 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 
 
 def _checked_tools(tools: object) -> tuple[Tool, ...]:
+    """The tools with everything that templates count on, their descriptions and parameters empty if not given."""
     if tools is None:
         return ()
     a_list = isinstance(tools, Sequence) and not isinstance(tools, (str, bytes))
     require(a_list and bool(tools), "tools", tools, "None or a list of at least one tool")
-    found: tuple[Any, ...] = tuple(tools)  # type: ignore[arg-type]
-    names = [_tool_name(f"tools[{index}]", tool) for index, tool in enumerate(found)]
+    found = tuple(_checked_tool(f"tools[{index}]", tool) for index, tool in enumerate(cast(Sequence[Any], tools)))
+    names = [tool["function"]["name"] for tool in found]
     require(len(set(names)) == len(names), "tools", names, "tools of different names")
     return found
 
 
-def _tool_name(field: str, tool: object) -> str:
-    """The name of one tool in OpenAI's form, which is checked."""
+def _checked_tool(field: str, tool: object) -> Tool:
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
     require(isinstance(function, Mapping), field, tool, form)
-    assert isinstance(function, Mapping)
+    function = dict(cast(Mapping[str, Any], function))
     name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
     named = isinstance(name, str) and bool(name) and name not in _CHOICES
     require(named, f"{field}.function.name", name, f"a non-empty string other than {', '.join(_CHOICES)}")
@@ -144,7 +144,8 @@ def _tool_name(field: str, tool: object) -> str:
     require(described, f"{field}.function.description", description, "a string or none")
     accepted = parameters is None or (isinstance(parameters, Mapping) and parameters.get("type", "object") == "object")
     require(accepted, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
-    return str(name)
+    schema = {"type": "object", "properties": {}} | dict(parameters or {})
+    return {"type": "function", "function": function | {"description": description or "", "parameters": schema}}
 
 
 def _checked_choice(choice: object, tools: Sequence[Tool]) -> str:

@@ -69,10 +69,8 @@ class CallGrammar:
     def _rules(self, index: int, function: Mapping[str, Any]) -> str:
         name = f"{_literal(json.dumps(self._format.name_key))} COLON {_literal(json.dumps(function['name']))}"
         arguments = f"{_literal(json.dumps(self._format.arguments_key))} COLON arguments_{index}"
-        pairs = [arguments, name] if self._format.arguments_first else [name, arguments]
-        schema = {"type": "object", "properties": {}} | dict(function.get("parameters") or {})
-        text = json.dumps(closed(schema) | {"x-guidance": self._style})
-        return f'call_{index}: "{{" {" COMMA ".join(pairs)} "}}"\narguments_{index}: %json {text}\n'
+        text = json.dumps(closed(function["parameters"]) | {"x-guidance": self._style})
+        return f'call_{index}: "{{" {name} COMMA {arguments} "}}"\narguments_{index}: %json {text}\n'
 
     def _parts(self, text: str) -> list[str]:
         """Special tokens and literals that make up ``text``."""

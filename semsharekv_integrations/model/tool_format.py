@@ -28,7 +28,10 @@ _TOOL = {
     "function": {
         "name": "probing_tool",
         "description": "Looks it up.",
-        "parameters": {"type": "object", "properties": {"probing_argument": {"type": "string"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"probing_argument": {"type": "string", "description": "What to look up."}},
+        },
     },
 }
 _TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -47,7 +50,6 @@ class ToolFormat:
         in_list: whether all calls stand in one JSON list.
         name_key: of the tool's name in the JSON.
         arguments_key: of the arguments.
-        arguments_first: whether they stand before the name.
         is_native: whether the template itself shows tools and calls.
         takes_json_text: whether the template wants arguments as JSON text, else as an object.
         takes_short_ids: whether it refuses ids that have not ``SHORT_ID_CHARS`` letters or digits.
@@ -60,7 +62,6 @@ class ToolFormat:
     in_list: bool = False
     name_key: str = "name"
     arguments_key: str = "arguments"
-    arguments_first: bool = False
     is_native: bool = False
     takes_json_text: bool = False
     takes_short_ids: bool = False
@@ -80,8 +81,7 @@ class ToolFormat:
         return (self.separator or "\n").join(map(self._wrapped, values))
 
     def _entry(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        pairs = [(self.name_key, name), (self.arguments_key, dict(arguments))]
-        return dict(reversed(pairs) if self.arguments_first else pairs)
+        return {self.name_key: name, self.arguments_key: dict(arguments)}
 
     def _wrapped(self, value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
@@ -200,15 +200,10 @@ def _brackets(text: str, stop: int) -> Iterator[int]:
     return (at for at in range(max(stop, 0)) if text[at] in "[{")
 
 
-def _keys(entry: dict[str, Any]) -> dict[str, Any] | None:
+def _keys(entry: dict[str, Any]) -> dict[str, str] | None:
     """The names of the keys of a call's JSON, or None if they are not there."""
     name = next((key for key, value in entry.items() if value == _NAMES[0]), None)
     arguments = next((key for key, value in entry.items() if value == _ARGUMENTS), None)
     if name is None or arguments is None:
         return None
-    order = list(entry)
-    return {
-        "name_key": name,
-        "arguments_key": arguments,
-        "arguments_first": order.index(arguments) < order.index(name),
-    }
+    return {"name_key": name, "arguments_key": arguments}
