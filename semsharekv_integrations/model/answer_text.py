@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.model.grammar import Constraint, Grammars
-from semsharekv_integrations.model.text import TextStream
+from semsharekv_integrations.model.text import StopStrings, TextStream
 from semsharekv_integrations.model.tool_format import Tool, ToolFormat
 from semsharekv_integrations.model.tool_parser import Said, ToolCallParser
 
@@ -18,13 +18,11 @@ class AnswerText:
 
     Args:
         stream: tokens to text.
-        parser: finds calls in it, or None where there can be none.
         constraint: what the answer is held to, or None.
     """
 
-    def __init__(self, stream: TextStream, parser: ToolCallParser | None, constraint: Constraint | None) -> None:
+    def __init__(self, stream: TextStream, constraint: Constraint | None) -> None:
         self._stream = stream
-        self._parser = parser
         self.constraint = constraint
 
     @property
@@ -34,16 +32,46 @@ class AnswerText:
 
     def push(self, token_id: int) -> Said:
         """What became certain with this token."""
-        text = self._stream.push(token_id)
-        return self._parser.push(text) if self._parser else Said(text)
+        return Said(self._stream.push(token_id))
 
     def finish(self) -> Said:
         """What was held back until now."""
-        rest = self._stream.finish()
-        if self._parser is None:
-            return Said(rest)
-        said, last = self._parser.push(rest), self._parser.finish()
-        return Said(said.text + last.text, said.tool_calls + last.tool_calls)
+        return Said(self._stream.finish())
+
+
+class CallingText(AnswerText):
+    """An answer that may hold tool calls. Stop strings end its visible text; within a call they mean nothing.
+
+    Args:
+        stream: tokens to text, which goes on at stop strings that are no special tokens.
+        constraint: what the answer is held to, or None.
+        parser: finds the calls.
+        stop: all stop strings.
+    """
+
+    def __init__(
+        self, stream: TextStream, constraint: Constraint | None, parser: ToolCallParser, stop: Sequence[str]
+    ) -> None:
+        super().__init__(stream, constraint)
+        self._parser = parser
+        self._stop = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stream.stopped or self._stop.stopped
+
+    def push(self, token_id: int) -> Said:
+        """What became certain with this token."""
+        text, calls = self._parser.push(self._stream.push(token_id))
+        return Said(self._stop.push(text), calls)
+
+    def finish(self) -> Said:
+        """What was held back until now; nothing if a stop string ended the visible text."""
+        if self._stop.stopped:
+            return Said()
+        first, last = self._parser.push(self._stream.finish()), self._parser.finish()
+        return Said(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
 
 
 class AnswerTexts:
@@ -66,7 +94,7 @@ class AnswerTexts:
             UnsupportedModelError: if it is there, and the tokenizer a slow one.
         """
         constraint = None if json_schema is None else self._grammars.json(json_schema)
-        return AnswerText(TextStream(self._tokenizer, stop), None, constraint)
+        return AnswerText(TextStream(self._tokenizer, stop), constraint)
 
     def calling(self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str) -> AnswerText:
         """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
@@ -76,9 +104,10 @@ class AnswerTexts:
             UnsupportedModelError: if a call is forced, and the tokenizer a slow one.
         """
         by_name = {tool["function"]["name"]: tool for tool in tools}
-        stream = TextStream(self._tokenizer, stop, tool_format.marks(self._tokenizer))
+        special = [text for text in stop if text in self._tokenizer.all_special_tokens]
+        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer))
         constraint = self._held_to_calls(tool_format, by_name, choice)
-        return AnswerText(stream, ToolCallParser(tool_format, by_name), constraint)
+        return CallingText(stream, constraint, ToolCallParser(tool_format, by_name), stop)
 
     def _held_to_calls(self, tool_format: ToolFormat, tools: Mapping[str, Tool], choice: str) -> Constraint | None:
         """A call where one is wanted; where it is up to the model, only if a call's beginning cannot be mistaken."""

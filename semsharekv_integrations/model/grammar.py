@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
-from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.errors import SemShareError, UnsupportedModelError
 from semsharekv_integrations.model.call_grammar import STYLE, CallGrammar, closed
 from semsharekv_integrations.model.tool_format import Tool, ToolFormat
 
@@ -41,16 +41,23 @@ class Constraint:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def add(self, token_id: int) -> None:
-        """One more token of the answer."""
+        """One more token of the answer.
+
+        Raises:
+            SemShareError: if it is none that ``allowed`` named.
+        """
         if self._matcher.consume_token(token_id):
             return
-        assert self._fresh is not None, self._matcher.get_error()
+        if self._fresh is None:
+            raise SemShareError(f"the answer left its grammar: {self._matcher.get_error()}")
         self._matcher = self._fresh.deep_copy()  # a special token in free text: look for calls behind it
 
     def allowed(self, vocab_size: int) -> torch.Tensor | None:
         """Which tokens may come next, [V], or None for all."""
         if self._fresh is not None and self._matcher.is_accepting():
             return None
+        if self._matcher.is_error():
+            raise SemShareError(f"the answer's grammar went too far: {self._matcher.get_error()}")
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[:vocab_size].astype(np.bool_)
         return torch.from_numpy(np.pad(allowed, (0, vocab_size - len(allowed))))

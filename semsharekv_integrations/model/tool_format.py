@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 Tool = Mapping[str, Any]  # in OpenAI's form
 _ASK = {"role": "user", "content": "Please look it up."}
-_REPLY = {"role": "assistant", "content": "\u00a7reply\u00a7"}  # a first character that no format begins with
+_REPLY = {"role": "assistant", "content": "I looked it up."}
 _NAMES = ("probing_first", "probing_second")
 _ARGUMENTS = {"probing_argument": "probing_value"}
 _IDS = ("call_0123456789abcdef01234567", "probing01"), ("call_123456789abcdef012345678", "probing02")
@@ -115,15 +115,16 @@ class _Probe:
             return None
         for ids in range(2):
             for write in (dict, json.dumps):
-                found = self._found(lambda at, ids=ids, write=write: self._call(at, ids, write))  # type: ignore[misc]
+                found = self._found(shown, [self._call(at, ids, write) for at in range(2)])
                 if found is not None:
                     return ToolFormat(
                         **found, is_native=True, takes_json_text=write is json.dumps, takes_short_ids=bool(ids)
                     )
         return None
 
-    def _found(self, call: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
-        reply, one = self._render([_ASK, _REPLY]), self._render([_ASK, _calling(call(0))])
+    def _found(self, asked: str, calls: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """What ``calls``, which are two, come out as behind the question, which is rendered already."""
+        reply, one = self._render([_ASK, _REPLY]), self._render([_ASK, _calling(calls[0])])
         place = None if one is None else _place(one, _NAMES[0])
         if one is None or reply is None or place is None or _REPLY["content"] not in reply:
             return None
@@ -132,25 +133,28 @@ class _Probe:
         keys = _keys(entry) if isinstance(entry, dict) else None
         if keys is None:
             return None
-        before = one[_common(one, reply) : start]
+        heads = (reply[: reply.index(_REPLY["content"])].rstrip(), asked.rstrip())  # the model goes on behind these
+        head = next((head for head in heads if one.startswith(head)), None)
+        if head is None:
+            return None
+        before = one[len(head) : start].lstrip()
         behind = self._behind(one[stop:], reply)
-        space = before[len(before.rstrip()) :] if before.strip() else ""
+        space = before[len(before.rstrip()) :]
         return {
             "opening": before.strip(),
             "closing": behind.strip(),
             "space": space,
-            "separator": self._separator([call(0), call(1)], before, behind),
+            "separator": self._separator(calls, before, behind),
             "in_list": isinstance(value, list),
             **keys,
         }
 
     def _behind(self, rest: str, reply: str) -> str:
         """What stands between a call's JSON and the end of the turn."""
-        end = reply[reply.index(_REPLY["content"]) + len(_REPLY["content"]) :]
-        if end and rest.endswith(end):
-            return rest[: -len(end)]
-        special = [at for token in self._tokenizer.all_special_tokens if (at := rest.find(token)) >= 0]
-        return rest[: min(special, default=len(rest))]
+        end = reply[reply.index(_REPLY["content"]) + len(_REPLY["content"]) :].strip()
+        at = rest.find(end) if end else -1
+        special = [place for token in self._tokenizer.all_special_tokens if (place := rest.find(token)) >= 0]
+        return rest[: at if at >= 0 else min(special, default=len(rest))]
 
     def _separator(self, calls: list[dict[str, Any]], before: str, behind: str) -> str | None:
         two = self._render([_ASK, _calling(*calls)])
@@ -158,7 +162,7 @@ class _Probe:
         if two is None or len(places) != len(_NAMES):
             return None
         between = two[places[0][1] : places[1][0]]
-        return between.removeprefix(behind).removesuffix(before.lstrip())
+        return between.removeprefix(behind).removesuffix(before)
 
     def _call(self, at: int, ids: int, write: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
         function = {"name": _NAMES[at], "arguments": write(_ARGUMENTS)}
@@ -189,11 +193,6 @@ def _place(text: str, name: str) -> tuple[int, int, Any] | None:
         if stop > at:
             return start, stop, value
     return None
-
-
-def _common(one: str, other: str) -> int:
-    """How many first characters are the same."""
-    return next((at for at, both in enumerate(zip(one, other, strict=False)) if len(set(both)) > 1), len(one))
 
 
 def _brackets(text: str, stop: int) -> Iterator[int]:

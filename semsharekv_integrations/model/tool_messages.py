@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from semsharekv_integrations.errors import PromptError
@@ -79,7 +80,26 @@ def _checked_call(field: str, call: object) -> dict[str, Any]:
 def native_messages(messages: Sequence[dict[str, Any]], tool_format: ToolFormat) -> list[dict[str, Any]]:
     """Checked messages for a template that knows tools: ids and arguments as it takes them, results with names."""
     names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
+    if tool_format.separator is None:
+        messages = _one_call_each(messages)
     return [_native(message, tool_format, names) for message in messages]
+
+
+def _one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a message of its own, with its result right behind it."""
+    split: list[dict[str, Any]] = []
+    moved: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        calls = message.get("tool_calls", [])
+        results = list(takewhile(lambda later: later["role"] == "tool", messages[index + 1 :])) if calls[1:] else []
+        for at, call in enumerate(calls):
+            split.append(message | {"content": "" if at else message["content"], "tool_calls": [call]})
+            own = [result for result in results if result.get("tool_call_id") == call["id"]]
+            split += own
+            moved += own
+        if not calls and not any(message is result for result in moved):
+            split.append(message)
+    return split
 
 
 def _native(message: dict[str, Any], tool_format: ToolFormat, names: Mapping[str, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from semsharekv_integrations import ReuseConfig, SemShareEngine, UnsupportedModelError
+from semsharekv_integrations import ReuseConfig, SemShareEngine, SemShareError, UnsupportedModelError
 from semsharekv_integrations.model.call_grammar import closed
 from semsharekv_integrations.model.grammar import AllowedTokens, Constraint, Grammars
 from semsharekv_integrations.model.tool_format import ToolFormat
@@ -98,7 +98,7 @@ def test_space_is_bounded(tokenizer) -> None:
     consumed(whole, tokenizer, '{"town": "Prorna", "affected": 3, "kinds": ["fire"], "mayor": {"known": true}}')
     assert whole.is_complete
     for wrong in ("{ ", "{\n", '{"town":  ', '{"town" :'):
-        with pytest.raises(AssertionError):
+        with pytest.raises(SemShareError, match="left its grammar"):
             consumed(grammars.json(REPORT), tokenizer, wrong)
 
 

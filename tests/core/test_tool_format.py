@@ -53,6 +53,34 @@ def test_the_format_is_learnt_from_the_template(name: str, special: bool) -> Non
     assert found.marks(tokenizer) == (set(tokenizer.convert_tokens_to_ids(wanted)) if special else set())
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATES["tagged"].replace("tool | tojson", "'a tool'"),  # not shown
+        TEMPLATES["tagged"].replace('{"name": "\' + call.function.name', '\' + call.function.name + \'{"a": "'),
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools | tojson if tools }}",
+        "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}",
+        "{{ raise_exception('nothing at all') }}",
+    ],
+)
+def test_templates_of_other_ways_get_the_common_format(template: str) -> None:
+    tokenizer = tool_tokenizer("none")
+    tokenizer.chat_template = template
+    assert ToolFormat.of(tokenizer) == FORMATS["none"]
+
+
+def test_another_turn_for_calls_is_none_that_the_model_can_go_on_with() -> None:
+    tokenizer = tool_tokenizer("none")
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools }}{% for m in messages %}{% if m.tool_calls %}<|action|>"
+        "{{ m.tool_calls[0].function | tojson }}{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert ToolFormat.of(tokenizer) == FORMATS["none"]
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|action|>", "<|assistant|>")
+    assert ToolFormat.of(tokenizer).is_native
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_the_template_writes_is_read_as_the_same_calls(name: str) -> None:
     tool_format = FORMATS[name]
@@ -175,6 +203,15 @@ class TestRendering:
         text = PromptRenderer(tool_tokenizer("listed")).chat_text([ASK, TURN, RESULT], TOOLS)
         (made,) = json.loads(text[text.index("[TOOL_CALLS] ") :].removeprefix("[TOOL_CALLS] ").split("<|end|>")[0])
         assert len(made["id"]) == 9 and f'"call_id": "{made["id"]}"' in text
+
+    def test_calls_of_one_turn_follow_each_other_where_a_template_takes_one(self) -> None:
+        turn = {"role": "assistant", "tool_calls": [TURN["tool_calls"][0], calling("c2", *CALLS[1])["tool_calls"][0]]}
+        late = RESULT | {"tool_call_id": "c2", "content": "Rain."}
+        text = PromptRenderer(tool_tokenizer("bare")).chat_text([ASK, turn, late, RESULT, ASK], TOOLS)
+        places = [
+            text.index(part) for part in ('"get_news", "parameters"', "A flood.", '"weather", "parameters"', "Rain.")
+        ]
+        assert places == sorted(places) and text.count("Rain.") == text.count("A flood.") == 1
 
     def test_a_template_without_tools_gets_everything_as_text(self) -> None:
         system = {"role": "system", "content": "You read the news."}

@@ -95,6 +95,17 @@ def test_no_call_is_looked_for_without_tools() -> None:
         assert (generation.text, generation.tool_calls, generation.finish_reason) == (text, (), "stop")
 
 
+@pytest.mark.parametrize("template", ["tagged", "bare"])
+def test_stop_strings_end_visible_text_alone(template: str) -> None:
+    speaker = Speaker(template)
+    text = "I look.\n" + speaker.written(("weather", {"town": "Stop", "days": 2}))
+    generation = speaker.says(text).generate(ASK, tools=TOOLS, stop=["Stop", "{", "\n{", "_call>"])
+    assert (generation.text, len(generation.tool_calls)) == ("I look.\n", 1)
+    generation = speaker.says(text).generate(ASK, tools=TOOLS, stop=["ok."])
+    assert (generation.text, generation.tool_calls, generation.finish_reason) == ("I lo", (), "stop")
+    assert speaker.says("I <|user|> x").generate(ASK, tools=TOOLS, stop=["<|user|>"]).text == "I "
+
+
 def test_a_begun_call_is_held_to_the_schema() -> None:
     """The model wants a wrong name and wrong arguments, and no end."""
     speaker = Speaker("tagged")
