@@ -1,8 +1,10 @@
-"""LangChain's own suites for chat models. The tiny model is random, so only contracts are tested, not meaning."""
+"""LangChain's own suites for chat models, nothing left out but what the model does not take: images, audio and PDF.
+
+The model knows the suite's questions on tools and formats by heart: contracts are tested, not understanding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from rote_model import rote_tokenizer, trained_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import SemShareEngine
@@ -35,12 +38,18 @@ class TestUnit(ChatModelUnitTests):
         return {"model": self.path}
 
 
+@pytest.fixture(scope="session")
+def rote(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    knowing_tools = rote_tokenizer(tokenizer)
+    return trained_model(knowing_tools), knowing_tools
+
+
 class TestIntegration(ChatModelIntegrationTests):
-    """Without tools, structured output and images, which the model does not take."""
+    """In the default mode."""
 
     @pytest.fixture(autouse=True)
-    def _engine(self, make_engine: Callable[..., SemShareEngine]) -> None:
-        self.engine = make_engine()
+    def _engine(self, rote: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+        self.engine = SemShareEngine(*rote)
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -48,7 +57,11 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": self.engine, "max_tokens": 20}
+        return {"engine": self.engine, "max_tokens": 120}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
 
     @property
     def supports_model_override(self) -> bool:
@@ -60,8 +73,9 @@ class TestIntegration(ChatModelIntegrationTests):
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         chat = ChatSemShareKV(engine=self.engine, max_tokens=5)
-        chat.invoke("What happened in Prorna ?")
+        prompt = "What happened in Prorna ? " * 4
+        chat.invoke(prompt)
         if not stream:
-            return chat.invoke("What happened in Prorna ?")
-        first, *rest = chat.stream("What happened in Prorna ?")
+            return chat.invoke(prompt)
+        first, *rest = chat.stream(prompt)
         return first.__add__(rest)  # type: ignore[return-value]
