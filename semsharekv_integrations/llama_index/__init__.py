@@ -1,5 +1,6 @@
 """LlamaIndex over the engine."""
 
 from semsharekv_integrations.llama_index.llm import SemShareKVLLM
+from semsharekv_integrations.llama_index.postprocessor import SemShareKVPostprocessor
 
-__all__ = ["SemShareKVLLM"]
+__all__ = ["SemShareKVLLM", "SemShareKVPostprocessor"]

@@ -1,4 +1,4 @@
-"""LlamaIndex's types to the engine's, and back: messages and documents on the way in, responses on the way out.
+"""LlamaIndex's messages to the engine's on the way in, and the engine's answers to LlamaIndex's on the way out.
 
 Knows neither settings nor models; every function depends on its arguments only.
 """
@@ -17,11 +17,9 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
-from llama_index.core.schema import BaseNode, NodeWithScore
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.kv import Generation, GenerationChunk
-from semsharekv_integrations.request import Documents, document_id
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 Responder = Callable[[str, str | None, Generation | None, str], Response]
@@ -43,7 +41,7 @@ def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     """Messages with ``role`` and ``content``, as chat templates take them.
 
     Consecutive system messages, and consecutive user messages, become one, joined by an empty line, since many
-    templates refuse them. Cache points are left out: the engine needs none.
+    templates refuse them. Cache points are left out: see ``documents``.
 
     Raises:
         ValueError: if a message holds anything but text.
@@ -63,16 +61,6 @@ def _text(index: int, message: ChatMessage) -> str:
         kind = getattr(block, "block_type", type(block).__name__)
         require(isinstance(block, TextBlock | CachePoint), f"messages[{index}].blocks[{at}]", kind, "a text block")
     return message.content or ""
-
-
-def engine_documents(documents: Any) -> Documents:
-    """Texts by id where LlamaIndex nodes are among ``documents``; anything else unchanged, for the engine to check."""
-    if isinstance(documents, str) or not isinstance(documents, Sequence):
-        return documents
-    return dict(
-        (item.node_id, item.get_content()) if isinstance(item, BaseNode | NodeWithScore) else (document_id(item), item)
-        for item in documents
-    )
 
 
 def chat_response(text: str, delta: str | None, generation: Generation | None, model_name: str) -> ChatResponse:

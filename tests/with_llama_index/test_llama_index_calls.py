@@ -125,14 +125,6 @@ def test_raw_is_plain_json_and_adds_up(llm: SemShareKVLLM) -> None:
     assert response.message.additional_kwargs == {}, "they would be sent back with the history"
 
 
-def test_namespaces_are_kept_apart(make_engine: Callable[..., SemShareEngine]) -> None:
-    engine = make_engine()
-    ours, theirs = SemShareKVLLM(engine=engine, namespace="ours"), SemShareKVLLM(engine=engine, namespace="theirs")
-    ours.complete(PROMPT, max_tokens=3)
-    assert theirs.complete(PROMPT, max_tokens=3).raw["kv_cache"]["prefix_tokens"] == 0
-    assert theirs.complete(PROMPT, max_tokens=3, namespace="ours").raw["kv_cache"]["prefix_tokens"] > 0
-
-
 @pytest.mark.parametrize(
     ("documents", "document_id"),
     [
@@ -150,13 +142,7 @@ def test_documents_are_reported_and_can_be_forgotten(
     (use,) = response.raw["kv_cache"]["documents"]
     assert document_id in (None, use["document_id"])
     assert abs(use["tokens"] - len(llm.tokenize(DOCUMENT))) <= 1, "tokens at its borders may belong to either side"
-    assert llm.engine.forget(use["document_id"]) == 1
-
-
-def test_sessions_reach_the_engine(llm: SemShareKVLLM) -> None:
-    llm.complete(PROMPT, session="monday")
-    assert llm.engine.clear(namespace="default", session="tuesday") == 0
-    assert llm.engine.clear(namespace="default", session="monday") == 1
+    assert llm.engine.forget(use["document_id"], llm.kv_namespace) == 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +152,9 @@ def test_roles_of_other_vendors_mean_the_same(llm: SemShareKVLLM, role: str, nam
     user = ChatMessage(role="user", content=PROMPT)
     theirs = llm.chat([ChatMessage(role=role, content="Well ."), user])
     ours = llm.engine.generate(
-        [{"role": name, "content": "Well ."}, {"role": "user", "content": PROMPT}], max_new_tokens=12
+        [{"role": name, "content": "Well ."}, {"role": "user", "content": PROMPT}],
+        max_new_tokens=12,
+        namespace=llm.kv_namespace,
     )
     assert theirs.message.content == ours.text
     assert ours.report.prefix_tokens == ours.report.prompt_tokens - 1, "both rendered the same prompt"
@@ -203,6 +191,7 @@ def test_images_and_sounds_are_refused(llm: SemShareKVLLM, block: Any) -> None:
         ({"namespace": ""}, "namespace is ''"),
         ({"documents": "text"}, "documents is 'str'; accepted is texts in a list"),
         ({"documents": [TextNode(text="x"), 5]}, "documents is 'int'"),
+        ({"documents": [TextNode(text=t, id_="a") for t in "xy"]}, "documents is \"two texts with the id 'a'\""),
     ],
 )
 def test_bad_options_are_refused_by_name(llm: SemShareKVLLM, options: dict[str, Any], message: str) -> None:

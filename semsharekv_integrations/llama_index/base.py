@@ -1,0 +1,192 @@
+"""What ``SemShareKVLLM`` is made of: its settings, its engine, and how a call's options and documents are found.
+
+Knows nothing about how calls run or what they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+from uuid import uuid4
+
+from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.llms.llm import LLM
+from llama_index.core.prompts.base import BasePromptTemplate
+from llama_index.core.schema import BaseNode, NodeWithScore
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import EngineConfig
+from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.llama_index.documents import (
+    MessagesPrompt,
+    NodeNotes,
+    TextPrompt,
+    context_parts,
+    given_documents,
+    hinted_documents,
+)
+from semsharekv_integrations.llama_index.options import FIELD_OPTIONS, engine_options, given_options
+from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
+from semsharekv_integrations.request import GenerateOptions, Request, checked_namespace
+
+
+class EngineLLM(LLM):
+    """An LLM's settings and its engine; the fields are explained at ``SemShareKVLLM``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(frozen=True)
+    mode: ModeSetting | None = Field(default=None, frozen=True)
+    config: EngineConfig | None = Field(default=None, frozen=True)
+    device: str | None = Field(default=None, frozen=True)
+    dtype: str = Field(default="auto", frozen=True)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True, exclude=True, repr=False)
+    namespace: str | None = None
+    session: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: list[str] | str | None = None
+    is_chat_model: bool | None = None
+
+    _engine: SemShareEngine = PrivateAttr()
+    _own_namespace: str = PrivateAttr(default_factory=lambda: f"private-{uuid4().hex}")
+    _nodes: NodeNotes = PrivateAttr(default_factory=NodeNotes)
+
+    def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
+        fields = {"model": model, **fields}
+        if engine is not None:
+            own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
+            _require_agreement(own, fields)
+            fields |= own
+        require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
+        super().__init__(**fields)
+        self._engine = engine or SemShareEngine.from_pretrained(
+            self.model, self._engine_config(), self.device, self.dtype, **self.model_kwargs
+        )
+        self._check_fields()
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _checked_mode(cls, mode: Any) -> Any:
+        require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, MODE_SETTINGS)))
+        return mode
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _as_name(cls, value: Any) -> Any:
+        """A torch device or dtype by its name, so that fields stay serializable."""
+        return value if value is None else str(value).removeprefix("torch.")
+
+    def _engine_config(self) -> EngineConfig:
+        config = self.config or EngineConfig()
+        return config if self.mode is None else replace(config, reuse=replace(config.reuse, mode=self.mode))
+
+    def _check_fields(self) -> None:
+        """Refuse bad fields now rather than at the first call."""
+        Request.of("", self._options({}, ""))
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex serializes."""
+        return "SemShareKVLLM"
+
+    @property
+    def engine(self) -> SemShareEngine:
+        """The engine underneath, to warm, forget, save or share."""
+        return self._engine
+
+    @property
+    def kv_namespace(self) -> str:
+        """The engine's name for where calls read and leave KV: ``namespace``, or a random one of this object's own."""
+        return self._own_namespace if self.namespace is None else self.namespace
+
+    def scoped(self, *, namespace: str | None = None, session: str | None = None) -> Self:
+        """This LLM for one tenant or one conversation, with the same engine.
+
+        Chat engines say nothing of their conversation to the LLM, so this is how it gets a name::
+
+            memory = ChatMemoryBuffer.from_defaults(chat_store=store, chat_store_key="alice", llm=llm)
+            chat = index.as_chat_engine(llm=llm.scoped(session=memory.chat_store_key), memory=memory)
+
+        Args:
+            namespace: whose KV it reads and leaves, or None for that of this object, its private one included.
+            session: the conversation's name, or None for that of this object.
+
+        Raises:
+            ValueError: if either is not a non-empty string.
+        """
+        given = {"namespace": namespace, "session": session}
+        copy = self.model_copy(update={name: value for name, value in given.items() if value is not None})
+        copy._check_fields()
+        return copy
+
+    def note(self, nodes: Iterable[BaseNode | NodeWithScore], namespace: str | None = None) -> None:
+        """Say that the texts of these nodes may stand in the next prompts, so that their borders are known.
+
+        What stands there word for word is then a document with the node's id, in reports and for ``engine.forget``,
+        which knows it by the id of the LlamaIndex document that it was cut from as well.
+
+        Args:
+            nodes: with or without scores.
+            namespace: whose prompts, or None for this object's.
+        """
+        self._nodes.add(self.kv_namespace if namespace is None else checked_namespace(namespace), nodes)
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex sizes its prompts by; reads configuration and tokenizer, but does not load weights.
+
+        A model that names no context window counts as LlamaIndex's default of 3,900 tokens.
+        """
+        is_chat_model = self.is_chat_model
+        return LLMMetadata(
+            context_window=self._engine.context_window or DEFAULT_CONTEXT_WINDOW,
+            num_output=self.max_tokens,
+            is_chat_model=bool(self._engine.tokenizer.chat_template) if is_chat_model is None else is_chat_model,
+            model_name=self.model,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """What observers of each call are told; reads no files, as ``metadata`` may, so no event loop waits for it."""
+        sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "namespace")}
+        mode = self._engine.config.reuse.mode
+        return {"class_name": self.class_name(), "model_name": self.model, "mode": mode, **sampling}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
+        return list(self._engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        text = TextPrompt(super()._get_prompt(prompt, **prompt_args))
+        text.parts = context_parts(prompt, prompt_args)
+        return text
+
+    def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
+        messages = MessagesPrompt(super()._get_messages(prompt, **prompt_args))
+        messages.parts = context_parts(prompt, prompt_args)
+        return messages
+
+    def _options(self, call: Mapping[str, Any], prompt: str | Sequence[ChatMessage]) -> GenerateOptions:
+        """The engine's options: this model's fields, overridden by those of one call; and the prompt's documents."""
+        fields = {name: getattr(self, name) for name in FIELD_OPTIONS} | {"namespace": self.kv_namespace}
+        options = fields | given_options(call)
+        if "documents" in options:
+            options["documents"] = given_documents(options["documents"], prompt)
+        else:
+            options["documents"] = hinted_documents(prompt, self._nodes.of(options["namespace"]))
+        return engine_options(options)
+
+
+def _require_agreement(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """An engine brings model and settings; a field that says otherwise is a mistake."""
+    for name in ("model", "mode", "config", "device", "dtype", "model_kwargs"):
+        value = given.get(name)
+        accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
+        require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")

@@ -1,0 +1,172 @@
+"""Where documents begin and end in a prompt that LlamaIndex has put together: borders that no separator shows.
+
+They come from four places: what the caller names, the nodes that a retrieval noted, cache points in messages, and the
+arguments of the prompt's template. All but the first are hints: those whose text does not stand word for word in the
+prompt are left out, since response synthesizers may have split it. Knows nothing about tokens or models.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_index.core.base.llms.types import CachePoint, ChatMessage, TextBlock
+from llama_index.core.prompts.base import BasePromptTemplate
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.request import Documents, document_id
+
+CONTEXT_ARGUMENTS = ("context_str", "context_msg", "context")
+MOST_NOTED_NODES = 256  # of all namespaces; to look for them all in 50,000 characters takes 20 ms
+SHORTEST_PART_CHARS = 24  # a shorter paragraph of an argument may stand anywhere else by chance
+_BETWEEN_MESSAGES = "\0"  # no document goes from one message into the next
+
+
+@dataclass(frozen=True)
+class NodeText:
+    """A node's text, as prompts may have it.
+
+    Attributes:
+        node_id: the document's id in reports and for ``forget``.
+        source_id: id of the LlamaIndex document that the node was cut from, or None.
+        forms: with its metadata as language models are shown it, and without.
+    """
+
+    node_id: str
+    source_id: str | None
+    forms: tuple[str, ...]
+
+    @classmethod
+    def of(cls, item: BaseNode | NodeWithScore) -> NodeText:
+        """The text of a node, with or without score."""
+        node = item.node if isinstance(item, NodeWithScore) else item
+        forms = (node.get_content(metadata_mode=mode).strip() for mode in (MetadataMode.LLM, MetadataMode.NONE))
+        return cls(node.node_id, node.ref_doc_id, tuple(dict.fromkeys(form for form in forms if form)))
+
+    def standing_in(self, text: str) -> str | None:
+        """The form that stands in ``text``, if any."""
+        return next((form for form in self.forms if form in text), None)
+
+    def labels(self) -> dict[str, str]:
+        """The ids by which a prompt with this node can be forgotten, without saying where it stands."""
+        return {key: "" for key in (self.node_id, self.source_id) if key}
+
+
+class NodeNotes:
+    """The nodes retrieved last, by namespace; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._nodes: OrderedDict[tuple[str, str], NodeText] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, namespace: str, nodes: Iterable[BaseNode | NodeWithScore]) -> None:
+        """Note nodes; beyond ``MOST_NOTED_NODES`` those noted longest ago are dropped."""
+        texts = [NodeText.of(node) for node in nodes]
+        with self._lock:
+            for text in texts:
+                self._nodes.pop((namespace, text.node_id), None)
+                self._nodes[namespace, text.node_id] = text
+            while len(self._nodes) > MOST_NOTED_NODES:
+                self._nodes.popitem(last=False)
+
+    def of(self, namespace: str) -> list[NodeText]:
+        """What is noted in ``namespace``, latest first."""
+        with self._lock:
+            return [text for (where, _), text in reversed(self._nodes.items()) if where == namespace]
+
+
+class TextPrompt(str):
+    """A prompt made from a template, with the parts of its arguments that are documents."""
+
+    parts: tuple[str, ...] = ()
+
+
+class MessagesPrompt(list[ChatMessage]):
+    """As ``TextPrompt``, of messages."""
+
+    parts: tuple[str, ...] = ()
+
+
+def context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paragraphs of what a template's context arguments are filled with."""
+    given = {**template.kwargs, **arguments}
+    values = [given[name] for name in CONTEXT_ARGUMENTS if name in given]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    parts = (part.strip() for text in texts if isinstance(text, str) for part in text.split("\n\n"))
+    return tuple(part for part in parts if len(part) >= SHORTEST_PART_CHARS)
+
+
+def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Documents:
+    """Texts by id where LlamaIndex nodes are among ``documents``; anything else unchanged, for the engine to check.
+
+    Raises:
+        ValueError: if two texts have one id.
+    """
+    if isinstance(documents, str) or not isinstance(documents, Sequence):
+        return documents
+    where, texts, labels = _whole_text(prompt), dict[str, str](), dict[str, str]()
+    for item in documents:
+        key, text = document_id(item) if isinstance(item, str) else "", item
+        if isinstance(item, BaseNode | NodeWithScore):
+            node = NodeText.of(item)
+            key, text = node.node_id, node.standing_in(where) or "".join(node.forms[:1])
+            labels |= node.labels()
+        key = key or document_id(item)
+        require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
+        texts[key] = text
+    return labels | texts
+
+
+def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
+    """The documents of ``prompt``, by id, as far as noted nodes, cache points and template arguments tell.
+
+    Where hints overlap, nodes come before cache points, these before arguments, and longer nodes before shorter ones.
+    A node that stands in the prompt but overlaps another is named without a place, so that it can be forgotten.
+    """
+    where = _whole_text(prompt)
+    nodes = [(node, form) for node in noted if (form := node.standing_in(where)) is not None]
+    nodes.sort(key=lambda pair: -len(pair[1]))
+    found: dict[str, str] = {}
+    taken: list[tuple[int, int]] = []
+    for node, form in nodes:
+        found |= {key: "" for key in node.labels() if key not in found}
+        if _take(where, form, taken):
+            found[node.node_id] = form
+    for part in (*_marked(prompt), *getattr(prompt, "parts", ())):
+        if _take(where, part, taken):
+            found[document_id(part)] = part
+    return found
+
+
+def _take(where: str, text: str, taken: list[tuple[int, int]]) -> bool:
+    """Whether the place where ``text`` first stands was free; it is then taken."""
+    at = where.find(text)
+    stop = at + len(text)
+    if at < 0 or any(at < other_stop and start < stop for start, other_stop in taken):
+        return False
+    taken.append((at, stop))
+    return True
+
+
+def _marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
+    """The text of each message up to each of its cache points, from the one before."""
+    found = []
+    for message in () if isinstance(prompt, str) else prompt:
+        texts: list[str] = []
+        for block in message.blocks:
+            if isinstance(block, TextBlock):
+                texts.append(block.text)
+            elif isinstance(block, CachePoint):
+                found.append("\n".join(texts).strip())
+                texts = []
+    return [text for text in found if text]
+
+
+def _whole_text(prompt: str | Sequence[ChatMessage]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return _BETWEEN_MESSAGES.join(message.content or "" for message in prompt)
