@@ -2,5 +2,6 @@
 
 from semsharekv_integrations.llama_index.llm import SemShareKVLLM
 from semsharekv_integrations.llama_index.postprocessor import SemShareKVPostprocessor
+from semsharekv_integrations.llama_index.warmer import SemShareKVWarmer
 
-__all__ = ["SemShareKVLLM", "SemShareKVPostprocessor"]
+__all__ = ["SemShareKVLLM", "SemShareKVPostprocessor", "SemShareKVWarmer"]

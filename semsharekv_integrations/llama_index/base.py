@@ -56,7 +56,7 @@ class EngineLLM(LLM):
     is_chat_model: bool | None = None
 
     _engine: SemShareEngine = PrivateAttr()
-    _own_namespace: str = PrivateAttr(default_factory=lambda: f"private-{uuid4().hex}")
+    _object_name: str = PrivateAttr(default_factory=lambda: f"private-{uuid4().hex}")
     _nodes: NodeNotes = PrivateAttr(default_factory=NodeNotes)
 
     def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
@@ -105,7 +105,12 @@ class EngineLLM(LLM):
     @property
     def kv_namespace(self) -> str:
         """The engine's name for where calls read and leave KV: ``namespace``, or a random one of this object's own."""
-        return self._own_namespace if self.namespace is None else self.namespace
+        return self.object_name if self.namespace is None else self.namespace
+
+    @property
+    def object_name(self) -> str:
+        """A random name that this object and its copies alone have; not serialized."""
+        return self._object_name
 
     def scoped(self, *, namespace: str | None = None, session: str | None = None) -> Self:
         """This LLM for one tenant or one conversation, with the same engine.

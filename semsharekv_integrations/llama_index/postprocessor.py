@@ -13,6 +13,17 @@ from semsharekv_integrations.checks import require
 from semsharekv_integrations.llama_index.base import EngineLLM
 
 
+def settings_llm() -> EngineLLM:
+    """LlamaIndex's global LLM.
+
+    Raises:
+        ValueError: if that is of another class.
+    """
+    llm: Any = Settings.llm
+    require(isinstance(llm, EngineLLM), "llm", type(llm).__name__, "a SemShareKVLLM, here or as Settings.llm")
+    return llm
+
+
 class SemShareKVPostprocessor(BaseNodePostprocessor):
     """Notes the retrieved nodes for the LLM, which then knows their borders and ids in the prompts that follow.
 
@@ -24,11 +35,14 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     ``llm.engine.forget(node_id, llm.kv_namespace)`` drops what was computed from it.
 
     Attributes:
-        llm: that answers; None for ``Settings.llm``. Not serialized.
+        llm: that answers; ``Settings.llm`` at construction if it is not given. Not serialized.
         namespace: whose prompts the nodes will stand in; None for that of ``llm``.
+
+    Raises:
+        ValueError: if the LLM is of another class.
     """
 
-    llm: EngineLLM | None = Field(default=None, exclude=True)
+    llm: EngineLLM = Field(default_factory=settings_llm, exclude=True)
     namespace: str | None = None
 
     @classmethod
@@ -39,16 +53,5 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        engine_llm(self.llm).note(nodes, self.namespace)
+        self.llm.note(nodes, self.namespace)
         return nodes
-
-
-def engine_llm(llm: Any) -> EngineLLM:
-    """``llm``, or ``Settings.llm`` where it is None.
-
-    Raises:
-        ValueError: if that is another class of LLM.
-    """
-    found: Any = Settings.llm if llm is None else llm
-    require(isinstance(found, EngineLLM), "llm", type(found).__name__, "a SemShareKVLLM, here or as Settings.llm")
-    return found

@@ -169,7 +169,9 @@ def test_nodes_count_rather_than_their_paragraphs(llm: SemShareKVLLM) -> None:
 def test_other_llms_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Settings, "_llm", MockEmbedding(embed_dim=2))
     with pytest.raises(ValueError, match="llm is 'MockEmbedding'; accepted is a SemShareKVLLM"):
-        SemShareKVPostprocessor().postprocess_nodes(nodes_of(FLOOD))
+        SemShareKVPostprocessor()
+    with pytest.raises(ValueError, match="llm"):
+        SemShareKVPostprocessor(llm=MockEmbedding(embed_dim=2))  # type: ignore[arg-type]
 
 
 def test_the_postprocessor_is_serialized_without_the_llm(llm: SemShareKVLLM) -> None:
