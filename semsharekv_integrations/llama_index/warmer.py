@@ -80,7 +80,7 @@ class SemShareKVWarmer(TransformComponent):
         forms = {node.node_id: NodeText.of(node).forms for node in nodes}
         texts = {key: found[0] for key, found in forms.items() if found}
         stored = self.llm.engine.warm(texts, namespace=self._namespace, pinned=self.pinned, ttl_s=self.ttl_s)
-        if stored < len(texts):
+        if stored < len(texts) and self.llm.engine.config.reuse.mode != "off":
             log_trouble("nodes_not_kept", nodes=len(texts) - stored)
         self.llm.note(nodes, self._namespace)
         return nodes
