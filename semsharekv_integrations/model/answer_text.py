@@ -91,7 +91,7 @@ class AnswerTexts:
 
         Raises:
             ValueError: if it is no schema, or says what sampling cannot be held to.
-            UnsupportedModelError: if it is there, and the tokenizer a slow one.
+            UnsupportedModelError: if it is there, and the tokenizer does not allow it.
         """
         constraint = None if json_schema is None else self._grammars.json(json_schema)
         return AnswerText(TextStream(self._tokenizer, stop), constraint)
@@ -101,7 +101,7 @@ class AnswerTexts:
 
         Raises:
             ValueError: if a tool's parameters are no schema, or say what sampling cannot be held to.
-            UnsupportedModelError: if a call is forced, and the tokenizer a slow one.
+            UnsupportedModelError: if a call is forced, and the tokenizer does not allow it.
         """
         by_name = {tool["function"]["name"]: tool for tool in tools}
         special = [text for text in stop if text in self._tokenizer.all_special_tokens]

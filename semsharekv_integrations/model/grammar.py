@@ -103,19 +103,23 @@ class Grammars:
         self._tokenizer = tokenizer
         self._end_ids = list(end_ids)
         self._lock = threading.Lock()
-        self._wrapped: LLTokenizer | None = None
+        self._wrapped: LLTokenizer | str | None = None
 
     @property
     def is_possible(self) -> bool:
-        """Whether the tokenizer allows constraints: it must be a fast one."""
-        return bool(self._tokenizer.is_fast)
+        """Whether the tokenizer allows constraints: it must be a fast one of a kind that llguidance knows."""
+        try:
+            self._llguidance()
+        except UnsupportedModelError:
+            return False
+        return True
 
     def json(self, schema: Mapping[str, Any]) -> Constraint:
         """JSON of ``schema`` and nothing else.
 
         Raises:
             ValueError: if it is no schema, or says what no grammar can hold to.
-            UnsupportedModelError: if the tokenizer is a slow one.
+            UnsupportedModelError: if the tokenizer does not allow it.
         """
         try:
             grammar = LLMatcher.grammar_from_json_schema(closed(schema), overrides=cast(Any, STYLE))
@@ -128,7 +132,7 @@ class Grammars:
 
         Raises:
             ValueError: if a tool's parameters are no schema, or say what no grammar can hold to.
-            UnsupportedModelError: if the tokenizer is a slow one.
+            UnsupportedModelError: if the tokenizer does not allow it.
         """
         lark = self._call_grammar(tool_format, tools, lenient=False).forced()
         return Constraint(self._matcher(LLMatcher.grammar_from_lark(lark), "tools", tools))
@@ -159,10 +163,21 @@ class Grammars:
 
     def _llguidance(self) -> LLTokenizer:
         """The tokenizer as llguidance takes it, which is made once."""
-        if not self.is_possible:
-            name = type(self._tokenizer).__name__
-            raise UnsupportedModelError(f"json_schema and forced tool calls need a fast tokenizer; {name} is slow")
         with self._lock:
             if self._wrapped is None:
-                self._wrapped = from_tokenizer(self._tokenizer, eos_token=self._end_ids or None)
-            return self._wrapped
+                self._wrapped = self._made()
+        if isinstance(self._wrapped, str):
+            name = type(self._tokenizer).__name__
+            raise UnsupportedModelError(
+                f"json_schema and forced tool calls need a fast tokenizer that llguidance knows; {name} {self._wrapped}"
+            )
+        return self._wrapped
+
+    def _made(self) -> LLTokenizer | str:
+        """The wrapped tokenizer, or why there is none."""
+        if not self._tokenizer.is_fast:
+            return "is slow"
+        try:
+            return from_tokenizer(self._tokenizer, eos_token=self._end_ids or None)
+        except ValueError as error:
+            return f"is of another kind: {error}"

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, SemShareError, UnsupportedModelError
+from semsharekv_integrations.model.answer_text import AnswerTexts
 from semsharekv_integrations.model.call_grammar import closed
 from semsharekv_integrations.model.grammar import AllowedTokens, Constraint, Grammars
 from semsharekv_integrations.model.tool_format import ToolFormat
@@ -178,10 +182,29 @@ def test_forced_tools_are_as_strict_and_free_ones_are_not(make_engine) -> None:
     assert make_engine().generate(ASK, tools=odd, max_new_tokens=2).token_ids
 
 
-def test_a_slow_tokenizer_is_refused_by_name() -> None:
-    slow = SimpleNamespace(is_fast=False)
-    with pytest.raises(UnsupportedModelError, match="need a fast tokenizer; SimpleNamespace is slow"):
-        Grammars(slow, []).json({})  # type: ignore[arg-type]
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """A fast tokenizer whose tokens llguidance has no bytes for."""
+    words = Tokenizer(WordPiece({"▁": 0, "a": 1}, unk_token="▁", continuing_subword_prefix=""))
+    words.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [(SimpleNamespace(is_fast=False), "SimpleNamespace is slow"), (other_tokenizer(), "is of another kind: can't")],
+)
+def test_tokenizers_that_do_not_allow_it_are_refused_by_name(tokenizer, reason: str) -> None:
+    grammars = Grammars(tokenizer, [])
+    assert not grammars.is_possible
+    with pytest.raises(UnsupportedModelError, match=f"need a fast tokenizer that llguidance knows; .*{reason}"):
+        grammars.json({})
+
+
+def test_with_such_a_tokenizer_free_calls_are_only_read() -> None:
+    texts = AnswerTexts(other_tokenizer(), [])
+    assert texts.calling((), ToolFormat(), TOOLS, "auto").constraint is None
+    with pytest.raises(UnsupportedModelError):
+        texts.calling((), ToolFormat(), TOOLS, "any")
 
 
 def test_constrained_answers_do_not_depend_on_reuse(make_engine: EngineMaker) -> None:
