@@ -28,7 +28,8 @@ class GenerateOptions(TypedDict, total=False):
     ``tools`` are functions in OpenAI's form, ``{"type": "function", "function": {"name", "description",
     "parameters"}}`` with a JSON schema for the parameters; the prompt must be messages. ``tool_choice`` is ``auto``
     (the default: the model decides), ``none``, ``any`` (it must call one of them), or the name of the one it must
-    call. ``json_schema`` makes the answer JSON of that schema; not where tools may be called. An answer that reaches
+    call. ``json_schema`` makes the answer JSON of that schema; not where tools may be called. Neither adds properties
+    that a schema does not name, unless it mentions ``additionalProperties``. An answer that reaches
     ``max_new_tokens`` first is cut, and its ``finish_reason`` says so.
     """
 

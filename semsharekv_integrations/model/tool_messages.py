@@ -48,6 +48,7 @@ def checked_message(index: int, message: object, roles: Sequence[str]) -> dict[s
         raise PromptError(f"{field}.content is {type(content).__name__}; accepted is a string")
     checked = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
     if calls:
+        checked["content"] = content.rstrip()  # templates put their own space before calls, as the model did
         checked["tool_calls"] = _checked_calls(f"{field}.tool_calls", calls)
     return checked
 

@@ -143,6 +143,18 @@ def test_a_conversation_with_tools_reuses_its_prefix_and_says_the_same(template:
     assert other.prefix_tokens < reused[1]
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_the_turn_behind_a_call_reuses_text_and_call(special: bool) -> None:
+    speaker = Speaker("tagged", special=special)
+    text = f"I look.\n{speaker.written(FLOOD)}"
+    first = speaker.says(text).generate(ASK, tools=TOOLS)
+    (call,) = first.tool_calls
+    turn = calling(call.id, call.name, json.dumps(call.arguments)) | {"content": first.text}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "A flood."}
+    second = speaker.engine.generate([*ASK, turn, result], tools=TOOLS, max_new_tokens=1)
+    assert second.report.prefix_tokens >= first.report.prompt_tokens + len(first.token_ids) - 3
+
+
 def test_plain_replies_are_remembered_as_tokens_with_tools() -> None:
     speaker = Speaker("tagged")
     letters = [token for letter in "flood" for token in speaker.tokenizer.encode(letter, add_special_tokens=False)]
