@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any, Self
 from uuid import uuid4
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
-from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
+from llama_index.core.types import PydanticProgramMode
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig
@@ -33,7 +35,7 @@ from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 from semsharekv_integrations.request import GenerateOptions, Request, checked_namespace
 
 
-class EngineLLM(LLM):
+class EngineLLM(FunctionCallingLLM):
     """An LLM's settings and its engine; the fields are explained at ``SemShareKVLLM``."""
 
     model_config = ConfigDict(extra="forbid")
@@ -54,23 +56,12 @@ class EngineLLM(LLM):
     max_tokens: int = 256
     stop: list[str] | str | None = None
     is_chat_model: bool | None = None
+    is_function_calling_model: bool | None = None
+    pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.LLM
 
     _engine: SemShareEngine = PrivateAttr()
     _object_name: str = PrivateAttr(default_factory=lambda: f"private-{uuid4().hex}")
     _nodes: NodeNotes = PrivateAttr(default_factory=NodeNotes)
-
-    def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
-        fields = {"model": model, **fields}
-        if engine is not None:
-            own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
-            _require_agreement(own, fields)
-            fields |= own
-        require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
-        super().__init__(**fields)
-        self._engine = engine or SemShareEngine.from_pretrained(
-            self.model, self._engine_config(), self.device, self.dtype, **self.model_kwargs
-        )
-        self._check_fields()
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -150,13 +141,21 @@ class EngineLLM(LLM):
 
         A model that names no context window counts as LlamaIndex's default of 3,900 tokens.
         """
-        is_chat_model = self.is_chat_model
+        chats, calls = self.is_chat_model, self.is_function_calling_model
+        if chats is None:
+            chats = bool(self._engine.tokenizer.chat_template)
         return LLMMetadata(
             context_window=self._engine.context_window or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens,
-            is_chat_model=bool(self._engine.tokenizer.chat_template) if is_chat_model is None else is_chat_model,
+            is_chat_model=chats,
+            is_function_calling_model=chats and self.uses_template if calls is None else calls,
             model_name=self.model,
         )
+
+    @property
+    def uses_template(self) -> bool:
+        """Whether messages go through the model's chat template, and not through ``messages_to_prompt``."""
+        return self.messages_to_prompt in (None, generic_messages_to_prompt)  # LlamaIndex fills in the generic one
 
     def to_payload(self) -> dict[str, Any]:
         """What observers of each call are told; reads no files, as ``metadata`` may, so no event loop waits for it."""
@@ -187,11 +186,3 @@ class EngineLLM(LLM):
         else:
             options["documents"] = hinted_documents(prompt, self._nodes.of(options["namespace"]))
         return engine_options(options)
-
-
-def _require_agreement(own: dict[str, Any], given: dict[str, Any]) -> None:
-    """An engine brings model and settings; a field that says otherwise is a mistake."""
-    for name in ("model", "mode", "config", "device", "dtype", "model_kwargs"):
-        value = given.get(name)
-        accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
-        require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")

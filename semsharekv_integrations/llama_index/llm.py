@@ -7,9 +7,9 @@ from the same flow there. Knows nothing about tokens, caches or how KV is reused
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -21,19 +21,22 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
+from semsharekv_integrations.checks import require
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.llama_index.base import EngineLLM
+from semsharekv_integrations.llama_index.tools import ToolCallingLLM, with_one_call
 from semsharekv_integrations.llama_index.translate import (
+    Responder,
     astream_responses,
     chat_response,
     completion_response,
     engine_messages,
     stream_responses,
+    whole_response,
 )
 from semsharekv_integrations.model.prompt import Prompt
 
 
-class SemShareKVLLM(EngineLLM):
+class SemShareKVLLM(ToolCallingLLM):
     """A local transformers model as a LlamaIndex LLM, which reuses the KV cache of what it has seen.
 
     Constructing it loads nothing: configuration and tokenizer are read when ``metadata`` or ``tokenize`` is first
@@ -48,10 +51,13 @@ class SemShareKVLLM(EngineLLM):
         Settings.tokenizer = llm.tokenize
 
     Every call also takes, by keyword: the sampling fields, ``namespace`` and ``session`` below (None means the field's
-    value), ``max_new_tokens`` for ``max_tokens``, and ``documents`` that stand in the prompt (texts, texts by id, or
-    LlamaIndex nodes). Anything else is refused. Without ``documents`` they are known as far as nodes were noted (see
-    ``SemShareKVPostprocessor``), messages have cache points, or LlamaIndex fills a prompt template's context; where
-    nothing is known, the prompt's paragraphs count.
+    value), ``max_new_tokens`` for ``max_tokens``, ``documents`` that stand in the prompt (texts, texts by id, or
+    LlamaIndex nodes), ``json_schema`` that the answer must follow, and in chats ``tools`` (LlamaIndex's, or as OpenAI
+    has them), ``tool_choice`` (``auto``, ``none``, ``any`` or ``required``, or a tool's name) and
+    ``parallel_tool_calls`` (False for one call at most). Anything else is refused.
+
+    Without ``documents`` they are known as far as nodes were noted (see ``SemShareKVPostprocessor``), messages have
+    cache points, or LlamaIndex fills a prompt template's context; where nothing is known, paragraphs count.
 
     ``complete`` sends the plain text, through ``completion_to_prompt`` if that is set. ``chat`` uses the model's chat
     template, or ``messages_to_prompt`` if that is set.
@@ -81,68 +87,95 @@ class SemShareKVLLM(EngineLLM):
         max_tokens: most tokens to generate. Default 256.
         stop: strings that end the text; they are not part of it.
         is_chat_model: whether LlamaIndex sends prompts as messages; None: if the tokenizer has a chat template.
+        is_function_calling_model: whether LlamaIndex gives it tools; None: if it is a chat model that is prompted by
+            its chat template. Those that know no tools are told of them in the system message.
+        pydantic_program_mode: how structured output comes about: ``llm`` (the default), by decoding that is held to
+            the output's JSON schema; ``default`` or ``function``, by a forced tool call.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
     """
 
     def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
-        super().__init__(model, engine=engine, **fields)  # told here for the sake of type checkers
+        fields = {"model": model, **fields}
+        if engine is not None:
+            own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
+            _require_agreement(own, fields)
+            fields |= own
+        require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
+        super().__init__(**fields)
+        self._engine = engine or SemShareEngine.from_pretrained(
+            self.model, self._engine_config(), self.device, self.dtype, **self.model_kwargs
+        )
+        self._check_fields()
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The answer to a conversation."""
         generation = self._engine.generate(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return chat_response(generation.text, None, generation, self.model)
+        return whole_response(generation, self._chat_responder(kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """The answer as it grows; closing the generator cancels the call."""
         chunks = self._engine.stream(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return stream_responses(chunks, chat_response, self.model)
+        return stream_responses(chunks, self._chat_responder(kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As ``chat``, without blocking the event loop."""
         generation = await self._engine.agenerate(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return chat_response(generation.text, None, generation, self.model)
+        return whole_response(generation, self._chat_responder(kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As ``stream_chat``, without blocking the event loop."""
         chunks = self._engine.astream(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return astream_responses(chunks, chat_response, self.model)
+        return astream_responses(chunks, self._chat_responder(kwargs))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The continuation of a text."""
         generation = self._engine.generate(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-        return completion_response(generation.text, None, generation, self.model)
+        return whole_response(generation, self._completion_responder())
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """The continuation as it grows; closing the generator cancels the call."""
         chunks = self._engine.stream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-        return stream_responses(chunks, completion_response, self.model)
+        return stream_responses(chunks, self._completion_responder())
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As ``complete``, without blocking the event loop."""
         text = self._text_prompt(prompt, formatted)
         generation = await self._engine.agenerate(text, **self._options(kwargs, prompt))
-        return completion_response(generation.text, None, generation, self.model)
+        return whole_response(generation, self._completion_responder())
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As ``stream_complete``, without blocking the event loop."""
         chunks = self._engine.astream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-        return astream_responses(chunks, completion_response, self.model)
+        return astream_responses(chunks, self._completion_responder())
+
+    def _chat_responder(self, call: dict[str, Any]) -> Responder[ChatResponse]:
+        respond = partial(chat_response, model_name=self.model)
+        return with_one_call(respond) if call.get("parallel_tool_calls") is False else respond
+
+    def _completion_responder(self) -> Responder[CompletionResponse]:
+        return partial(completion_response, model_name=self.model)
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
         to_prompt = self.messages_to_prompt
-        if to_prompt is None or to_prompt is generic_messages_to_prompt:  # LlamaIndex fills in the generic one
-            return engine_messages(messages)
-        return to_prompt(messages)
+        return engine_messages(messages) if to_prompt is None or self.uses_template else to_prompt(messages)
 
     def _text_prompt(self, prompt: str, formatted: bool) -> str:
         return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
+
+
+def _require_agreement(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """An engine brings model and settings; a field that says otherwise is a mistake."""
+    for name in ("model", "mode", "config", "device", "dtype", "model_kwargs"):
+        value = given.get(name)
+        accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
+        require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")

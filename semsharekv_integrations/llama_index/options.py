@@ -5,8 +5,10 @@ Knows nothing about prompts, messages or loading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from llama_index.core.tools.types import BaseTool
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.request import GenerateOptions
@@ -22,8 +24,8 @@ FIELD_OPTIONS = (
     "session",
     "max_tokens",
 )
-_CALL_OPTIONS = (*GenerateOptions.__annotations__, "max_tokens")
-_IGNORED_OPTIONS = ("extra_headers",)  # LlamaIndex's DocumentContextExtractor sends it to every LLM
+_CALL_OPTIONS = (*GenerateOptions.__annotations__, "max_tokens", "parallel_tool_calls")
+_ELSEWHERE = ("extra_headers", "parallel_tool_calls")  # the one sent by DocumentContextExtractor, the other for answers
 
 
 def given_options(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,14 +34,35 @@ def given_options(call: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming what is unknown.
     """
-    unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_IGNORED_OPTIONS})
+    unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_ELSEWHERE})
     require(not unknown, "keyword arguments", unknown, ", ".join(_CALL_OPTIONS))
-    given = {name: value for name, value in call.items() if value is not None and name not in _IGNORED_OPTIONS}
+    given = {name: value for name, value in call.items() if value is not None and name not in _ELSEWHERE}
     if "max_new_tokens" in given:
         limit = given.get("max_tokens")
         require(limit is None, "max_tokens", limit, "nothing beside max_new_tokens")
         given["max_tokens"] = given.pop("max_new_tokens")
+    if "tools" in given:
+        given["tools"] = openai_tools(given["tools"])
+    if "tool_choice" in given:
+        given["tool_choice"] = _engine_choice(given["tool_choice"])
     return given
+
+
+def openai_tools(tools: Any) -> Any:
+    """Tools as OpenAI has them where they are LlamaIndex's; anything else unchanged, for the engine to check."""
+    if not isinstance(tools, Sequence):
+        return tools
+    return [
+        tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool for tool in tools
+    ]
+
+
+def _engine_choice(choice: Any) -> Any:
+    """The engine's name for a tool choice in OpenAI's form."""
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        return function.get("name") if isinstance(function, Mapping) else choice
+    return "any" if choice == "required" else choice
 
 
 def engine_options(options: Mapping[str, Any]) -> GenerateOptions:

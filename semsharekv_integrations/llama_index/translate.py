@@ -1,11 +1,13 @@
 """LlamaIndex's messages to the engine's on the way in, and the engine's answers to LlamaIndex's on the way out.
 
-Knows neither settings nor models; every function depends on its arguments only.
+Tool calls are in both forms that LlamaIndex knows: blocks, and in ``additional_kwargs`` as OpenAI has them. Knows
+neither settings nor models; every function depends on its arguments only.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
@@ -16,13 +18,14 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     MessageRole,
     TextBlock,
+    ToolCallBlock,
 )
 
 from semsharekv_integrations.checks import require
-from semsharekv_integrations.kv import Generation, GenerationChunk
+from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
-Responder = Callable[[str, str | None, Generation | None, str], Response]
+Responder = Callable[[str, str | None, Sequence[ToolCall], Generation | None], Response]
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -37,42 +40,91 @@ _ROLES = {
 _MERGED_ROLES = ("system", "user")
 
 
-def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Messages with ``role`` and ``content``, as chat templates take them.
+def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages with ``role`` and ``content``, and what belongs to tools, as chat templates take them.
 
     Consecutive system messages, and consecutive user messages, become one, joined by an empty line, since many
     templates refuse them. Cache points are left out: see ``documents``.
 
     Raises:
-        ValueError: if a message holds anything but text.
+        ValueError: if a message holds anything but text and tool calls.
     """
-    merged: list[dict[str, str]] = []
+    merged: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         role, text = _ROLES[message.role], _text(index, message)
         if merged and merged[-1]["role"] == role and role in _MERGED_ROLES:
             merged[-1]["content"] += f"\n\n{text}"
         else:
-            merged.append({"role": role, "content": text})
+            merged.append({"role": role, "content": text, **_of_tools(role, message)})
     return merged
 
 
 def _text(index: int, message: ChatMessage) -> str:
     for at, block in enumerate(message.blocks):
         kind = getattr(block, "block_type", type(block).__name__)
-        require(isinstance(block, TextBlock | CachePoint), f"messages[{index}].blocks[{at}]", kind, "a text block")
+        known = isinstance(block, TextBlock | CachePoint | ToolCallBlock)
+        require(known, f"messages[{index}].blocks[{at}]", kind, "a text block")
     return message.content or ""
 
 
-def chat_response(text: str, delta: str | None, generation: Generation | None, model_name: str) -> ChatResponse:
+def _of_tools(role: str, message: ChatMessage) -> dict[str, Any]:
+    """An assistant's tool calls, or which call a tool's result belongs to."""
+    if role == "assistant":
+        calls = message_calls(message)
+        return {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
+    names = ("tool_call_id", "name") if role == "tool" else ()
+    return {name: message.additional_kwargs[name] for name in names if message.additional_kwargs.get(name)}
+
+
+def message_calls(message: ChatMessage) -> list[ToolCall]:
+    """The tool calls of a message: its blocks', or else those in ``additional_kwargs``.
+
+    Raises:
+        ValueError: if one is in no known form.
+    """
+    blocks = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+    if blocks:
+        return [ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs)) for block in blocks]
+    return [_parsed_call(call) for call in message.additional_kwargs.get("tool_calls") or ()]
+
+
+def _parsed_call(call: Any) -> ToolCall:
+    plain = call.model_dump() if hasattr(call, "model_dump") else call  # OpenAI's own classes
+    function = plain.get("function") if isinstance(plain, Mapping) else None
+    form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+    require(isinstance(function, Mapping) and bool(function.get("name")), "tool_calls", call, form)
+    assert isinstance(function, Mapping)
+    return ToolCall(plain.get("id") or "", function["name"], _arguments(function.get("arguments")))
+
+
+def _arguments(arguments: Any) -> dict[str, Any]:
+    """Arguments of a call, given as such or as JSON text."""
+    parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    require(isinstance(parsed, dict), "arguments of a tool call", arguments, "an object, or one as JSON text")
+    return dict(parsed)
+
+
+def openai_call(call: ToolCall) -> dict[str, Any]:
+    """A tool call as OpenAI has it, with its arguments as JSON text."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def chat_response(
+    text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
+) -> ChatResponse:
     """The answer so far; ``generation`` once it is complete."""
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+    blocks = [ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
+    texts = [TextBlock(text=text)] if text or not calls else []
+    more = {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
+    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[*texts, *blocks], additional_kwargs=more)
     return ChatResponse(message=message, delta=delta, **_details(generation, model_name))
 
 
 def completion_response(
-    text: str, delta: str | None, generation: Generation | None, model_name: str
+    text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
 ) -> CompletionResponse:
-    """The completion so far; ``generation`` once it is complete."""
+    """The completion so far, in which there are no calls; ``generation`` once it is complete."""
     return CompletionResponse(text=text, delta=delta, **_details(generation, model_name))
 
 
@@ -94,23 +146,28 @@ def _details(generation: Generation | None, model_name: str) -> dict[str, Any]:
     return {"raw": raw, "additional_kwargs": counts}
 
 
+def whole_response(generation: Generation, respond: Responder[Response]) -> Response:
+    """The response that a finished call gives."""
+    return respond(generation.text, None, generation.tool_calls, generation)
+
+
 def stream_responses(
-    chunks: Generator[GenerationChunk, None, None], respond: Responder[Response], model_name: str
+    chunks: Generator[GenerationChunk, None, None], respond: Responder[Response]
 ) -> Generator[Response, None, None]:
     """One response for each chunk, with the text so far; closing this generator cancels the engine's call."""
-    text = ""
+    text, calls = "", tuple[ToolCall, ...]()
     with closing(chunks):
         for chunk in chunks:
-            text += chunk.text
-            yield respond(text, chunk.text, chunk.generation, model_name)
+            text, calls = text + chunk.text, calls + chunk.tool_calls
+            yield respond(text, chunk.text, calls, chunk.generation)
 
 
 async def astream_responses(
-    chunks: AsyncGenerator[GenerationChunk, None], respond: Responder[Response], model_name: str
+    chunks: AsyncGenerator[GenerationChunk, None], respond: Responder[Response]
 ) -> AsyncGenerator[Response, None]:
     """As ``stream_responses``."""
-    text = ""
+    text, calls = "", tuple[ToolCall, ...]()
     async with aclosing(chunks):
         async for chunk in chunks:
-            text += chunk.text
-            yield respond(text, chunk.text, chunk.generation, model_name)
+            text, calls = text + chunk.text, calls + chunk.tool_calls
+            yield respond(text, chunk.text, calls, chunk.generation)

@@ -38,6 +38,7 @@ class SemShareKVWarmer(TransformComponent):
         namespace: who may reuse it; None for the namespace of ``llm``.
         pinned: whether the store never evicts it to make room. Default False.
         ttl_s: seconds after their last use at which entries expire, or None to keep them while there is room.
+        progress: whether to show a progress bar. Default False. Not serialized.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -47,6 +48,7 @@ class SemShareKVWarmer(TransformComponent):
     namespace: str | None = None
     pinned: bool = False
     ttl_s: float | None = None
+    progress: bool = Field(default=False, exclude=True)
 
     @field_validator("ttl_s", mode="before")
     @classmethod
@@ -79,7 +81,7 @@ class SemShareKVWarmer(TransformComponent):
         """
         forms = {node.node_id: NodeText.of(node).forms for node in nodes}
         texts = {key: found[0] for key, found in forms.items() if found}
-        stored = self.llm.engine.warm(texts, namespace=self._namespace, pinned=self.pinned, ttl_s=self.ttl_s)
+        stored = self.llm.engine.warm(texts, self._namespace, self.pinned, self.ttl_s, self.progress)
         if stored < len(texts) and self.llm.engine.config.reuse.mode != "off":
             log_trouble("nodes_not_kept", nodes=len(texts) - stored)
         self.llm.note(nodes, self._namespace)

@@ -183,7 +183,7 @@ def test_images_and_sounds_are_refused(llm: SemShareKVLLM, block: Any) -> None:
     ("options", "message"),
     [
         ({"temprature": 1}, "keyword arguments is .*temprature.*accepted is .*temperature"),
-        ({"tools": None}, "keyword arguments is .*tools"),
+        ({"functions": None}, "keyword arguments is .*functions"),
         ({"temperature": -1.0}, "temperature is -1.0; accepted is 0 or more"),
         ({"max_tokens": 0}, "max_tokens is 0; accepted is an integer of 1 or more"),
         ({"max_new_tokens": "x"}, "max_tokens is 'x'; accepted is an integer"),

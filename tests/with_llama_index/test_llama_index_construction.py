@@ -43,7 +43,9 @@ def test_metadata_is_true_before_the_weights_are_there(model_path: Path, llama: 
     metadata = llm.metadata
     assert metadata.context_window == llama.config.max_position_embeddings
     assert (metadata.num_output, metadata.is_chat_model, metadata.model_name) == (33, True, name)
-    assert not metadata.is_function_calling_model
+    assert metadata.is_function_calling_model
+    assert not SemShareKVLLM(**given, is_function_calling_model=False).metadata.is_function_calling_model
+    assert not SemShareKVLLM(**given, messages_to_prompt=str).metadata.is_function_calling_model
     assert llm.tokenize(PROMPT)
     assert not llm.engine.is_loaded
 
@@ -67,7 +69,7 @@ def test_a_tokenizer_without_chat_template_is_no_chat_model(model_path: Path, tm
     tokenizer.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_pretrained(model_path).save_pretrained(tmp_path)
     llm = SemShareKVLLM(model=str(tmp_path), max_tokens=3)
-    assert not llm.metadata.is_chat_model
+    assert not llm.metadata.is_chat_model and not llm.metadata.is_function_calling_model
     assert SemShareKVLLM(model=str(tmp_path), is_chat_model=True).metadata.is_chat_model
     assert not SemShareKVLLM(model=str(model_path), is_chat_model=False).metadata.is_chat_model
     llm.complete(PROMPT)

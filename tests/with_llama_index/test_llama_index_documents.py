@@ -123,7 +123,8 @@ def test_cache_points_end_documents(llm: SemShareKVLLM) -> None:
     response = llm.chat([message])
     wanted = [len(llm.tokenize(text)) for text in (FLOOD, f"{FIRE}\n{STRIKE}")]
     assert all(abs(a - b) <= 1 for a, b in zip(uses(response).values(), wanted, strict=True))
-    plain = llm.chat([ChatMessage(role="user", content=message.content)])
+    other = llm.scoped(namespace="other")
+    plain = other.chat([ChatMessage(role="user", content=message.content)])
     assert plain.message.content == response.message.content and uses(plain) == {}
     llm.note(nodes_of(STRIKE))
     assert "strike" in uses(llm.chat([message])) and len(uses(llm.chat([message]))) == 2, "nodes come first"
