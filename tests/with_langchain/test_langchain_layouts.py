@@ -6,18 +6,23 @@ figures of one layout, ``table()`` those of all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from random import Random
 from typing import Any, NamedTuple, TypedDict
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.middleware import ModelRequest, dynamic_prompt, wrap_model_call
+from langchain.tools import ToolRuntime, tool
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_classic.chains.summarize import load_summarize_chain
 from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
+from langchain_core.messages import ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.runnables import RunnablePassthrough
@@ -28,11 +33,18 @@ from langgraph.graph import START, MessagesState, StateGraph
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
 from semsharekv_integrations.lab import prompts, world
-from semsharekv_integrations.langchain import ChatSemShareKV, DocumentTracker
+from semsharekv_integrations.langchain import ChatSemShareKV, DocumentTracker, SemShareKVMiddleware
 from semsharekv_integrations.model.loading import REFERENCE_MODEL
 
 Pairs = Iterator[tuple[str, str]]  # what was said and what is right
 NUM_DOCUMENTS = 5
+TOOL_TEMPLATE = """{{ bos_token }}{% if tools %}<|system|>You can call
+{%- for tool in tools %} {{ tool.function.name }}{% endfor %}.<|end|>{% endif %}
+{%- for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|end|>{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 SYSTEM = prompts.SYSTEM_WRAPS[5].replace("{docs}", "{context}")
 
 
@@ -176,6 +188,47 @@ def summaries(chain_type: str) -> Callable[[ChatSemShareKV, Random], Pairs]:
     return summarize
 
 
+def agent_with_tool(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The retrieval tutorial as an agent whose tool returns documents as artifacts.
+
+    The model that ships has not learnt to call tools, and reads a question only behind the documents: so a template
+    says how it calls, middleware when, and the tool repeats the question.
+    """
+    made, documents = articles(rng)
+    store = store_of(documents)
+
+    @tool(response_format="content_and_artifact")
+    def retrieve_context(runtime: ToolRuntime) -> tuple[str, list[Document]]:
+        """Find what is known about the question."""
+        question = runtime.state["messages"][0].text
+        found = store.similarity_search(question, k=3)
+        return prompts.USER_WRAPS[1].format(docs=_joined(found), question=question), found
+
+    @wrap_model_call
+    def look_first(request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        looked = isinstance(request.messages[-1], ToolMessage)
+        return handler(request.override(tool_choice="none" if looked else "any"))
+
+    agent = create_agent(chat, [retrieve_context], middleware=[look_first, SemShareKVMiddleware()])
+    for question, expected in questions(rng, made):
+        yield agent.invoke({"messages": [("user", question)]})["messages"][-1].text, expected
+
+
+def agent_with_context(chat: ChatSemShareKV, rng: Random) -> Pairs:
+    """The retrieval tutorial as an agent whose middleware puts documents into the system message."""
+    made, documents = articles(rng)
+    store = store_of(documents)
+
+    @dynamic_prompt
+    def prompt_with_context(request: ModelRequest[Any]) -> str:
+        found = store.similarity_search(request.state["messages"][-1].text, k=3)
+        return prompts.SYSTEM_WRAPS[2].format(docs=_joined(found))
+
+    agent = create_agent(chat, [], middleware=[prompt_with_context])
+    for question, expected in questions(rng, made):
+        yield agent.invoke({"messages": [("user", question)]})["messages"][-1].text, expected
+
+
 def tracked() -> Any:
     return {"callbacks": [DocumentTracker()]}
 
@@ -185,10 +238,11 @@ def _joined(documents: list[Document]) -> str:
 
 
 class Layout(NamedTuple):
-    """What a layout does, and the least share of prompt tokens that it has to reuse."""
+    """What a layout does, the least share of prompt tokens that it has to reuse, and a chat template if it needs one."""
 
     run: Callable[[ChatSemShareKV, Random], Pairs]
     reused_share: float
+    template: str | None = None
 
 
 LAYOUTS = {
@@ -199,6 +253,8 @@ LAYOUTS = {
     "message history": Layout(message_history, 0.6),
     "graph chatbot": Layout(graph_chatbot, 0.6),
     "summary, stuff": Layout(summaries("stuff"), 0.3),
+    "agent with tool": Layout(agent_with_tool, 0.3, TOOL_TEMPLATE),
+    "agent with context": Layout(agent_with_context, 0.2),
     "map-reduce": Layout(map_reduce, 0.3),
     "summary, refine": Layout(summaries("refine"), 0.2),
 }
@@ -216,8 +272,14 @@ class Figures(NamedTuple):
 
 
 @cache
-def engine(mode: str) -> SemShareEngine:
-    return SemShareEngine.from_pretrained(REFERENCE_MODEL, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
+def engine(mode: str, template: str | None = None) -> SemShareEngine:
+    config = EngineConfig(reuse=ReuseConfig(mode=mode))  # type: ignore[arg-type]
+    if template is None:
+        return SemShareEngine.from_pretrained(REFERENCE_MODEL, config)
+    shipped = engine(mode)
+    tokenizer = copy.deepcopy(shipped.tokenizer)
+    tokenizer.chat_template = template
+    return SemShareEngine(shipped.model, tokenizer, config)
 
 
 def measured(name: str) -> Figures:
@@ -225,8 +287,8 @@ def measured(name: str) -> Figures:
     right: dict[str, list[float]] = {}
     reports: dict[str, list[ReuseReport]] = {"off": [], "auto": []}
     for mode in reports:
-        engine(mode).observe(reports[mode].append)
-        chat = ChatSemShareKV(engine=engine(mode), max_tokens=90)
+        chat = ChatSemShareKV(engine=engine(mode, LAYOUTS[name].template), max_tokens=90)
+        chat.engine.observe(reports[mode].append)
         right[mode] = [prompts.right_share(*pair) for pair in LAYOUTS[name].run(chat, Random(name))]
     reusing = reports["auto"]
     tokens = sum(report.prompt_tokens for report in reusing)
