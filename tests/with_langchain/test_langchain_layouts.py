@@ -1,7 +1,7 @@
 """The layouts that people build, unchanged but for the model's class, on the model that ships: answers and reuse.
 
-Each runs twice, with the default mode and with reuse off, on the same documents and questions. ``measured()`` gives the
-figures of one layout, ``table()`` those of all.
+``measured()`` gives the figures of one layout in one mode, always with the same documents and questions; ``table()``
+those of all, beside a full prefill's.
 """
 
 from __future__ import annotations
@@ -165,12 +165,12 @@ def graph_chatbot(chat: ChatSemShareKV, rng: Random) -> Pairs:
 
 
 def map_reduce(chat: ChatSemShareKV, rng: Random) -> Pairs:
-    """Every document is summarized, and a question asked about the summaries; then a document comes, and one goes."""
-    made, documents = articles(rng, 3)
+    """Every document is summarized, and a question asked about the summaries; then another document comes."""
+    made, documents = articles(rng, 2)
     asking = PromptTemplate.from_template(prompts.USER_WRAPS[3].replace("{docs}", "{text}"))
     chain = load_summarize_chain(chat, chain_type="map_reduce", combine_prompt=asking)
-    for kept in (slice(0, 2), slice(1, 3)):
-        question, expected = world.ask(rng, made[1], rng.choice(world.CORE_KINDS))
+    for kept in (slice(0, 1), slice(0, 2)):
+        question, expected = world.ask(rng, made[0], rng.choice(world.CORE_KINDS))
         given = {"input_documents": documents[kept], "question": question}
         yield chain.invoke(given, tracked())["output_text"], expected
 
@@ -238,7 +238,7 @@ def _joined(documents: list[Document]) -> str:
 
 
 class Layout(NamedTuple):
-    """What a layout does, the least share of prompt tokens that it has to reuse, and a chat template if it needs one."""
+    """What a layout does, the least share of prompt tokens that it has to reuse, and a template if it needs one."""
 
     run: Callable[[ChatSemShareKV, Random], Pairs]
     reused_share: float
@@ -261,14 +261,13 @@ LAYOUTS = {
 
 
 class Figures(NamedTuple):
-    """What one layout came to."""
+    """What one layout came to in one mode."""
 
+    answers: int
+    right: float
     prompt_tokens: int
     reused_tokens: int
     compute_ratio: float
-    right: float
-    full_right: float
-    answers: int
 
 
 @cache
@@ -282,40 +281,34 @@ def engine(mode: str, template: str | None = None) -> SemShareEngine:
     return SemShareEngine(shipped.model, tokenizer, config)
 
 
-def measured(name: str) -> Figures:
-    """Tokens, share computed, and right answers with reuse and by full prefill."""
-    right: dict[str, list[float]] = {}
-    reports: dict[str, list[ReuseReport]] = {"off": [], "auto": []}
-    for mode in reports:
-        chat = ChatSemShareKV(engine=engine(mode, LAYOUTS[name].template), max_tokens=90)
-        chat.engine.observe(reports[mode].append)
-        right[mode] = [prompts.right_share(*pair) for pair in LAYOUTS[name].run(chat, Random(name))]
-    reusing = reports["auto"]
-    tokens = sum(report.prompt_tokens for report in reusing)
-    return Figures(
-        tokens,
-        sum(report.reused_tokens for report in reusing),
-        sum(report.compute_ratio * report.prompt_tokens for report in reusing) / tokens,
-        sum(right["auto"]),
-        sum(right["off"]),
-        len(right["auto"]),
-    )
+@cache
+def measured(name: str, mode: str = "auto") -> Figures:
+    """Right answers, tokens, and the share computed."""
+    reports: list[ReuseReport] = []
+    chat = ChatSemShareKV(engine=engine(mode, LAYOUTS[name].template), max_tokens=90)
+    chat.engine.observe(reports.append)
+    right = [prompts.right_share(*pair) for pair in LAYOUTS[name].run(chat, Random(name))]
+    tokens = sum(report.prompt_tokens for report in reports)
+    computed = sum(report.compute_ratio * report.prompt_tokens for report in reports)
+    reused = sum(report.reused_tokens for report in reports)
+    return Figures(len(right), sum(right), tokens, reused, computed / tokens)
 
 
 def table() -> str:
     """Every layout's figures, in the columns of Markdown."""
     columns = ("layout", "answers", "right", "by full prefill", "prompt tokens", "reused", "computed")
-    rows = [
-        f"| {name} | {f.answers} | {f.right:g} | {f.full_right:g} | {f.prompt_tokens} | {f.reused_tokens} "
-        f"| {f.compute_ratio:.0%} |"
-        for name, f in ((name, measured(name)) for name in LAYOUTS)
-    ]
-    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in LAYOUTS:
+        found, full = measured(name), measured(name, "off")
+        cells = (name, found.answers, f"{found.right:g}", f"{full.right:g}", found.prompt_tokens, found.reused_tokens)
+        lines.append(f"| {' | '.join(map(str, cells))} | {found.compute_ratio:.0%} |")
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_answers_are_as_right_as_by_full_prefill_and_less_is_computed(name: str) -> None:
-    figures = measured(name)
-    assert figures.right >= figures.full_right
-    assert figures.reused_tokens >= LAYOUTS[name].reused_share * figures.prompt_tokens
-    assert figures.compute_ratio <= 1 - LAYOUTS[name].reused_share / 2
+    found = measured(name)
+    if found.right < found.answers:  # else a full prefill can do no better
+        assert found.right >= measured(name, "off").right
+    assert found.reused_tokens >= LAYOUTS[name].reused_share * found.prompt_tokens
+    assert found.compute_ratio <= 1 - LAYOUTS[name].reused_share / 2
