@@ -108,19 +108,21 @@ class Memory:
         (key,) = request.documents
         rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
         request.fitted(len(rendered.token_ids), window)
-        self._drop_other_versions(key, rendered, request.namespace)
+        is_known = self.known.of([request.namespace]).get(key) == request.documents[key]
+        self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
         self.known.note(request.namespace, request.documents)
         outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
         starts = request.document_starts(rendered, None)
         return self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, starts, None, **labels)
 
-    def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str) -> None:
+    def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> None:
+        """Drop the entries that have other tokens where the document stands, and those that do not say where."""
         tokens = [rendered.token_ids[s.start : s.stop] for s in rendered.segments if s.document_id == key]
 
         def is_current(reference: Reference) -> bool:
             start = reference.document_starts[key]
             if start == UNPLACED or not tokens:
-                return False
+                return not unplaced
             there = reference.token_ids[start : start + len(tokens[0])]
             inner = slice(1, len(there) - 1)  # tokens at its edges may be shared with what is beside it
             return bool(np.array_equal(there[inner], tokens[0][inner]))
