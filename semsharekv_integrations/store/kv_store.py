@@ -180,6 +180,7 @@ class KVStore:
         many entries there were.
         """
         with self._lock:
+            self._entries.expire()  # so that the count does not tell what others did since
             doomed = [
                 entry
                 for entry in self._entries.of(namespace)
