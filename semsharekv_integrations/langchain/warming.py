@@ -16,9 +16,9 @@ from semsharekv_integrations.langchain.documents import engine_documents
 class SemShareKVWarmer(BaseDocumentTransformer):
     """A step of an indexing pipeline that computes the documents' KV ahead of time and returns them unchanged.
 
-    Place it last, behind the splitter: what is warmed is what retrieval will put into prompts. Modes below ``exact``
-    take it from anywhere in a prompt; ``exact`` only where a prompt begins with the text. A text that was given before
-    under the same id is replaced.
+    Place it last, behind the splitter: what is warmed is what retrieval will put into prompts, which then know
+    it without naming it. Modes below ``exact`` take its KV from anywhere in a prompt; ``exact`` only where a prompt
+    begins with the text. A text that was given before under the same id is replaced.
 
     Args:
         model: the chat model or LLM that will read them, or an engine.
@@ -64,6 +64,6 @@ class SemShareKVWarmer(BaseDocumentTransformer):
             namespace=self.namespace,
             pinned=self.pinned,
             ttl_s=self.ttl_s,
-            **({"progress": True} if self.progress else {}),
+            progress=self.progress,
         )
         return documents

@@ -24,6 +24,7 @@ EngineMaker = Callable[..., SemShareEngine]
 FLAG = Document("In Prorna , a green flag was raised on Monday .", id="flag")
 FLOOD = Document("In Erivia , a flood affected 12 people .", metadata={"id": "flood"})
 QUESTION = "What happened in Prorna ?"
+ELSEWHERE: Any = {"configurable": {"namespace": "elsewhere"}}
 ASK = ChatPromptTemplate.from_messages([("system", "Read this : {context}"), ("human", "{question}")])
 
 
@@ -131,8 +132,8 @@ async def test_what_retrievers_return(chat: ChatSemShareKV) -> None:
     assert ids() == ["flag", "flood"] * 2
     assert [event async for event in chain.astream_events(QUESTION, config, version="v2")]
     assert ids() == ["flag", "flood"]
-    chain.invoke(QUESTION)
-    assert ids() == []
+    chain.invoke(QUESTION, ELSEWHERE)
+    assert ids() == [], "without a tracker, where nobody has named them before"
 
 
 async def test_what_goes_into_a_stuff_chain(chat: ChatSemShareKV) -> None:
@@ -180,9 +181,9 @@ def test_runs_do_not_hear_of_each_other(chat: ChatSemShareKV) -> None:
     tracker, ids = DocumentTracker(), seen(chat)
     retrieval(chat).invoke(QUESTION, {"callbacks": [tracker]})
     assert ids() == ["flag", "flood"]
-    chain = ASK | chat
-    chain.invoke({"context": FLAG.page_content, "question": QUESTION}, {"callbacks": [tracker]})
-    chat.invoke(FLAG.page_content, {"callbacks": [tracker]})
+    chain, config = ASK | chat, ELSEWHERE | {"callbacks": [tracker]}
+    chain.invoke({"context": FLAG.page_content, "question": QUESTION}, config)
+    chat.invoke(FLAG.page_content, config)
     assert ids() == []
 
 

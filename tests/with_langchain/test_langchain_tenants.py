@@ -100,16 +100,15 @@ def test_config_reaches_the_engine_however_called(model: Model, names: dict[str,
         assert model.engine.stats()["store_entries"] == 0, way
 
 
-def test_every_item_of_a_batch_has_its_own_config(make_engine: EngineMaker) -> None:
-    chat = ChatSemShareKV(engine=make_engine(), max_tokens=6)
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_every_item_of_a_batch_has_its_own_config(model: Model, awaited: bool) -> None:
     configs: list[RunnableConfig] = [
         {"configurable": {"namespace": name, "thread_id": name}} for name in ("one", "two")
     ]
-    chat.batch([PROMPT, PROMPT], configs)
-    asyncio.run(chat.abatch([PROMPT, PROMPT], configs))
+    await model.abatch([PROMPT, PROMPT], configs) if awaited else model.batch([PROMPT, PROMPT], configs)
     for name in ("one", "two"):
-        assert chat.engine.clear(name, session=name) == 1
-    assert chat.engine.stats()["store_entries"] == 0
+        assert model.engine.clear(name, session=name) == 1
+    assert model.engine.stats()["store_entries"] == 0
 
 
 def test_a_callers_session_goes_before_the_thread(model: Model) -> None:

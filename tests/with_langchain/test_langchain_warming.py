@@ -24,7 +24,7 @@ def chat(make_engine: EngineMaker) -> ChatSemShareKV:
 
 def ask(chat: ChatSemShareKV, *documents: Document, **options: Any) -> dict[str, Any]:
     content = "\n\n".join(["Read this .", *(document.page_content for document in documents), "What happened ?"])
-    return chat.invoke(content, documents=list(documents), **options).response_metadata["kv_cache"]
+    return chat.invoke(content, **options).response_metadata["kv_cache"]
 
 
 @pytest.mark.parametrize("awaited", [False, True])
@@ -40,6 +40,20 @@ def test_other_tenants_gain_nothing(chat: ChatSemShareKV) -> None:
     SemShareKVWarmer(chat, namespace="tenant").transform_documents([FLAG, FLOOD])
     assert ask(chat, FLOOD, FLAG)["identical_tokens"] == 0
     assert ask(chat, FLOOD, FLAG, namespace="tenant")["identical_tokens"] > 20
+
+
+def test_a_changed_text_replaces_the_one_before(chat: ChatSemShareKV) -> None:
+    warmer = SemShareKVWarmer(chat)
+    warmer.transform_documents([FLAG])
+    warmer.transform_documents([Document(FLOOD.page_content, id="flag")])
+    assert chat.engine.stats()["store_entries"] == 1
+    assert [use["document_id"] for use in ask(chat, FLAG, FLOOD)["documents"]] == ["flag"]
+
+
+def test_progress_is_shown_if_asked_for(chat: ChatSemShareKV, capfd: pytest.CaptureFixture[str]) -> None:
+    for progress in (False, True):
+        SemShareKVWarmer(chat, progress=progress).transform_documents([FLAG, FLOOD])
+        assert bool(capfd.readouterr().err) == progress
 
 
 def test_documents_are_forgotten_by_their_ids(chat: ChatSemShareKV) -> None:
