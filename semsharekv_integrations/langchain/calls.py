@@ -50,6 +50,16 @@ class ConfiguredCalls(BaseLanguageModel):
         """As ``stream``, without blocking the event loop."""
         return super().astream(input, config, **self._tracked(ensure_config(config), configured(config, kwargs)))
 
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """As in the base class; ``configurable`` may name ``thread_id`` and ``namespace``."""
+        known = self._tracked(ensure_config(config), configured(config, kwargs))
+        return super().stream_events(input, config, **known)
+
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """As ``stream_events``, without blocking the event loop."""
+        known = self._tracked(ensure_config(config), configured(config, kwargs))
+        return super().astream_events(input, config, **known)
+
     def _tracked(self, config: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
         """``call`` with what a ``DocumentTracker`` knows of the run, if there is one."""
         callbacks: Callbacks = config.get("callbacks")

@@ -76,7 +76,11 @@ def test_keyword_goes_before_config_and_config_before_field(model: Model) -> Non
 
 
 def ways(model: Model) -> dict[str, Callable[[str, RunnableConfig], Any]]:
-    return {
+    events = {
+        "events": lambda prompt, config: model.stream_events(prompt, config, version="v3").output,
+        "async events": lambda prompt, config: asyncio.run(_event_output(model, prompt, config)),
+    }
+    return (events if isinstance(model, ChatSemShareKV) else {}) | {
         "invoke": model.invoke,
         "stream": lambda prompt, config: list(model.stream(prompt, config)),
         "ainvoke": lambda prompt, config: asyncio.run(model.ainvoke(prompt, config)),
@@ -85,6 +89,11 @@ def ways(model: Model) -> dict[str, Callable[[str, RunnableConfig], Any]]:
         "streamed chain": lambda prompt, config: list((model | str).stream(prompt, config)),
         "bound": lambda prompt, config: model.bind().invoke(prompt, config),
     }
+
+
+async def _event_output(model: Model, prompt: str, config: RunnableConfig) -> Any:
+    stream = await model.astream_events(prompt, config, version="v3")
+    return await stream.output
 
 
 async def _drained(model: Model, prompt: str, config: RunnableConfig) -> None:
