@@ -245,7 +245,7 @@ def test_an_agent_with_tools_and_an_answer_format(chat: ChatSemShareKV, scripted
         [GenerationChunk("", tool_calls=(ToolCall("call_3", "final_answer", {"town": "Prorna", "days": 3}),))],
     ]
     agent = create_agent(chat, [get_news], response_format=Weather, system_prompt="Be brief.")
-    done = agent.invoke({"messages": [("user", "?")]})
+    done = agent.invoke({"messages": [("user", "?")]}, {"recursion_limit": 10})
     assert done["structured_response"] == Weather(town="Prorna", days=3)
     result, answer = done["messages"][-2:]
     assert result.content == "A flood hit Prorna." and answer.text == '{"town": "Prorna", "days": 3}'
@@ -263,7 +263,8 @@ def test_an_agents_thread_and_artifacts_reach_the_engine(chat: ChatSemShareKV, s
 
     scripted.answers = [[GenerationChunk("", tool_calls=(ToolCall("1", "find", {"town": "Prorna"}),))], []]
     agent = create_agent(chat, [find])
-    agent.invoke({"messages": [("user", "?")]}, {"configurable": {"thread_id": "t", "namespace": "n"}})
+    config: Any = {"configurable": {"thread_id": "t", "namespace": "n"}, "recursion_limit": 10}
+    agent.invoke({"messages": [("user", "?")]}, config)
     last = scripted.options[-1]
     assert last["documents"] == {"flood": "A flood hit Prorna ."}
     assert (last["session"], last["namespace"]) == ("t", "n")
