@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_index.core.base.llms.types import CachePoint, ChatMessage, TextBlock
 from llama_index.core.prompts.base import BasePromptTemplate
@@ -51,9 +51,10 @@ class NodeText:
         """The form that stands in ``text``, if any."""
         return next((form for form in self.forms if form in text), None)
 
-    def labels(self) -> dict[str, str]:
-        """The ids by which a prompt with this node can be forgotten, without saying where it stands."""
-        return {key: "" for key in (self.node_id, self.source_id) if key}
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """By which a prompt with this node can be forgotten."""
+        return tuple(key for key in (self.node_id, self.source_id) if key)
 
 
 class NodeNotes:
@@ -108,21 +109,20 @@ def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Docu
     """
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
-    where, texts, labels = _whole_text(prompt), dict[str, str](), dict[str, str]()
+    where, texts, nodes = _whole_text(prompt), dict[str, str](), list[NodeText]()
     for item in documents:
         key, text = document_id(item) if isinstance(item, str) else "", item
         if isinstance(item, BaseNode | NodeWithScore):
-            node = NodeText.of(item)
+            nodes.append(node := NodeText.of(item))
             key, text = node.node_id, node.standing_in(where) or "".join(node.forms[:1])
-            labels |= node.labels()
         key = key or document_id(item)
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
         texts[key] = text
-    return labels | texts
+    return _labelled(texts, nodes)
 
 
 def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
-    """The documents of ``prompt``, by id, as far as noted nodes, cache points and template arguments tell.
+    """The documents of ``prompt``, by id and in order, as far as noted nodes, cache points and arguments tell.
 
     Where hints overlap, nodes come before cache points, these before arguments, and longer nodes before shorter ones.
     A node that stands in the prompt but overlaps another is named without a place, so that it can be forgotten.
@@ -130,26 +130,29 @@ def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeTe
     where = _whole_text(prompt)
     nodes = [(node, form) for node in noted if (form := node.standing_in(where)) is not None]
     nodes.sort(key=lambda pair: -len(pair[1]))
-    found: dict[str, str] = {}
-    taken: list[tuple[int, int]] = []
-    for node, form in nodes:
-        found |= {key: "" for key in node.labels() if key not in found}
-        if _take(where, form, taken):
-            found[node.node_id] = form
-    for part in (*_marked(prompt), *getattr(prompt, "parts", ())):
-        if _take(where, part, taken):
-            found[document_id(part)] = part
-    return found
+    parts = (*_marked(prompt), *getattr(prompt, "parts", ()))
+    placed: list[_Place] = []
+    for key, text in [*((node.node_id, form) for node, form in nodes), *((document_id(part), part) for part in parts)]:
+        place = _Place(where.find(text), text, key)
+        if place.start >= 0 and not any(place.overlaps(other) for other in placed):
+            placed.append(place)
+    return _labelled({place.document_id: place.text for place in sorted(placed)}, [node for node, _ in nodes])
 
 
-def _take(where: str, text: str, taken: list[tuple[int, int]]) -> bool:
-    """Whether the place where ``text`` first stands was free; it is then taken."""
-    at = where.find(text)
-    stop = at + len(text)
-    if at < 0 or any(at < other_stop and start < stop for start, other_stop in taken):
-        return False
-    taken.append((at, stop))
-    return True
+def _labelled(texts: dict[str, str], nodes: Iterable[NodeText]) -> dict[str, str]:
+    """``texts`` by id, and with no text, so without a place, the other ids of ``nodes``."""
+    return texts | {key: "" for node in nodes for key in node.ids if key not in texts}
+
+
+class _Place(NamedTuple):
+    """Where a document's text first stands."""
+
+    start: int
+    text: str
+    document_id: str
+
+    def overlaps(self, other: _Place) -> bool:
+        return self.start < other.start + len(other.text) and other.start < self.start + len(self.text)
 
 
 def _marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
