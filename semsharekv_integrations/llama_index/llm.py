@@ -23,7 +23,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.llama_index.tools import ToolCallingLLM, with_one_call
+from semsharekv_integrations.llama_index.structured import SchemaLLM
+from semsharekv_integrations.llama_index.tools import with_one_call
 from semsharekv_integrations.llama_index.translate import (
     Responder,
     astream_responses,
@@ -36,7 +37,7 @@ from semsharekv_integrations.llama_index.translate import (
 from semsharekv_integrations.model.prompt import Prompt
 
 
-class SemShareKVLLM(ToolCallingLLM):
+class SemShareKVLLM(SchemaLLM):
     """A local transformers model as a LlamaIndex LLM, which reuses the KV cache of what it has seen.
 
     Constructing it loads nothing: configuration and tokenizer are read when ``metadata`` or ``tokenize`` is first

@@ -1,19 +1,16 @@
-"""Tool calls and structured output as LlamaIndex asks for them: what goes into a chat, and what is read from it.
+"""Tool calls as LlamaIndex asks for them: what goes into a chat, and what is read from its answer.
 
-Knows nothing about how a model writes calls, or how an answer is held to a schema.
+Knows nothing about how a model writes calls.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.tools.types import BaseTool
-from llama_index.core.types import Model, PydanticProgramMode
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.kv import Generation, ToolCall
@@ -22,7 +19,7 @@ from semsharekv_integrations.llama_index.translate import Responder, message_cal
 
 
 class ToolCallingLLM(EngineLLM):
-    """An LLM that calls tools, and whose answers may be objects."""
+    """An LLM that calls tools."""
 
     def _prepare_chat_with_tools(
         self,
@@ -54,59 +51,6 @@ class ToolCallingLLM(EngineLLM):
         calls = message_calls(response.message)
         require(bool(calls) or not error_on_no_tool_call, "answer", response.message.content, "one with a tool call")
         return [ToolSelection(tool_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
-
-    def structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """An object of ``output_cls``, whose JSON schema decoding is held to."""
-        prompt, llm_kwargs = self._held_to(output_cls, prompt, llm_kwargs)
-        return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-
-    async def astructured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """As ``structured_predict``, without blocking the event loop."""
-        prompt, llm_kwargs = self._held_to(output_cls, prompt, llm_kwargs)
-        return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-
-    def stream_structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Generator[Any, None, None]:
-        """The object as it grows: with the fields that are there so far."""
-        prompt, llm_kwargs = self._held_to(output_cls, prompt, llm_kwargs)
-        return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-
-    async def astream_structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> AsyncGenerator[Any, None]:
-        """As ``stream_structured_predict``, without blocking the event loop."""
-        prompt, llm_kwargs = self._held_to(output_cls, prompt, llm_kwargs)
-        return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-
-    def _held_to(
-        self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: dict[str, Any] | None
-    ) -> tuple[Any, dict[str, Any]]:
-        """A copy of the template, which LlamaIndex adds the schema to, and the call's options with the schema."""
-        options = dict(llm_kwargs or {})
-        if self.pydantic_program_mode == PydanticProgramMode.LLM:
-            options.setdefault("json_schema", output_cls.model_json_schema())
-        return copy.copy(prompt), options
 
 
 def with_one_call(respond: Responder[ChatResponse]) -> Responder[ChatResponse]:

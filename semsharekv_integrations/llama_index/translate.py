@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
+from llama_index.core.base.llms import types
 from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
@@ -18,7 +19,6 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     MessageRole,
     TextBlock,
-    ToolCallBlock,
 )
 
 from semsharekv_integrations.checks import require
@@ -38,6 +38,8 @@ _ROLES = {
     MessageRole.FUNCTION: "tool",
 }
 _MERGED_ROLES = ("system", "user")
+_ToolCallBlock: Any = getattr(types, "ToolCallBlock", None)  # which early versions have not
+_KNOWN_BLOCKS: tuple[Any, ...] = (TextBlock, CachePoint, *([_ToolCallBlock] if _ToolCallBlock else []))
 
 
 def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -62,8 +64,7 @@ def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 def _text(index: int, message: ChatMessage) -> str:
     for at, block in enumerate(message.blocks):
         kind = getattr(block, "block_type", type(block).__name__)
-        known = isinstance(block, TextBlock | CachePoint | ToolCallBlock)
-        require(known, f"messages[{index}].blocks[{at}]", kind, "a text block")
+        require(isinstance(block, _KNOWN_BLOCKS), f"messages[{index}].blocks[{at}]", kind, "a text block")
     return message.content or ""
 
 
@@ -82,7 +83,7 @@ def message_calls(message: ChatMessage) -> list[ToolCall]:
     Raises:
         ValueError: if one is in no known form.
     """
-    blocks = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+    blocks: list[Any] = [block for block in message.blocks if isinstance(block, _KNOWN_BLOCKS[2:])]
     if blocks:
         return [ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs)) for block in blocks]
     return [_parsed_call(call) for call in message.additional_kwargs.get("tool_calls") or ()]
@@ -114,10 +115,12 @@ def chat_response(
     text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
 ) -> ChatResponse:
     """The answer so far; ``generation`` once it is complete."""
-    blocks = [ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
-    texts = [TextBlock(text=text)] if text or not calls else []
+    blocks: list[Any] = [TextBlock(text=text)] if text or not calls else []
+    if _ToolCallBlock is not None:
+        named = ({"tool_call_id": call.id, "tool_name": call.name, "tool_kwargs": call.arguments} for call in calls)
+        blocks += [_ToolCallBlock(**call) for call in named]
     more = {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
-    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[*texts, *blocks], additional_kwargs=more)
+    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=more)
     return ChatResponse(message=message, delta=delta, **_details(generation, model_name))
 
 
