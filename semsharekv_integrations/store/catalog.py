@@ -254,7 +254,7 @@ def _decode(text: bytes) -> str:
 
 def _digest(fingerprint: str, table: str, values: Sequence[Any]) -> bytes:
     plain = [value for value in values if not isinstance(value, bytes)]
-    digest = hashlib.blake2b(json.dumps([fingerprint, table, *plain]).encode(), digest_size=16)
+    digest = hashlib.blake2b(ascii((fingerprint, table, *plain)).encode(), digest_size=16)
     for value in values:
         if isinstance(value, bytes):
             digest.update(value)

@@ -82,7 +82,9 @@ class Entries:
         def divided(upper: Node, lower: Node) -> None:
             self.shelves.split(upper, lower, namespace)
 
-        return self.spaces.setdefault(namespace, Space(self._min_run_tokens, divided))
+        if namespace not in self.spaces:
+            self.spaces[namespace] = Space(self._min_run_tokens, divided)
+        return self.spaces[namespace]
 
     def keep(self, entry: Entry) -> None:
         """Take ``entry`` in; its KV is placed by the caller."""

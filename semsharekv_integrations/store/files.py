@@ -104,7 +104,13 @@ class KVFiles:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every KV file on disk; none is opened."""
-        return {name.removesuffix(SUFFIX): num_bytes for name, num_bytes in self._scan() if _NAME.fullmatch(name)}
+        found: dict[str, int] = {}
+        with os.scandir(self.path) as items:
+            for item in items:
+                if _NAME.fullmatch(item.name):
+                    with suppress(FileNotFoundError):  # its owner may have deleted it meanwhile
+                        found[item.name.removesuffix(SUFFIX)] = item.stat(follow_symlinks=False).st_size
+        return found
 
     def remove(self, file: str) -> None:
         """Delete a KV file. One that cannot be deleted is left to the next opening."""
@@ -113,18 +119,10 @@ class KVFiles:
 
     def remove_temporaries(self) -> int:
         """Delete what writers that were killed have left, and tell how many there were."""
-        names = [name for name, _ in self._scan() if name.startswith(TEMPORARY)]
+        names = [name for name in os.listdir(self.path) if name.startswith(TEMPORARY)]
         for name in names:
             self._remove(self.path / name)
         return len(names)
-
-    def _scan(self) -> list[tuple[str, int]]:
-        named = []
-        with os.scandir(self.path) as found:
-            for item in found:
-                with suppress(FileNotFoundError):  # its owner may have deleted it meanwhile
-                    named.append((item.name, item.stat(follow_symlinks=False).st_size))
-        return named
 
     def _path(self, file: str) -> Path:
         return self.path / f"{file}{SUFFIX}"

@@ -120,10 +120,10 @@ class RadixTree:
             node = self._split(node, agreed - node.start)
         return node if agreed == len(token_ids) else self.attach(node, token_ids[agreed:])
 
-    def attach(self, parent: Node, token_ids: TokenIds) -> Node:
+    def attach(self, parent: Node, token_ids: TokenIds, node_id: str | None = None) -> Node:
         """A new node behind ``parent``, none of whose children begins with the same token."""
         assert int(token_ids[0]) not in parent.children
-        node = Node(token_ids, parent, parent.stop)
+        node = Node(token_ids, parent, parent.stop, id=node_id or uuid.uuid4().hex)
         parent.children[int(token_ids[0])] = node
         return node
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.disk import DiskShelf
 from semsharekv_integrations.store.labels import Entry, reference_of
 from semsharekv_integrations.store.radix import FileRange, Node
+from semsharekv_integrations.store.records import NodeRecord
 from semsharekv_integrations.store.space import Space
 
 
@@ -21,14 +22,15 @@ def entries_on_disk(
 
     Least recently used ones first. What does not fit together is removed from the directory.
     """
-    nodes = _nodes_on_disk(directory, space_of)
+    parts, records = directory.nodes(), directory.entries()
+    nodes = _nodes_on_disk(parts, space_of)
     found: list[tuple[Entry, float]] = []
-    for record in sorted(directory.entries(), key=lambda record: record.used_s):
+    for record in sorted(records, key=lambda record: record.used_s):
         node, _ = nodes.get(record.node, (None, None))
         if node is None:
             continue
         path = node.path()
-        ids = np.concatenate([step.token_ids for step in path])
+        ids = np.concatenate([step.token_ids for step in path]) if len(path) > 1 else node.token_ids
         try:
             found.append((Entry(reference_of(record, ids), node, 0.0, record.hits), record.used_s))
         except (ValueError, KeyError, TypeError):
@@ -47,21 +49,20 @@ def entries_on_disk(
         if node.on_disk is None and node.parent is not None:
             del node.parent.children[int(node.token_ids[0])]
     disk.record(
-        gone_nodes=[part.id for part in directory.nodes() if part.id not in nodes or nodes[part.id][0].on_disk is None],
-        gone_entries={record.id for record in directory.entries()} - {entry.key for entry, _ in found},
+        gone_nodes=[part.id for part in parts if part.id not in nodes or nodes[part.id][0].on_disk is None],
+        gone_entries={record.id for record in records} - {entry.key for entry, _ in found},
     )
     return found
 
 
-def _nodes_on_disk(directory: KVDirectory, space_of: Callable[[str], Space]) -> dict[str, tuple[Node, FileRange]]:
+def _nodes_on_disk(parts: Sequence[NodeRecord], space_of: Callable[[str], Space]) -> dict[str, tuple[Node, FileRange]]:
     """The nodes that fit together, in their trees, by id, and where their KV is; parents before children."""
     nodes: dict[str, tuple[Node, FileRange]] = {}
-    for part in directory.nodes():
+    for part in parts:
         tree = space_of(part.namespace).tree
         parent = tree.root if part.parent is None else nodes[part.parent][0] if part.parent in nodes else None
         if parent is None or int(part.token_ids[0]) in parent.children:
             continue
-        node = tree.attach(parent, part.token_ids)
-        node.id = part.id
+        node = tree.attach(parent, part.token_ids, part.id)
         nodes[part.id] = node, FileRange(part.file, part.first)
     return nodes
