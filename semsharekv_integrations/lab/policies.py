@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from semsharekv_integrations.checks import require
-from semsharekv_integrations.config import EngineConfig, ReuseConfig
+from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference
 
 Corrupt = Callable[[Reference], Reference]
@@ -39,6 +39,7 @@ class Policy(NamedTuple):
 
     about: str
     reuse: ReuseConfig
+    store: StoreConfig = StoreConfig()
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
@@ -48,6 +49,9 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         "exact": Policy("The longest exact prefix, as every serving engine reuses it.", ReuseConfig(mode="exact")),
         "identical": Policy("This package's mode of that name.", ReuseConfig(mode="identical")),
         "semantic": Policy("This package's mode of that name.", ReuseConfig(mode="semantic")),
+        "packed": Policy(
+            "As identical, over KV that is stored in 8 bits.", ReuseConfig(mode="identical"), StoreConfig(kv_bits=8)
+        ),
         "paper": Policy("SemShareKV as far as it is known (arXiv 2509.24832).", ReuseConfig(mode="paper")),
         "raw": Policy(
             "Identical runs with nothing computed again, as Prompt Cache reuses its modules (arXiv 2311.04934).", RAW
@@ -85,7 +89,8 @@ def make_configs(names: Iterable[str], settings: Mapping[str, Any] | None = None
     """
     names = list(names)
     _require_known("policies", names, POLICIES)
-    return with_settings({name: POLICIES[name].reuse for name in names}, settings)
+    configs = with_settings({name: POLICIES[name].reuse for name in names}, settings)
+    return {name: replace(config, store=POLICIES[name].store) for name, config in configs.items()}
 
 
 def with_settings(policies: Mapping[str, ReuseConfig], settings: Mapping[str, Any] | None) -> dict[str, EngineConfig]:

@@ -151,6 +151,12 @@ def test_noise_repeats_with_its_seed(references: list[Reference]) -> None:
     assert not torch.equal(one.layers[0].keys, other.layers[0].keys)
 
 
+def test_packed_differs_from_identical_in_how_kv_is_stored_alone() -> None:
+    configs = policies.make_configs(["identical", "packed"])
+    assert configs["packed"].reuse == configs["identical"].reuse
+    assert (configs["packed"].store.kv_bits, configs["identical"].store.kv_bits) == (8, None)
+
+
 def test_settings_go_to_approximate_policies_alone() -> None:
     configs = policies.make_configs(policies.POLICIES, {"attention_ratio": 0.25})
     for name, policy in policies.POLICIES.items():
