@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -51,18 +52,49 @@ def outcomes_of(call: Callable[[Item], T], items: Sequence[Item], max_threads: i
 
     An item whose call fails takes none of the others down.
     """
-
-    def outcome(future: Future[T]) -> T | Exception:
-        error = future.exception()
-        if error is None:
-            return future.result()
-        if isinstance(error, Exception):
-            return error
-        raise error
-
-    with ThreadPoolExecutor(max(1, min(max_threads, len(items)))) as pool:
+    with ThreadPoolExecutor(max_threads) as pool:
         futures = [pool.submit(contextvars.copy_context().run, call, item) for item in items]
-        return [outcome(future) for future in futures]
+        return _outcomes(futures)
+
+
+def all_of_streams(streams: Iterable[Iterator[T]], max_threads: int) -> list[list[T] | Exception]:
+    """All items of each stream, or what it raises, in order.
+
+    A stream begins, up to its first item, when the one before has begun; the rest is taken in threads, so many at once.
+    """
+    room = threading.Semaphore(max_threads)
+
+    def rest_of(first: list[T], stream: Iterator[T]) -> list[T]:
+        try:
+            return [*first, *stream]
+        finally:
+            room.release()
+
+    def begun(pool: ThreadPoolExecutor, stream: Iterator[T]) -> Future[list[T]]:
+        room.acquire()
+        try:
+            first = list(itertools.islice(stream, 1))
+        except Exception as error:
+            room.release()
+            failed: Future[list[T]] = Future()
+            failed.set_exception(error)
+            return failed
+        return pool.submit(contextvars.copy_context().run, rest_of, first, stream)
+
+    with ThreadPoolExecutor(max_threads) as pool:
+        futures = [begun(pool, stream) for stream in streams]
+        return _outcomes(futures)
+
+
+def _outcomes(futures: Iterable[Future[T]]) -> list[T | Exception]:
+    """What each future comes to, in order; what is no ``Exception`` is raised."""
+    found: list[T | Exception] = []
+    for future in futures:
+        error = future.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        found.append(future.result() if error is None else error)
+    return found
 
 
 class _End:

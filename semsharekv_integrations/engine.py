@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.checks import check_lifetime, require
-from semsharekv_integrations.concurrency import Turns, iterate_in_thread, outcomes_of, raising
+from semsharekv_integrations.concurrency import Turns, all_of_streams, iterate_in_thread, raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
@@ -157,7 +157,9 @@ class SemShareEngine:
         One that fails takes none of the others down: when all are done, the first error is raised.
         """
         with self.sharing():
-            return raising(outcomes_of(lambda p: self.generate(p, **options), prompts, self.config.max_batch_size))
+            streams = (self.stream(prompt, **options) for prompt in prompts)
+            done = raising(all_of_streams(streams, self.config.max_batch_size))
+        return [last_of(iter(chunks)) for chunks in done]
 
     def sharing(self) -> AbstractContextManager[None]:
         """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
@@ -274,7 +276,7 @@ class SemShareEngine:
         """One prompt's flow. Every phase is timed; loading the model is not part of it."""
         answer = Answer()
         with answer.watch.phase("render"):
-            hints = self._memory.hints(request)
+            request, hints = self._memory.recognized(request)
             rendered = parts.renderer.render(request.prompt, request.documents, request.namespace, request.tools, hints)
             request = request.fitted(len(rendered.token_ids), self.context_window)
             text = parts.begin_text(request)

@@ -21,7 +21,7 @@ from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.report import Stopwatch
-from semsharekv_integrations.request import Request
+from semsharekv_integrations.request import Request, document_id
 from semsharekv_integrations.store import KVStore
 
 MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named
@@ -39,8 +39,9 @@ class KnownTexts:
         with self._lock:
             known = self._texts.setdefault(namespace, OrderedDict())
             for key, text in documents.items():
-                known[key] = text
-                known.move_to_end(key)
+                if text.strip():
+                    known[key] = text
+                    known.move_to_end(key)
             while len(known) > MOST_KNOWN_TEXTS:
                 known.popitem(last=False)
 
@@ -72,9 +73,15 @@ class Memory:
         self._is_off = config.reuse.mode == "off"
         self._store = store
 
-    def hints(self, request: Request) -> dict[str, str]:
-        """Documents that may stand in the prompt, by id: none where the call names its own."""
-        return {} if request.documents else self.known.of(self._store.readable(request.namespace))
+    def recognized(self, request: Request) -> tuple[Request, dict[str, str]]:
+        """The request, its documents under known ids where it gives none; and all that may stand in its prompt."""
+        known = self.known.of(self._store.readable(request.namespace))
+        ids = {text.strip(): key for key, text in known.items()}
+        named = {
+            ids.get(text.strip(), key) if _is_nameless(key, text) else key: text
+            for key, text in request.documents.items()
+        }
+        return replace(request, documents=named), known
 
     def keep(
         self,
@@ -88,7 +95,8 @@ class Memory:
         """Store the KV of a prompt and of what was ``answered``, as far as there is any; whether all of it is there."""
         token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
         starts = plan.document_starts() | request.document_starts(rendered, plan.prefix)
-        self.known.note(request.namespace, request.documents)
+        named = {key: text for key, text in request.documents.items() if not _is_nameless(key, text)}
+        self.known.note(request.namespace, named)
         return self._put(parts, token_ids, rendered, outcome, request.namespace, starts, request.session)
 
     def warm(self, parts: ModelParts, request: Request, window: int | None, **labels: Any) -> bool:
@@ -151,3 +159,8 @@ class Memory:
         found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session)
         stored = [self._store.put(replace(reference, **labels)) for reference in found]
         return all(stored)
+
+
+def _is_nameless(key: str, text: str) -> bool:
+    """Whether a document was given without an id."""
+    return key == document_id(text)

@@ -15,7 +15,7 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from semsharekv_integrations import kv
-from semsharekv_integrations.concurrency import outcomes_of, raising
+from semsharekv_integrations.concurrency import all_of_streams, raising
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
@@ -80,13 +80,12 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """The answers in order, at the same time. Only the first prompt has a run manager, which hears its tokens."""
-
-        def answer(index: int) -> Generation:
-            return _whole(list(self._stream(prompts[index], stop, None if index else run_manager, **kwargs)))
-
+        streams = (
+            self._stream(prompt, stop, None if index else run_manager, **kwargs) for index, prompt in enumerate(prompts)
+        )
         with self.engine.sharing():
-            done = outcomes_of(answer, range(len(prompts)), self.engine.config.max_batch_size)
-        return self._result(raising(done))
+            done = raising(all_of_streams(streams, self.engine.config.max_batch_size))
+        return self._result([_whole(pieces) for pieces in done])
 
     async def _agenerate(
         self,

@@ -58,8 +58,8 @@ class PromptRenderer:
     ) -> Rendered:
         """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
 
-        ``tools`` are shown to the model, as its template does it or in the system message. Where no document is named,
-        ``hints`` are texts that may stand there: of those that overlap the longest counts.
+        ``tools`` are shown to the model, as its template does it or in the system message. ``hints`` are
+        more texts that may stand there: they count where no named one does, the longest of those that overlap.
 
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
@@ -80,7 +80,7 @@ class PromptRenderer:
         starts = list(accumulate((start for _, offsets in pieces for start in offsets), max))
         return Rendered(
             np.array(token_ids, dtype=np.int64),
-            _segments(text, starts, documents) or _apart(_segments(text, starts, hints or {})),
+            _with_hints(_segments(text, starts, documents), _segments(text, starts, hints or {})),
             _passages(text, starts),
             None if messages is None else _question(text, starts, messages),
         )
@@ -242,13 +242,13 @@ def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> lis
     return found
 
 
-def _apart(segments: list[Segment]) -> list[Segment]:
-    """Those that overlap no longer one."""
-    kept: list[Segment] = []
-    for segment in sorted(segments, key=lambda s: s.start - s.stop):
+def _with_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
+    """In order: the named ones, and of the others those that overlap neither a named one nor a longer one."""
+    kept = list(named)
+    for segment in sorted(hinted, key=lambda s: s.start - s.stop):
         if all(segment.stop <= other.start or other.stop <= segment.start for other in kept):
             kept.append(segment)
-    return sorted(kept, key=lambda s: s.start)
+    return sorted(kept, key=lambda s: (s.start, s.stop))
 
 
 def _passages(text: str, starts: list[int]) -> list[Segment]:

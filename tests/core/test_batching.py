@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,6 +185,15 @@ def test_padding_comes_first(llama, tokenizer) -> None:
     for layer, short, long in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
         assert not layer.keys[0, :, :2].any() and not layer.values[0, :, :2].any()
         assert layer.keys[:1, :, 2:].equal(short.keys) and layer.values[1:].equal(long.values)
+
+
+def test_prompts_of_a_batch_are_prefilled_in_order(make_engine: EngineMaker) -> None:
+    engine = make_engine("exact")
+    growing = ["News from Velmar." + " Nobody was hurt." * count for count in range(12)]
+    reports = [generation.report for generation in engine.generate_batch(growing, max_new_tokens=2)]
+    assert [report.recomputed_tokens for report in reports[1:]] == [
+        later.prompt_tokens - earlier.prompt_tokens for earlier, later in pairwise(reports)
+    ]
 
 
 def test_turns_are_taken_one_after_another_by_those_who_run() -> None:

@@ -216,10 +216,17 @@ def test_no_setting_was_overlooked() -> None:
     for config in (ReuseConfig, StoreConfig, AuditConfig, SamplingConfig):
         assert set(BAD[config]) == {field.name for field in fields(config)}
     known = {*EFFECTS, *((SamplingConfig, name) for name in OPTION_EFFECTS), (EngineConfig, "max_context_tokens")}
-    known |= {(EngineConfig, name) for name in SECTIONS.values()}
+    known |= {(EngineConfig, name) for name in (*SECTIONS.values(), "max_batch_size")}  # the last: see test_batching
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
-    options = {*OPTION_EFFECTS, "namespace", "documents", "session"}  # the last three: see test_prefix_reuse
-    assert options == set(GenerateOptions.__annotations__)
+    elsewhere = {
+        "namespace",
+        "documents",
+        "session",
+        "tools",
+        "tool_choice",
+        "json_schema",
+    }  # test_prefix_reuse, _tools
+    assert {*OPTION_EFFECTS, *elsewhere} == set(GenerateOptions.__annotations__)
 
 
 SHARES = [-0.1, 1.1, "1", float("nan"), True]
@@ -264,7 +271,7 @@ BAD = {
         "window": [0, 2.5, None],
         "tokens": [0, 1.5, None],
     },
-    EngineConfig: {"max_context_tokens": [0, 1, -5, 2.5, "8"]},
+    EngineConfig: {"max_context_tokens": [0, 1, -5, 2.5, "8"], "max_batch_size": [0, 1.5, "2", None]},
     SamplingConfig: {
         "max_new_tokens": [0, -1, 1.5, "3", None],
         "stop": [("",), ("a", 3), (None,)],

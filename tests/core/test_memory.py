@@ -6,6 +6,7 @@ import pytest
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.memory import MOST_KNOWN_TEXTS, KnownTexts
+from semsharekv_integrations.request import document_id
 from tiny_models import EngineMaker
 
 VELMAR = "News from Velmar, by the Morning Post. The mayor of Velmar is Anna Kelsen. Schools will open again soon."
@@ -29,9 +30,15 @@ def test_what_was_warmed_is_found_in_prompts_that_do_not_name_it(engine: SemShar
     found = used(engine, f"Read this.\n\n{OSTECK}\n\n{VELMAR}\n\nWho is the mayor?")
     assert found.keys() == {"v", "o"}
     assert used(engine, "Nothing of it is here.") == {}
-    assert used(engine, f"{OSTECK}\n\n{VELMAR}", documents={"other": VELMAR}).keys() == {"other"}, (
-        "the call's own count"
-    )
+    named = used(engine, f"{OSTECK}\n\n{VELMAR}", documents={"other": VELMAR})
+    assert named.keys() == {"o", "other"}, "the call's own name counts"
+
+
+def test_a_document_without_an_id_goes_by_the_one_it_is_known_under(engine: SemShareEngine) -> None:
+    engine.warm({"v": VELMAR})
+    assert used(engine, f"Read: {VELMAR}\n\n{OSTECK}", documents=[VELMAR, OSTECK]).keys() == {"v", document_id(OSTECK)}
+    assert used(engine, f"Again: {OSTECK}") == {}, "what has no name is not remembered by it"
+    assert engine.forget("v") == 2
 
 
 def test_what_a_call_named_is_known_to_the_next_of_its_namespace(engine: SemShareEngine) -> None:
@@ -98,6 +105,8 @@ def test_only_the_latest_texts_are_known() -> None:
     assert known.of(["n"])["0"] == "named again" and "1" not in known.of(["n"])
     known.note("shared", {"0": "theirs", "s": "text"})
     assert known.of(["n", "shared"])["0"] == "named again" and "s" in known.of(["n", "shared"])
+    known.note("n", {"0": " "})
+    assert known.of(["n"])["0"] == "named again", "blank texts stand nowhere"
     known.forget("nobody")
     known.forget()
     assert known.of(["n", "shared"]) == {}

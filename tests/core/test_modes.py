@@ -158,7 +158,9 @@ async def test_every_way_to_call_agrees(make_engine: EngineMaker, mode: str) -> 
 
     one = fresh()
     wanted = reports_and_texts([one.generate(prompt, **TOKENS) for prompt in prompts])
-    assert reports_and_texts(fresh().generate_batch(prompts, **TOKENS)) == wanted
+    batch = reports_and_texts(fresh().generate_batch(prompts, **TOKENS))
+    for found, expected in zip(batch, wanted, strict=True):  # but for the ids of sources, whose answers go on meanwhile
+        assert (*found[:3], found[4]) == (*expected[:3], expected[4])
     other, streamed = fresh(), []
     for prompt in prompts:
         *chunks, last = other.stream(prompt, **TOKENS)
