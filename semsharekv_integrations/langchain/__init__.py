@@ -8,9 +8,9 @@ from semsharekv_integrations.langchain.tracking import DocumentTracker
 from semsharekv_integrations.langchain.warming import SemShareKVWarmer
 
 if TYPE_CHECKING:
-    from semsharekv_integrations.langchain.middleware import SemShareKVMiddleware
+    from semsharekv_integrations.langchain.middleware import SemShareKVMiddleware as SemShareKVMiddleware
 
-__all__ = ["ChatSemShareKV", "DocumentTracker", "SemShareKVLLM", "SemShareKVMiddleware", "SemShareKVWarmer"]
+__all__ = ["ChatSemShareKV", "DocumentTracker", "SemShareKVLLM", "SemShareKVWarmer"]  # what needs nothing more
 
 
 def __getattr__(name: str) -> Any:

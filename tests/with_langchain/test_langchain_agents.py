@@ -80,5 +80,6 @@ def test_all_but_the_middleware_needs_langchain_core_alone(monkeypatch: pytest.M
     assert importing == {"middleware.py"}
     monkeypatch.setitem(sys.modules, "langchain.agents.middleware", None)
     monkeypatch.delitem(sys.modules, "semsharekv_integrations.langchain.middleware")
+    exec("from semsharekv_integrations.langchain import *", {})
     with pytest.raises(ImportError, match=r"semsharekv-integrations\[agents\]"):
         _ = ours.SemShareKVMiddleware
