@@ -82,9 +82,12 @@ def main(argv: Sequence[str] | None = None) -> ReuseTable:
         with TemporaryDirectory() as samples:
             asked = [] if args.folder else write_samples(Path(samples))
             documents = read(args.folder or Path(samples))
+    except ValueError as error:
+        parser.error(str(error))
+    try:
         embedder = SentenceTransformer(args.embedder, device="cpu")
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(f"--embedder is {args.embedder!r}; accepted is a folder or hub id that can be loaded: {error}")
 
     table = ReuseTable(args.model, args.mode)
     llm, full = (SemShareKVLLM(engine=engine) for engine in (table.engine, table.full))  # in yours: model="..."

@@ -117,7 +117,10 @@ def test_a_folder_of_ones_own_is_read_with_what_is_below_it(folder: Path) -> Non
         (["{folder}/empty", "--ask", "What?"], "empty'; accepted is a folder with text"),
         (["{folder}/broken", "--ask", "What?"], "latin.txt cannot be read as UTF-8"),
         (["{folder}", "--ask", "What?", "--top-k", "0"], "--top-k is 0; accepted is 1 or more"),
-        (["{folder}/north", "--ask", "What?", "--embedder", "{folder}/missing"], "missing"),
+        (
+            ["{folder}/north", "--ask", "What?", "--embedder", "{folder}/missing"],
+            "missing'; accepted is a folder or hub id",
+        ),
         (["--mode", "fast"], "invalid choice: 'fast'"),
     ],
 )
