@@ -194,7 +194,7 @@ def test_a_model_that_calls_tools_knows_where_articles_end(monkeypatch: pytest.M
     for question in ("Who is the mayor of Velton?", "What was the cost in Velton?"):
         table.ask(question, reusing, full, question)
     first, second = reports_of(table)
-    assert [len(report.documents) for report in (first, second)] == [4, 4]
+    assert len(first.documents) == 4 and len(second.documents) > 4, "those of the first turn are in the second as well"
     assert first.reused_tokens == 0 and second.reused_tokens > 0.5 * first.prompt_tokens
 
 
