@@ -20,7 +20,7 @@ from semsharekv_integrations.store.radix import Node
 
 NOVEL_SHARE = 0.25  # of a full tier is for nodes that were never reused
 COSTLY_POSITION = 8192  # where attending to all before costs about as much as the rest of a layer
-MOST_HITS = 64.0  # so that what was once popular can be outlived
+MOST_HITS = 4.0  # so that what was once popular is outlived soon
 
 
 class _Rank(NamedTuple):

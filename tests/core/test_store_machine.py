@@ -60,6 +60,10 @@ class Kept:
         same = mine == (found.namespace, found.is_tainted, session)
         return same and self.tokens[: len(found.token_ids)] == tuple(found.token_ids.tolist())
 
+    def has_labels_of(self, found: Reference) -> bool:
+        """Of several that began alike and went, the one whose beginning is left."""
+        return (self.ttl_s, self.session) == (found.expires_after_s, found.session)
+
 
 def room_taken(kept: list[Kept]) -> int:
     """Tokens that have KV."""
@@ -113,7 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
         gone = [k for k in self.kept if k not in alive]
         for found in stored:  # of what went, a beginning that was reused may have been left
             if not any(self.is_entry(k, found) for k in alive):
-                whole = next(k for k in gone if k.is_found_as(found))
+                whole = next(k for k in gone if k.is_found_as(found) and k.has_labels_of(found))
                 alive.append(replace(whole, tokens=tuple(found.token_ids.tolist()), documents=set(whole.documents)))
         tainted_now = self.store.stats()["tainted_entries"]
         lost_tainted = sum(k.tainted for k in alive) - tainted_now
