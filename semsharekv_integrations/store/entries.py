@@ -17,7 +17,7 @@ from semsharekv_integrations.store.deadlines import Deadlines
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
 from semsharekv_integrations.store.labels import Entry, record_of, shortened
 from semsharekv_integrations.store.radix import Node
-from semsharekv_integrations.store.reopening import entries_on_disk
+from semsharekv_integrations.store.reopening import entries_on_disk, uncollected
 from semsharekv_integrations.store.shelves import Shelves, Unreadable
 from semsharekv_integrations.store.space import Space
 
@@ -51,9 +51,10 @@ class Entries:
 
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
         """Take up what lies in ``directory`` and has not expired, within the bound; how many entries."""
-        self.shelves.disk.attach(directory, dtype, device)
         began = self._wall_clock() - self._clock()
-        found = entries_on_disk(directory, self.shelves.disk, self.space)
+        with uncollected():
+            self.shelves.disk.attach(directory, dtype, device)
+            found = entries_on_disk(directory, self.shelves.disk, self.space)
         self.spaces = {name: space for name, space in self.spaces.items() if space.tree.root.children}
         for entry, used_s in found:
             entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -13,6 +15,18 @@ from semsharekv_integrations.store.labels import Entry, reference_of
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import NodeRecord
 from semsharekv_integrations.store.space import Space
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without looking for garbage inside: what is opened is all needed, and looking through it takes as long again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def entries_on_disk(
