@@ -1,7 +1,7 @@
 """Measure batches: questions about the same documents, one after another and at the same time.
 
     PYTHONPATH=. python examples/lab/measure_batches.py --out examples/lab/results/batches.md
-    PYTHONPATH=. python examples/lab/measure_batches.py --preset qwen-0.5b --tokens 12 --documents 2 --rounds 1
+    PYTHONPATH=. python examples/lab/measure_batches.py --preset qwen-0.5b --sizes 1 8 --documents 1 --rounds 1
 
 Every round asks an engine with an empty store for long answers to several questions; the ratio is that of one round's
 times. ``one by one`` decodes each call in a forward pass of its own, the other policies up to so many in one.
@@ -26,7 +26,7 @@ from semsharekv_integrations.lab.origin import origin, setting_of, write_whole
 from semsharekv_integrations.lab.presets import PRESETS, REFERENCE, load
 from semsharekv_integrations.lab.speed_figures import Spread
 
-SIZES = (1, 2, 4, 8, 16)
+PROMPTS = 16
 COLUMNS = ("calls in one pass", "tokens a second", "times as fast", "answers", "prompt tokens reused")
 
 
@@ -46,11 +46,11 @@ def timed(model: SemShareEngine, size: int, prompts: Sequence[str], tokens: int)
 
 
 def table(args: argparse.Namespace, model: SemShareEngine) -> list[str]:
-    prompts = prompts_of(Random(args.seed), max(SIZES), args.documents)
-    timed(model, max(SIZES), prompts, 2)  # once for nothing
-    rounds = [{size: timed(model, size, prompts, args.tokens) for size in SIZES} for _ in track(range(args.rounds))]
+    prompts, sizes = prompts_of(Random(args.seed), PROMPTS, args.documents), [1, *args.sizes]
+    timed(model, max(sizes), prompts, 2)  # once for nothing
+    rounds = [{n: timed(model, n, prompts, args.tokens) for n in sizes} for _ in track(range(args.rounds))]
     rows = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
-    for size in SIZES:
+    for size in dict.fromkeys(sizes):
         done = [(round_[size], round_[1]) for round_ in rounds]
         rates = Spread.of(sum(len(a.token_ids) for a in answers) / seconds for (seconds, answers), _ in done)
         ratios = Spread.of(alone[0] / seconds for (seconds, _), alone in done)
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default=REFERENCE, help="the shipped model, or a known shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="how many times")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="calls in one pass, beside 1")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--documents", type=int, default=6)
     args = parser.parse_args(arguments)
@@ -79,15 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject = load(args.preset, device="cpu", dtype="float32", seed=args.seed)
     model = SemShareEngine(subject.model, subject.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
     rows = table(args, model)
-    given = f"--preset {args.preset} --seed {args.seed} --rounds {args.rounds} --tokens {args.tokens} --documents {args.documents}"
-    about = setting_of(model.model) | origin(f"python examples/lab/measure_batches.py {given}")
+    sizes = " ".join(map(str, args.sizes))
+    given = f"--preset {args.preset} --seed {args.seed} --rounds {args.rounds} --sizes {sizes} --tokens {args.tokens}"
+    command = f"python examples/lab/measure_batches.py {given} --documents {args.documents}"
+    about = setting_of(model.model) | origin(command)
     commit = about["commit"][:12] + " with uncommitted changes" * about["uncommitted_changes"]
-    came = (
-        f"`{about['command']}` at commit {commit}: {args.preset} in {about['dtype']} on {about['device']}, one thread."
-    )
-    how = (
-        f"{max(SIZES)} prompts, n = {args.rounds} rounds, median and quartiles. What the prompts share is computed once"
-    )
+    came = f"`{command}` at commit {commit}: {args.preset} in {about['dtype']} on {about['device']}, one thread."
+    how = f"{PROMPTS} prompts, n = {args.rounds} rounds, median and quartiles; what prompts share is computed once"
     parts = ["# Batches: calls that run at the same time", f"{came} {how} in all rows.", "\n".join(rows)]
     text = "\n\n".join(parts)
     if args.out is None:
