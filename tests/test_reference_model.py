@@ -12,7 +12,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.lab import prompts, world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 
-NUM_PROMPTS = 25
+NUM_PROMPTS = 16
 
 
 @cache
