@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar, cast
 
 T = TypeVar("T")
@@ -41,10 +41,15 @@ class Turns:
                 self._num_running -= 1
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Wait for the turn, and have it inside."""
-        with self._turn:
+    def taken(self, waiting: AbstractContextManager[object] | None = None) -> Iterator[None]:
+        """Wait for the turn, inside of ``waiting`` if it is not free, and have it inside."""
+        if not self._turn.acquire(blocking=False):
+            with waiting or nullcontext():
+                self._turn.acquire()
+        try:
             yield
+        finally:
+            self._turn.release()
 
 
 def outcomes_of(call: Callable[[Item], T], items: Sequence[Item], max_threads: int) -> list[T | Exception]:

@@ -281,7 +281,7 @@ class SemShareEngine:
             request = request.fitted(len(rendered.token_ids), self.context_window)
             text = parts.begin_text(request)
         suspended = self.auditor.suspends(request.namespace)
-        with self._turns.taken():  # so that each may reuse what the one before computed
+        with self._turns.taken(answer.watch.phase("wait")):  # so that each may reuse what the one before computed
             plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
             outcome = parts.execute(plan, answer.watch)
             if self._turns.others_run:

@@ -61,7 +61,8 @@ def _engine_choice(choice: Any) -> Any:
     """The engine's name for a tool choice in OpenAI's form."""
     if isinstance(choice, Mapping):
         function = choice.get("function")
-        return function.get("name") if isinstance(function, Mapping) else choice
+        name = function.get("name") if isinstance(function, Mapping) else None
+        return name or choice  # which the engine refuses
     return "any" if choice == "required" else choice
 
 

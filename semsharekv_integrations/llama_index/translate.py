@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms import types
@@ -100,7 +100,9 @@ def _parsed_call(call: Any) -> ToolCall:
 
 def _arguments(arguments: Any) -> dict[str, Any]:
     """Arguments of a call, given as such or as JSON text."""
-    parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    parsed = arguments
+    with suppress(json.JSONDecodeError):
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     require(isinstance(parsed, dict), "arguments of a tool call", arguments, "an object, or one as JSON text")
     return dict(parsed)
 

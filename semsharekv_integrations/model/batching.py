@@ -7,7 +7,8 @@ the left, for as long as the same calls come together, and handed back to each o
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Row:
     """One call's place; ``step`` is called by one thread at a time."""
 
     def __init__(self, together: SharedDecoding) -> None:
-        self.waits = self.late = self.shares = False
+        self.waits = self.late = self.shares = self.has_left = False
         self.thread = 0
         self.ids = torch.empty(1, 0)
         self.cache = DynamicCache()
@@ -58,6 +59,7 @@ class SharedDecoding:
         self._adapter = adapter
         self._max_batch_size = max_batch_size
         self._turn = threading.Condition()
+        self._is_busy = False  # caches are being moved or computed: see ``leave``
         self._rows: list[Row] = []
         self._group: list[Row] = []  # whose KV is in ``_joint``
         self._joint = DynamicCache()  # [B, H, T, D], each row at the end, behind padding
@@ -85,7 +87,8 @@ class SharedDecoding:
             if row.waits:
                 for other in self._missing():
                     other.late = True  # nobody waits for it again until it is back
-                self._advance([row, *(other for other in self._rows if other.waits and other is not row)])
+                with self._busy():
+                    self._advance([row, *(other for other in self._rows if other.waits and other is not row)])
             logits, error, row.logits, row.error = row.logits, row.error, None, None
         if error is not None:
             raise error
@@ -93,12 +96,30 @@ class SharedDecoding:
         return logits
 
     def leave(self, row: Row) -> None:
-        """See ``Row.leave``."""
+        """See ``Row.leave``.
+
+        The garbage collector may end a stream in any thread, also in one that is at work here. Such a call leaves when
+        that is done, without its KV, which nobody keeps then.
+        """
         with self._turn:
-            self._rows.remove(row)
-            if row in self._group:
-                self._part()
+            row.has_left = True
+            if not self._is_busy:
+                with self._busy():
+                    pass
             self._turn.notify_all()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Work on caches inside; afterwards those who have left are let go, the others of their group with their KV."""
+        self._is_busy = True
+        try:
+            yield
+            while gone := [row for row in self._rows if row.has_left]:
+                if any(row in self._group for row in gone):
+                    self._part()
+                self._rows = [row for row in self._rows if row not in gone]
+        finally:
+            self._is_busy = False
 
     def _missing(self) -> list[Row]:
         """The calls that will ask for a token at any moment, if there is a point in waiting for them."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.concurrency import Turns, outcomes_of
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding, padded
+from semsharekv_integrations.report import Stopwatch
 from tiny_models import ARCHITECTURES, EngineMaker, make_model
 
 PROMPTS = [f"News from {town}." + " People affected by it numbered 1204." * n for n, town in enumerate("abcde")]
@@ -134,28 +135,67 @@ def test_a_forward_pass_that_fails_for_all_is_tried_for_each(make_engine: Engine
     assert max(found) > 1
 
 
-def test_a_stream_that_nobody_reads_holds_nobody_up(make_engine: EngineMaker) -> None:
-    engine = make_engine("exact")
-    wanted = make_engine("off").generate(PROMPTS[1], max_new_tokens=200, temperature=3.0, seed=1).token_ids
+def test_a_stream_that_nobody_reads_is_waited_for_once(make_engine: EngineMaker, monkeypatch) -> None:
+    engine, options = make_engine("exact"), {"max_new_tokens": 60, "temperature": 3.0}
+    wanted = make_engine("off").generate(PROMPTS[1], seed=1, **options).token_ids
+    missing, waits = SharedDecoding._missing, []
+    monkeypatch.setattr(SharedDecoding, "_missing", lambda self: waits.extend(found := missing(self)) or found)
     with ThreadPoolExecutor(1) as pool:
-        idle = engine.stream(PROMPTS[0], max_new_tokens=400, temperature=3.0, seed=4)
+        idle = engine.stream(PROMPTS[0], seed=4, **options)
         pool.submit(lambda: [next(idle) for _ in range(3)]).result()
-        began = time.perf_counter()
-        alone = engine.generate(PROMPTS[1], max_new_tokens=200, temperature=3.0, seed=1)
-        assert alone.token_ids == wanted and time.perf_counter() - began < 30
+        (row,) = engine._ready()._together._rows
+        row.shares = True  # as if it had decoded with others before
+        assert engine.generate(PROMPTS[1], seed=1, **options).token_ids == wanted
+        assert 0 < len(waits) < 6, "it is late from then on"
         rest = pool.submit(lambda: [chunk.generation for chunk in idle][-1]).result()
-    expected = make_engine("off").generate(PROMPTS[0], max_new_tokens=400, temperature=3.0, seed=4)
+    expected = make_engine("off").generate(PROMPTS[0], seed=4, **options)
     assert rest is not None and rest.token_ids == expected.token_ids
 
 
 def test_two_streams_read_in_turn_by_one_thread(make_engine: EngineMaker) -> None:
-    engine, options = make_engine("exact"), {"max_new_tokens": 60, "temperature": 3.0}
+    engine, off, options = make_engine("exact"), make_engine("off"), {"max_new_tokens": 60, "temperature": 3.0}
     streams = [engine.stream(prompt, seed=seed, **options) for seed, prompt in enumerate(PROMPTS[:2])]
-    last = [list(chunks)[-1] for chunks in zip(*zip(*streams, strict=False), strict=True)]
-    assert len(last) == 2
-    for stream in streams:
-        stream.close()
+    pairs = list(zip_longest(*streams))
+    for seed, prompt in enumerate(PROMPTS[:2]):
+        (found,) = [pair[seed].generation for pair in pairs if pair[seed] and pair[seed].generation]
+        assert found.token_ids == off.generate(prompt, seed=seed, **options).token_ids
     engine.store.check()
+
+
+def test_a_stream_dropped_in_the_middle_of_a_pass_spoils_no_other(llama, tokenizer, monkeypatch) -> None:
+    """As the garbage collector may drop it, in the very thread that computes for both."""
+    adapter = ModelAdapter(llama, "exact")
+    together = SharedDecoding(adapter, 8)
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS[:2]]
+    wanted = [decoded(adapter, tokenizer, SharedDecoding(adapter, 1), prompt) for prompt in PROMPTS[:2]]
+    prefills = [adapter.prefill(tokens[0].numpy()) for tokens in ids]
+    rows = [together.join() for _ in ids]
+    rows[0].shares = rows[1].shares = together._is_allowed = True
+    monkeypatch.setattr("semsharekv_integrations.model.batching.PATIENCE_S", 60)  # so that both come together
+    alone = adapter.decode_padded
+    dropped: list[bool] = []
+
+    def dropping(*args):
+        if len(dropped) == 2:
+            rows[1].leave()
+        dropped.append(True)
+        return alone(*args)
+
+    monkeypatch.setattr(adapter, "decode_padded", dropping)
+    logits = [[prefill.logits] for prefill in prefills]
+
+    def step(at: int) -> None:
+        ids[at] = torch.cat([ids[at], logits[at][-1].argmax(-1, keepdim=True)], dim=1)
+        logits[at].append(rows[at].step(ids[at], prefills[at].cache))
+
+    for _ in range(6):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(step, [0] if rows[1].has_left else [0, 1]))
+    assert len(dropped) == 3 and together._rows == [rows[0]] and not together._group
+    rows[0].leave()
+    torch.testing.assert_close(torch.cat(logits[0]), wanted[0][0], atol=2e-4, rtol=1e-4)
+    for layer, wanted_layer in zip(adapter.layers_of(prefills[0].cache), wanted[0][1], strict=True):
+        torch.testing.assert_close(layer.keys, wanted_layer.keys, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("outcome", ["other logits", "error"])
@@ -213,3 +253,23 @@ def test_turns_are_taken_one_after_another_by_those_who_run() -> None:
             order.append("first")
         thread.join()
         assert order == ["first", "second"] and not turns.others_run
+
+
+def test_waiting_for_the_turn_is_a_phase_of_its_own(make_engine: EngineMaker, monkeypatch) -> None:
+    engine, waits, phase = make_engine("exact"), threading.Event(), Stopwatch.phase
+    assert "wait" not in engine.generate(PROMPTS[0], max_new_tokens=2).report.phases_s
+
+    @contextmanager
+    def watched(watch: Stopwatch, name: str) -> Iterator[None]:
+        if name == "wait":
+            waits.set()
+        with phase(watch, name):
+            yield
+
+    monkeypatch.setattr(Stopwatch, "phase", watched)
+    with ThreadPoolExecutor(1) as pool:
+        with engine._turns.taken():
+            call = pool.submit(engine.generate, PROMPTS[1], max_new_tokens=2)
+            assert waits.wait(60)
+        report = call.result().report
+    assert 0 < report.phases_s["wait"] <= report.ttft_s
