@@ -23,10 +23,10 @@ from transformers.cache_utils import DynamicLayer
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
+from semsharekv_integrations.model.layers import cache_argument
 from semsharekv_integrations.modes import Mode
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_TOKENS = 12
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
@@ -57,9 +57,7 @@ class ModelAdapter:
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         self._accepts = frozenset(inspect.signature(type(base).forward).parameters)
-        self._cache_argument = next((name for name in _CACHE_ARGUMENTS if name in self._accepts), "")
-        if not self._cache_argument:
-            raise UnsupportedModelError(f"{type(model).__name__} takes neither {' nor '.join(_CACHE_ARGUMENTS)}")
+        self._cache_argument = cache_argument(type(base))
         if mode != "off":
             self._require_prefix_reuse()
 

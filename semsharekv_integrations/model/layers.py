@@ -1,9 +1,12 @@
-"""The decoder layers of a model, and what its configuration says that rules reuse off the prefix out."""
+"""What a model's code and configuration say: the name of its cache argument, its layers, what rules reuse out."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -11,6 +14,27 @@ from semsharekv_integrations.errors import UnsupportedModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")  # the last one from transformers 5.24 on
+_RENAMED_IN = Version("5.24")
+
+
+def cache_argument(model_class: type[PreTrainedModel]) -> str:
+    """The name of the argument by which the forward of ``model_class`` takes its KV cache.
+
+    Raises:
+        UnsupportedModelError: if there is none.
+    """
+    parameters = inspect.signature(model_class.forward).parameters
+    for name in _CACHE_ARGUMENTS:
+        if name in parameters and (name != "cache" or _is_kv_cache(str(parameters[name].annotation))):
+            return name
+    raise UnsupportedModelError(f"{model_class.__name__} takes no KV cache: none of {', '.join(_CACHE_ARGUMENTS)}")
+
+
+def _is_kv_cache(annotation: str) -> bool:
+    """Whether an argument called ``cache`` is the KV cache; that of XLM is a dictionary of something else."""
+    renamed = Version(transformers.__version__).release >= _RENAMED_IN.release
+    return "Cache" in annotation or (renamed and "dict" not in annotation)
 
 
 def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:

@@ -19,7 +19,6 @@ from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.model.attention import blocks_of, use_blocks
 from semsharekv_integrations.model.gathered import GatheredCache, Measured
 
-_CACHE_NAMES = ("past_key_values", "layer_past")  # of the decoder layers' cache argument
 Measure = Callable[[], LayerKV]
 Choose = Callable[[int, torch.Tensor, Measure], torch.Tensor]
 
@@ -84,7 +83,7 @@ class RowPass:
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self._cache.layers[index]
-        if layer.measures or all(kwargs.get(name) is not self._cache for name in _CACHE_NAMES):
+        if layer.measures or all(value is not self._cache for value in (*args, *kwargs.values())):
             return None
         rows = self._choose(index, self._rows, partial(self._measure, index, module, args, kwargs))
         current = self._inputs(index, args, kwargs, rows)

@@ -52,7 +52,7 @@ def test_encoder_decoders_are_refused(mode: str, tokenizer) -> None:
 
 def test_models_without_a_cache_argument_are_refused(tokenizer) -> None:
     model = make_model("rwkv", len(tokenizer), attention_hidden_size=32)
-    with pytest.raises(UnsupportedModelError, match="RwkvForCausalLM takes neither past_key_values nor cache_params"):
+    with pytest.raises(UnsupportedModelError, match="RwkvForCausalLM takes no KV cache: none of past_key_values"):
         engine_of(model, tokenizer, "off")
 
 
