@@ -277,7 +277,14 @@ class SemShareEngine:
         answer = Answer()
         with answer.watch.phase("render"):
             request, hints = self._memory.recognized(request)
-            rendered = parts.renderer.render(request.prompt, request.documents, request.namespace, request.tools, hints)
+            rendered = parts.renderer.render(
+                request.prompt,
+                request.documents,
+                request.namespace,
+                request.tools,
+                hints,
+                request.chat_template_kwargs,
+            )
             request = request.fitted(len(rendered.token_ids), self.context_window)
             text = parts.begin_text(request)
         suspended = self.auditor.suspends(request.namespace)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import ContextWindowError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered
-from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.model.prompt import RENDERING_OPTIONS, Prompt
 from semsharekv_integrations.model.tool_format import Tool
 
 _CHOICES = ("auto", "none", "any")
@@ -31,6 +31,9 @@ class GenerateOptions(TypedDict, total=False):
     call. ``json_schema`` makes the answer JSON of that schema; not where tools may be called. Neither adds properties
     that a schema does not name, unless it mentions ``additionalProperties``. An answer that reaches
     ``max_new_tokens`` first is cut, and its ``finish_reason`` says so.
+
+    ``chat_template_kwargs`` are more variables for the chat template, such as ``enable_thinking``. A text prompt goes
+    through no template, so they mean nothing there.
     """
 
     max_new_tokens: int
@@ -46,6 +49,7 @@ class GenerateOptions(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | None
     json_schema: Mapping[str, Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Request:
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
     json_schema: Mapping[str, Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, prompt: Prompt, options: GenerateOptions) -> Request:
@@ -76,9 +81,11 @@ class Request:
         tools = _checked_tools(rest.pop("tools", None))
         choice = _checked_choice(rest.pop("tool_choice", None), tools)
         schema = _checked_schema(rest.pop("json_schema", None), tools, choice)
+        variables = _checked_variables(rest.pop("chat_template_kwargs", None))
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
         require(session is None or isinstance(session, str), "session", session, "None or a string")
-        return cls(prompt, sampling, namespace, documents, session, tools, choice, schema)  # type: ignore[arg-type]
+        asked = (prompt, sampling, namespace, documents, session, tools, choice, schema, variables)
+        return cls(*asked)  # type: ignore[arg-type]
 
     @property
     def may_call(self) -> bool:
@@ -162,6 +169,18 @@ def _checked_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mappi
     require(isinstance(schema, Mapping), "json_schema", schema, "None or a JSON schema as a mapping")
     require(not tools or choice == "none", "json_schema", schema, "None with tools, unless tool_choice is 'none'")
     return schema  # type: ignore[return-value]
+
+
+def _checked_variables(variables: object) -> dict[str, Any]:
+    """Variables for the chat template, by name; none that rendering sets itself."""
+    if variables is None:
+        return {}
+    named = isinstance(variables, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in variables)
+    require(named, "chat_template_kwargs", variables, "None or values by name, such as {'enable_thinking': False}")
+    found = dict(cast(Mapping[str, Any], variables))
+    taken = sorted(found.keys() & RENDERING_OPTIONS)
+    require(not taken, "chat_template_kwargs", taken, "names other than those that rendering sets itself")
+    return found
 
 
 def checked_namespace(namespace: object) -> str:

@@ -7,12 +7,13 @@ text, its own tokens are put in, if they decode to the same text.
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 import warnings
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -30,7 +31,11 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 MAX_REMEMBERED_REPLIES = 4096
 _PASSAGE = re.compile(r"\S(?:.|\n(?!\s*\n))*")
-_REFUSED = (TemplateError, ValueError)
+_REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+RENDERING_OPTIONS = (
+    frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    | {"messages", "conversations", "generation_indices"}
+) - {"documents"}  # which a template shows beside the messages, and which are none of ours
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -55,11 +60,13 @@ class PromptRenderer:
         namespace: str,
         tools: Sequence[Tool] = (),
         hints: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Rendered:
         """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
 
         ``tools`` are shown to the model, as its template does it or in the system message. ``hints`` are
         more texts that may stand there: they count where no named one does, the longest of those that overlap.
+        ``template_kwargs`` are more variables for the chat template, none of ``RENDERING_OPTIONS``.
 
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
@@ -72,7 +79,7 @@ class PromptRenderer:
             messages, text, pieces = None, prompt, [self._plain(prompt)]
         else:
             messages = _checked(prompt)
-            text = self._chat_text(messages, tools)
+            text = self._chat_text(messages, tools, template_kwargs or {})
             pieces = self._chat_pieces(text, messages, namespace)
         token_ids = [token_id for ids, _ in pieces for token_id in ids]
         if not token_ids:
@@ -118,11 +125,15 @@ class PromptRenderer:
             for key in [key for key in self._replies if namespace in (None, key[0])]:
                 del self._replies[key]
 
-    def chat_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+    def chat_text(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_kwargs: Mapping[str, Any] | None = None
+    ) -> str:
         """The messages through the chat template; a last assistant message is left open, to be continued."""
-        return self._chat_text(_checked(messages), tools)
+        return self._chat_text(_checked(messages), tools, template_kwargs or {})
 
-    def _chat_text(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+    def _chat_text(
+        self, messages: list[dict[str, Any]], tools: Sequence[Tool], template_kwargs: Mapping[str, Any]
+    ) -> str:
         if tools or any("tool_calls" in message for message in messages):
             native = self.tool_format.is_native
             form = self.tool_format
@@ -131,20 +142,26 @@ class PromptRenderer:
         if self._tokenizer.chat_template is None:
             return _generic_chat_text(messages)
         try:
-            return self._template(messages, tools)
+            return self._template(messages, tools, template_kwargs)
         except _REFUSED as error:
             folded = _fold_system(messages)
             if folded is None:
                 raise PromptError(f"the model's chat template refuses the messages: {error}") from error
-            return self._retry_template(folded, tools)
+            return self._retry_template(folded, tools, template_kwargs)
 
-    def _retry_template(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+    def _retry_template(
+        self, messages: list[dict[str, Any]], tools: Sequence[Tool], template_kwargs: Mapping[str, Any]
+    ) -> str:
         try:
-            return self._template(messages, tools)
+            return self._template(messages, tools, template_kwargs)
         except _REFUSED as error:
             raise PromptError(f"the model's chat template refuses the messages: {error}") from error
 
-    def _template(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+    def _template(
+        self, messages: list[dict[str, Any]], tools: Sequence[Tool], template_kwargs: Mapping[str, Any]
+    ) -> str:
+        if template_kwargs:
+            self._warn_of_unread(template_kwargs)
         open_end = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
         return str(
             self._tokenizer.apply_chat_template(
@@ -153,8 +170,18 @@ class PromptRenderer:
                 tokenize=False,
                 add_generation_prompt=not open_end,
                 continue_final_message=open_end,
+                **template_kwargs,
             )
         )
+
+    def _warn_of_unread(self, names: Iterable[str]) -> None:
+        """Say which variables the chat template does not mention, so that they change nothing."""
+        template = str(self._tokenizer.chat_template)
+        unread = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unread:
+            warnings.warn(
+                f"the model's chat template reads no {', '.join(unread)} of chat_template_kwargs", stacklevel=2
+            )
 
     def _plain(self, text: str) -> tuple[list[int], list[int]]:
         bos = self._tokenizer.bos_token

@@ -225,7 +225,7 @@ def test_no_setting_was_overlooked() -> None:
         "tools",
         "tool_choice",
         "json_schema",
-    }  # test_prefix_reuse, _tools
+    }  # test_prefix_reuse, _tools, _prompt
     assert {*OPTION_EFFECTS, *elsewhere} == set(GenerateOptions.__annotations__)
 
 

@@ -28,6 +28,10 @@ def renderer(tokenizer) -> PromptRenderer:
     return PromptRenderer(tokenizer)
 
 
+def tool_of(name: str) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object"}}}
+
+
 def with_template(tokenizer, template: str | None):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
@@ -117,6 +121,59 @@ def test_without_a_template_there_are_plain_lines_and_a_warning(tokenizer) -> No
         assert renderer.chat_text([USER]) == "user: What happened in Prorna?\nassistant:"
     with pytest.warns(UserWarning, match="no chat_template"):
         assert ids(renderer, [USER])[0] == tokenizer.bos_token_id
+
+
+THINKING = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if not enable_thinking | default(true) %}<think></think>"
+    "{% endif %}{% endif %}"
+)
+
+
+class TestChatTemplateKwargs:
+    @pytest.mark.parametrize("tools", [(), [tool_of("f")]])
+    def test_the_template_sees_them(self, tokenizer, tools) -> None:
+        renderer = with_template(tokenizer, THINKING)
+        thoughtful, plain = (renderer.chat_text([USER], tools, {"enable_thinking": value}) for value in (True, False))
+        assert thoughtful == renderer.chat_text([USER], tools)
+        assert plain == thoughtful + "<think></think>"
+
+    def test_every_way_of_calling_takes_them(self, make_engine: EngineMaker, monkeypatch) -> None:
+        engine = make_engine("exact")
+        monkeypatch.setattr(engine.tokenizer, "chat_template", THINKING)
+        options = {"chat_template_kwargs": {"enable_thinking": False}, "max_new_tokens": 1}
+        whole = engine.generate([USER], **options)
+        streamed = list(engine.stream([USER], **options))[-1].generation
+        (batched,) = engine.generate_batch([[USER]], **options)
+        without = engine.generate([USER], max_new_tokens=1)
+        sizes = [found.report.prompt_tokens for found in (whole, streamed, batched)]
+        assert len(set(sizes)) == 1 and sizes[0] > without.report.prompt_tokens
+
+    def test_none_are_as_none_at_all(self, make_engine: EngineMaker) -> None:
+        engine = make_engine("off")
+        wanted = engine.generate([USER], max_new_tokens=4).token_ids
+        for none in (None, {}):
+            assert engine.generate([USER], max_new_tokens=4, chat_template_kwargs=none).token_ids == wanted
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [("x", "is 'x'"), ([1], r"is \[1\]"), ({1: 2}, "is {1: 2}"), ({"a b": 1}, "a b")]
+        + [({name: None}, name) for name in ("tokenize", "messages", "tools", "chat_template", "conversation")]
+        + [({name: 1}, name) for name in ("add_generation_prompt", "continue_final_message", "return_dict", "self")],
+    )
+    def test_others_are_refused_by_name(self, make_engine: EngineMaker, given, named: str) -> None:
+        with pytest.raises(ValueError, match=f"chat_template_kwargs.*{named}"):
+            make_engine("off").generate([USER], chat_template_kwargs=given)
+
+    def test_one_that_the_template_does_not_read_is_said(self, tokenizer) -> None:
+        with pytest.warns(UserWarning, match="reads no enable_thinkin of"):
+            with_template(tokenizer, THINKING).chat_text([USER], (), {"enable_thinkin": 1})
+
+    def test_a_value_that_the_template_fails_at_is_a_prompt_error(self, tokenizer) -> None:
+        renderer = with_template(tokenizer, "{{ messages[0]['content'] * times }}")
+        assert renderer.chat_text([USER], (), {"times": 2}) == USER["content"] * 2
+        with pytest.raises(PromptError, match="refuses the messages"):
+            renderer.chat_text([USER], (), {"times": "x"})
 
 
 @given(reply=st.text(alphabet="aflod. \n世🌊<|end|>", min_size=1, max_size=12), cuts=st.integers(0, 2**12))
