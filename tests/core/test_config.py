@@ -225,6 +225,7 @@ def test_no_setting_was_overlooked() -> None:
         "tools",
         "tool_choice",
         "json_schema",
+        "chat_template_kwargs",
     }  # test_prefix_reuse, _tools, _prompt
     assert {*OPTION_EFFECTS, *elsewhere} == set(GenerateOptions.__annotations__)
 
