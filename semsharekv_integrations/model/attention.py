@@ -110,7 +110,7 @@ def _by_blocks(
     if not blocks or blocks[-1].stop != num_rows:
         # queries of one key head come as more rows of it: copies of the keys would cost more than these few rows
         grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-        mixed = attend(grouped, key, value, attention_mask.repeat(1, 1, groups, 1)).view(*query.shape[:3], -1)
+        mixed = attend(grouped, key, value, attention_mask.repeat(1, 1, groups, 1)).reshape(*query.shape[:3], -1)
     else:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # [B, heads, T, D]
         parts = [
@@ -139,10 +139,10 @@ def _watch(
     batch, heads, rows, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, H, heads / H * N, D]
     logits = (grouped @ key.mT).float() * (scaling if scaling is not None else width**-0.5)
-    logits = logits.view(batch, heads, rows, -1)
+    logits = logits.reshape(batch, heads, rows, -1)
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     weights = (logits + attention_mask.float()).softmax(-1)  # [B, heads, N, T]
     collected.append(weights[0].mean(1))
-    mixed = weights.to(value.dtype).view(batch, key.shape[1], -1, key.shape[2]) @ value  # [B, H, heads / H * N, D]
-    return mixed.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+    mixed = weights.to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2]) @ value  # [B, H, heads / H * N, D]
+    return mixed.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None

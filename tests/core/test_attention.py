@@ -161,3 +161,16 @@ def test_blocks_cover_all_rows_and_the_keys_they_see(positions: list[int]) -> No
     assert not blocks or covered == list(range(len(positions)))
     for start, stop, num_keys in blocks:
         assert stop - start >= ROWS_PER_BLOCK and num_keys == positions[stop - 1] + 1
+
+
+def _laid_out_by_rows(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """As CUDA's kernels return it: the same values, heads behind rows in memory."""
+    return scaled_dot_product_attention(query, *args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def test_the_memory_layout_of_attention_changes_nothing(adapter: ModelAdapter, monkeypatch) -> None:
+    selective = SelectivePrefill(adapter)
+    plan = selective_plan(adapter, 1)
+    wanted = selective.run(plan).prefill.logits
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", _laid_out_by_rows)
+    torch.testing.assert_close(SelectivePrefill(adapter).run(plan).prefill.logits, wanted)
