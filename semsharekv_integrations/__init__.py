@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from semsharekv_integrations.config import AuditConfig, EngineConfig, ReuseConfig, SamplingConfig, StoreConfig
     from semsharekv_integrations.engine import SemShareEngine
     from semsharekv_integrations.errors import (
+        CallError,
         ContextWindowError,
         ModelLoadError,
         PromptError,
@@ -28,6 +29,7 @@ _MODULES = {
     "config": ("AuditConfig", "EngineConfig", "ReuseConfig", "SamplingConfig", "StoreConfig"),
     "engine": ("SemShareEngine",),
     "errors": (
+        "CallError",
         "ContextWindowError",
         "ModelLoadError",
         "PromptError",
@@ -42,6 +44,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "AuditConfig",
+    "CallError",
     "ContextWindowError",
     "EngineConfig",
     "Generation",

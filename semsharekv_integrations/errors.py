@@ -1,4 +1,7 @@
-"""Errors that callers may want to catch. Bad arguments raise ``ValueError`` naming field, value and bound."""
+"""Errors that callers may want to catch. Bad arguments raise ``ValueError`` naming field, value and bound.
+
+None of these is a ``ValueError``: LlamaIndex takes that for a badly written answer, and goes on without one.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,16 @@ class ModelLoadError(SemShareError):
     """The model or its tokenizer could not be loaded; the message names the path or hub id."""
 
 
-class ContextWindowError(SemShareError, ValueError):
+class ContextWindowError(SemShareError):
     """The prompt leaves no room for a single new token in the model's context window."""
 
 
-class PromptError(SemShareError, ValueError):
+class PromptError(SemShareError):
     """The prompt cannot be rendered: it is empty, malformed, or refused by the chat template."""
+
+
+class CallError(SemShareError):
+    """LlamaIndex called with what the engine refuses as a bad argument; the message names field, value and bound."""
 
 
 class StoreFileError(SemShareError):

@@ -21,6 +21,7 @@ from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.calls import ConfiguredCalls
 from semsharekv_integrations.langchain.options import SamplingFields, with_max_tokens
+from semsharekv_integrations.langchain.outputs import PROVIDER
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 
 _UNNAMED = "a path or hub id, or an engine in its place"
@@ -117,7 +118,8 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return super()._get_ls_params(stop=stop or self.stop, **with_max_tokens(kwargs))
+        known = super()._get_ls_params(stop=stop or self.stop, **with_max_tokens(kwargs))
+        return {**known, "ls_provider": PROVIDER}
 
 
 def _of_engine(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import engine_messages
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
+from semsharekv_integrations.langchain.overflow import known_to_langchain
 from semsharekv_integrations.langchain.structured import Method, json_schema_of, parsed, parser_of
 from semsharekv_integrations.langchain.tools import ChatOptions, Tool, ToolCallChunks, engine_choice, openai_tools
 from semsharekv_integrations.model.loading import resolve
@@ -33,8 +34,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     """A local transformers model as a LangChain chat model, which reuses the KV cache of what it has seen.
 
     Messages go through the model's chat template. Each answer's ``usage_metadata`` counts reused prompt tokens as
-    ``input_token_details["cache_read"]``; its ``response_metadata`` holds ``model_name``, ``finish_reason`` and
-    ``kv_cache`` (the ``ReuseReport``), all plain JSON. In a stream exactly one chunk, the last, carries them.
+    ``input_token_details["cache_read"]``; its ``response_metadata`` holds ``model_name``, ``model_provider``,
+    ``finish_reason`` and ``kv_cache`` (the ``ReuseReport``), all plain JSON. In a stream exactly one chunk, the last, carries them.
 
     Every call also takes the sampling fields and ``namespace`` by keyword (None means what ``configurable`` of the
     config or else the field says), ``session`` (the conversation's name; by default ``configurable``'s ``thread_id`` or
@@ -72,7 +73,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         prompt, options = self._prepared(messages, stop, kwargs)
         calls = ToolCallChunks(options.answer_tool)
-        with closing(self.engine.stream(prompt, **options.for_engine(_texts(prompt), messages))) as chunks:
+        known = options.for_engine(_texts(prompt), messages)
+        with known_to_langchain(), closing(self.engine.stream(prompt, **known)) as chunks:
             for chunk in chunks:
                 piece = self._piece(chunk, calls)
                 if run_manager:
@@ -88,12 +90,14 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         prompt, options = self._prepared(messages, stop, kwargs)
         calls = ToolCallChunks(options.answer_tool)
-        async with aclosing(self.engine.astream(prompt, **options.for_engine(_texts(prompt), messages))) as chunks:
-            async for chunk in chunks:
-                piece = self._piece(chunk, calls)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=piece)
-                yield piece
+        known = options.for_engine(_texts(prompt), messages)
+        with known_to_langchain():
+            async with aclosing(self.engine.astream(prompt, **known)) as chunks:
+                async for chunk in chunks:
+                    piece = self._piece(chunk, calls)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=piece)
+                    yield piece
 
     def _generate(
         self,

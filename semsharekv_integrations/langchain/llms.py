@@ -19,6 +19,7 @@ from semsharekv_integrations.concurrency import all_of_streams, raising
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
+from semsharekv_integrations.langchain.overflow import known_to_langchain
 
 
 class SemShareKVLLM(LocalModel, BaseLLM):
@@ -49,7 +50,8 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self.engine.stream(prompt, **CallOptions.of(self, stop, kwargs).for_engine([prompt]))) as chunks:
+        options = CallOptions.of(self, stop, kwargs).for_engine([prompt])
+        with known_to_langchain(), closing(self.engine.stream(prompt, **options)) as chunks:
             for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -63,14 +65,14 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(
-            self.engine.astream(prompt, **CallOptions.of(self, stop, kwargs).for_engine([prompt]))
-        ) as chunks:
-            async for chunk in chunks:
-                piece = self._piece(chunk)
-                if run_manager:
-                    await run_manager.on_llm_new_token(piece.text, chunk=piece)
-                yield piece
+        options = CallOptions.of(self, stop, kwargs).for_engine([prompt])
+        with known_to_langchain():
+            async with aclosing(self.engine.astream(prompt, **options)) as chunks:
+                async for chunk in chunks:
+                    piece = self._piece(chunk)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(piece.text, chunk=piece)
+                    yield piece
 
     def _generate(
         self,

@@ -8,6 +8,8 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from semsharekv_integrations.kv import Generation
 
+PROVIDER = "semsharekv"  # LangChain trusts reported usage where this is the model's provider too
+
 
 def usage_of(generation: Generation) -> UsageMetadata:
     """Token counts; ``cache_read`` is the prompt tokens whose KV was not computed."""
@@ -21,9 +23,10 @@ def usage_of(generation: Generation) -> UsageMetadata:
 
 
 def details_of(generation: Generation, model_name: str) -> dict[str, Any]:
-    """Model, finish reason, and the whole report as ``kv_cache``."""
+    """Model, provider, finish reason, and the whole report as ``kv_cache``."""
     return {
         "model_name": model_name,
+        "model_provider": PROVIDER,
         "finish_reason": generation.finish_reason,
         "kv_cache": generation.report.to_dict(),
     }

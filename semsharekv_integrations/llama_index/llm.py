@@ -23,6 +23,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.llama_index.refusals import handed_on
 from semsharekv_integrations.llama_index.structured import SchemaLLM
 from semsharekv_integrations.llama_index.tools import with_one_call
 from semsharekv_integrations.llama_index.translate import (
@@ -94,7 +95,8 @@ class SemShareKVLLM(SchemaLLM):
             the output's JSON schema; ``default`` or ``function``, by a forced tool call.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ValueError: naming the field, its value and what is accepted. What is wrong with a call is a ``SemShareError``,
+            ``CallError`` for bad arguments, since LlamaIndex swallows ``ValueError``.
     """
 
     def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
@@ -113,51 +115,59 @@ class SemShareKVLLM(SchemaLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The answer to a conversation."""
-        generation = self._engine.generate(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return whole_response(generation, self._chat_responder(kwargs))
+        with handed_on():
+            generation = self._engine.generate(self._chat_prompt(messages), **self._options(kwargs, messages))
+            return whole_response(generation, self._chat_responder(kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """The answer as it grows; closing the generator cancels the call."""
-        chunks = self._engine.stream(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return stream_responses(chunks, self._chat_responder(kwargs))
+        with handed_on():
+            chunks = self._engine.stream(self._chat_prompt(messages), **self._options(kwargs, messages))
+            return stream_responses(chunks, self._chat_responder(kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As ``chat``, without blocking the event loop."""
-        generation = await self._engine.agenerate(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return whole_response(generation, self._chat_responder(kwargs))
+        with handed_on():
+            generation = await self._engine.agenerate(self._chat_prompt(messages), **self._options(kwargs, messages))
+            return whole_response(generation, self._chat_responder(kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As ``stream_chat``, without blocking the event loop."""
-        chunks = self._engine.astream(self._chat_prompt(messages), **self._options(kwargs, messages))
-        return astream_responses(chunks, self._chat_responder(kwargs))
+        with handed_on():
+            chunks = self._engine.astream(self._chat_prompt(messages), **self._options(kwargs, messages))
+            return astream_responses(chunks, self._chat_responder(kwargs))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The continuation of a text."""
-        generation = self._engine.generate(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-        return whole_response(generation, self._completion_responder())
+        with handed_on():
+            generation = self._engine.generate(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
+            return whole_response(generation, self._completion_responder())
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """The continuation as it grows; closing the generator cancels the call."""
-        chunks = self._engine.stream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-        return stream_responses(chunks, self._completion_responder())
+        with handed_on():
+            chunks = self._engine.stream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
+            return stream_responses(chunks, self._completion_responder())
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As ``complete``, without blocking the event loop."""
-        text = self._text_prompt(prompt, formatted)
-        generation = await self._engine.agenerate(text, **self._options(kwargs, prompt))
-        return whole_response(generation, self._completion_responder())
+        with handed_on():
+            text = self._text_prompt(prompt, formatted)
+            generation = await self._engine.agenerate(text, **self._options(kwargs, prompt))
+            return whole_response(generation, self._completion_responder())
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As ``stream_complete``, without blocking the event loop."""
-        chunks = self._engine.astream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-        return astream_responses(chunks, self._completion_responder())
+        with handed_on():
+            chunks = self._engine.astream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
+            return astream_responses(chunks, self._completion_responder())
 
     def _chat_responder(self, call: dict[str, Any]) -> Responder[ChatResponse]:
         respond = partial(chat_response, model_name=self.model)
@@ -171,6 +181,7 @@ class SemShareKVLLM(SchemaLLM):
         return engine_messages(messages) if to_prompt is None or self.uses_template else to_prompt(messages)
 
     def _text_prompt(self, prompt: str, formatted: bool) -> str:
+        require(isinstance(prompt, str), "prompt", type(prompt).__name__, "a text; chat takes messages")
         return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
 
 

@@ -23,6 +23,7 @@ from llama_index.core.base.llms.types import (
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
+from semsharekv_integrations.llama_index.refusals import handed_on
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 Responder = Callable[[str, str | None, Sequence[ToolCall], Generation | None], Response]
@@ -161,7 +162,7 @@ def stream_responses(
 ) -> Generator[Response, None, None]:
     """One response for each chunk, with the text so far; closing this generator cancels the engine's call."""
     text, calls = "", tuple[ToolCall, ...]()
-    with closing(chunks):
+    with handed_on(), closing(chunks):
         for chunk in chunks:
             text, calls = text + chunk.text, calls + chunk.tool_calls
             yield respond(text, chunk.text, calls, chunk.generation)
@@ -172,7 +173,8 @@ async def astream_responses(
 ) -> AsyncGenerator[Response, None]:
     """As ``stream_responses``."""
     text, calls = "", tuple[ToolCall, ...]()
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            text, calls = text + chunk.text, calls + chunk.tool_calls
-            yield respond(text, chunk.text, calls, chunk.generation)
+    with handed_on():
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                text, calls = text + chunk.text, calls + chunk.tool_calls
+                yield respond(text, chunk.text, calls, chunk.generation)

@@ -8,7 +8,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.prompts import ChatPromptTemplate
 
-from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations import ContextWindowError, SemShareEngine
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
 from tiny_models import EngineMaker
 
@@ -74,9 +74,11 @@ async def test_a_failure_takes_no_other_down(model: Model, path: str) -> None:
         return model.batch(inputs, **options) if path == "batch" else await model.abatch(inputs, **options)
 
     first, error, last = await run(return_exceptions=True)
-    assert isinstance(error, ValueError) and texts([first, last]) == texts([model.invoke(p) for p in PROMPTS[:2]])
+    assert isinstance(error, ContextWindowError) and texts([first, last]) == texts(
+        [model.invoke(p) for p in PROMPTS[:2]]
+    )
     before = model.engine.stats()["requests"]
-    with pytest.raises(ValueError, match=r"prompt has \d+ tokens; accepted is up to"):
+    with pytest.raises(ContextWindowError, match=r"prompt has \d+ tokens; accepted is up to"):
         await run()
     assert model.engine.stats()["requests"] == before + 2, "the others were finished"
 

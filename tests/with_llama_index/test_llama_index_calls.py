@@ -14,7 +14,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import AudioBlock, CacheControl, CachePoint, ChatMessage, ImageBlock, TextBlock
 from llama_index.core.schema import Document, NodeWithScore, TextNode
 
-from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations import CallError, SemShareEngine
 from semsharekv_integrations.llama_index import SemShareKVLLM
 
 PROMPT = "What did the mayor say about the flood in the old town ?"
@@ -175,7 +175,7 @@ def test_turns_of_one_role_are_merged_and_cache_points_left_out(llm: SemShareKVL
 @pytest.mark.parametrize("block", [ImageBlock(image=base64.b64encode(b"x")), AudioBlock(audio=base64.b64encode(b"x"))])
 def test_images_and_sounds_are_refused(llm: SemShareKVLLM, block: Any) -> None:
     messages = [MESSAGES[0], ChatMessage(role="user", blocks=[TextBlock(text="See"), block])]
-    with pytest.raises(ValueError, match=rf"messages\[1\]\.blocks\[1\] is '{block.block_type}'; accepted is a text"):
+    with pytest.raises(CallError, match=rf"messages\[1\]\.blocks\[1\] is '{block.block_type}'; accepted is a text"):
         llm.chat(messages)
 
 
@@ -195,9 +195,9 @@ def test_images_and_sounds_are_refused(llm: SemShareKVLLM, block: Any) -> None:
     ],
 )
 def test_bad_options_are_refused_by_name(llm: SemShareKVLLM, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CallError, match=message):
         llm.chat(MESSAGES, **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CallError, match=message):
         llm.stream_complete(PROMPT, **options)
 
 

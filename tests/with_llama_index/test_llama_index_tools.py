@@ -16,7 +16,7 @@ from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel, Field
 
-from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations import CallError, SemShareEngine
 from semsharekv_integrations.llama_index import SemShareKVLLM, SemShareKVPostprocessor
 
 ASK = ChatMessage(role="user", content="What is the weather in Velmar ?")
@@ -89,13 +89,13 @@ def test_a_tool_can_be_chosen(llm: SemShareKVLLM, choice: Any) -> None:
 def test_bad_tools_are_refused_by_name(llm: SemShareKVLLM) -> None:
     with pytest.raises(ValueError, match=r"tools is \[\]; accepted is at least one to choose from"):
         llm.chat_with_tools([], "Who ?", tool_required=True)
-    with pytest.raises(ValueError, match="tool_choice is 'cook'"):
+    with pytest.raises(CallError, match="tool_choice is 'cook'"):
         llm.chat_with_tools(TOOLS, "Who ?", tool_choice="cook")
-    with pytest.raises(ValueError, match=r"tools\[0\] is 'forecast'"):
+    with pytest.raises(CallError, match=r"tools\[0\] is 'forecast'"):
         llm.chat([ASK], tools=["forecast"])
     with pytest.raises(ValueError, match=r"answer is .*; accepted is one with a tool call"):
         llm.get_tool_calls_from_response(llm.chat([ASK], max_tokens=3))
-    with pytest.raises(ValueError, match=r"tool_calls is .* accepted is .*function"):
+    with pytest.raises(CallError, match=r"tool_calls is .* accepted is .*function"):
         llm.chat([ASK, ChatMessage(role="assistant", additional_kwargs={"tool_calls": [{"id": "x"}]}), ASK])
     assert llm.chat_with_tools([], "Who ?", max_tokens=3).message.content, "no tools, no calls"
 
