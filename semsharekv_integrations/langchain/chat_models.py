@@ -35,7 +35,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     Messages go through the model's chat template. Each answer's ``usage_metadata`` counts reused prompt tokens as
     ``input_token_details["cache_read"]``; its ``response_metadata`` holds ``model_name``, ``model_provider``,
-    ``finish_reason`` and ``kv_cache`` (the ``ReuseReport``), all plain JSON. In a stream exactly one chunk, the last, carries them.
+    ``finish_reason`` and ``kv_cache`` (the ``ReuseReport``), all plain JSON. In a stream exactly one chunk, the last,
+    carries them.
 
     Every call also takes the sampling fields and ``namespace`` by keyword (None means what ``configurable`` of the
     config or else the field says), ``session`` (the conversation's name; by default ``configurable``'s ``thread_id`` or

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -42,14 +41,6 @@ def engine_choice(choice: Any) -> str | None:
         require(isinstance(choice, str), "tool_choice", choice, _CHOICES)
     require(choice is None or isinstance(choice, str | bool), "tool_choice", choice, _CHOICES)
     return _OPENAI_CHOICES.get(choice, choice)
-
-
-def tool_calls_of(message: AIMessage) -> list[dict[str, Any]]:
-    """The calls of a message, in OpenAI's form."""
-    return [
-        {"id": call["id"] or "", "type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
-        for call in message.tool_calls
-    ]
 
 
 class ChatOptions(CallOptions):

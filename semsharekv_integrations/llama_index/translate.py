@@ -11,9 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from contextlib import aclosing, closing, suppress
 from typing import Any, TypeVar
 
-from llama_index.core.base.llms import types
 from llama_index.core.base.llms.types import (
-    CachePoint,
     ChatMessage,
     ChatResponse,
     CompletionResponse,
@@ -23,6 +21,7 @@ from llama_index.core.base.llms.types import (
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
+from semsharekv_integrations.llama_index.blocks import TOOL_CALL_BLOCK, message_text
 from semsharekv_integrations.llama_index.refusals import handed_on
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
@@ -39,43 +38,57 @@ _ROLES = {
     MessageRole.FUNCTION: "tool",
 }
 _MERGED_ROLES = ("system", "user")
-_ToolCallBlock: Any = getattr(types, "ToolCallBlock", None)  # which early versions have not
-_KNOWN_BLOCKS: tuple[Any, ...] = (TextBlock, CachePoint, *([_ToolCallBlock] if _ToolCallBlock else []))
 
 
 def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages with ``role`` and ``content``, and what belongs to tools, as chat templates take them.
 
     Consecutive system messages, and consecutive user messages, become one, joined by an empty line, since many
-    templates refuse them. Cache points are left out: see ``documents``.
+    templates refuse them. Cache points are left out: see ``documents``. So is a message all of whose blocks are.
 
     Raises:
         ValueError: if a message holds anything but text and tool calls.
     """
+    a_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+    require(a_list, "messages", type(messages).__name__, "a list of LlamaIndex's ChatMessage")
     merged: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
-        role, text = _ROLES[message.role], _text(index, message)
+        require(isinstance(message, ChatMessage), f"messages[{index}]", type(message).__name__, "a ChatMessage")
+        role, text, tools = _ROLES[message.role], message_text(index, message), _of_tools(message)
+        if text is None and not tools:
+            continue
         if merged and merged[-1]["role"] == role and role in _MERGED_ROLES:
             merged[-1]["content"] += f"\n\n{text}"
         else:
-            merged.append({"role": role, "content": text, **_of_tools(role, message)})
+            merged.append({"role": role, "content": text or "", **tools})
     return merged
 
 
-def _text(index: int, message: ChatMessage) -> str:
-    for at, block in enumerate(message.blocks):
-        kind = getattr(block, "block_type", type(block).__name__)
-        require(isinstance(block, _KNOWN_BLOCKS), f"messages[{index}].blocks[{at}]", kind, "a text block")
-    return message.content or ""
-
-
-def _of_tools(role: str, message: ChatMessage) -> dict[str, Any]:
+def _of_tools(message: ChatMessage) -> dict[str, Any]:
     """An assistant's tool calls, or which call a tool's result belongs to."""
+    role, more = _ROLES[message.role], message.additional_kwargs
     if role == "assistant":
-        calls = message_calls(message)
+        calls = _history_calls(message)
         return {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
+    if message.role == MessageRole.FUNCTION and more.get("name"):
+        return {"tool_call_id": more.get("tool_call_id") or _function_id(more["name"]), "name": more["name"]}
     names = ("tool_call_id", "name") if role == "tool" else ()
-    return {name: message.additional_kwargs[name] for name in names if message.additional_kwargs.get(name)}
+    return {name: more[name] for name in names if more.get(name)}
+
+
+def _history_calls(message: ChatMessage) -> list[ToolCall]:
+    """The calls of a message, those left out whose arguments are no JSON, as another provider's cut answer has them."""
+    function = message.additional_kwargs.get("function_call")
+    if isinstance(function, Mapping) and function.get("name") and not _given_calls(message):
+        given = [(_function_id(function["name"]), function["name"], function.get("arguments"))]
+    else:
+        given = _given_calls(message)
+    return [ToolCall(id_, name, parsed) for id_, name, arguments in given if (parsed := _parsed(arguments)) is not None]
+
+
+def _function_id(name: object) -> str:
+    """What binds a function's result to its call, which have names alone."""
+    return f"function-{name}"
 
 
 def message_calls(message: ChatMessage) -> list[ToolCall]:
@@ -84,28 +97,37 @@ def message_calls(message: ChatMessage) -> list[ToolCall]:
     Raises:
         ValueError: if one is in no known form.
     """
-    blocks: list[Any] = [block for block in message.blocks if isinstance(block, _KNOWN_BLOCKS[2:])]
+    return [ToolCall(id_, name, _arguments(arguments)) for id_, name, arguments in _given_calls(message)]
+
+
+def _given_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
+    """Id, name and arguments of each call, these as they are."""
+    blocks: list[Any] = [block for block in message.blocks if isinstance(block, TOOL_CALL_BLOCK)]
     if blocks:
-        return [ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs)) for block in blocks]
-    return [_parsed_call(call) for call in message.additional_kwargs.get("tool_calls") or ()]
+        return [(block.tool_call_id or "", block.tool_name, block.tool_kwargs) for block in blocks]
+    return [_given_call(call) for call in message.additional_kwargs.get("tool_calls") or ()]
 
 
-def _parsed_call(call: Any) -> ToolCall:
+def _given_call(call: Any) -> tuple[str, str, Any]:
     plain = call.model_dump() if hasattr(call, "model_dump") else call  # OpenAI's own classes
     function = plain.get("function") if isinstance(plain, Mapping) else None
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
     require(isinstance(function, Mapping) and bool(function.get("name")), "tool_calls", call, form)
     assert isinstance(function, Mapping)
-    return ToolCall(plain.get("id") or "", function["name"], _arguments(function.get("arguments")))
+    return plain.get("id") or "", function["name"], function.get("arguments")
 
 
 def _arguments(arguments: Any) -> dict[str, Any]:
-    """Arguments of a call, given as such or as JSON text."""
-    parsed = arguments
+    parsed = _parsed(arguments)
+    require(parsed is not None, "arguments of a tool call", arguments, "an object, or one as JSON text")
+    return parsed or {}
+
+
+def _parsed(arguments: Any) -> dict[str, Any] | None:
+    """Arguments of a call, given as such or as JSON text; None if they are neither."""
     with suppress(json.JSONDecodeError):
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    require(isinstance(parsed, dict), "arguments of a tool call", arguments, "an object, or one as JSON text")
-    return dict(parsed)
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    return dict(arguments) if isinstance(arguments, Mapping) else None
 
 
 def openai_call(call: ToolCall) -> dict[str, Any]:
@@ -119,9 +141,9 @@ def chat_response(
 ) -> ChatResponse:
     """The answer so far; ``generation`` once it is complete."""
     blocks: list[Any] = [TextBlock(text=text)] if text or not calls else []
-    if _ToolCallBlock is not None:
+    if TOOL_CALL_BLOCK:
         named = ({"tool_call_id": call.id, "tool_name": call.name, "tool_kwargs": call.arguments} for call in calls)
-        blocks += [_ToolCallBlock(**call) for call in named]
+        blocks += [TOOL_CALL_BLOCK(**call) for call in named]
     more = {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
     message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=more)
     return ChatResponse(message=message, delta=delta, **_details(generation, model_name))

@@ -175,7 +175,9 @@ def test_turns_of_one_role_are_merged_and_cache_points_left_out(llm: SemShareKVL
 @pytest.mark.parametrize("block", [ImageBlock(image=base64.b64encode(b"x")), AudioBlock(audio=base64.b64encode(b"x"))])
 def test_images_and_sounds_are_refused(llm: SemShareKVLLM, block: Any) -> None:
     messages = [MESSAGES[0], ChatMessage(role="user", blocks=[TextBlock(text="See"), block])]
-    with pytest.raises(CallError, match=rf"messages\[1\]\.blocks\[1\] is '{block.block_type}'; accepted is a text"):
+    with pytest.raises(
+        CallError, match=rf"messages\[1\]\.blocks\[1\] is '{block.block_type}'; accepted is a text block"
+    ):
         llm.chat(messages)
 
 
