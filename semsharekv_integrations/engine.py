@@ -212,8 +212,9 @@ class SemShareEngine:
         labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
         for key, text in tqdm(texts.items(), "computing KV", disable=not progress, leave=False):
             request = Request.of(text, {"documents": {key: text}, "namespace": namespace})
+            rendered = parts.renderer.render(text, request.documents, namespace, window=self.context_window)
             with self._turns.taken():
-                stored += self._memory.warm(parts, request, self.context_window, **labels)
+                stored += self._memory.warm(parts, request, rendered, **labels)
         return stored
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
@@ -229,8 +230,6 @@ class SemShareEngine:
         if session is None:
             self._memory.known.forget(namespace)
             self.auditor.clear(namespace)
-            if self._parts is not None:
-                self._parts.renderer.forget_replies(namespace)
         return self.store.clear() if namespace is None else self.store.forget(namespace, session=session)
 
     def stats(self) -> dict[str, float]:
@@ -284,6 +283,7 @@ class SemShareEngine:
                 request.tools,
                 hints,
                 request.chat_template_kwargs,
+                self.context_window,
             )
             request = request.fitted(len(rendered.token_ids), self.context_window)
             text = parts.begin_text(request)
@@ -317,5 +317,4 @@ class SemShareEngine:
                 output_tokens=len(answer.token_ids),
             )
         parts = self._ready()
-        parts.renderer.remember_reply(answer.text, answer.token_ids, request.namespace)
         self._memory.keep(parts, request, rendered, plan, outcome, answer.token_ids)

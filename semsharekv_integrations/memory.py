@@ -99,7 +99,7 @@ class Memory:
         self.known.note(request.namespace, named)
         return self._put(parts, token_ids, rendered, outcome, request.namespace, starts, request.session)
 
-    def warm(self, parts: ModelParts, request: Request, window: int | None, **labels: Any) -> bool:
+    def warm(self, parts: ModelParts, request: Request, rendered: Rendered, **labels: Any) -> bool:
         """Compute and store the KV of one document, which is the whole prompt; whether it is there.
 
         What was stored of another text under the same id is dropped.
@@ -107,15 +107,10 @@ class Memory:
         Args:
             parts: of the engine.
             request: whose only document is its prompt.
-            window: context window in tokens, or None.
+            rendered: the same.
             labels: those of ``Reference``.
-
-        Raises:
-            ContextWindowError: if the text is too long.
         """
         (key,) = request.documents
-        rendered = parts.renderer.render(request.prompt, request.documents, request.namespace)
-        request.fitted(len(rendered.token_ids), window)
         is_known = self.known.of([request.namespace]).get(key) == request.documents[key]
         self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
         self.known.note(request.namespace, request.documents)

@@ -96,7 +96,7 @@ class ModelParts:
         Raises:
             ValueError: if it asks for what sampling cannot be held to.
         """
-        stop = request.sampling.stop
+        stop = request.sampling.stop + self.renderer.stops(request.prompt)
         if not request.may_call:
             return self._texts.plain(stop, request.json_schema)
         return self._texts.calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)

@@ -9,9 +9,10 @@ from typing import Any, TypedDict, cast
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import SamplingConfig
-from semsharekv_integrations.errors import ContextWindowError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered
-from semsharekv_integrations.model.prompt import RENDERING_OPTIONS, Prompt
+from semsharekv_integrations.model.chat_text import RENDERING_OPTIONS
+from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.model.room import require_room
 from semsharekv_integrations.model.tool_format import Tool
 
 _CHOICES = ("auto", "none", "any")
@@ -100,12 +101,8 @@ class Request:
         """
         if context_window is None:
             return self
+        require_room(prompt_tokens, context_window)
         room = context_window - prompt_tokens
-        if room < 1:
-            raise ContextWindowError(
-                f"prompt has {prompt_tokens} tokens; accepted is up to {context_window - 1}, "
-                f"since the context window of {context_window} must also hold a new token"
-            )
         return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
 
     def document_starts(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, int]:

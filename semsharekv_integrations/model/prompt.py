@@ -1,41 +1,30 @@
 """Prompts to token ids: plain text, or messages through the tokenizer's chat template.
 
-Generated replies are remembered as token ids. Text that is decoded and tokenized again can come out as other tokens,
-which would break the exact prefix of a conversation's next turn; so where a remembered reply stands in the rendered
-text, its own tokens are put in, if they decode to the same text.
+Token ids are always those of the whole text, so that a prompt means the same to every engine, whatever it has said
+before. Where a reply was sampled in other tokens than its text has, the exact prefix of the next turn ends there.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-import threading
-import warnings
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.kv import Rendered, Segment, TokenIds
+from semsharekv_integrations.model.chat_text import ChatText
+from semsharekv_integrations.model.room import require_room, require_room_for_text
 from semsharekv_integrations.model.tool_format import Tool, ToolFormat
-from semsharekv_integrations.model.tool_messages import checked_message, native_messages, plain_messages
+from semsharekv_integrations.model.tool_messages import checked_message
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
-MAX_REMEMBERED_REPLIES = 4096
 _PASSAGE = re.compile(r"\S(?:.|\n(?!\s*\n))*")
-_REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-RENDERING_OPTIONS = (
-    frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    | {"messages", "conversations", "generation_indices"}
-) - {"documents"}  # which a template shows beside the messages, and which are none of ours
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -44,14 +33,17 @@ class PromptRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._replies: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
+        self._chat = ChatText(tokenizer)
         self._pieces: dict[int, str] = {}
-        self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def tool_format(self) -> ToolFormat:
         """How the model writes tool calls."""
-        return ToolFormat.of(self._tokenizer)
+        return self._chat.tool_format
+
+    def stops(self, prompt: Prompt) -> tuple[str, ...]:
+        """Strings that end every answer to ``prompt``, whatever the caller asks for."""
+        return () if isinstance(prompt, str) else self._chat.stops
 
     def render(
         self,
@@ -61,30 +53,42 @@ class PromptRenderer:
         tools: Sequence[Tool] = (),
         hints: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
     ) -> Rendered:
         """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
 
-        ``tools`` are shown to the model, as its template does it or in the system message. ``hints`` are
-        more texts that may stand there: they count where no named one does, the longest of those that overlap.
-        ``template_kwargs`` are more variables for the chat template, none of ``RENDERING_OPTIONS``.
+        Args:
+            prompt: text, or messages.
+            documents: texts by id.
+            namespace: whose prompt it is; on purpose, nothing depends on it.
+            tools: shown to the model, as its template does it or in the system message.
+            hints: more texts that may stand there: they count where no named one does, the longest of those that
+                overlap.
+            template_kwargs: more variables for the chat template, none of ``RENDERING_OPTIONS``.
+            window: context window in tokens, or None.
 
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
+            ContextWindowError: if it leaves no room for a new token.
         """
         if not isinstance(prompt, (str, Sequence)):
             raise PromptError(f"prompt is {type(prompt).__name__}; accepted is text or a sequence of messages")
         if isinstance(prompt, str):
             if tools:
                 raise PromptError("prompt is text; accepted with tools is a sequence of messages")
-            messages, text, pieces = None, prompt, [self._plain(prompt)]
+            messages, text = None, prompt
+            bos = self._tokenizer.bos_token
+            adds_special = not (bos and text.startswith(bos))
         else:
             messages = _checked(prompt)
-            text = self._chat_text(messages, tools, template_kwargs or {})
-            pieces = self._chat_pieces(text, messages, namespace)
-        token_ids = [token_id for ids, _ in pieces for token_id in ids]
+            text = self._chat.of(messages, tools, template_kwargs)
+            adds_special = self._tokenizer.chat_template is None
+        require_room_for_text(text, window, self._count)
+        token_ids, offsets = self._encode(text, add_special_tokens=adds_special)
         if not token_ids:
             raise PromptError("prompt is empty; accepted is text or messages of at least one token")
-        starts = list(accumulate((start for _, offsets in pieces for start in offsets), max))
+        require_room(len(token_ids), window)
+        starts = list(accumulate(offsets, max))
         return Rendered(
             np.array(token_ids, dtype=np.int64),
             _with_hints(_segments(text, starts, documents), _segments(text, starts, hints or {})),
@@ -103,128 +107,22 @@ class PromptRenderer:
             known[token_id] = self._piece(token_id)
         return [known[token_id] for token_id in token_ids.tolist()]
 
-    def remember_reply(self, text: str, token_ids: Sequence[int], namespace: str) -> None:
-        """Keep the tokens of a generated reply, special tokens left out, for later turns of its conversation."""
-        if not text:
-            return
-        special = set(self._tokenizer.all_special_ids)
-        ids = [token_id for token_id in token_ids if token_id not in special]
-        while len(ids) > 1 and len(self._decode(ids)) > len(text):  # the tokens of a stop string
-            ids.pop()
-        if self._decode(ids) != text:
-            return
-        with self._lock:
-            self._replies[namespace, text] = ids
-            self._replies.move_to_end((namespace, text))
-            while len(self._replies) > MAX_REMEMBERED_REPLIES:
-                self._replies.popitem(last=False)
-
-    def forget_replies(self, namespace: str | None) -> None:
-        """Drop the remembered replies of one namespace, or of all."""
-        with self._lock:
-            for key in [key for key in self._replies if namespace in (None, key[0])]:
-                del self._replies[key]
-
     def chat_text(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_kwargs: Mapping[str, Any] | None = None
     ) -> str:
         """The messages through the chat template; a last assistant message is left open, to be continued."""
-        return self._chat_text(_checked(messages), tools, template_kwargs or {})
+        return self._chat.of(_checked(messages), tools, template_kwargs)
 
-    def _chat_text(
-        self, messages: list[dict[str, Any]], tools: Sequence[Tool], template_kwargs: Mapping[str, Any]
-    ) -> str:
-        if tools or any("tool_calls" in message for message in messages):
-            native = self.tool_format.is_native
-            form = self.tool_format
-            messages = native_messages(messages, form) if native else plain_messages(messages, tools, form)
-            tools = tools if native else ()
-        if self._tokenizer.chat_template is None:
-            return _generic_chat_text(messages)
-        try:
-            return self._template(messages, tools, template_kwargs)
-        except _REFUSED as error:
-            folded = _fold_system(messages)
-            if folded is None:
-                raise PromptError(f"the model's chat template refuses the messages: {error}") from error
-            return self._retry_template(folded, tools, template_kwargs)
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _retry_template(
-        self, messages: list[dict[str, Any]], tools: Sequence[Tool], template_kwargs: Mapping[str, Any]
-    ) -> str:
-        try:
-            return self._template(messages, tools, template_kwargs)
-        except _REFUSED as error:
-            raise PromptError(f"the model's chat template refuses the messages: {error}") from error
-
-    def _template(
-        self, messages: list[dict[str, Any]], tools: Sequence[Tool], template_kwargs: Mapping[str, Any]
-    ) -> str:
-        if template_kwargs:
-            self._warn_of_unread(template_kwargs)
-        open_end = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages,
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=not open_end,
-                continue_final_message=open_end,
-                **template_kwargs,
-            )
-        )
-
-    def _warn_of_unread(self, names: Iterable[str]) -> None:
-        """Say which variables the chat template does not mention, so that they change nothing."""
-        template = str(self._tokenizer.chat_template)
-        unread = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
-        if unread:
-            warnings.warn(
-                f"the model's chat template reads no {', '.join(unread)} of chat_template_kwargs", stacklevel=2
-            )
-
-    def _plain(self, text: str) -> tuple[list[int], list[int]]:
-        bos = self._tokenizer.bos_token
-        return self._encode(text, add_special_tokens=not (bos and text.startswith(bos)))
-
-    def _chat_pieces(
-        self, text: str, messages: list[dict[str, Any]], namespace: str
-    ) -> list[tuple[list[int], list[int]]]:
-        add_special = self._tokenizer.chat_template is None
-        whole = self._encode(text, add_special_tokens=add_special)
-        pieces: list[tuple[list[int], list[int]]] = []
-        done = cursor = 0  # characters put into pieces; characters searched
-        for message in messages:
-            at = text.find(message["content"], cursor)
-            if at < 0:
-                continue
-            cursor = at + len(message["content"])
-            if (ids := self._reply_ids(message, namespace)) is not None:
-                before = self._encode(text[done:at], base=done, add_special_tokens=add_special and not done)
-                pieces += [before, (ids, [at] * len(ids))]
-                done = cursor
-        if not pieces:
-            return [whole]
-        pieces.append(self._encode(text[done:], base=done))
-        spliced = [token_id for ids, _ in pieces for token_id in ids]
-        return (
-            pieces if self._decode(spliced, keep_special=True) == self._decode(whole[0], keep_special=True) else [whole]
-        )
-
-    def _reply_ids(self, message: Message, namespace: str) -> list[int] | None:
-        if message["role"] != "assistant":
-            return None
-        with self._lock:
-            return self._replies.get((namespace, message["content"]))
-
-    def _encode(self, text: str, *, base: int = 0, add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Token ids, and the character at which each starts (none from tokenizers that cannot tell)."""
         fast = self._tokenizer.is_fast
         encoded = self._tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=fast, verbose=False
         )
-        offsets = [base + start for start, _ in encoded["offset_mapping"]] if fast else []
-        return list(encoded["input_ids"]), offsets
+        return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]] if fast else []
 
     def _piece(self, token_id: int) -> str:
         """One token's text; SentencePiece's mark for a leading space is kept, as decoding alone would drop it."""
@@ -239,20 +137,6 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     if not messages:
         raise PromptError("prompt has no messages; accepted is at least one")
     return [checked_message(index, message, ROLES) for index, message in enumerate(messages)]
-
-
-def _generic_chat_text(messages: list[dict[str, Any]]) -> str:
-    warnings.warn("the tokenizer has no chat_template: messages are rendered as 'role: content' lines", stacklevel=2)
-    lines = [f"{message['role']}: {message['content']}" for message in messages]
-    return "\n".join(lines) if messages[-1]["role"] == "assistant" else "\n".join([*lines, "assistant:"])
-
-
-def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The system message put before the first user message, for templates that know no system role."""
-    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
-        return None
-    system, user, *rest = messages
-    return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> list[Segment]:

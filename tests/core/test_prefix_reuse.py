@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
-from semsharekv_integrations.model.prompt import PromptRenderer
 from tiny_models import EngineMaker
 
 ASK = [{"role": "user", "content": "What happened in Prorna, and who is the mayor of Velmar?"}]
@@ -75,40 +75,47 @@ def test_same_prompt_again_computes_one_token(make_engine: EngineMaker) -> None:
     assert engine.stats()["store_entries"] == 1
 
 
-def test_reply_that_tokenizes_otherwise_is_reused_in_full(make_engine, tokenizer, llama, monkeypatch) -> None:
-    engine = make_engine()
-    letters = [token for letter in "flood" for token in ids_of(tokenizer, letter)]
-    assert ids_of(tokenizer, "flood") != letters
-    favour(llama, monkeypatch, *letters, *[tokenizer.eos_token_id] * 2)
-    first = engine.generate(ASK)
-    assert first.text == "flood"
-    rendered = engine._ready().renderer.render(next_turn("flood"), {}, "default")
-    naive = PromptRenderer(tokenizer).render(next_turn("flood"), {}, "default")
-    assert list(rendered.token_ids) != list(naive.token_ids)
-    assert tokenizer.decode(rendered.token_ids) == tokenizer.decode(naive.token_ids)
-    second = engine.generate(next_turn("flood"))
-    assert second.report.prefix_tokens == first.report.prompt_tokens + len(letters)
+def written_otherwise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of ``text``, one for each letter, which the tokenizer would not choose."""
+    letters = [token for letter in text for token in ids_of(tokenizer, letter)]
+    assert tokenizer.decode(letters) == text and letters != ids_of(tokenizer, text)
+    return letters
 
 
-def test_replies_are_private_to_their_namespace(make_engine, tokenizer, llama, monkeypatch) -> None:
+@pytest.mark.parametrize("stop", [None, ["\n\nQ"]])
+@pytest.mark.parametrize("text", ["flood", "A flood.", " and a fire ", "Prorna 世界"])
+def test_the_next_turn_is_what_the_template_says_whatever_tokens_the_reply_had(
+    make_engine: EngineMaker, tokenizer, llama, monkeypatch, text: str, stop: list[str] | None
+) -> None:
+    """So an engine that said it, one that did not, and plain transformers see and answer the same."""
+    said, wanted = make_engine("exact"), make_engine("off")
+    letters = written_otherwise(tokenizer, text)
+    favour(llama, monkeypatch, *letters, *(ids_of(tokenizer, "\n\nQ") if stop else []), tokenizer.eos_token_id)
+    first = said.generate(ASK, stop=stop)
+    assert first.text == text and first.token_ids[: len(letters)] == letters
+    monkeypatch.undo()
+    turn = next_turn(first.text)
+    plain = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert said._ready().renderer.render(turn, {}, "default").token_ids.tolist() == plain
+    second = said.generate(turn, max_new_tokens=6)
+    assert second.token_ids == wanted.generate(turn, max_new_tokens=6).token_ids
+    stored = [*said._ready().renderer.render(ASK, {}, "default").token_ids.tolist(), *first.token_ids]
+    assert second.report.prefix_tokens >= num_common(stored[:-1], plain) >= first.report.prompt_tokens
+
+
+def num_common(some: list[int], others: list[int]) -> int:
+    """Length of the longest common beginning."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others))
+    )
+
+
+def test_what_one_namespace_was_told_changes_no_prompt_of_another(make_engine, tokenizer, llama, monkeypatch) -> None:
     engine = make_engine()
-    letters = [token for letter in "flood" for token in ids_of(tokenizer, letter)]
-    favour(llama, monkeypatch, *letters, tokenizer.eos_token_id)
+    favour(llama, monkeypatch, *written_otherwise(tokenizer, "flood"), tokenizer.eos_token_id)
     engine.generate(ASK, namespace="a")
-    render = engine._ready().renderer.render
-    assert list(render(next_turn("flood"), {}, "a").token_ids) != list(render(next_turn("flood"), {}, "b").token_ids)
-    engine.clear("a")
-    assert list(render(next_turn("flood"), {}, "a").token_ids) == list(render(next_turn("flood"), {}, "b").token_ids)
-
-
-def test_reply_cut_by_a_stop_string_is_reused_up_to_it(make_engine, tokenizer, llama, monkeypatch) -> None:
-    engine = make_engine()
-    letters = [token for letter in "flood" for token in ids_of(tokenizer, letter)]
-    favour(llama, monkeypatch, *letters, *ids_of(tokenizer, "\n\nQuestion"), tokenizer.eos_token_id)
-    first = engine.generate(ASK, stop=["\n\nQ"])
-    assert (first.text, first.finish_reason) == ("flood", "stop")
-    second = engine.generate(next_turn("flood"), max_new_tokens=1)
-    assert second.report.prefix_tokens == first.report.prompt_tokens + len(letters)
+    found = [engine._ready().renderer.render(next_turn("flood"), {}, name).token_ids.tolist() for name in "ab"]
+    assert found[0] == found[1]
 
 
 def test_namespaces_share_nothing(make_engine: EngineMaker) -> None:

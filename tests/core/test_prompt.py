@@ -6,16 +6,10 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from semsharekv_integrations import PromptError
-from semsharekv_integrations.model.prompt import MAX_REMEMBERED_REPLIES, PromptRenderer
+from semsharekv_integrations.model.prompt import PromptRenderer
 from tiny_models import EngineMaker
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
@@ -97,18 +91,6 @@ def test_errors_leave_the_engine_usable(make_engine: EngineMaker) -> None:
     assert engine.generate("x", max_new_tokens=1).report.prompt_tokens == 2
 
 
-def test_a_template_without_system_role_gets_it_with_the_first_user_message(tokenizer) -> None:
-    renderer = with_template(
-        tokenizer,
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "[{{ m['content'] }}]{% endfor %}",
-    )
-    assert renderer.chat_text([SYSTEM, USER]) == f"[{SYSTEM['content']}\n\n{USER['content']}]"
-    for messages in ([SYSTEM], [USER, SYSTEM]):
-        with pytest.raises(PromptError, match="no system"):
-            renderer.chat_text(messages)
-
-
 def test_a_template_that_cannot_continue_a_reply_is_a_prompt_error(tokenizer) -> None:
     renderer = with_template(tokenizer, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(PromptError, match="chat template"):
@@ -176,48 +158,6 @@ class TestChatTemplateKwargs:
             renderer.chat_text([USER], (), {"times": "x"})
 
 
-@given(reply=st.text(alphabet="aflod. \n世🌊<|end|>", min_size=1, max_size=12), cuts=st.integers(0, 2**12))
-def test_a_spliced_reply_never_changes_the_text(tokenizer, reply: str, cuts: int) -> None:
-    """Whatever the reply's tokens, and wherever its text stands besides."""
-    renderer, pieces, start = PromptRenderer(tokenizer), [], 0
-    for at in range(1, len(reply) + 1):
-        if cuts >> at & 1 or at == len(reply):
-            pieces += tokenizer.encode(reply[start:at], add_special_tokens=False)
-            start = at
-    renderer.remember_reply(tokenizer.decode(pieces, skip_special_tokens=True), pieces, "default")
-    for messages in (
-        [USER, {"role": "assistant", "content": reply}, USER],
-        [{"role": "user", "content": reply * 2}, {"role": "assistant", "content": reply}],
-        [USER, {"role": "assistant", "content": reply}, USER, {"role": "assistant", "content": reply}, USER],
-    ):
-        found = tokenizer.decode(ids(renderer, messages))
-        assert found == tokenizer.decode(ids(PromptRenderer(tokenizer), messages))
-
-
-def test_tokenizers_that_put_a_space_before_every_text_splice_nothing() -> None:
-    """Text in pieces would come out with other spaces than the whole: then the whole is taken."""
-    words = ["▁[", "▁a", "▁b", "▁ab", "▁]", "a", "b", "[", "]", "▁"]
-    spaced = Tokenizer(
-        WordPiece({word: n for n, word in enumerate(words)}, unk_token="▁", continuing_subword_prefix="")
-    )
-    spaced.pre_tokenizer = Metaspace(prepend_scheme="always")
-    spaced.decoder = decoders.Metaspace(prepend_scheme="always")
-    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, chat_template=template)
-    renderer = PromptRenderer(tokenizer)
-    renderer.remember_reply("ab", [5, 6], "default")
-    messages = [USER | {"content": "b"}, REPLY | {"content": "ab"}, USER | {"content": "b"}]
-    assert ("default", "ab") in renderer._replies
-    assert ids(renderer, messages) == tokenizer(renderer.chat_text(messages)).input_ids
-
-
-def test_the_number_of_replies_is_bounded(renderer, tokenizer) -> None:
-    letters = {a + b + c: [] for a in "abcdefghijklmnopq" for b in "abcdefghijklmnopq" for c in "abcdefghijklmnopq"}
-    for text in letters:
-        renderer.remember_reply(text, tokenizer.encode(text, add_special_tokens=False), "default")
-    assert len(letters) > MAX_REMEMBERED_REPLIES == len(renderer._replies)
-
-
 class TestSegments:
     def test_a_document_is_found_where_it_stands(self, renderer, tokenizer) -> None:
         text = "A flood hit Prorna in May."
@@ -241,15 +181,6 @@ class TestSegments:
     def test_what_is_not_there_is_left_out(self, renderer) -> None:
         assert not renderer.render("A flood.", {"d": "A fire.", "e": " "}, "x").segments
 
-    def test_behind_a_spliced_reply(self, renderer, tokenizer) -> None:
-        letters = [token for letter in "flood" for token in tokenizer.encode(letter, add_special_tokens=False)]
-        renderer.remember_reply("flood", letters, "x")
-        text = "The mayor is Anna Belmor."
-        messages = [USER, {"role": "assistant", "content": "flood"}, {"role": "user", "content": f"{text} Right?"}]
-        rendered = renderer.render(messages, {"d": text}, "x")
-        (segment,) = rendered.segments
-        assert tokenizer.decode(rendered.token_ids[segment.start : segment.stop]).strip() == text
-
     def test_a_tokenizer_without_offsets_finds_none_and_forget_still_works(self, make_engine, tokenizer) -> None:
         engine = make_engine()
         real = engine._ready().renderer._tokenizer
@@ -270,3 +201,35 @@ class TestSegments:
         report = engine.generate("News: a flood.", documents={"d": "a flood."}, max_new_tokens=2).report
         assert report.documents == ()
         assert engine.forget("d") == 1
+
+
+class TestWithoutTemplate:
+    """The next turn begins with no special token, so nothing but its beginning tells that the answer has ended."""
+
+    @pytest.fixture
+    def engine(self, make_engine: EngineMaker, monkeypatch):
+        engine = make_engine("off")
+        monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+        return engine
+
+    @pytest.mark.parametrize("next_turn", ["\nuser:", "\nUser: And?", "\n\nuser: x", "\nassistant: y", "\nSystem:"])
+    @pytest.mark.parametrize("options", [{}, {"stop": ["zzz"]}, {"tools": [tool_of("f")]}])
+    def test_the_answer_ends_before_the_next_turn(self, engine, monkeypatch, next_turn: str, options) -> None:
+        said = engine.tokenizer("A flood." + next_turn + " and more", add_special_tokens=False).input_ids
+        forward = engine.model.forward
+
+        def says(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits[:, -1] = 0
+            output.logits[:, -1, rest.pop(0)] = 9
+            return output
+
+        monkeypatch.setattr(engine.model, "forward", says)
+        for ask in (engine.generate, lambda *a, **k: list(engine.stream(*a, **k))[-1].generation):
+            rest = list(said)
+            with pytest.warns(UserWarning, match="no chat_template"):
+                found = ask([USER], max_new_tokens=len(said), **options)
+            assert (found.text.rstrip("\n"), found.finish_reason) == ("A flood.", "stop")
+            assert rest, "the rest was not computed"
+        rest = list(said)
+        assert next_turn in engine.generate("user: Who?", max_new_tokens=len(said)).text, "text prompts have no turns"

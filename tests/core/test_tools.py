@@ -155,16 +155,17 @@ def test_the_turn_behind_a_call_reuses_text_and_call(special: bool) -> None:
     assert second.report.prefix_tokens >= first.report.prompt_tokens + len(first.token_ids) - 3
 
 
-def test_plain_replies_are_remembered_as_tokens_with_tools() -> None:
+def test_the_turn_behind_a_reply_with_tools_is_what_the_template_says() -> None:
     speaker = Speaker("tagged")
     letters = [token for letter in "flood" for token in speaker.tokenizer.encode(letter, add_special_tokens=False)]
     engine = speaker.says("")
     speaker._rest = [*letters, speaker.tokenizer.eos_token_id]
     first = engine.generate(ASK, tools=TOOLS)
     turn = [*ASK, {"role": "assistant", "content": first.text}, {"role": "user", "content": "And the cost?"}]
+    plain = speaker.tokenizer.apply_chat_template(turn, tools=TOOLS, add_generation_prompt=True, return_dict=False)
     second = engine.generate(turn, tools=TOOLS, max_new_tokens=1)
     ends = speaker.tokenizer.encode("\n", add_special_tokens=False)
-    assert first.text == "flood"
+    assert first.text == "flood" and second.report.prompt_tokens == len(plain)
     assert second.report.prefix_tokens >= first.report.prompt_tokens - len(ends)
 
 

@@ -1,0 +1,139 @@
+"""Messages to text: through the tokenizer's chat template, or as plain lines where there is none.
+
+A template that refuses the messages, or leaves out what the system or the user says, gets them folded. Knows nothing
+about tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations.errors import PromptError
+from semsharekv_integrations.model.folding import Messages, foldings, without_developer
+from semsharekv_integrations.model.tool_format import Tool, ToolFormat
+from semsharekv_integrations.model.tool_messages import native_messages, plain_messages
+
+_REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+RENDERING_OPTIONS = (
+    frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    | {"messages", "conversations", "generation_indices"}
+) - {"documents"}  # which a template shows beside the messages, and which are none of ours
+_SPEAKERS = ("user", "system", "assistant")  # of plain lines
+
+
+class ChatText:
+    """Renders messages with one tokenizer's template; safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls."""
+        return ToolFormat.of(self._tokenizer)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends an answer: without a template, the beginning of the next turn, which no special token marks."""
+        if self._tokenizer.chat_template is not None:
+            return ()
+        return tuple(f"\n{name}:" for role in _SPEAKERS for name in (role, role.capitalize()))
+
+    def of(self, messages: Messages, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None) -> str:
+        """The text of checked messages; a last assistant message is left open, to be continued.
+
+        Args:
+            messages: at least one.
+            tools: shown to the model, as its template does it or in the system message.
+            variables: more of them for the template, none of ``RENDERING_OPTIONS``.
+
+        Raises:
+            PromptError: if the template refuses them in every form.
+        """
+        template = self._tokenizer.chat_template
+        if "developer" not in str(template):
+            messages = without_developer(messages)
+        if variables:
+            self._warn_of_unread(variables)
+        has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+        form = self.tool_format if has_tools else ToolFormat()
+        if has_tools and not form.is_native:
+            messages, tools = plain_messages(messages, tools, form), ()
+        if template is None:
+            return _plain_lines(messages)
+        return self._first_whole(self._forms(messages, form), tools, variables or {})
+
+    def _forms(self, messages: Messages, form: ToolFormat) -> Iterator[Messages]:
+        """Of the messages, the least changed first; at last those in which calls and results are text."""
+        if not form.is_native:
+            return foldings(messages)
+        as_text = (folded for plain in [plain_messages(messages, (), form)] for folded in foldings(plain))
+        with_calls = (native_messages(folded, form) for folded in foldings(messages))
+        return chain(with_calls, as_text if any(m["role"] == "tool" or "tool_calls" in m for m in messages) else ())
+
+    def _first_whole(self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
+        """The first form's text that leaves nothing out; else the first that there is."""
+        partial, refusal = None, None
+        for messages in forms:
+            try:
+                text = self._rendered(messages, tools, variables)
+            except _REFUSED as error:
+                refusal = refusal or error
+                continue
+            if _shows_all(text, messages):
+                return text
+            partial = text if partial is None else partial
+        if partial is None:
+            raise PromptError(f"the model's chat template refuses the messages: {refusal}") from refusal
+        return partial
+
+    def _rendered(self, messages: Messages, tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
+        open_end = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages,
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=not open_end,
+                continue_final_message=open_end,
+                **variables,
+            )
+        )
+
+    def _warn_of_unread(self, names: Iterable[str]) -> None:
+        """Say which variables the chat template does not mention, so that they change nothing."""
+        template = str(self._tokenizer.chat_template)
+        unread = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unread:
+            warnings.warn(
+                f"the model's chat template reads no {', '.join(unread)} of chat_template_kwargs", stacklevel=2
+            )
+
+
+def _shows_all(text: str, messages: Messages) -> bool:
+    """Whether all that the system and the user say stands in the text; templates may cut space around it."""
+    cursor = 0
+    for message in messages:
+        if message["role"] not in ("system", "user"):
+            continue
+        content = message["content"].strip()
+        at = text.find(content, cursor)
+        if at < 0 and content not in text:
+            return False
+        cursor = max(cursor, at + len(content))
+    return True
+
+
+def _plain_lines(messages: Messages) -> str:
+    warnings.warn("the tokenizer has no chat_template: messages are rendered as 'role: content' lines", stacklevel=2)
+    lines = [f"{message['role']}: {message['content']}" for message in messages]
+    return "\n".join(lines) if messages[-1]["role"] == "assistant" else "\n".join([*lines, "assistant:"])
