@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semsharekv_integrations.store.private import open_private, require_plain
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord
 
 FORMAT_VERSION = 1
@@ -26,14 +28,20 @@ _LOG = f"{CATALOG}-wal"
 _SIDECARS = (_LOG, f"{CATALOG}-shm", f"{CATALOG}-journal")
 # What says something about the disk or other processes, not about the bytes of the catalog.
 _SURROUNDINGS = {
+    sqlite3.SQLITE_ABORT,
+    sqlite3.SQLITE_AUTH,
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_INTERRUPT,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOLFS,
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_PROTOCOL,
 }
+_PAGE_ERROR = re.compile(r"error code=(\d+)")  # by which a check says that it could not read a page
 
 
 class UnusableCatalogError(Exception):
@@ -157,19 +165,18 @@ def open_catalog(path: Path, fingerprint: str) -> tuple[Catalog, Contents]:
         OSError, sqlite3.Error: if the disk does not allow it.
     """
     file = path / CATALOG
-    if not file.exists():
+    if not os.path.lexists(file):
         _remove_sidecars(path)
-    os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives the files beside it the same permissions
-    os.chmod(file, 0o600)
+    os.close(open_private(file))  # SQLite gives the files beside it the same permissions
+    for name in _SIDECARS:
+        require_plain(path / name)
     database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
         _create_tables(database)
-        (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if state != "ok":
-            raise UnusableCatalogError(state)
+        _check(database)
         return Catalog(database, fingerprint), _read(database, fingerprint)
     except BaseException as error:
         database.close()
@@ -182,9 +189,11 @@ def look_into(path: Path, fingerprint: str) -> Contents:
     """The catalog in the directory ``path`` as it is now; nothing is changed, and its owner may write meanwhile.
 
     Raises:
-        UnusableCatalogError, sqlite3.Error: if it cannot be read.
+        UnusableCatalogError, sqlite3.Error, OSError: if it cannot be read.
     """
     file = path / CATALOG
+    for name in (CATALOG, *_SIDECARS):
+        require_plain(path / name, own=False)
     # Without a log nobody has it open, and SQLite would begin one.
     mode = "mode=ro" if path.joinpath(_LOG).exists() else "mode=ro&immutable=1"
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)) as database:
@@ -218,11 +227,25 @@ def _create_tables(database: sqlite3.Connection) -> None:
     database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # fails if it cannot be written
 
 
+def _check(database: sqlite3.Connection) -> None:
+    (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    unread = _PAGE_ERROR.search(state)
+    if unread and _tells_of_surroundings(int(unread[1])):
+        raise OSError(f"a page of the catalog cannot be read: {state}")
+    if state != "ok":
+        raise UnusableCatalogError(state)
+
+
 def _is_damage(error: BaseException) -> bool:
     """Whether it is the bytes of the catalog that are wrong; names in a damaged schema may not even be text."""
     if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF not in _SURROUNDINGS
+        return not _tells_of_surroundings(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR))
     return isinstance(error, UnicodeDecodeError)
+
+
+def _tells_of_surroundings(code: int) -> bool:
+    """Also what is refused because of a file beside the catalog; plain READONLY is what a damaged head asks for."""
+    return code & 0xFF in _SURROUNDINGS or (code & 0xFF == sqlite3.SQLITE_READONLY != code)
 
 
 def _version(database: sqlite3.Connection) -> int:

@@ -72,7 +72,9 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
                 metadata["digest"],
             )
             return [_read(file, n, entry) for n, entry in enumerate(header["entries"])]
-    except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise StoreFileError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
 
 

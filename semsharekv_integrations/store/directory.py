@@ -7,6 +7,7 @@ with what hangs on it, and counted; it is never a wrong answer. Knows nothing ab
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import uuid
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 
 from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
 from semsharekv_integrations.store.catalog import (
@@ -30,12 +30,14 @@ from semsharekv_integrations.store.catalog import (
     set_aside,
 )
 from semsharekv_integrations.store.files import KVFiles
+from semsharekv_integrations.store.locking import DirectoryLock, TakenError
+from semsharekv_integrations.store.private import make_private_directory, require_directory
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, fits, rooted, sound
 
 __all__ = ["EntryRecord", "KVDirectory", "NodeRecord", "Peeked", "PeekedEntry", "directories", "peek"]
 
 LOCK = "lock"
-COUNTS = ("damaged", "foreign", "vanished", "orphans", "write_failed")
+COUNTS = ("damaged", "foreign", "vanished", "unavailable", "orphans", "write_failed")
 _FINGERPRINT = re.compile(r"[0-9a-f]+")
 
 
@@ -76,13 +78,12 @@ class KVDirectory:
         self._on_disk = KVFiles(self.path, fingerprint, self._counts)
         self._resources = ExitStack()
         try:
-            _make_private(self.path)
-            lock = FileLock(self.path / LOCK, mode=0o600, thread_local=False)
-            self._resources.enter_context(lock.acquire(timeout=0))
+            make_private_directory(self.path)
+            self._resources.callback(DirectoryLock(self.path / LOCK).release)
             self._catalog, found = self._open_catalog()
             self._resources.callback(self._catalog.close)
             kept = self._keep(found)
-        except Timeout as error:
+        except TakenError as error:
             raise StoreLockedError(
                 f"{self.path} is in use by another process; end that process, or use another directory in this one"
             ) from error
@@ -131,6 +132,7 @@ class KVDirectory:
         The digest is verified, which touches all of them, the first time that a file is read.
 
         Raises:
+            UnavailableFileError: if the system cannot read it now. It is counted; the file may be whole.
             StoreFileError: if the file is missing, damaged, or another than the one written. It is counted; to drop
                 the nodes that lie in it is up to the caller.
         """
@@ -217,7 +219,8 @@ class KVDirectory:
         """What went wrong since opening.
 
         ``damaged``: catalogs, rows and files whose bytes are not those written. ``foreign``: catalogs and files of
-        another model or format version. ``vanished``: files that are missing. ``orphans``: rows, files and temporaries
+        another model or format version. ``vanished``: files that are missing. ``unavailable``: reads that failed for
+        want of handles or memory, or because the disk failed; the files stay. ``orphans``: rows, files and temporaries
         that were left without what they belong to, deleted when opened. ``write_failed``: files and changes of the
         catalog that could not be written.
         """
@@ -276,7 +279,7 @@ def directories(path: Path) -> list[Path]:
     """
     try:
         found = [child for child in Path(path).iterdir() if _FINGERPRINT.fullmatch(child.name)]
-        return sorted(child for child in found if any(child.joinpath(name).exists() for name in (CATALOG, LOCK)))
+        return sorted(child for child in found if any(os.path.lexists(child / name) for name in (CATALOG, LOCK)))
     except OSError as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error
 
@@ -291,6 +294,7 @@ def peek(path: Path) -> Peeked:
     """
     fingerprint = path.absolute().name
     try:
+        require_directory(path)
         found = look_into(path, fingerprint)
         kept = sound(found, KVFiles(path, fingerprint, Counter()).sizes())
     except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
@@ -303,11 +307,3 @@ def peek(path: Path) -> Peeked:
         totals[node.id] = num_tokens + own_tokens, num_bytes + file.num_bytes * own_tokens // file.num_tokens
     entries = [PeekedEntry(entry, *totals[entry.node]) for entry in kept.entries]
     return Peeked(entries, found.num_damaged + found.num_records - kept.num_records)
-
-
-def _make_private(path: Path) -> None:
-    """Make a directory that only its owner may enter, and likewise those above it that are missing."""
-    if not path.parent.is_dir():
-        _make_private(path.parent)
-    path.mkdir(mode=0o700, exist_ok=True)
-    path.chmod(0o700)

@@ -53,6 +53,7 @@ class DiskShelf:
         """The KV of ``node`` in the file that it lies in, mapped into memory.
 
         Raises:
+            UnavailableFileError: if the system cannot read the file now.
             StoreFileError: if the file is damaged, or gone.
         """
         assert self._directory is not None and node.on_disk is not None

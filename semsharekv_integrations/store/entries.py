@@ -139,6 +139,9 @@ class Entries:
         """``entry`` with the KV of ``path``, which it begins with. Counts as a use.
 
         None, and counted, if that cannot be had: then the entry is gone, and all others that need it.
+
+        Raises:
+            UnavailableFileError: if the system cannot read a file now; the entry stays.
         """
         try:
             pieces = self.shelves.load(path, entry.node.path())

@@ -21,13 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
+from semsharekv_integrations.store.private import is_own_directory
 from semsharekv_integrations.store.records import FileRecord
+from semsharekv_integrations.store.verified import DamageError, verified_metadata
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"  # what a temporary begins with: ours, and those that safetensors puts beside it
 TOKEN_DIM = 2
 _NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
+
+
+class UnavailableFileError(StoreFileError):
+    """The system cannot read a KV file now: it is out of handles or memory, or the disk fails or is away."""
 
 
 class KVFiles:
@@ -54,6 +60,8 @@ class KVFiles:
         metadata = {"semsharekv": header, "digest": tensor_digest(header, sorted(on_cpu.items()))}
         temporary, path = self.path / f"{TEMPORARY}{file}", self._path(file)
         try:
+            if not is_own_directory(self.path):
+                raise OSError("its directory is not in its place")
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             save_file(on_cpu, temporary, metadata=metadata)
             os.chmod(temporary, 0o600)
@@ -73,34 +81,47 @@ class KVFiles:
     def read(self, record: FileRecord) -> dict[str, torch.Tensor]:
         """Tensors on the CPU that are private maps of the file: bytes are read when touched.
 
-        The first time that a file is read its digest is verified, which touches all of them.
+        The first time that a file is read its digest is verified, which reads all of them.
 
         Raises:
+            UnavailableFileError: if the system cannot read it now, which says nothing about the file.
             StoreFileError: if the file is missing, damaged, or another than the one recorded.
         """
         path = self._path(record.id)
+        if record.id not in self._verified or _size_of(path) != record.num_bytes:
+            self._verify(record)
         try:
-            if (found := path.stat().st_size) != record.num_bytes:
-                raise ValueError(f"it has {found} bytes in place of {record.num_bytes}")
             with safe_open(path, framework="pt") as opened:
-                metadata = opened.metadata()
-                header = json.loads(metadata["semsharekv"])
-                tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+                return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+        except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # safetensors takes some for others
+            self._verify(record)  # it was verified before, and may have been harmed since
+            raise self._unavailable(path, error) from error
+
+    def _verify(self, record: FileRecord) -> None:
+        """Raise as ``read`` does, and count it, unless the file is the one recorded."""
+        path = self._path(record.id)
+        self._verified.discard(record.id)
+        try:
+            header = json.loads(verified_metadata(path, record.num_bytes)["semsharekv"])
             for name, wanted in self._header(record.id, record.num_tokens).items():
                 if header[name] != wanted:
                     self._counts["foreign"] += 1
                     raise StoreFileError(f"{path} has {name} {header[name]!r}; accepted is {wanted!r}")
-            if record.id not in self._verified:
-                if tensor_digest(metadata["semsharekv"], tensors.items()) != metadata["digest"]:
-                    raise ValueError("its digest is wrong")
-                self._verified.add(record.id)
-        except FileNotFoundError as error:
-            self._counts["vanished"] += 1
-            raise StoreFileError(f"{path} is missing") from error
-        except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (DamageError, KeyError, TypeError, ValueError) as error:
             self._counts["damaged"] += 1
             raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
-        return tensors
+        except FileNotFoundError as error:
+            if not is_own_directory(self.path):
+                raise self._unavailable(path, error) from error
+            self._counts["vanished"] += 1
+            raise StoreFileError(f"{path} is missing") from error
+        except (OSError, MemoryError) as error:
+            raise self._unavailable(path, error) from error
+        self._verified.add(record.id)
+
+    def _unavailable(self, path: Path, error: BaseException) -> UnavailableFileError:
+        self._counts["unavailable"] += 1
+        return UnavailableFileError(f"{path} cannot be read now: {error}")
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every KV file on disk; none is opened."""
@@ -136,8 +157,9 @@ class KVFiles:
         }
 
     def _remove(self, path: Path) -> None:
-        with suppress(OSError):
-            os.unlink(path)
+        if is_own_directory(self.path):  # and no link in its place
+            with suppress(OSError):
+                os.unlink(path)
 
 
 def tensor_digest(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -147,6 +169,14 @@ def tensor_digest(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of a file, or None if they cannot be told."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return None
 
 
 def _sync(path: Path) -> None:

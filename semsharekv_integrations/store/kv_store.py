@@ -21,6 +21,7 @@ from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, Tok
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
+from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.labels import Entry, joined
 from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
@@ -100,14 +101,19 @@ class KVStore:
                     if space is not None
                     and (match := space.longest_prefix(token_ids, max_tokens, session if name == namespace else None))
                 ]
-                if not found:
+                found.sort(key=lambda match: (-match.num_tokens, match.entry.reference.is_tainted))
+                for match in found:
+                    try:
+                        reference = self._entries.loaded(match.entry, match.path)
+                    except UnavailableFileError:
+                        continue
+                    if reference is None:
+                        break  # and look again among what is left
+                    self._entries.counts["hits"] += 1
+                    return PrefixMatch(reference, match.num_tokens)
+                else:
                     self._entries.counts["misses"] += 1
                     return None
-                best = max(found, key=lambda match: (match.num_tokens, not match.entry.reference.is_tainted))
-                reference = self._entries.loaded(best.entry, best.path)
-                if reference is not None:
-                    self._entries.counts["hits"] += 1
-                    return PrefixMatch(reference, best.num_tokens)
 
     def identical_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
         """Stretches of ``token_ids[start:stop]`` that stand anywhere in entries of ``namespace``; exact KV only.
@@ -147,12 +153,14 @@ class KVStore:
             return True
 
     def fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        """An entry with its KV, by the id that ``references`` gives; None if it is not there. Counts as a use."""
-        with self._lock:
-            self._entries.expire()
-            spaces = [self._entries.spaces.get(name) for name in self.readable(namespace)]
-            found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
-            return self._entries.loaded(found[0], found[0].node.path()) if found else None
+        """An entry with its KV, by the id that ``references`` gives. Counts as a use.
+
+        None if it is not there, or cannot be read now.
+        """
+        try:
+            return self._fetch(reference_id, namespace)
+        except UnavailableFileError:
+            return None
 
     def references(self, namespace: str | None = None) -> list[Reference]:
         """The stored references of one namespace, or of all, oldest use first, without KV; no tainted ones."""
@@ -162,8 +170,12 @@ class KVStore:
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
     def fetch_all(self, namespace: str | None = None) -> list[Reference]:
-        """As ``references``, with KV. Counts as a use of each."""
-        found = [self.fetch(reference.id, reference.namespace) for reference in self.references(namespace)]
+        """As ``references``, with KV. Counts as a use of each.
+
+        Raises:
+            StoreFileError: if one of them cannot be read now, so that nobody takes the others for all.
+        """
+        found = [self._fetch(reference.id, reference.namespace) for reference in self.references(namespace)]
         return [reference for reference in found if reference is not None]
 
     def forget(
@@ -226,6 +238,13 @@ class KVStore:
         with self._lock:
             self._entries.check()
 
+    def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
+        with self._lock:
+            self._entries.expire()
+            spaces = [self._entries.spaces.get(name) for name in self.readable(namespace)]
+            found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
+            return self._entries.loaded(found[0], found[0].node.path()) if found else None
+
     def _put_new(self, space: Space, reference: Reference) -> bool:
         """An entry that no other one contains."""
         layers, reference = reference.layers, replace(reference, layers=())
@@ -277,10 +296,16 @@ class KVStore:
         while (space := self._entries.spaces.get(namespace)) is not None:
             found = space.runs(token_ids[start:stop])
             entries = {run.key: space.ordinary[run.key] for run in found}
-            alive = (key for key in entries if key in self._entries.by_key)  # what is loaded may push others out
-            loaded = {key: self._entries.loaded(entries[key], entries[key].node.path()) for key in alive}
+            loaded: dict[str, Reference | None] = {}
+            unavailable = set()
+            for key in entries:
+                if key in self._entries.by_key:  # what is loaded may push others out
+                    try:
+                        loaded[key] = self._entries.loaded(entries[key], entries[key].node.path())
+                    except UnavailableFileError:
+                        unavailable.add(key)
             known = [(run, reference) for run in found if (reference := loaded.get(run.key)) is not None]
-            if len(known) == len(found):
+            if len(known) + sum(run.key in unavailable for run in found) == len(found):
                 return [Run(start + run.start, ref, run.source_start, run.num_tokens) for run, ref in known]
         return []
 

@@ -15,6 +15,7 @@ from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.disk import DiskShelf
+from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.tiers import Tier
@@ -66,6 +67,7 @@ class Shelves:
         Nothing that is ``protected``, which includes ``path``, is lost for it.
 
         Raises:
+            UnavailableFileError: if a file cannot be read now; nothing has to go.
             Unreadable: naming the first node that is damaged, vanished, or has no room after it could not be moved up.
         """
         pieces = [self._raised(node, protected) for node in path]
@@ -188,6 +190,9 @@ class Shelves:
     def _read(self, node: Node) -> PackedKV:
         try:
             return self.disk.read(node)
+        except UnavailableFileError:
+            log_trouble("unavailable_file")
+            raise
         except StoreFileError:
             log_trouble("unreadable_file")
             raise Unreadable(node) from None
