@@ -34,7 +34,14 @@ from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.report import ReuseReport
-from semsharekv_integrations.request import Documents, GenerateOptions, Request, checked_namespace, document_texts
+from semsharekv_integrations.request import (
+    Documents,
+    GenerateOptions,
+    Request,
+    checked_name,
+    checked_namespace,
+    document_texts,
+)
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
 
@@ -219,8 +226,7 @@ class SemShareEngine:
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many there were."""
-        self._memory.known.forget(checked_namespace(namespace), document_id)
-        return self.store.forget(checked_namespace(namespace), document_id=document_id)
+        return self._memory.forget(self._parts, checked_name("document_id", document_id), checked_namespace(namespace))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
         """Drop the entries of one session or namespace, or everything; how many there were."""
@@ -285,6 +291,7 @@ class SemShareEngine:
                 request.chat_template_kwargs,
                 self.context_window,
             )
+            request.require_documents(rendered)
             request = request.fitted(len(rendered.token_ids), self.context_window)
             text = parts.begin_text(request)
         suspended = self.auditor.suspends(request.namespace)

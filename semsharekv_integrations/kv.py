@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
@@ -83,6 +83,13 @@ def first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[LayerKV
         yield LayerKV(keys[:, :, :num_tokens], values[:, :, :num_tokens])
 
 
+class Span(NamedTuple):
+    """A document stands in whatever has the first ``stop`` tokens of its prompt, from ``start`` on or ``UNPLACED``."""
+
+    start: int
+    stop: int
+
+
 class Segment(NamedTuple):
     """Tokens ``start`` to ``stop`` (exclusive) of a prompt are the document ``document_id``, or a passage (id "")."""
 
@@ -102,6 +109,8 @@ class Reference:
         layers: one pair for each layer; none in what the store lists, which ``KVStore.fetch`` brings KV for.
         document_starts: the caller's documents that stand in it, for ``forget``, each with its first token, or
             ``UNPLACED`` if it may stand anywhere.
+        document_stops: how many of the first tokens each of them needs to stand there whole; one that is not here,
+            as in what earlier versions wrote, stands wherever it begins.
         segments: the documents and passages that stand in its exact part, in order; what is matched by similarity.
         exact_tokens: number of leading tokens whose KV is that of a full prefill; None for all. What follows is
             tainted: it came after a borrowed token, and may serve nothing but the same session's exact continuation.
@@ -115,6 +124,7 @@ class Reference:
     token_ids: TokenIds
     layers: Sequence[LayerKV]
     document_starts: Mapping[str, int] = field(default_factory=dict)
+    document_stops: Mapping[str, int] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
     exact_tokens: int | None = None
     session: str | None = None
@@ -127,9 +137,25 @@ class Reference:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
     @property
+    def spans(self) -> dict[str, Span]:
+        """Where each of the caller's documents stands."""
+        stops = self.document_stops
+        return {key: Span(start, stops.get(key, start + 1)) for key, start in self.document_starts.items()}
+
+    def labelled(self, spans: Mapping[str, Span]) -> Reference:
+        """As it is, with these documents."""
+        starts, stops = ({key: span[end] for key, span in spans.items()} for end in (0, 1))
+        return replace(self, document_starts=starts, document_stops=stops)
+
+    @property
     def is_tainted(self) -> bool:
         """Whether some of its KV is approximate."""
         return self.exact_tokens is not None and self.exact_tokens < len(self.token_ids)
+
+
+def standing_within(spans: Mapping[str, Span], num_tokens: int) -> dict[str, Span]:
+    """The documents that stand whole in the first ``num_tokens`` tokens."""
+    return {key: span for key, span in spans.items() if span.stop <= num_tokens}
 
 
 class PrefixMatch(NamedTuple):
@@ -153,12 +179,14 @@ class Rendered(NamedTuple):
 
     ``passages`` are the paragraphs of the prompt, which stand in for documents where none are known.
     ``question`` is the last user turn as a range of tokens, or None in a plain text prompt.
+    ``unplaced`` are the documents that stand in it, but nobody can tell where, each with the tokens that come before.
     """
 
     token_ids: TokenIds
     segments: Sequence[Segment]
     passages: Sequence[Segment] = ()
     question: tuple[int, int] | None = None
+    unplaced: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)

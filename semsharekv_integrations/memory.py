@@ -15,7 +15,7 @@ import numpy as np
 
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
-from semsharekv_integrations.kv import UNPLACED, Reference, Rendered, TokenIds
+from semsharekv_integrations.kv import UNPLACED, Reference, Rendered, Span, TokenIds
 from semsharekv_integrations.matching import segments_of
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.parts import ModelParts
@@ -76,12 +76,9 @@ class Memory:
     def recognized(self, request: Request) -> tuple[Request, dict[str, str]]:
         """The request, its documents under known ids where it gives none; and all that may stand in its prompt."""
         known = self.known.of(self._store.readable(request.namespace))
-        ids = {text.strip(): key for key, text in known.items()}
-        named = {
-            ids.get(text.strip(), key) if _is_nameless(key, text) else key: text
-            for key, text in request.documents.items()
-        }
-        return replace(request, documents=named), known
+        ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
+        nameless = {key: text.strip() for key, text in request.documents.items() if _is_nameless(key, text)}
+        return request.renamed({key: ids[text] for key, text in nameless.items() if text in ids}), known
 
     def keep(
         self,
@@ -94,10 +91,11 @@ class Memory:
     ) -> bool:
         """Store the KV of a prompt and of what was ``answered``, as far as there is any; whether all of it is there."""
         token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
-        starts = plan.document_starts() | request.document_starts(rendered, plan.prefix)
+        spans = request.document_spans(rendered, plan.prefix)
+        borrowed = plan.document_spans()
         named = {key: text for key, text in request.documents.items() if not _is_nameless(key, text)}
         self.known.note(request.namespace, named)
-        return self._put(parts, token_ids, rendered, outcome, request.namespace, starts, request.session)
+        return self._put(parts, token_ids, rendered, outcome, request.namespace, spans, request.session, borrowed)
 
     def warm(self, parts: ModelParts, request: Request, rendered: Rendered, **labels: Any) -> bool:
         """Compute and store the KV of one document, which is the whole prompt; whether it is there.
@@ -115,15 +113,24 @@ class Memory:
         self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
         self.known.note(request.namespace, request.documents)
         outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
-        starts = request.document_starts(rendered, None)
-        return self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, starts, None, **labels)
+        spans = request.document_spans(rendered, None)
+        return self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, spans, None, **labels)
+
+    def forget(self, parts: ModelParts | None, document_id: str, namespace: str) -> int:
+        """Drop every entry of ``namespace`` in which the document stands, and its text; how many entries."""
+        if parts is None:  # nothing is stored before there is a model
+            return 0
+        text = self.known.of([namespace]).get(document_id)
+        tokens = [] if text is None else [parts.renderer.tokens_of(text)]
+        self.known.forget(namespace, document_id)
+        return self._store.forget(namespace, document_id=document_id, tokens=tokens, text_of=parts.renderer.text_of)
 
     def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> None:
         """Drop the entries that have other tokens where the document stands, and those that do not say where."""
         tokens = [rendered.token_ids[s.start : s.stop] for s in rendered.segments if s.document_id == key]
 
         def is_current(reference: Reference) -> bool:
-            start = reference.document_starts[key]
+            start = reference.document_starts.get(key, UNPLACED)
             if start == UNPLACED or not tokens:
                 return not unplaced
             there = reference.token_ids[start : start + len(tokens[0])]
@@ -139,8 +146,9 @@ class Memory:
         rendered: Rendered,
         outcome: Outcome,
         namespace: str,
-        document_starts: Mapping[str, int],
+        spans: Mapping[str, Span],
         session: str | None,
+        borrowed: Mapping[str, Span] | None = None,
         **labels: Any,
     ) -> bool:
         adapter = parts.adapter
@@ -151,7 +159,7 @@ class Memory:
         if len(token_ids) > (adapter.stable_positions or len(token_ids)):
             return False
         segments = tuple(segments_of(rendered))
-        found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, document_starts, session)
+        found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, spans, session, borrowed)
         stored = [self._store.put(replace(reference, **labels)) for reference in found]
         return all(stored)
 

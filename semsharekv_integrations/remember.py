@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
+from semsharekv_integrations.kv import LayerKV, Reference, Segment, Span, TokenIds, standing_within
 from semsharekv_integrations.store.labels import reference_id
 
 
@@ -18,8 +18,9 @@ def references_of(
     exact_tokens: int,
     segments: tuple[Segment, ...],
     namespace: str,
-    document_starts: Mapping[str, int],
+    documents: Mapping[str, Span],
     session: str | None = None,
+    borrowed: Mapping[str, Span] | None = None,
 ) -> list[Reference]:
     """The references that may be stored, none to two.
 
@@ -29,24 +30,25 @@ def references_of(
         exact_tokens: number of leading tokens whose KV is that of a full prefill.
         segments: of the prompt.
         namespace: who may read them.
-        document_starts: the caller's documents, each with its first token.
+        documents: the caller's, and where each stands. One that is not exact as a whole is not kept in part, where
+            it could not be told from others that begin alike.
         session: whose conversation it is, or None.
+        borrowed: the documents that KV was borrowed from, which the exact part keeps no word of either.
     """
     found = []
     exact = min(exact_tokens, len(token_ids))
     kept = tuple(segment for segment in segments if segment.stop <= exact)
-    starts = {key: start for key, start in document_starts.items() if start < exact}
-    if exact == len(token_ids):
-        starts = dict(document_starts)
-    if exact:
-        parts = tuple(_first_tokens(layer, exact) for layer in layers)
-        ids = token_ids[:exact]
-        found.append(Reference(reference_id(namespace, ids), namespace, ids, parts, starts, kept, session=session))
+    cut = [span.start for span in documents.values() if 0 <= span.start < exact < span.stop]
+    whole = min([exact, *cut, *(span.start for span in (borrowed or {}).values())])
+    if whole:
+        parts = tuple(_first_tokens(layer, whole) for layer in layers)
+        ids, own = token_ids[:whole], tuple(segment for segment in kept if segment.stop <= whole)
+        exactly = Reference(reference_id(namespace, ids), namespace, ids, parts, segments=own, session=session)
+        found.append(exactly.labelled(standing_within(documents, whole)))
     if session is not None and exact < len(token_ids):
-        key = reference_id(namespace, token_ids)
-        found.append(
-            Reference(key, namespace, token_ids, layers, document_starts, kept, exact_tokens=exact, session=session)
-        )
+        key, exact_of = reference_id(namespace, token_ids), {"exact_tokens": exact, "session": session}
+        rest = Reference(key, namespace, token_ids, layers, segments=kept, **exact_of)
+        found.append(rest.labelled({**(borrowed or {}), **documents}))
     return found
 
 

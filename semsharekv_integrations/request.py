@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.checks import IN_UTF8, is_utf8, require, shown
 from semsharekv_integrations.config import SamplingConfig
-from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered
+from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
 from semsharekv_integrations.model.chat_text import RENDERING_OPTIONS
 from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.model.room import require_room
@@ -53,9 +53,34 @@ class GenerateOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
 
 
+class DocumentNotes(dict[str, str]):
+    """Texts by id as a framework found them: those that do not stand in the prompt are left out.
+
+    Args:
+        texts: by id.
+        required: the ids that the caller gave, whose texts must stand in the prompt.
+        groups: further names, each with the ids of the texts that it is a name of.
+    """
+
+    def __init__(
+        self,
+        texts: Mapping[str, str],
+        required: Collection[str] = (),
+        groups: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(texts)
+        self.required = frozenset(required)
+        self.groups = dict(groups or {})
+
+
 @dataclass(frozen=True)
 class Request:
-    """One checked call."""
+    """One checked call.
+
+    Attributes:
+        required: the ids of ``documents`` that must stand in the prompt.
+        groups: further names of documents: see ``DocumentNotes``.
+    """
 
     prompt: Prompt
     sampling: SamplingConfig
@@ -66,6 +91,8 @@ class Request:
     tool_choice: str = "auto"
     json_schema: Mapping[str, Any] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, prompt: Prompt, options: GenerateOptions) -> Request:
@@ -78,7 +105,9 @@ class Request:
         require(not unknown, "options", unknown, ", ".join(GenerateOptions.__annotations__))
         rest = dict(options)
         namespace, session = checked_namespace(rest.pop("namespace", "default")), rest.pop("session", None)
-        documents = document_texts(rest.pop("documents", None))
+        given = rest.pop("documents", None)
+        documents = document_texts(given)
+        noted = given if isinstance(given, DocumentNotes) else DocumentNotes({}, documents)
         tools = _checked_tools(rest.pop("tools", None))
         choice = _checked_choice(rest.pop("tool_choice", None), tools)
         schema = _checked_schema(rest.pop("json_schema", None), tools, choice)
@@ -86,12 +115,28 @@ class Request:
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
         require(session is None or isinstance(session, str), "session", session, "None or a string")
         asked = (prompt, sampling, namespace, documents, session, tools, choice, schema, variables)
-        return cls(*asked)  # type: ignore[arg-type]
+        return cls(*asked, noted.required, noted.groups)  # type: ignore[arg-type]
 
     @property
     def may_call(self) -> bool:
         """Whether the answer may hold tool calls."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    def renamed(self, ids: Mapping[str, str]) -> Request:
+        """With other ids for some documents, by those that they have now."""
+        documents = {ids.get(key, key): text for key, text in self.documents.items()}
+        groups = {name: [ids.get(key, key) for key in keys] for name, keys in self.groups.items()}
+        required = frozenset(ids.get(key, key) for key in self.required)
+        return replace(self, documents=documents, required=required, groups=groups)
+
+    def require_documents(self, rendered: Rendered) -> None:
+        """Raise ``ValueError`` for a document that the caller gave and that does not stand in the prompt."""
+        if self.required:
+            there = {segment.document_id for segment in rendered.segments} | rendered.unplaced.keys()
+            missing = sorted(self.required - there)
+            for key in missing[:1]:
+                field, accepted = f"documents[{shown(key)}]", "text that stands in the prompt word for word"
+                require(False, field, self.documents[key], accepted)
 
     def fitted(self, prompt_tokens: int, context_window: int | None) -> Request:
         """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
@@ -105,16 +150,21 @@ class Request:
         room = context_window - prompt_tokens
         return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
 
-    def document_starts(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, int]:
-        """Every document that an entry of this prompt is forgotten with, and the token at which it starts.
+    def document_spans(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, Span]:
+        """Every document that an entry of this prompt is forgotten with, and where it stands.
 
-        One that was named but is not there word for word may stand anywhere; those in the reused prefix are here too.
+        Those that stand whole in the reused prefix are here too. A further name has the place of the first document
+        that it is a name of.
         """
-        inherited = prefix.reference.document_starts.items() if prefix else ()
-        reused = prefix.num_tokens if prefix else 0
-        unplaced = dict.fromkeys(self.documents, UNPLACED)
-        placed = {segment.document_id: segment.start for segment in rendered.segments}
-        return {key: start for key, start in inherited if start < reused} | unplaced | placed
+        inherited = standing_within(prefix.reference.spans, prefix.num_tokens) if prefix else {}
+        unplaced = {key: Span(UNPLACED, before + 1) for key, before in rendered.unplaced.items()}
+        own = unplaced | {segment.document_id: Span(segment.start, segment.stop) for segment in rendered.segments}
+        named = {
+            name: min((own[key] for key in keys if key in own), key=lambda span: span.stop)
+            for name, keys in self.groups.items()
+            if any(key in own for key in keys)
+        }
+        return inherited | named | own
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
@@ -182,8 +232,13 @@ def _checked_variables(variables: object) -> dict[str, Any]:
 
 def checked_namespace(namespace: object) -> str:
     """The namespace, if it is a non-empty string."""
-    require(isinstance(namespace, str) and bool(namespace), "namespace", namespace, "a non-empty string")
-    return str(namespace)
+    return checked_name("namespace", namespace)
+
+
+def checked_name(field: str, name: object) -> str:
+    """A name that is a non-empty string, and can be written down as UTF-8."""
+    require(isinstance(name, str) and bool(name) and is_utf8(name), field, name, f"a non-empty string{IN_UTF8}")
+    return str(name)
 
 
 def document_texts(documents: object) -> dict[str, str]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
 from semsharekv_integrations.core.schedule import geometric_shares
-from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, TokenIds
+from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
 from semsharekv_integrations.modes import ReuseRules
 
 PROJECTION_SHARE = (
@@ -78,14 +78,18 @@ class ReusePlan:
         """Length of the reused prefix."""
         return self.prefix.num_tokens if self.prefix else 0
 
-    def document_starts(self) -> dict[str, int]:
-        """The documents that borrowed KV may come from, each with the first token that borrows from its reference."""
+    def document_spans(self) -> dict[str, Span]:
+        """The documents that borrowed KV may come from: each stands from the first token on that borrows from it.
+
+        KV comes from its own token and from those before it, so what stands behind in the same reference has no part.
+        """
         starts: dict[str, int] = {}
         for borrowing in self.borrowings:
-            first = int(borrowing.targets.min())
-            for key in borrowing.reference.document_starts:
-                starts[key] = min(first, starts.get(key, first))
-        return starts
+            for key, start in borrowing.reference.document_starts.items():
+                behind = borrowing.targets[borrowing.sources >= start]
+                if len(behind):
+                    starts[key] = min(int(behind.min()), starts.get(key, int(behind.min())))
+        return {key: Span(start, start + 1) for key, start in starts.items()}
 
     @cached_property
     def fuzzy(self) -> Mask:

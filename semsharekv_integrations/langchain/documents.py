@@ -13,7 +13,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, ToolMessage
 
 from semsharekv_integrations.checks import require
-from semsharekv_integrations.request import Documents, document_id
+from semsharekv_integrations.request import DocumentNotes, Documents, document_id
 
 MAX_DEPTH = 4  # of containers that are looked into for documents
 Named = tuple[str, str]
@@ -85,4 +85,4 @@ def with_found(
     for key, text in marked:
         if text.strip() and not any(str(other).strip() in text for other in texts.values()):
             texts[key] = text
-    return texts or None
+    return DocumentNotes(texts, documents or ()) if texts else None

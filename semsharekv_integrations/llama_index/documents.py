@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from semsharekv_integrations.checks import require
-from semsharekv_integrations.request import Documents, document_id
+from semsharekv_integrations.request import DocumentNotes, Documents, document_id
 
 CONTEXT_ARGUMENTS = ("context_str", "context_msg", "context")
 MOST_NOTED_NODES = 256  # of all namespaces; to look for them all in 50,000 characters takes 20 ms
@@ -104,6 +104,8 @@ def context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any]) ->
 def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Documents:
     """Texts by id where LlamaIndex nodes are among ``documents``; anything else unchanged, for the engine to check.
 
+    Nodes without text, such as images, are left out.
+
     Raises:
         ValueError: if two texts have one id.
     """
@@ -114,34 +116,52 @@ def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Docu
         key, text = document_id(item) if isinstance(item, str) else "", item
         if isinstance(item, BaseNode | NodeWithScore):
             nodes.append(node := NodeText.of(item))
-            key, text = node.node_id, node.standing_in(where) or "".join(node.forms[:1])
+            if not node.forms:
+                continue
+            key, text = node.node_id, node.standing_in(where) or node.forms[0]
         key = key or document_id(item)
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
         texts[key] = text
-    return _labelled(texts, nodes)
+    return _labelled(texts, nodes, required=texts)
 
 
 def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
     """The documents of ``prompt``, by id and in order, as far as noted nodes, cache points and arguments tell.
 
     Where hints overlap, nodes come before cache points, these before arguments, and longer nodes before shorter ones.
-    A node that stands in the prompt but overlaps another is named without a place, so that it can be forgotten.
+    A node that stands in the prompt but overlaps another is a further name of that, so that it can be forgotten.
     """
     where = _whole_text(prompt)
     nodes = [(node, form) for node in noted if (form := node.standing_in(where)) is not None]
     nodes.sort(key=lambda pair: -len(pair[1]))
     parts = (*_marked(prompt), *getattr(prompt, "parts", ()))
     placed: list[_Place] = []
+    covered: dict[str, list[str]] = {}  # ids of nodes that overlap others, with the ids of these
     for key, text in [*((node.node_id, form) for node, form in nodes), *((document_id(part), part) for part in parts)]:
         place = _Place(where.find(text), text, key)
-        if place.start >= 0 and not any(place.overlaps(other) for other in placed):
+        over = [other.document_id for other in placed if place.overlaps(other)]
+        if place.start >= 0 and not over:
             placed.append(place)
-    return _labelled({place.document_id: place.text for place in sorted(placed)}, [node for node, _ in nodes])
+        covered[key] = over
+    texts = {place.document_id: place.text for place in sorted(placed)}
+    return _labelled(texts, [node for node, _ in nodes], covered=covered)
 
 
-def _labelled(texts: dict[str, str], nodes: Iterable[NodeText]) -> dict[str, str]:
-    """``texts`` by id, and with no text, so without a place, the other ids of ``nodes``."""
-    return texts | {key: "" for node in nodes for key in node.ids if key not in texts}
+def _labelled(
+    texts: dict[str, str],
+    nodes: Iterable[NodeText],
+    *,
+    required: Collection[str] = (),
+    covered: Mapping[str, Sequence[str]] | None = None,
+) -> DocumentNotes:
+    """``texts`` by id, and the other ids of ``nodes`` as names of what stands there; see ``DocumentNotes``."""
+    groups: dict[str, list[str]] = {}
+    for node in nodes:
+        there = [node.node_id] if node.node_id in texts else list((covered or {}).get(node.node_id, ()))
+        for key in node.ids:
+            if key not in texts:
+                groups.setdefault(key, []).extend(there)
+    return DocumentNotes(texts, required, groups)
 
 
 class _Place(NamedTuple):

@@ -91,14 +91,19 @@ class PromptRenderer:
         starts = list(accumulate(offsets, max))
         return Rendered(
             np.array(token_ids, dtype=np.int64),
-            _with_hints(_segments(text, starts, documents), _segments(text, starts, hints or {})),
+            _with_hints(_segments(text, starts, documents, loosely=True), _segments(text, starts, hints or {})),
             _passages(text, starts),
             None if messages is None else _question(text, starts, messages),
+            self._unplaced(text, starts, messages or [], documents),
         )
 
     def text_of(self, token_ids: TokenIds) -> str:
         """The text of ``token_ids`` [N], without special tokens."""
         return self._decode(token_ids.tolist())
+
+    def tokens_of(self, text: str) -> TokenIds:
+        """The tokens of a text that stands by itself, without special tokens."""
+        return np.array(self._encode(text.strip(), add_special_tokens=False)[0], dtype=np.int64)
 
     def pieces_of(self, token_ids: TokenIds) -> list[str]:
         """The text of each token [N], with the space that stands before it where a word begins."""
@@ -115,6 +120,25 @@ class PromptRenderer:
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _unplaced(
+        self, text: str, starts: list[int], messages: Sequence[Message], documents: Mapping[str, str]
+    ) -> dict[str, int]:
+        """The documents whose place cannot be told, each with the number of tokens that surely come before.
+
+        They stand in a message that the template changed, or the tokenizer does not tell where tokens start.
+        """
+        found = {}
+        for key, content in ((key, content.strip()) for key, content in documents.items()):
+            at, _ = _place(text, content, loosely=True)
+            if not content or (at >= 0 and starts):
+                continue
+            before = text[:at] if at >= 0 else _text_before(text, messages, content)
+            if before is not None:
+                found[key] = max(
+                    0, len(self._encode(before, add_special_tokens=False)[0]) - 2
+                )  # some are cut otherwise within the whole text
+        return found
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Token ids, and the character at which each starts (none from tokenizers that cannot tell)."""
@@ -139,18 +163,27 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [checked_message(index, message, ROLES) for index, message in enumerate(messages)]
 
 
-def _segments(text: str, starts: list[int], documents: Mapping[str, str]) -> list[Segment]:
+def _segments(text: str, starts: list[int], documents: Mapping[str, str], *, loosely: bool = False) -> list[Segment]:
     """Where each document's text first stands, in tokens; documents that are not in the text are left out.
 
+    ``loosely``: space within it may be another, as where lines are broken anew.
     ``starts`` is where each token starts, in characters; special tokens put behind the text claim the last place.
     """
     found = []
     for document_id, content in documents.items():
-        content = content.strip()
-        at = text.find(content)
-        if at >= 0 and starts and content:
-            found.append(Segment(document_id, *_tokens_between(starts, at, at + len(content))))
+        at, stop = _place(text, content.strip(), loosely=loosely)
+        if at >= 0 and starts and stop > at:
+            found.append(Segment(document_id, *_tokens_between(starts, at, stop)))
     return found
+
+
+def _place(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
+    """Where ``content`` first stands, in characters; -1 twice if nowhere."""
+    at = text.find(content)
+    if at >= 0 or not loosely:
+        return at, at + len(content)
+    match = re.search(r"\s+".join(map(re.escape, content.split())), text)
+    return match.span() if match else (-1, -1)
 
 
 def _with_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
@@ -160,6 +193,17 @@ def _with_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
         if all(segment.stop <= other.start or other.stop <= segment.start for other in kept):
             kept.append(segment)
     return sorted(kept, key=lambda s: (s.start, s.stop))
+
+
+def _text_before(text: str, messages: Sequence[Message], content: str) -> str | None:
+    """The text up to the end of what comes before the first message with ``content``, or None if there is none."""
+    cursor = 0
+    for message in messages:
+        if content in message["content"]:
+            return text[:cursor]
+        at = text.find(message["content"], cursor)
+        cursor = at + len(message["content"]) if at >= 0 else cursor
+    return None
 
 
 def _passages(text: str, starts: list[int]) -> list[Segment]:

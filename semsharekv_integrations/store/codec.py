@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.store.files import tensor_digest
-from semsharekv_integrations.store.labels import reference_id
+from semsharekv_integrations.store.labels import reference_id, stops_of
 
 FORMAT_VERSION = 2
 
@@ -89,6 +89,7 @@ def _header(reference: Reference) -> dict[str, Any]:
         "layers": len(reference.layers),
         "session": reference.session,
         "document_starts": dict(reference.document_starts),
+        "document_stops": dict(reference.document_stops),
         "segments": reference.segments,
         "pinned": reference.pinned,
         "expires_after_s": reference.expires_after_s,
@@ -108,6 +109,7 @@ def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
         token_ids=token_ids,
         layers=layers,
         document_starts=entry["document_starts"],
+        document_stops=stops_of(entry),
         segments=tuple(Segment(*segment) for segment in entry["segments"]),
         session=entry["session"],
         pinned=entry["pinned"],

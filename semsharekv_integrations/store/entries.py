@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from semsharekv_integrations.config import StoreConfig
-from semsharekv_integrations.kv import PiecedLayers, Reference
+from semsharekv_integrations.kv import PiecedLayers, Reference, standing_within
 from semsharekv_integrations.store.deadlines import Deadlines
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
 from semsharekv_integrations.store.labels import Entry, record_of, shortened
@@ -152,14 +152,13 @@ class Entries:
             return None
         entry.last_used_s = self._clock()
         entry.hits += 1
-        starts = dict(entry.reference.document_starts)
+        spans = standing_within(entry.reference.spans, path[-1].stop)
         if not entry.reference.is_tainted:
-            starts |= self.spaces[entry.reference.namespace].documents_of(path)
+            spans |= self.spaces[entry.reference.namespace].documents_of(path)
         return replace(
-            entry.reference,
+            entry.reference.labelled(spans),
             token_ids=entry.reference.token_ids[: path[-1].stop],
             layers=PiecedLayers(pieces, pieces[0].num_layers),
-            document_starts=starts,
         )
 
     def check(self) -> None:

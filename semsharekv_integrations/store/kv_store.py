@@ -26,6 +26,7 @@ from semsharekv_integrations.store.labels import Entry, joined
 from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.space import Space
+from semsharekv_integrations.store.standing import entries_with
 
 _COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
 _MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
@@ -185,19 +186,24 @@ class KVStore:
         document_id: str | None = None,
         session: str | None = None,
         spare: Callable[[Reference], bool] | None = None,
+        tokens: Sequence[TokenIds] = (),
+        text_of: Callable[[TokenIds], str] | None = None,
     ) -> int:
-        """Drop the entries of ``namespace`` that carry the document or session (all, if neither is given).
+        """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
         Of these, the ones that ``spare`` is true of stay. What several entries share goes with the last of them. How
-        many entries there were.
+        many entries there were. ``tokens`` and ``text_of`` help to find the document where nobody named it: see
+        ``store.standing``.
         """
         with self._lock:
             self._entries.expire()  # so that the count does not tell what others did since
+            found = self._entries.of(namespace)
+            if document_id is not None:
+                found = entries_with(document_id, found, tokens, text_of)
             doomed = [
                 entry
-                for entry in self._entries.of(namespace)
-                if (document_id is None or document_id in entry.reference.document_starts)
-                and (session is None or entry.reference.session == session)
+                for entry in found
+                if (session is None or entry.reference.session == session)
                 and not (spare is not None and spare(entry.reference))
             ]
             for entry in doomed:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from semsharekv_integrations.kv import Reference, Segment, TokenIds
+from semsharekv_integrations.kv import UNPLACED, Reference, Segment, Span, TokenIds, standing_within
 from semsharekv_integrations.store.directory import EntryRecord
 from semsharekv_integrations.store.radix import Node
 
@@ -42,26 +43,38 @@ def reference_id(namespace: str, token_ids: TokenIds) -> str:
     return digest.hexdigest()
 
 
+def stops_of(labels: Mapping[str, Any]) -> dict[str, int]:
+    """The ``document_stops`` in written labels; earlier versions wrote them for their own segments alone."""
+    written = labels.get("document_stops")
+    if written is not None:
+        return dict(written)
+    return {key: stop for key, start, stop in labels["segments"] if labels["document_starts"].get(key) == start}
+
+
 def joined(kept: Reference, absorbed: Reference) -> Reference:
     """``kept`` with the labels of an entry that it contains; it expires as soon as either would."""
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
+    spans = {key: min(own, absorbed.spans.get(key, own), key=_order) for key, own in kept.spans.items()}
     return replace(
-        kept,
-        document_starts={**absorbed.document_starts, **kept.document_starts},
+        kept.labelled(absorbed.spans | spans),
         segments=kept.segments or absorbed.segments,
         session=kept.session or absorbed.session,
         expires_after_s=min(lifetimes, default=None),
     )
 
 
+def _order(span: Span) -> tuple[bool, int]:
+    """Of two places of one document, the lower counts: one that is known, then the first to end."""
+    return span.start == UNPLACED, span.stop
+
+
 def shortened(reference: Reference, num_tokens: int) -> Reference:
     """The first ``num_tokens`` tokens of an entry as an entry of their own, without KV."""
     token_ids = reference.token_ids[:num_tokens]
     return replace(
-        reference,
+        reference.labelled(standing_within(reference.spans, num_tokens)),
         id=reference_id(reference.namespace, token_ids),
         token_ids=token_ids,
-        document_starts={key: start for key, start in reference.document_starts.items() if start < num_tokens},
         segments=tuple(segment for segment in reference.segments if segment.stop <= num_tokens),
     )
 
@@ -71,6 +84,7 @@ def record_of(entry: Entry, used_s: float) -> EntryRecord:
     reference = entry.reference
     labels: dict[str, Any] = {
         "document_starts": dict(reference.document_starts),
+        "document_stops": dict(reference.document_stops),
         "segments": [list(segment) for segment in reference.segments],
         "session": reference.session,
         "pinned": reference.pinned,
@@ -94,6 +108,7 @@ def reference_of(record: EntryRecord, token_ids: TokenIds) -> Reference:
         token_ids,
         (),
         labels["document_starts"],
+        stops_of(labels),
         tuple(Segment(*segment) for segment in labels["segments"]),
         session=labels["session"],
         pinned=labels["pinned"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import TokenIds
+from semsharekv_integrations.kv import Span, TokenIds, standing_within
 
 if TYPE_CHECKING:
     from semsharekv_integrations.store.packed import PackedKV
@@ -42,7 +42,7 @@ class Node:
         tier: the name of the memory tier that counts ``held``, or None.
         on_disk: its KV on disk, or None.
         hits: number of times it was reused.
-        documents: those of the caller's documents that begin in it, each with the position of its first token.
+        documents: those of the caller's documents that end in it, so that all who have its tokens have them.
         id: for records.
     """
 
@@ -56,7 +56,7 @@ class Node:
     tier: str | None = None
     on_disk: FileRange | None = None
     hits: float = 0.0
-    documents: dict[str, int] = field(default_factory=dict)
+    documents: dict[str, Span] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -148,8 +148,8 @@ class RadixTree:
         node.parent.children[int(upper.token_ids[0])] = upper
         node.token_ids, node.start, node.parent = node.token_ids[num_tokens:], upper.stop, upper
         upper.children[int(node.token_ids[0])] = node
-        upper.documents = {key: start for key, start in node.documents.items() if start < upper.stop}
-        node.documents = {key: start for key, start in node.documents.items() if start >= upper.stop}
+        upper.documents = standing_within(node.documents, upper.stop)
+        node.documents = {key: span for key, span in node.documents.items() if key not in upper.documents}
         self._on_split(upper, node)
         return upper
 

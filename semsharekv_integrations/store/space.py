@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import UNPLACED, Reference, TokenIds
+from semsharekv_integrations.kv import UNPLACED, Reference, Span, TokenIds
 from semsharekv_integrations.store.labels import Entry
 from semsharekv_integrations.store.radix import Node, RadixTree
 from semsharekv_integrations.store.run_index import BYTES_PER_WINDOW, IndexedRun, RunIndex
@@ -70,10 +70,10 @@ class Space:
         return self.tree.prune(entry.node)
 
     def label(self, entry: Entry) -> None:
-        """Tell the nodes which documents begin in them: a prompt that goes on behind them has these, too."""
-        for node in entry.node.path():
-            starts = entry.reference.document_starts.items()
-            node.documents |= {key: start for key, start in starts if node.start <= start < node.stop}
+        """Tell the nodes which documents end in them: a prompt that goes on behind them has these, too."""
+        spans = entry.reference.spans.items()
+        for node in entry.node.path() if spans else ():
+            node.documents |= {key: span for key, span in spans if node.start < span.stop <= node.stop}
 
     def pin(self, entry: Entry, change: int) -> None:
         """One pinned entry more, or less, needs the nodes of ``entry``."""
@@ -112,9 +112,9 @@ class Space:
             self._runs.add_all((key, entry.reference.token_ids) for key, entry in self.ordinary.items())
         return self._runs.runs(token_ids)
 
-    def documents_of(self, path: list[Node]) -> dict[str, int]:
-        """The documents that begin in ``path``, each with its first token."""
-        return {key: start for node in path for key, start in node.documents.items()}
+    def documents_of(self, path: list[Node]) -> dict[str, Span]:
+        """The documents that end in ``path``, and so stand in all that goes through it."""
+        return {key: span for node in path for key, span in node.documents.items()}
 
     @property
     def index_bytes(self) -> int:
@@ -131,7 +131,7 @@ class Space:
             assert entry.node.stop == len(reference.token_ids) and key in entry.node.entries
             for node in path:
                 assert (reference.token_ids[node.start : node.stop] == node.token_ids).all(), "a path of other tokens"
-            placed = {document for document, start in reference.document_starts.items() if start != UNPLACED}
+            placed = {document for document, span in reference.spans.items() if span.start != UNPLACED}
             assert placed <= set(self.documents_of(path)), "documents that its nodes miss"
             assert all(other is entry for other in self.contained_in(entry)), "an unpinned entry begins another"
         for session, entry in self.tainted.items():

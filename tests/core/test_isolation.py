@@ -528,7 +528,8 @@ OTHERS: dict[str, Any] = {  # what each mode can reuse behind FIRST, and no stri
 
 def seen(engine: SemShareEngine, namespace: str, prompt: Any, **options: Any) -> tuple[Any, ...]:
     """All that the caller sees of a call, but for the time."""
-    options = {"max_new_tokens": 5, "documents": DOCUMENTS, "session": "s", **options}
+    documents = {key: text for key, text in DOCUMENTS.items() if text in str(prompt)}
+    options = {"max_new_tokens": 5, "documents": documents, "session": "s", **options}
     generation = engine.generate(prompt, namespace=namespace, **options)
     report = replace(generation.report, phases_s={}, ttft_s=0.0, decode_s=0.0)
     return generation.text, tuple(generation.token_ids), generation.finish_reason, report

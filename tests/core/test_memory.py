@@ -69,8 +69,9 @@ def test_a_changed_document_replaces_the_old_one(engine: SemShareEngine) -> None
     assert engine.warm({"v": changed}) == 1
     texts = [engine.tokenizer.decode(reference.token_ids) for reference in engine.store.references("default")]
     assert not any("Anna Kelsen" in text for text in texts)
-    assert sum("Boris Hartwell" in text for text in texts) == 1 and sum("Osteck" in text for text in texts) == 1
-    assert len(before & {reference.id for reference in engine.store.references("default")}) == 1
+    assert sum("Boris Hartwell" in text for text in texts) == 1
+    assert sum("Osteck" in text for text in texts) == 2, "what only begins alike stays"
+    assert len(before & {reference.id for reference in engine.store.references("default")}) == 2
     engine.store.check()
     assert used(engine, f"Read: {changed}").keys() == {"v"} and used(engine, f"Read: {VELMAR}") == {}
 

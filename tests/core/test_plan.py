@@ -20,7 +20,7 @@ from semsharekv_integrations.core.plan import (
     prefix_plan,
     worthwhile,
 )
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, Span
 from semsharekv_integrations.modes import ReuseRules
 
 NUM_TOKENS, NUM_LAYERS, TAIL = 60, 5, 5
@@ -184,21 +184,29 @@ class TestWorthwhile:
         assert worthwhile(kept, replace(rules, max_compute_ratio=0.52)).declined
 
 
-class TestDocumentStarts:
+class TestDocumentSpans:
     """What borrowed KV may come from, and where that begins."""
 
     ONE, OTHER = (replace(source, document_starts={source.id: 3}) for source in (ONE, OTHER))
 
     def test_every_source_counts(self) -> None:
-        assert plan_of([Run(10, self.ONE, 30, 8)], [fuzzy([30, 33], self.OTHER)]).document_starts() == {
-            "one": 10,
-            "other": 30,
+        assert plan_of([Run(10, self.ONE, 30, 8)], [fuzzy([30, 33], self.OTHER)]).document_spans() == {
+            "one": Span(10, 11),
+            "other": Span(30, 31),
         }
-        assert plan_of([]).document_starts() == {}
+        assert plan_of([]).document_spans() == {}
+
+    def test_what_stands_behind_in_a_source_has_no_part_in_its_kv(self) -> None:
+        source = replace(self.ONE, document_starts={"before": 3, "within": 34, "behind": 38})
+        spans = plan_of([Run(10, source, 30, 8)]).document_spans()
+        assert spans == {"before": Span(10, 11), "within": Span(14, 15)}
 
     def test_the_first_token_counts(self) -> None:
         runs = [Run(10, self.ONE, 30, 8), Run(20, self.OTHER, 9, 8), Run(30, self.ONE, 60, 8)]
-        assert plan_of(runs, [fuzzy([25, 26], self.OTHER)]).document_starts() == {"one": 10, "other": 20}
+        assert plan_of(runs, [fuzzy([25, 26], self.OTHER)]).document_spans() == {
+            "one": Span(10, 11),
+            "other": Span(20, 21),
+        }
 
 
 def test_a_plan_prints_counts_and_no_text() -> None:

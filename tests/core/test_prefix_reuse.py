@@ -158,7 +158,7 @@ class TestDocuments:
 
     def test_report_says_how_much_of_each_was_reused(self, make_engine: EngineMaker) -> None:
         engine = make_engine()
-        engine.generate(self.prompt("a"), documents=self.TEXTS, max_new_tokens=2)
+        engine.generate(self.prompt("a"), documents={"a": self.TEXTS["a"]}, max_new_tokens=2)
         report = engine.generate(self.prompt("a", "b"), documents=self.TEXTS, max_new_tokens=2).report
         used = {document.document_id: document for document in report.documents}
         assert used["a"].reused_tokens == used["a"].tokens > 5
@@ -174,7 +174,9 @@ class TestDocuments:
 
     def test_forget_knows_documents_that_were_put_otherwise(self, make_engine: EngineMaker) -> None:
         engine = make_engine()
-        engine.generate(self.prompt("a").replace(" mayor", "\nmayor"), documents=self.TEXTS, max_new_tokens=2)
+        engine.generate(
+            self.prompt("a").replace(" mayor", "\nmayor"), documents={"a": self.TEXTS["a"]}, max_new_tokens=2
+        )
         assert engine.forget("a") == 1
 
     def test_forget_follows_a_document_into_later_turns(self, make_engine: EngineMaker) -> None:
@@ -191,7 +193,7 @@ class TestDocuments:
     def test_warm_documents_start_prompts(self, make_engine: EngineMaker) -> None:
         engine = make_engine()
         assert engine.warm(self.TEXTS, pinned=True) == 2
-        report = engine.generate(self.TEXTS["a"] + " What happened?", max_new_tokens=2, documents=self.TEXTS).report
+        report = engine.generate(self.TEXTS["a"] + " What happened?", max_new_tokens=2).report
         assert report.documents[0].reused_tokens == report.documents[0].tokens
         engine.store.check()
         assert engine.warm(self.TEXTS) == 2  # again, no longer pinned: contained already

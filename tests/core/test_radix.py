@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kept_prompts import Tokens, distinct_tokens
+from semsharekv_integrations.kv import Span
 from semsharekv_integrations.store.radix import Node, RadixTree
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), min_size=1, max_size=8, unique=True)
@@ -71,13 +72,13 @@ def test_a_split_divides_all_that_a_node_carries() -> None:
     seen: list[tuple[Tokens, Tokens]] = []
     tree = tree_of([(1, 2, 3, 4)], lambda upper, lower: seen.append((tokens_of(upper), tokens_of(lower))))
     (node,) = tree.nodes()
-    node.hits, node.pins, node.documents = 3.0, 2, {"d": 0, "e": 2, "f": 3}
+    node.hits, node.pins, node.documents = 3.0, 2, {"d": Span(0, 2), "e": Span(2, 4), "f": Span(0, 3)}
     tree.insert(ids((1, 2, 9))).entries.add("x")
     assert seen == [((1, 2), (1, 2, 3, 4))]
     upper, lower = node.parent, node
     assert upper is not None
-    assert (upper.hits, upper.pins, upper.documents, upper.entries) == (3.0, 2, {"d": 0}, set())
-    assert (lower.hits, lower.pins, lower.documents) == (3.0, 2, {"e": 2, "f": 3})
+    assert (upper.hits, upper.pins, upper.documents, upper.entries) == (3.0, 2, {"d": Span(0, 2)}, set())
+    assert (lower.hits, lower.pins, lower.documents) == (3.0, 2, {"e": Span(2, 4), "f": Span(0, 3)})
     assert lower.id != upper.id and (upper.start, upper.stop, lower.start, lower.stop) == (0, 2, 2, 4)
 
 

@@ -188,7 +188,6 @@ async def test_engine_errors_arrive_unchanged(model: Model) -> None:
         ({"flag": "a green flag was raised"}, ["flag"]),
         ([Document("a green flag was raised", id="flag")], ["flag"]),
         ([Document("a green flag was raised", metadata={"id": 7})], ["7"]),
-        ([Document("a green flag was raised", id="flag"), Document("not there", id="other")], ["flag"]),
     ],
 )
 def test_documents_are_reported_under_their_ids(model: Model, documents: Any, expected: list[str]) -> None:

@@ -131,7 +131,7 @@ def test_raw_is_plain_json_and_adds_up(llm: SemShareKVLLM) -> None:
         ({"a": DOCUMENT}, "a"),
         ([TextNode(text=DOCUMENT, id_="a")], "a"),
         ([NodeWithScore(node=TextNode(text=DOCUMENT, id_="a", metadata={"x": 1}), score=0.5)], "a"),
-        ([Document(text=DOCUMENT, id_="a"), "not in the prompt"], "a"),
+        ([Document(text=DOCUMENT, id_="a")], "a"),
         ([DOCUMENT], None),
     ],
 )

@@ -1,0 +1,62 @@
+"""In which entries a document stands, whoever named it: its own tokens are looked for, not only its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from semsharekv_integrations.kv import UNPLACED, TokenIds
+from semsharekv_integrations.store.labels import Entry
+
+SHORTEST_TOKENS = 8  # a shorter document may stand anywhere by chance: only its name counts
+EDGE_TOKENS = 4  # at each end that may be cut otherwise, depending on what stands beside them
+
+TextOf = Callable[[TokenIds], str]
+
+
+def entries_with(
+    document_id: str, entries: Sequence[Entry], tokens: Sequence[TokenIds], text_of: TextOf | None
+) -> list[Entry]:
+    """Those of ``entries`` that carry the document's name, or have its tokens.
+
+    Args:
+        document_id: its name.
+        entries: all of one namespace.
+        tokens: more forms of its text than the entries with its name have.
+        text_of: the text of tokens; without it a document whose ends are cut otherwise in an entry is found there by
+            its name alone.
+    """
+    named = [entry for entry in entries if document_id in entry.reference.document_starts]
+    forms = {ids.tobytes(): ids for ids in (*tokens, *_forms(document_id, named)) if len(ids) >= SHORTEST_TOKENS}
+    carrying = {entry.key for entry in named}
+    return [
+        entry
+        for entry in entries
+        if entry.key in carrying or any(_has(entry.reference.token_ids, ids, text_of) for ids in forms.values())
+    ]
+
+
+def _forms(document_id: str, named: Iterable[Entry]) -> Iterator[TokenIds]:
+    """The document's tokens where its entries say that it stands whole."""
+    for reference in (entry.reference for entry in named):
+        span = reference.spans[document_id]
+        if document_id in reference.document_stops and span.start != UNPLACED and not reference.is_tainted:
+            yield reference.token_ids[span.start : span.stop]
+
+
+def _has(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> bool:
+    """Whether ``form`` stands in ``token_ids``; its ends may be cut otherwise there, with the same text."""
+    edge = 0 if text_of is None else min(EDGE_TOKENS, len(form) // 4)
+    inner, haystack, width = form[edge : len(form) - edge].tobytes(), token_ids.tobytes(), token_ids.itemsize
+    at = haystack.find(inner)
+    while at >= 0:
+        start = at // width - edge
+        if at % width == 0 and np.array_equal(token_ids[max(start, 0) : start + len(form)], form):
+            return True
+        if at % width == 0 and text_of is not None:
+            there = token_ids[max(start - EDGE_TOKENS, 0) : start + len(form) + EDGE_TOKENS]
+            if text_of(form).strip() in text_of(there):
+                return True
+        at = haystack.find(inner, at + 1)
+    return False
