@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.model.grammar import Constraint, Grammars
-from semsharekv_integrations.model.text import StopStrings, TextStream
+from semsharekv_integrations.model.text import StopStrings, TextStream, special_tokens
 from semsharekv_integrations.model.tool_format import Tool, ToolFormat
 from semsharekv_integrations.model.tool_parser import Said, ToolCallParser
 
@@ -43,7 +43,7 @@ class CallingText(AnswerText):
     """An answer that may hold tool calls. Stop strings end its visible text; within a call they mean nothing.
 
     Args:
-        stream: tokens to text, which goes on at stop strings that are no special tokens.
+        stream: tokens to text, which goes on at stop strings that name no special tokens.
         constraint: what the answer is held to, or None.
         parser: finds the calls.
         stop: all stop strings.
@@ -84,6 +84,7 @@ class AnswerTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
         self._grammars = Grammars(tokenizer, end_ids)
 
     def plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerText:
@@ -94,7 +95,7 @@ class AnswerTexts:
             UnsupportedModelError: if it is there, and the tokenizer does not allow it.
         """
         constraint = None if json_schema is None else self._grammars.json(json_schema)
-        return AnswerText(TextStream(self._tokenizer, stop), constraint)
+        return AnswerText(TextStream(self._tokenizer, stop, special=self._special), constraint)
 
     def calling(self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str) -> AnswerText:
         """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
@@ -104,8 +105,8 @@ class AnswerTexts:
             UnsupportedModelError: if a call is forced, and the tokenizer does not allow it.
         """
         by_name = {tool["function"]["name"]: tool for tool in tools}
-        special = [text for text in stop if text in self._tokenizer.all_special_tokens]
-        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer))
+        special = [text for text in stop if any(token in text for token in self._special.values())]
+        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer), self._special)
         constraint = self._held_to_calls(tool_format, by_name, choice)
         return CallingText(stream, constraint, ToolCallParser(tool_format, by_name), stop)
 

@@ -1,16 +1,19 @@
 """Token ids to text, piece by piece: whole characters only, and nothing that may belong to a stop string.
 
 Where several stop strings stand in the text, the one that is complete first ends it (the longest, of several that
-end together): so the text does not depend on how it was cut into tokens.
+end together): so the text does not depend on how it was cut into tokens. Special tokens have no text, but stop strings
+may name them, alone or among other characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
+_FIRST_MARKER = 0xD800  # lone surrogates stand for special tokens, as no decoded text has any
 
 
 class StopStrings:
@@ -56,17 +59,24 @@ class TextStream:
         tokenizer: of the model.
         stop: strings that end the text.
         marks: special tokens that are part of the text.
+        special: the special tokens by id, if they are known already.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], marks: Collection[int] = frozenset()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        marks: Collection[int] = frozenset(),
+        special: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._stop = StopStrings(stop)
         self._marks = marks
-        self._special = special_ids(tokenizer) if marks else frozenset()
-        special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        self._stop_ids = {token_id for token, token_id in special if token in stop}  # never in the decoded text
+        self._special = special_tokens(tokenizer) if special is None else special
+        silent = {token: id_ for id_, token in self._special.items() if id_ not in marks}
+        with_tokens, self._markers = _with_markers(stop, silent)
+        self._stop = StopStrings(stop)
+        self._token_stop = StopStrings(with_tokens)
+        self._endings = {id_ for id_, marker in self._markers.items() if marker in with_tokens}
         self._ids: list[int] = []
         self._context_start = 0  # decoding starts here
         self._text_start = 0  # tokens before this are in the text already
@@ -74,19 +84,24 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string is complete."""
-        return self._stop.stopped
+        return self._stop.stopped or self._token_stop.stopped
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token."""
         self._ids.append(token_id)
-        ends = token_id in self._stop_ids
-        text = self._stop.push(self._new_text(final=ends), final=ends)
-        self._stop.stopped = self.stopped or ends
-        return text
+        ends = token_id in self._endings
+        return self._certain(self._new_text(final=ends) + self._markers.get(token_id, ""), final=ends)
 
     def finish(self) -> str:
         """The text held back until now; nothing if a stop string ended it."""
-        return "" if self.stopped else self._stop.push(self._new_text(final=True), final=True)
+        return "" if self.stopped else self._certain(self._new_text(final=True), final=True)
+
+    def _certain(self, text: str, *, final: bool) -> str:
+        """What certainly stands before a stop string, without the markers of special tokens."""
+        if self._markers:
+            text = self._token_stop.push(text, final=final)
+            text = "".join(char for char in text if char not in self._markers.values())
+        return self._stop.push(text, final=final or self._token_stop.stopped)
 
     def _new_text(self, *, final: bool) -> str:
         context = self._decode(self._ids[self._context_start : self._text_start])
@@ -97,13 +112,23 @@ class TextStream:
         return whole[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        if not self._marks:
-            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
         kept = [token_id for token_id in ids if token_id in self._marks or token_id not in self._special]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        return str(self._tokenizer.decode(kept, skip_special_tokens=not self._marks))
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that decoding drops."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added if token.special}
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens that are no text, by id: those that the tokenizer has a use for, and those added as special."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return named | added
+
+
+def _with_markers(stop: Sequence[str], special: Mapping[str, int]) -> tuple[list[str], dict[int, str]]:
+    """The stop strings that name special tokens, with one character for each of these; and the characters, by id."""
+    named = sorted((token for token in special if any(token in text for text in stop)), key=len, reverse=True)
+    if not named:
+        return [], {}
+    markers = {token: chr(_FIRST_MARKER + at) for at, token in enumerate(named)}
+    pattern = re.compile("|".join(map(re.escape, named)))
+    found = [pattern.sub(lambda match: markers[match[0]], text) for text in stop if pattern.search(text)]
+    return found, {special[token]: marker for token, marker in markers.items()}

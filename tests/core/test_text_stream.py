@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from semsharekv_integrations.model.text import TextStream
-from tiny_models import EngineMaker
+from tiny_models import EngineMaker, make_model
 
 TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(REFERENCE_MODEL))
 ORDINARY = [i for i in range(len(TOKENIZER)) if i not in TOKENIZER.all_special_ids]
@@ -109,6 +112,63 @@ def test_special_tokens_have_no_text_but_can_stop() -> None:
     assert "".join(streamed(token_ids, [])[0]) == "abcd"
     pieces, stopped = streamed(token_ids, ["bX", "<|user|>"])
     assert stopped and "".join(pieces) == "ab"  # what was held back for another stop string is text after all
+
+
+def with_added_token() -> PreTrainedTokenizerBase:
+    """A tokenizer with a special token that it has no use for, as Llama 3's has ``<|eot_id|>``."""
+    changed = copy.deepcopy(TOKENIZER)
+    changed.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    assert "<|eot_id|>" not in changed.all_special_tokens
+    return changed
+
+
+WITH_ADDED = with_added_token()
+PIECES = ["<|eot_id|>", "<|user|>", "a", "b", "\n", "<", "世"]
+MARKED = st.lists(st.sampled_from(PIECES), max_size=12)
+
+
+@given(MARKED, st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=3), max_size=3))
+def test_stop_strings_may_name_any_special_token(said: list[str], stops: list[list[str]]) -> None:
+    """The text ends where one is complete, special tokens read as their names, and never shows them."""
+    stop = ["".join(pieces) for pieces in stops]
+    token_ids = [token for piece in said for token in WITH_ADDED.encode(piece, add_special_tokens=False)]
+    stream, text, num_read = TextStream(WITH_ADDED, stop), "", 0
+    for token_id in token_ids:
+        text, num_read = text + stream.push(token_id), num_read + 1
+        if stream.stopped:
+            break
+    text += stream.finish()
+    visible = [piece for piece in said if len(piece) == 1]
+    named = [at for at in range(len(said) + 1) if any("".join(said[:at]).endswith(one) for one in stop)]
+    shown = [at for at in range(len(visible) + 1) if any("".join(visible[:at]).endswith(one) for one in stop)]
+    assert stream.stopped == bool(named or shown)
+    assert "".join(visible).startswith(text) and not any(one in text for one in stop)
+    assert "<|" not in text or "<|" in "".join(visible)
+    if not stream.stopped:
+        assert text == "".join(visible)
+
+
+def test_every_special_token_stops_every_way_of_calling(monkeypatch) -> None:
+    tokenizer = with_added_token()
+    engine = SemShareEngine(make_model("llama", len(tokenizer)), tokenizer)
+    eot, forward = tokenizer.convert_tokens_to_ids("<|eot_id|>"), engine.model.forward
+
+    def says_it_third(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if (seen := len(steps)) % 3 == 2:
+            output.logits[:, -1, eot] = 1e4
+        steps.append(seen)
+        return output
+
+    monkeypatch.setattr(engine.model, "forward", says_it_third)
+    ask = [{"role": "user", "content": "News?"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    for options in ({}, {"tools": tools}):
+        for call in (engine.generate, lambda *a, **k: list(engine.stream(*a, **k))[-1].generation):
+            steps: list[int] = []
+            found = call(ask, stop="<|eot_id|>", max_new_tokens=9, **options)
+            assert (found.finish_reason, len(found.token_ids), found.token_ids[-1]) == ("stop", 3, eot)
+            assert "<|eot_id|>" not in found.text
 
 
 @pytest.mark.parametrize("seed", range(4))
