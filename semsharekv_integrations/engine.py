@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 class SemShareEngine:
     """A transformers causal language model that keeps the KV cache of what it has seen.
 
-    Safe to use from several threads: calls interleave token by token, forward passes take turns.
+    Safe to use from several threads: calls interleave token by token, forward passes take turns. Deep copies share it.
 
     Args:
         model: any loaded decoder-only transformers model.
@@ -90,11 +91,22 @@ class SemShareEngine:
         """
         engine = cls.__new__(cls)
         engine._begin(NamedModel(name_or_path, device, dtype, kwargs), config, name_or_path)
+        engine._made_by = partial(cls.from_pretrained, name_or_path, config, device, dtype, **kwargs)
         return engine
+
+    def __deepcopy__(self, memo: object) -> SemShareEngine:
+        return self  # the copies of what holds an engine share it
+
+    def __reduce__(self) -> tuple[Callable[[], SemShareEngine], tuple[()]]:
+        """What is pickled is how it was made: the engine that is read again begins with nothing loaded or stored."""
+        if self._made_by is None:
+            raise TypeError(f"engine {self.name!r} was given its model; accepted to pickle is one of from_pretrained")
+        return self._made_by, ()
 
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
         self.config = config or EngineConfig()
         self.name = name
+        self._made_by: Callable[[], SemShareEngine] | None = None
         self.store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
         self._observers = Observers(log_call)

@@ -20,7 +20,7 @@ from semsharekv_integrations.concurrency import raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.calls import ConfiguredCalls
-from semsharekv_integrations.langchain.options import SamplingFields, with_max_tokens
+from semsharekv_integrations.langchain.options import SamplingFields, under_own_names
 from semsharekv_integrations.langchain.outputs import PROVIDER
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 
@@ -118,7 +118,8 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        known = super()._get_ls_params(stop=stop or self.stop, **with_max_tokens(kwargs))
+        call = under_own_names({"stop": stop, **kwargs})
+        known = super()._get_ls_params(stop=call.pop("stop") or self.stop, **call)
         return {**known, "ls_provider": PROVIDER}
 
 

@@ -41,7 +41,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     Every call also takes the sampling fields and ``namespace`` by keyword (None means what ``configurable`` of the
     config or else the field says), ``session`` (the conversation's name; by default ``configurable``'s ``thread_id`` or
     ``session_id``) and ``documents`` that stand in the prompt (texts, LangChain documents, or texts by id; see also
-    ``DocumentTracker``). Anything else is refused.
+    ``DocumentTracker``), ``chat_template_kwargs``, and with tools ``parallel_tool_calls``. Anything else is refused.
 
     Example::
 
@@ -51,6 +51,12 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     streaming: bool | None = None
     """True: ``invoke`` takes LangChain's streaming path too. False: ``stream`` yields the answer as one message."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """More variables for the chat template, such as ``enable_thinking``; a call's own replace them."""
+
+    stream_usage: bool | None = None
+    """Accepted for models that can be swapped; usage is reported in any case."""
 
     timeout: float | None = None
     """Accepted for models that can be swapped; has no effect on a local model."""
@@ -73,7 +79,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         prompt, options = self._prepared(messages, stop, kwargs)
-        calls = ToolCallChunks(options.answer_tool)
+        calls = ToolCallChunks(options)
         known = options.for_engine(_texts(prompt), messages)
         with known_to_langchain(), closing(self.engine.stream(prompt, **known)) as chunks:
             for chunk in chunks:
@@ -90,7 +96,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         prompt, options = self._prepared(messages, stop, kwargs)
-        calls = ToolCallChunks(options.answer_tool)
+        calls = ToolCallChunks(options)
         known = options.for_engine(_texts(prompt), messages)
         with known_to_langchain():
             async with aclosing(self.engine.astream(prompt, **known)) as chunks:
@@ -161,6 +167,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     ) -> tuple[list[dict[str, Any]], ChatOptions]:
         return engine_messages(messages), ChatOptions.of(self, stop, kwargs)
 
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, "chat_template_kwargs": self.chat_template_kwargs}
+
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         """What traces show; the prompt itself shows documents."""
         return super()._get_invocation_params(stop, **_without(kwargs, "tracked_documents"))
@@ -199,12 +209,14 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
             tool_choice: ``auto`` (the default: the model decides), ``none``, ``any`` (it must call one), or the name of
                 the one it must call; also in the forms of OpenAI and Anthropic.
             strict: accepted for models that can be swapped; arguments are held to the tool's schema in any case.
-            kwargs: options of the calls.
+            kwargs: options of the calls, such as ``parallel_tool_calls``: False for one call at most.
 
         Raises:
             ValueError: naming what is wrong with ``tool_choice``.
         """
         choice = engine_choice(tool_choice)
+        if isinstance(tool_choice, Mapping) and tool_choice.get("disable_parallel_tool_use"):  # as Anthropic has it
+            kwargs.setdefault("parallel_tool_calls", False)
         bound: dict[str, Any] = {"tools": openai_tools(tools)} if tools else {}
         return self.bind(**bound, **({} if choice is None else {"tool_choice": choice}), **kwargs)
 

@@ -17,7 +17,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from semsharekv_integrations import kv
 from semsharekv_integrations.concurrency import all_of_streams, raising
 from semsharekv_integrations.langchain.base import LocalModel
-from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, with_max_tokens
+from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, under_own_names
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
 from semsharekv_integrations.langchain.overflow import known_to_langchain
 
@@ -131,7 +131,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
 
     def _keyed_by(self, call: Mapping[str, Any]) -> Self:
         """This model with the call's settings as fields, for the key that ``BaseLLM`` makes of the fields alone."""
-        known = with_max_tokens(call).items()
+        known = under_own_names(call).items()
         changes = {key: value for key, value in known if key in SamplingFields.model_fields and value is not None}
         return self.model_copy(update=changes) if changes else self
 

@@ -17,7 +17,19 @@ from semsharekv_integrations.langchain.calls import configured
 from semsharekv_integrations.langchain.documents import in_artifacts, in_marked_blocks, with_found
 from semsharekv_integrations.request import GenerateOptions, Request
 
-_PASSED_ON = {"stream"}  # BaseChatModel decides by it whether to stream, and hands it on
+_OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "stop_sequences": "stop",
+}
+_ONE_MEANING: dict[str, tuple[Any, ...]] = {
+    "stream": (True, False),  # BaseChatModel decides by it whether to stream, and hands it on
+    "stream_usage": (True, False),  # usage is reported in any case
+    "stream_options": ({"include_usage": True}, {"include_usage": False}),
+    "n": (1,),
+    "logprobs": (False,),
+}
 
 
 class SamplingFields(BaseModel):
@@ -39,10 +51,11 @@ class SamplingFields(BaseModel):
     """Seed of each call's own random generator, or None for a fresh one."""
 
     max_tokens: int = 256
-    """Most tokens to generate, at least 1; also taken under the name ``max_new_tokens``. Default 256."""
+    """Most tokens to generate, at least 1; also taken as ``max_new_tokens``, ``max_completion_tokens`` or
+    ``num_predict``. Default 256."""
 
     stop: list[str] | None = None
-    """Strings that end the text and are not part of it; a call's own ``stop`` replaces them."""
+    """Strings that end the text and are not part of it, also taken as ``stop_sequences``; a call's own replace them."""
 
     namespace: str | None = None
     """Whose KV may be read, and where new KV goes: a tenant's name, or None for this model object and its copies alone.
@@ -60,7 +73,7 @@ class SamplingFields(BaseModel):
     def _known_names(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):  # an instance in another model's field
             return values
-        values = with_max_tokens(values)
+        values = under_own_names(values)
         unknown = sorted(values.keys() - cls.model_fields.keys())
         require(not unknown, "keyword arguments", unknown, ", ".join(cls.model_fields))
         return values
@@ -108,10 +121,10 @@ class CallOptions(SamplingFields):
         Raises:
             ValueError: naming the option, its value and what is accepted.
         """
-        given = with_max_tokens({"stop": stop, **configured(None, call)})
-        given = {name: value for name, value in given.items() if value is not None and name not in _PASSED_ON}
-        defaults = {name: getattr(fields, name) for name in SamplingFields.model_fields}
-        return cls(**{**defaults, **given})
+        given = under_own_names({"stop": stop, **configured(None, call)})
+        given = _with_effect({name: value for name, value in given.items() if value is not None})
+        shared = cls.model_fields.keys() & type(fields).model_fields.keys()
+        return cls(**{**{name: getattr(fields, name) for name in shared}, **given})
 
     def for_engine(self, contents: Sequence[str], messages: Sequence[BaseMessage] = ()) -> GenerateOptions:
         """As keyword arguments of the engine's methods.
@@ -131,12 +144,24 @@ class CallOptions(SamplingFields):
         return GenerateOptions()
 
 
-def with_max_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with the token limit under its one name here, ``max_tokens``."""
+def under_own_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with what other models call otherwise under its one name here."""
     renamed = dict(values)
-    limit = renamed.pop("max_new_tokens", None)
-    if limit is not None:
-        other = renamed.get("max_tokens")
-        require(other in (None, limit), "max_new_tokens", limit, f"{other}, as max_tokens says, or only one of them")
-        renamed["max_tokens"] = limit
+    for other, name in _OTHER_NAMES.items():
+        given, known = renamed.pop(other, None), renamed.get(name)
+        if given is not None:
+            require(known in (None, given), other, given, f"{known}, as {name} says, or only one of them")
+            renamed[name] = given
     return renamed
+
+
+def _with_effect(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what other models are told that has one possible meaning here.
+
+    Raises:
+        ValueError: if it is told with another meaning.
+    """
+    for name, accepted in _ONE_MEANING.items():
+        value = given.get(name, accepted[0])
+        require(value in accepted, name, value, " or ".join(map(repr, accepted)))
+    return {name: value for name, value in given.items() if name not in _ONE_MEANING}

@@ -58,8 +58,17 @@ class ChatOptions(CallOptions):
     response_format: dict[str, Any] | None = None
     """The same in OpenAI's form: type ``text``, ``json_object``, or ``json_schema`` with that."""
 
+    parallel_tool_calls: bool = True
+    """False: an answer's first tool call alone counts."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """More variables for the chat template, such as ``enable_thinking``."""
+
     def engine_options(self) -> GenerateOptions:
-        """Tools, choice and schema, as keyword arguments of the engine's methods."""
+        """Tools, choice, schema and variables, as keyword arguments of the engine's methods."""
+        return GenerateOptions(chat_template_kwargs=self.chat_template_kwargs) | self._answer_options()
+
+    def _answer_options(self) -> GenerateOptions:
         schema, choice = self._schema(), engine_choice(self.tool_choice)
         if not self.tools or schema is None or choice == "none":
             tools = self.tools or None
@@ -93,17 +102,21 @@ class ToolCallChunks:
     """Counts the tool calls of one answer and tells those apart that are the answer itself.
 
     Args:
-        answer_tool: the name of the tool whose call is the answer.
+        options: which name the tool whose call is the answer, and say whether there may be several calls.
     """
 
-    def __init__(self, answer_tool: str) -> None:
-        self._answer_tool = answer_tool
+    def __init__(self, options: ChatOptions) -> None:
+        self._answer_tool, self._may_be_several = options.answer_tool, options.parallel_tool_calls
+        self._is_first = True
         self.count = 0
 
     def of(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
         """Text and tool calls of one chunk, as LangChain streams them."""
         text, calls = chunk.text, []
         for call in chunk.tool_calls:
+            if not (self._is_first or self._may_be_several):
+                break
+            self._is_first = False
             if call.name == self._answer_tool:
                 text += _json(call)
             else:

@@ -46,6 +46,9 @@ class DocumentTracker(BaseCallbackHandler):
         self._root_of: dict[UUID, UUID] = {}  # of runs that are under way
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: object) -> DocumentTracker:
+        return self  # what is copied with it hears of the same runs
+
     def documents_of(self, parent_run_id: UUID | None) -> list[Named]:
         """Ids and texts known to a call whose parent is this run, or None for a call that stands alone."""
         with self._lock:

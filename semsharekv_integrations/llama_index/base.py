@@ -5,6 +5,7 @@ Knows nothing about how calls run or what they return.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -12,7 +13,7 @@ from uuid import uuid4
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts.base import BasePromptTemplate
@@ -30,7 +31,12 @@ from semsharekv_integrations.llama_index.documents import (
     given_documents,
     hinted_documents,
 )
-from semsharekv_integrations.llama_index.options import FIELD_OPTIONS, engine_options, given_options
+from semsharekv_integrations.llama_index.options import (
+    FIELD_OPTIONS,
+    engine_options,
+    given_options,
+    under_own_names,
+)
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 from semsharekv_integrations.request import GenerateOptions, Request, checked_namespace
 
@@ -55,6 +61,7 @@ class EngineLLM(FunctionCallingLLM):
     seed: int | None = None
     max_tokens: int = 256
     stop: list[str] | str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     is_chat_model: bool | None = None
     is_function_calling_model: bool | None = None
     pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.LLM
@@ -62,6 +69,21 @@ class EngineLLM(FunctionCallingLLM):
     _engine: SemShareEngine = PrivateAttr()
     _object_name: str = PrivateAttr(default_factory=lambda: f"private-{uuid4().hex}")
     _nodes: NodeNotes = PrivateAttr(default_factory=NodeNotes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        values = under_own_names(values)
+        unknown = sorted(values.keys() - cls.model_fields.keys())
+        require(not unknown, "keyword arguments", unknown, f"engine, {', '.join(cls.model_fields)}")
+        return values
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _checked_config(cls, config: Any) -> Any:
+        accepted = config is None or isinstance(config, EngineConfig | Mapping)  # a mapping where it was serialized
+        require(accepted, "config", config, "an EngineConfig or None")
+        return config
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -82,6 +104,14 @@ class EngineLLM(FunctionCallingLLM):
     def _check_fields(self) -> None:
         """Refuse bad fields now rather than at the first call."""
         Request.of("", self._options({}, ""))
+
+    def __getstate__(self) -> dict[str, Any]:
+        pickle.dumps(self._engine)  # which says so if it cannot be; LlamaIndex would leave it out
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = state["__pydantic_private__"]["_engine"]
 
     @classmethod
     def class_name(cls) -> str:

@@ -64,6 +64,12 @@ class NodeNotes:
         self._nodes: OrderedDict[tuple[str, str], NodeText] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: object) -> NodeNotes:
+        with self._lock:
+            copied = NodeNotes()
+            copied._nodes.update(self._nodes)
+            return copied
+
     def add(self, namespace: str, nodes: Iterable[BaseNode | NodeWithScore]) -> None:
         """Note nodes; beyond ``MOST_NOTED_NODES`` those noted longest ago are dropped."""
         texts = [NodeText.of(node) for node in nodes]

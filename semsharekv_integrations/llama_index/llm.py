@@ -88,6 +88,7 @@ class SemShareKVLLM(SchemaLLM):
         seed: of every call's random generator, or None for a fresh one.
         max_tokens: most tokens to generate. Default 256.
         stop: strings that end the text; they are not part of it.
+        chat_template_kwargs: more variables for the chat template, such as ``enable_thinking``, or None.
         is_chat_model: whether LlamaIndex sends prompts as messages; None: if the tokenizer has a chat template.
         is_function_calling_model: whether LlamaIndex gives it tools; None: if it is a chat model that is prompted by
             its chat template. Those that know no tools are told of them in the system message.
@@ -102,6 +103,7 @@ class SemShareKVLLM(SchemaLLM):
     def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
         fields = {"model": model, **fields}
         if engine is not None:
+            require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "a SemShareEngine")
             own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
             _require_agreement(own, fields)
             fields |= own

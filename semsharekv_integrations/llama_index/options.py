@@ -22,6 +22,7 @@ FIELD_OPTIONS = (
     "stop",
     "namespace",
     "session",
+    "chat_template_kwargs",
     "max_tokens",
 )
 _CALL_OPTIONS = (*GenerateOptions.__annotations__, "max_tokens", "parallel_tool_calls")
@@ -37,15 +38,27 @@ def given_options(call: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_ELSEWHERE})
     require(not unknown, "keyword arguments", unknown, ", ".join(_CALL_OPTIONS))
     given = {name: value for name, value in call.items() if value is not None and name not in _ELSEWHERE}
-    if "max_new_tokens" in given:
-        limit = given.get("max_tokens")
-        require(limit is None, "max_tokens", limit, "nothing beside max_new_tokens")
-        given["max_tokens"] = given.pop("max_new_tokens")
+    given = under_own_names(given)
     if "tools" in given:
         given["tools"] = openai_tools(given["tools"])
     if "tool_choice" in given:
         given["tool_choice"] = _engine_choice(given["tool_choice"])
     return given
+
+
+def under_own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with the token limit under its one name here, ``max_tokens``.
+
+    Raises:
+        ValueError: if it is given twice.
+    """
+    renamed = dict(given)
+    if renamed.get("max_new_tokens") is not None:
+        limit = renamed.get("max_tokens")
+        require(limit is None, "max_tokens", limit, "nothing beside max_new_tokens")
+        renamed["max_tokens"] = renamed["max_new_tokens"]
+    renamed.pop("max_new_tokens", None)
+    return renamed
 
 
 def openai_tools(tools: Any) -> Any:
