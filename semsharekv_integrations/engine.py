@@ -25,6 +25,7 @@ from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.checks import check_lifetime, require
 from semsharekv_integrations.concurrency import Turns, all_of_streams, iterate_in_thread, raising
 from semsharekv_integrations.config import EngineConfig
+from semsharekv_integrations.copies import Remade
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class SemShareEngine:
+class SemShareEngine(Remade):
     """A transformers causal language model that keeps the KV cache of what it has seen.
 
     Safe to use from several threads: calls interleave token by token, forward passes take turns. Deep copies share it.
@@ -94,19 +95,9 @@ class SemShareEngine:
         engine._made_by = partial(cls.from_pretrained, name_or_path, config, device, dtype, **kwargs)
         return engine
 
-    def __deepcopy__(self, memo: object) -> SemShareEngine:
-        return self  # the copies of what holds an engine share it
-
-    def __reduce__(self) -> tuple[Callable[[], SemShareEngine], tuple[()]]:
-        """What is pickled is how it was made: the engine that is read again begins with nothing loaded or stored."""
-        if self._made_by is None:
-            raise TypeError(f"engine {self.name!r} was given its model; accepted to pickle is one of from_pretrained")
-        return self._made_by, ()
-
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
         self.config = config or EngineConfig()
         self.name = name
-        self._made_by: Callable[[], SemShareEngine] | None = None
         self.store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
         self._observers = Observers(log_call)
