@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SemShareError,
         StoreFileError,
         UnsupportedModelError,
+        UnsupportedVersionError,
     )
     from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
     from semsharekv_integrations.report import ReuseReport
@@ -36,6 +37,7 @@ _MODULES = {
         "SemShareError",
         "StoreFileError",
         "UnsupportedModelError",
+        "UnsupportedVersionError",
     ),
     "kv": ("Generation", "GenerationChunk", "ToolCall"),
     "report": ("ReuseReport",),
@@ -60,6 +62,7 @@ __all__ = [
     "StoreFileError",
     "ToolCall",
     "UnsupportedModelError",
+    "UnsupportedVersionError",
 ]
 
 

@@ -75,13 +75,13 @@ class SemShareEngine(Remade):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: str | Path,
         config: EngineConfig | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         **kwargs: Any,
     ) -> SemShareEngine:
-        """An engine for a local folder, a hub id, or ``semsharekv/reference``; weights are loaded at first use.
+        """An engine for a folder, a GGUF file, a hub id, or ``semsharekv/reference``; weights are loaded at first use.
 
         Args:
             name_or_path: what to load.
@@ -91,7 +91,7 @@ class SemShareEngine(Remade):
             kwargs: for ``AutoModelForCausalLM.from_pretrained``, such as ``revision`` or ``device_map``.
         """
         engine = cls.__new__(cls)
-        engine._begin(NamedModel(name_or_path, device, dtype, kwargs), config, name_or_path)
+        engine._begin(NamedModel(name_or_path, device, dtype, kwargs), config, str(name_or_path))
         engine._made_by = partial(cls.from_pretrained, name_or_path, config, device, dtype, **kwargs)
         return engine
 

@@ -18,6 +18,10 @@ class ModelLoadError(SemShareError):
     """The model or its tokenizer could not be loaded; the message names the path or hub id."""
 
 
+class UnsupportedVersionError(SemShareError, ImportError):
+    """A package that this one builds on has a version that was not tested; the message names those that were."""
+
+
 class ContextWindowError(SemShareError):
     """The prompt leaves no room for a single new token in the model's context window."""
 

@@ -5,6 +5,7 @@ Knows nothing about messages, nor about how KV is reused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -22,6 +23,7 @@ from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.calls import ConfiguredCalls
 from semsharekv_integrations.langchain.options import SamplingFields, under_own_names
 from semsharekv_integrations.langchain.outputs import PROVIDER
+from semsharekv_integrations.model.loading import arguments_of
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
 
 _UNNAMED = "a path or hub id, or an engine in its place"
@@ -142,6 +144,7 @@ def _of_engine(given: Mapping[str, Any]) -> dict[str, Any]:
 def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model given by name, and its engine; nothing is loaded."""
     name, config = given.get("model"), given.get("config", EngineConfig())
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
     require(isinstance(name, str) and bool(name), "model", name, _UNNAMED)
     require(isinstance(config, EngineConfig), "config", config, "an EngineConfig")
     if "mode" in given:
@@ -149,10 +152,9 @@ def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
         config = replace(config, reuse=replace(config.reuse, mode=given["mode"]))
     options = given.get("model_kwargs", {})
     require(isinstance(options, Mapping), "model_kwargs", options, "a dict")
-    engine = SemShareEngine.from_pretrained(
-        str(name), config, given.get("device"), given.get("dtype", "auto"), **options
-    )
-    return {"engine": engine, "mode": config.reuse.mode, "config": config}
+    arguments = arguments_of(given.get("device"), given.get("dtype", "auto"), options)
+    engine = SemShareEngine.from_pretrained(str(name), config, **arguments)
+    return {"engine": engine, "model": name, "mode": config.reuse.mode, "config": config}
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
-from pathlib import Path
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -19,7 +18,7 @@ from langchain_core.runnables import Runnable
 from pydantic import Field, SecretStr
 
 from semsharekv_integrations.concurrency import outcomes_of, raising
-from semsharekv_integrations.errors import ModelLoadError
+from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
 from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import engine_messages
@@ -27,7 +26,7 @@ from semsharekv_integrations.langchain.outputs import details_of, usage_of
 from semsharekv_integrations.langchain.overflow import known_to_langchain
 from semsharekv_integrations.langchain.structured import Method, json_schema_of, parsed, parser_of
 from semsharekv_integrations.langchain.tools import ChatOptions, Tool, ToolCallChunks, engine_choice, openai_tools
-from semsharekv_integrations.model.loading import resolve
+from semsharekv_integrations.model.loading import is_local
 
 
 class ChatSemShareKV(LocalModel, BaseChatModel):
@@ -266,10 +265,9 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     def _context_window(self) -> int | None:
         """In tokens, if it is known without the network: given, of a loaded model, or stated in a local folder."""
-        local = self.engine.is_loaded or Path(resolve(self.model)).is_dir()
-        if not local:
+        if not self.engine.is_loaded and not is_local(self.model, self.model_kwargs):
             return self.config.max_context_tokens
-        with suppress(ModelLoadError):  # the engine says what is wrong when it loads the model
+        with suppress(ModelLoadError, UnsupportedModelError):  # the engine says what is wrong when it loads the model
             return self.engine.context_window
         return None
 

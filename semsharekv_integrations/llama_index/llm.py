@@ -6,6 +6,7 @@ from the same flow there. Knows nothing about tokens, caches or how KV is reused
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from semsharekv_integrations.llama_index.translate import (
     stream_responses,
     whole_response,
 )
+from semsharekv_integrations.model.loading import arguments_of
 from semsharekv_integrations.model.prompt import Prompt
 
 
@@ -100,8 +102,10 @@ class SemShareKVLLM(SchemaLLM):
             ``CallError`` for bad arguments, since LlamaIndex swallows ``ValueError``.
     """
 
-    def __init__(self, model: str | None = None, *, engine: SemShareEngine | None = None, **fields: Any) -> None:
-        fields = {"model": model, **fields}
+    def __init__(
+        self, model: str | os.PathLike[str] | None = None, *, engine: SemShareEngine | None = None, **fields: Any
+    ) -> None:
+        fields = {"model": os.fspath(model) if isinstance(model, os.PathLike) else model, **fields}
         if engine is not None:
             require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "a SemShareEngine")
             own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
@@ -110,7 +114,7 @@ class SemShareKVLLM(SchemaLLM):
         require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
         super().__init__(**fields)
         self._engine = engine or SemShareEngine.from_pretrained(
-            self.model, self._engine_config(), self.device, self.dtype, **self.model_kwargs
+            self.model, self._engine_config(), **arguments_of(self.device, self.dtype, self.model_kwargs)
         )
         self._check_fields()
 

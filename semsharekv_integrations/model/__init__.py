@@ -1,1 +1,8 @@
-"""The only importers of transformers' internals: loading, rendering, prefill and decoding."""
+"""The only importers of transformers' internals: loading, rendering, prefill and decoding.
+
+Versions that were not tested are refused here already, as some cannot even be imported from.
+"""
+
+from semsharekv_integrations.model.versions import require_tested_transformers
+
+require_tested_transformers()

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
-from semsharekv_integrations.model.layers import cache_argument
+from semsharekv_integrations.model.layers import cache_argument, require_decoder, require_no_prompt_learning
 from semsharekv_integrations.modes import Mode
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -53,7 +53,9 @@ class ModelAdapter:
         self.config = model.config.get_text_config(decoder=True)
         self.mode = mode
         self._lock = _LOCKS.setdefault(model, threading.RLock())
-        if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        require_decoder(model.config, type(model).__name__)
+        require_no_prompt_learning(model)
+        if not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         self._accepts = frozenset(inspect.signature(type(base).forward).parameters)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from semsharekv_integrations.errors import UnsupportedModelError
 
@@ -16,6 +16,53 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")  # the last one from transformers 5.24 on
 _RENAMED_IN = Version("5.24")
+_NO_DECODER = "not a causal language model"
+PROMPT_LEARNING = (
+    "a PEFT adapter of prompt learning ({}), whose virtual tokens stand before every pass; accepted are adapters of "
+    "the layers, such as LoRA"
+)
+
+
+def require_decoder(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what the configuration says is no decoder; ``name`` is the model's.
+
+    Raises:
+        UnsupportedModelError: saying what it is.
+    """
+    masked, causal = (type(config) in kinds for kinds in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder-decoder ({_kind_of(config)})")
+    looks_ahead = masked and (not causal or getattr(config, "is_decoder", None) is False)
+    if looks_ahead and not _brings_decoder(config):
+        raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder ({_kind_of(config)})")
+
+
+def require_loadable_decoder(config: PreTrainedConfig, name: str) -> None:
+    """As ``require_decoder``, and refuse what transformers knows no causal language model for."""
+    require_decoder(config, name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_decoder(config):
+        raise UnsupportedModelError(f"{name} is {_NO_DECODER} ({_kind_of(config)})")
+
+
+def _brings_decoder(config: PreTrainedConfig) -> bool:
+    """Whether the code of a causal language model lies beside the configuration."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _kind_of(config: PreTrainedConfig) -> str:
+    return " or ".join(getattr(config, "architectures", None) or [config.model_type])
+
+
+def require_no_prompt_learning(model: PreTrainedModel) -> None:
+    """Refuse PEFT prompt learning.
+
+    Raises:
+        UnsupportedModelError: naming the method.
+    """
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(f"{type(model).__name__} has {PROMPT_LEARNING.format(config.peft_type.value)}")
 
 
 def cache_argument(model_class: type[PreTrainedModel]) -> str:

@@ -5,10 +5,11 @@ Each is read when first asked for, so that what a framework wants to know before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.resources import files
 from typing import Any, Protocol
 
 import torch
@@ -16,23 +17,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
+    GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import is_gguf_available, is_peft_available
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error, tqdm
 
-from semsharekv_integrations.errors import ModelLoadError
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.errors import ModelLoadError, SemShareError, UnsupportedModelError
+from semsharekv_integrations.model.files import FILE_OPTIONS, REFERENCE_MODEL, ModelFiles, in_one_line, resolve
+from semsharekv_integrations.model.layers import PROMPT_LEARNING, require_loadable_decoder
+from semsharekv_integrations.model.versions import require_tested_transformers
 
-REFERENCE_MODEL = "semsharekv/reference"
-_SHARED_OPTIONS = ("revision", "trust_remote_code", "token", "local_files_only")
+__all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "hide_progress_bars", "resolve", "window_of"]
+_APART = {"adapter_kwargs", "output_loading_info", "quantization_config", "torch_dtype"}
 
 
 class ModelSource(Protocol):
-    """A model that may not be in memory yet. All three may raise ``ModelLoadError``."""
+    """A model that may not be in memory yet. All three may raise ``ModelLoadError`` or ``UnsupportedModelError``."""
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> PreTrainedConfig:
         """The model's configuration; loads no weights."""
 
     @property
@@ -44,11 +52,16 @@ class ModelSource(Protocol):
 
 
 class GivenModel:
-    """A model and a tokenizer that are in memory already."""
+    """A model and a tokenizer that are in memory already.
+
+    Raises:
+        UnsupportedVersionError: if transformers has a version that was not tested.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        require_tested_transformers()
         self._model = model
-        self.config: PretrainedConfig = model.config
+        self.config: PreTrainedConfig = model.config
         self.tokenizer = tokenizer
 
     def load(self) -> PreTrainedModel:
@@ -57,76 +70,215 @@ class GivenModel:
 
 
 class NamedModel:
-    """A local folder, a hub id, or ``semsharekv/reference``.
+    """A local folder, a GGUF file, a hub id, or ``semsharekv/reference``; the folder may be that of a PEFT adapter.
 
     Args:
         name: of the model.
         device: where the model goes, or None for CUDA if there is one, else the CPU. Leave it None with ``device_map``.
         dtype: ``auto`` for the dtype that the model's configuration names, else a torch dtype or its name.
-        options: for ``AutoModelForCausalLM.from_pretrained``; ``revision``, ``trust_remote_code``, ``token`` and
-            ``local_files_only`` go to configuration and tokenizer too.
+        options: for ``AutoModelForCausalLM.from_pretrained``; what says where files are or how to read them, such as
+            ``cache_dir``, ``subfolder``, ``gguf_file`` or ``revision``, goes to configuration and tokenizer too.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+        UnsupportedVersionError: if transformers has a version that was not tested.
     """
 
     def __init__(
-        self, name: str, device: str | torch.device | None, dtype: str | torch.dtype, options: dict[str, Any]
+        self,
+        name: str | os.PathLike[str],
+        device: str | torch.device | None,
+        dtype: str | torch.dtype,
+        options: Mapping[str, Any],
     ) -> None:
-        self.name = name
-        self._path = resolve(name)
-        self._device = device
-        self._dtype = dtype
-        self._options = options
-        self._shared = {key: options[key] for key in _SHARED_OPTIONS if key in options}
+        require_tested_transformers()
+        accepted = "a folder, a .gguf file, a hub id or 'semsharekv/reference'"
+        require(isinstance(name, (str, os.PathLike)) and bool(os.fspath(name)), "name_or_path", name, accepted)
+        require(device is None or "device_map" not in options, "device", device, "None beside device_map")
+        older = options.get("torch_dtype", dtype)
+        require(dtype == "auto" or _same(older, dtype), "torch_dtype", older, f"{dtype!r} or nothing beside dtype")
+        self.name = os.fspath(name)
+        self._device = None if device is None else _checked_device(device)
+        self._dtype = _checked_dtype(older)
+        self._files = ModelFiles(self.name, options)
+        self._options = {key: value for key, value in options.items() if key not in FILE_OPTIONS | _APART}
+        self._quantized = {key: value for key, value in options.items() if key == "quantization_config"}
+        self._adapter_options = options.get("adapter_kwargs") or {}
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Read from the model's folder or the hub; that of the base model for an adapter."""
+        return self._config_and_rest[0]
 
     @cached_property
-    def config(self) -> PretrainedConfig:
-        """Read from the model's folder or the hub."""
-        with self._naming_what_failed():
-            return AutoConfig.from_pretrained(self._path, **self._shared)
+    def _config_and_rest(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        """The configuration, as changed by those of the options that name its fields, and the other options."""
+        files, base = self._files, self._files.base
+        if files is not base:
+            _require_peft(files)
+        base.require_model()
+        with _naming_what_failed(base, "its configuration cannot be read"):
+            config, rest = AutoConfig.from_pretrained(
+                base.path, return_unused_kwargs=True, **self._options, **base.options
+            )
+        require_loadable_decoder(config, f"model {self.name!r}")
+        return config, {key: value for key, value in rest.items() if key in self._options}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Read from the model's folder or the hub."""
-        with self._naming_what_failed():
-            return AutoTokenizer.from_pretrained(self._path, **self._shared)
+        """Read from the model's folder or the hub; that of the base model for an adapter that brings none."""
+        config = self.config
+        files = self._files if self._files.has_tokenizer else self._files.base
+        files.require_tokenizer()
+        options = files.options if files is self._files.base else files.options | {"config": config}
+        with _naming_what_failed(files, "its tokenizer cannot be read"):
+            tokenizer = AutoTokenizer.from_pretrained(files.path, **options)
+            if not tokenizer.get_vocab():
+                raise ValueError("it has no vocabulary")
+        return tokenizer
 
     def load(self) -> PreTrainedModel:
         """Read the weights and put them on their device."""
-        dtype = _checked_dtype(self._dtype)
-        with self._naming_what_failed():
-            model = AutoModelForCausalLM.from_pretrained(self._path, dtype=dtype, **self._options)
+        config, rest = self._config_and_rest  # says what is wrong with the files before anything takes long
+        files, base = self._files, self._files.base
+        if self._device is not None and not _is_here(self._device):
+            raise files.failure(f"device is {str(self._device)!r}; accepted is None or {_devices_here()}")
+        quantized = ({"quantization_config": GgufConfig(dequantize=True)} if base.is_gguf else {}) | self._quantized
+        own = {"config": config, "dtype": self._dtype, "adapter_kwargs": base.where, "output_loading_info": True}
+        with _naming_what_failed(base, "its weights cannot be read"):
+            model, found = AutoModelForCausalLM.from_pretrained(base.path, **rest, **base.options, **own, **quantized)
+            _require_whole(found["missing_keys"])
+            _forget_unpacked_gguf(model)
         if "device_map" not in self._options:
-            model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            with _naming_what_failed(base, f"it cannot be put on {self._device or 'its device'}"):
+                model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if files is not base:
+            with _naming_what_failed(files, "the adapter's weights cannot be read"):
+                added = model.load_adapter(
+                    files.path, adapter_kwargs=files.where | self._adapter_options, dtype=model.dtype
+                )
+                _require_whole(added.missing_keys)
         return model.eval()
 
-    @contextmanager
-    def _naming_what_failed(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(f"model {self.name!r} could not be loaded: {error}") from error
+
+def arguments_of(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``SemShareEngine.from_pretrained``: device and dtype may stand in ``options`` instead.
+
+    Raises:
+        ValueError: if they stand in both and differ, or if an option is none of loading.
+    """
+    for name in ("config", "name_or_path", "pretrained_model_name_or_path"):
+        require(name not in options, f"model_kwargs[{name!r}]", options.get(name), "nothing: it has a field of its own")
+    arguments = {"device": device, "dtype": dtype, **options}
+    for name, field, usual in (("device", device, None), ("dtype", dtype, "auto")):
+        if field != usual:
+            require(_same(arguments[name], field), f"model_kwargs[{name!r}]", arguments[name], f"{field!r} or nothing")
+    return arguments
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two devices or dtypes are the same, by whatever name."""
+    return str(one).removeprefix("torch.") == str(other).removeprefix("torch.")
+
+
+def is_local(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether the model's configuration, or what is wrong with it, can be told without asking a hub."""
+    files = ModelFiles(name, options)
+    try:
+        return files.is_local and files.base.is_local
+    except ModelLoadError:
+        return True
 
 
 def hide_progress_bars() -> None:
-    """Turn off transformers' own progress bars, for callers that show their own."""
+    """Turn off transformers' own progress bars, for callers that show their own; errors alone are logged then."""
     disable_progress_bar()
+    set_verbosity_error()
+    modeling_gguf_pytorch_utils.tqdm = tqdm  # one that can be turned off, in place of one that cannot
 
 
-def resolve(name_or_path: str) -> str:
-    """The packaged folder for ``semsharekv/reference``; any other name unchanged."""
-    if name_or_path == REFERENCE_MODEL:
-        return str(files("semsharekv_integrations") / "assets" / "reference")
-    return name_or_path
+def window_of(config: PreTrainedConfig) -> int | None:
+    """Most positions that the model was made for, or None if its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}; accepted is 'auto' or a torch dtype such as 'bfloat16'")
+@contextmanager
+def _naming_what_failed(files: ModelFiles, what: str) -> Iterator[None]:
+    """Other libraries' errors as one line that names the model; they raise anything where files are damaged."""
+    try:
+        yield
+    except SemShareError:
+        raise
+    except Exception as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is not None and isinstance(error, TypeError):
+            what, error = "options", ValueError(f"{unknown[1]} is none that loading knows")
+        reason = f"{what}: {in_one_line(error)}"
+        if files.is_gguf and not is_gguf_available():
+            reason = "reading a GGUF file needs the package gguf: pip install gguf"
+        raise files.failure(reason) from None
+
+
+def _require_whole(missing: Collection[str]) -> None:
+    """Refuse weights that would be random, as transformers makes them where a file lacks them."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise ValueError(f"{len(missing)} of them are in no file: {names}{', ...' if len(missing) > 3 else ''}")
+
+
+def _require_peft(files: ModelFiles) -> None:
+    """Refuse an adapter that cannot be loaded."""
+    assert files.adapter is not None
+    if not is_peft_available():
+        raise files.failure("it is a PEFT adapter; loading it needs the package peft: pip install peft")
+    import peft
+
+    kind = files.adapter.get("peft_type")
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if config is not None and issubclass(config, peft.PromptLearningConfig):
+        raise UnsupportedModelError(f"model {files.name!r} is {PROMPT_LEARNING.format(kind)}")
+
+
+def _forget_unpacked_gguf(model: PreTrainedModel) -> None:
+    """Make a model of unpacked GGUF weights an ordinary one, which can be saved, moved and compared."""
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, GgufConfig) and config.dequantize:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+            vars(config).pop("quantization_config", None)
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(name, None)
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    """What is a device on some machine; whether it is on this one, loading finds out."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    require(found is not None and found.type != "meta", "device", device, f"None or {_devices_here()}")
+    assert found is not None
     return found
 
 
-def window_of(config: PretrainedConfig) -> int | None:
-    """Most positions that the model was made for, or None if its configuration does not say."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _is_here(device: torch.device) -> bool:
+    try:
+        kind = torch.get_device_module(device.type)
+    except RuntimeError:
+        return False
+    return kind.is_available() and (device.index or 0) < kind.device_count()
+
+
+def _devices_here() -> str:
+    """The devices of this machine, as an error offers them."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "'cpu'; PyTorch finds no other device here"
+    names = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    return " or ".join(map(repr, ("cpu", accelerator.type, *names)))
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    fits = dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
+    require(fits, "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")
+    return "auto" if dtype == "auto" else found

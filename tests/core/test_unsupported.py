@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from test_parity import FIRST, engine_of, plain_tokens
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
@@ -46,7 +45,9 @@ def test_recurrent_layers_run_only_in_mode_off(architecture: str, tokenizer) -> 
 @pytest.mark.parametrize("mode", ["off", "exact"])
 def test_encoder_decoders_are_refused(mode: str, tokenizer) -> None:
     model = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=9, num_layers=1, num_heads=2))
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is not a causal language model"):
+    with pytest.raises(
+        UnsupportedModelError, match="T5ForConditionalGeneration is not a causal language model but an enc"
+    ):
         engine_of(model, tokenizer, mode)
 
 
@@ -57,14 +58,22 @@ def test_models_without_a_cache_argument_are_refused(tokenizer) -> None:
 
 
 def test_attention_that_looks_ahead_cannot_continue_from_a_prefix(tokenizer) -> None:
-    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
+    model = make_model("gemma3_text", len(tokenizer), use_bidirectional_attention=True)
     with pytest.raises(UnsupportedModelError, match="other logits behind a reused prefix"):
         engine_of(model, tokenizer, "exact")
+
+
+@pytest.mark.parametrize("mode", ["off", "exact"])
+@pytest.mark.parametrize("decodes", [False, True])
+def test_encoders_are_refused_unless_they_are_made_decoders(mode: str, decodes: bool, tokenizer) -> None:
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, is_decoder=decodes, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    if decodes:
+        assert engine_of(model, tokenizer, mode).generate(FIRST, max_new_tokens=2).token_ids
+    else:
+        with pytest.raises(UnsupportedModelError, match="BertLMHeadModel is not a causal language model but an enc"):
+            engine_of(model, tokenizer, mode)
 
 
 def test_a_cache_that_loses_tokens_is_noticed(make_engine: EngineMaker, monkeypatch) -> None:

@@ -1,0 +1,205 @@
+"""Where a model's files are: a folder, a GGUF file, or a repository on the hub, and the options to read it by.
+
+Says in one line what is missing. Knows nothing about weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
+from transformers.utils import cached_file
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.errors import ModelLoadError
+
+REFERENCE_MODEL = "semsharekv/reference"
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HOW = ("code_revision", "gguf_file", "trust_remote_code")
+FILE_OPTIONS = frozenset((*_WHERE, *_HOW))
+_CONFIG, _GENERATION, _ADAPTER, _GGUF = "config.json", "generation_config.json", "adapter_config.json", ".gguf"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "spm.model", "merges.txt"),
+)
+_ASKED_WITHIN_S = 10.0
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> str:
+    """The packaged folder for ``semsharekv/reference``, and a path without ``~``; any other name unchanged."""
+    name = os.fspath(name_or_path)
+    if name == REFERENCE_MODEL:
+        return str(files("semsharekv_integrations") / "assets" / "reference")
+    return os.path.expanduser(name) if name.startswith("~") else name
+
+
+class ModelFiles:
+    """The files of one model, wherever they are. All may raise ``ModelLoadError``.
+
+    Args:
+        name: a folder, a GGUF file, a hub id, or ``semsharekv/reference``.
+        options: of ``from_pretrained``; what says where files are or how to read them is kept, the rest ignored.
+        role: what errors call it.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], role: str = "model") -> None:
+        self.name = name
+        self._role = role
+        self._given = {key: options[key] for key in FILE_OPTIONS if options.get(key) is not None}
+        path = resolve(name)
+        if path.endswith(_GGUF) and os.path.isfile(path):
+            given = self._given.get("gguf_file", os.path.basename(path))
+            require(given == os.path.basename(path), "gguf_file", given, f"nothing beside {name!r}")
+            self._given["gguf_file"] = os.path.basename(path)
+            path = os.path.dirname(path) or os.curdir
+        self.path = path
+
+    @property
+    def is_local(self) -> bool:
+        """Whether they are in a folder, and no hub is asked."""
+        return os.path.isdir(self.path)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether all of them are in one GGUF file."""
+        return "gguf_file" in self._given
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """For every ``from_pretrained`` that reads of them; a hub that does not answer is not asked again."""
+        asked = not (self.is_local or self._given.get("local_files_only") or constants.HF_HUB_OFFLINE)
+        return self._given | ({"local_files_only": True} if asked and not _hub_answers() else {})
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Those of the options that say where files are."""
+        return {key: value for key, value in self.options.items() if key in _WHERE}
+
+    def failure(self, reason: object) -> ModelLoadError:
+        """The error that says why the model could not be loaded, in one line."""
+        return ModelLoadError(f"{self._role} {self.name!r} could not be loaded: {in_one_line(reason)}")
+
+    def require_place(self) -> None:
+        """Refuse what is neither a folder nor can be on a hub."""
+        if self.is_local:
+            if not self._folder.is_dir():
+                raise self.failure(f"there is no folder {self._given['subfolder']!r} (subfolder) in its folder")
+            return
+        if os.path.exists(self.path):
+            raise self.failure(f"it is a file; accepted is a folder, a {_GGUF} file or a hub id")
+        if self.path.endswith(_GGUF) or not _can_be_on_hub(self.path):
+            raise self.failure("there is no such file or folder")
+
+    def require_model(self) -> None:
+        """Refuse a path that does not exist, and a folder without a model."""
+        self.require_place()
+        gguf = self._given.get("gguf_file")
+        if gguf is not None and self.is_local and not self._has(gguf):
+            raise self.failure(f"there is no file {gguf!r} (gguf_file) in its folder")
+        if gguf is None and self.is_local and not self._has(_CONFIG) and not self._has(_ADAPTER):
+            found = sorted(path.name for path in self._folder.glob(f"*{_GGUF}"))
+            hint = f"; gguf_file may be {' or '.join(map(repr, found[:4]))}" if found else ""
+            raise self.failure(f"there is no model in its folder: neither {_CONFIG} nor {_ADAPTER}{hint}")
+        if self.is_local and self._has(_GENERATION):
+            self._read_json(self._folder / _GENERATION)  # transformers does without, and knows no end of answers
+        offline = not self.is_local and self.options.get("local_files_only", constants.HF_HUB_OFFLINE)
+        if offline and self.find(gguf or _CONFIG) is None and self.find(_ADAPTER) is None:
+            raise self.failure(f"there is no such folder, nor such a model in the hub's cache, {self._offline}")
+
+    def require_tokenizer(self) -> None:
+        """Refuse a folder without a tokenizer."""
+        if self.is_local and not self.has_tokenizer:
+            raise self.failure("there is no tokenizer in its folder: no tokenizer.json, tokenizer.model or the like")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is among them."""
+        return self.is_gguf or any(self.find(name) for name in _TOKENIZER_FILES)
+
+    @cached_property
+    def adapter(self) -> dict[str, Any] | None:
+        """The configuration of a PEFT adapter that stands without its base model, or None if they are a model's."""
+        self.require_place()
+        found = self.find(_ADAPTER)
+        if found is None or self.is_gguf or (self.is_local and self._has(_CONFIG)):
+            return None
+        config = self._read_json(found)
+        if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+            raise self.failure(f"its {_ADAPTER} names no base_model_name_or_path")
+        return config
+
+    @cached_property
+    def base(self) -> ModelFiles:
+        """Those of configuration and weights: of the adapter's base model, or these."""
+        if self.adapter is None:
+            return self
+        kept = {key: value for key, value in self._given.items() if key not in ("revision", "subfolder")}
+        kept["revision"] = self.adapter.get("revision")
+        return ModelFiles(self.adapter["base_model_name_or_path"], kept, f"the base of adapter {self.name!r}, model")
+
+    def find(self, filename: str) -> Path | None:
+        """The file of that name, fetched from the hub if need be, or None."""
+        if self.is_local:
+            return self._folder / filename if self._has(filename) else None
+        kinds = ("gated_repo", "missing_entries", "connection_errors")
+        silent = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        try:
+            found = cached_file(self.path, filename, **self.where, **silent)
+        except OSError as error:
+            raise self.failure(error) from None
+        return None if found is None else Path(found)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.path, self._given.get("subfolder", ""))
+
+    @property
+    def _offline(self) -> str:
+        if self._given.get("local_files_only") or constants.HF_HUB_OFFLINE:
+            return "and the hub is not asked"
+        return f"and {constants.ENDPOINT} does not answer"
+
+    def _read_json(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self.failure(f"its {path.name} is damaged: {error}") from None
+
+    def _has(self, filename: str) -> bool:
+        return (self._folder / filename).is_file()
+
+
+def _can_be_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: one try, where its own client would wait and try again for each file."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_ASKED_WITHIN_S)
+    except Exception:  # whatever keeps it from answering; the client's errors depend on its version
+        return False
+    return True
+
+
+def in_one_line(reason: object, most: int = 300) -> str:
+    """``reason`` without line breaks, shortened; with its kind where an error's text does not stand by itself."""
+    text = " ".join(str(reason).split())
+    if isinstance(reason, UnpicklingError):  # whose text says how to run what the file may hold
+        return "a pickle file is damaged or holds more than tensors"
+    if isinstance(reason, Exception) and not (text and isinstance(reason, OSError | ValueError)):
+        text = f"{type(reason).__name__}: {text}"
+    return text if len(text) <= most else f"{text[:most]}..."
