@@ -91,7 +91,7 @@ class AnswerTexts:
         """An answer without tool calls, of nothing yet; JSON of ``json_schema`` if that is not None.
 
         Raises:
-            ValueError: if it is no schema, or says what sampling cannot be held to.
+            ValueError: if it is no schema, or nothing can be valid.
             UnsupportedModelError: if it is there, and the tokenizer does not allow it.
         """
         constraint = None if json_schema is None else self._grammars.json(json_schema)
@@ -101,7 +101,6 @@ class AnswerTexts:
         """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
 
         Raises:
-            ValueError: if a tool's parameters are no schema, or say what sampling cannot be held to.
             UnsupportedModelError: if a call is forced, and the tokenizer does not allow it.
         """
         by_name = {tool["function"]["name"]: tool for tool in tools}

@@ -31,17 +31,20 @@ class CallGrammar:
     Args:
         tool_format: how they are written.
         tools: in OpenAI's form.
+        schemas: of the tools' arguments, with llguidance's options in them.
         special: ids of the special tokens by their text.
-        lenient: whether what no grammar can hold to is left out of schemas, instead of being refused.
     """
 
     def __init__(
-        self, tool_format: ToolFormat, tools: Sequence[Tool], special: Mapping[str, int], *, lenient: bool
+        self,
+        tool_format: ToolFormat,
+        tools: Sequence[Tool],
+        schemas: Sequence[Mapping[str, Any]],
+        special: Mapping[str, int],
     ) -> None:
         self._format = tool_format
-        self._functions = [tool["function"] for tool in tools]
+        self._calls = [(tool["function"]["name"], schema) for tool, schema in zip(tools, schemas, strict=True)]
         self._special = special
-        self._style = STYLE | {"lenient": lenient}
 
     def forced(self) -> str:
         """One call and nothing else, spaced as the template does."""
@@ -62,15 +65,15 @@ class CallGrammar:
         return self._whole(start) + f"{head}\n"
 
     def _whole(self, start: str) -> str:
-        calls = " | ".join(f"call_{index}" for index in range(len(self._functions)))
-        rules = "".join(self._rules(index, function) for index, function in enumerate(self._functions))
+        calls = " | ".join(f"call_{index}" for index in range(len(self._calls)))
+        rules = "".join(self._rules(index, *call) for index, call in enumerate(self._calls))
         return f"%llguidance {{}}\nstart: {start}\ncall: {calls}\n{rules}{_RULES}"
 
-    def _rules(self, index: int, function: Mapping[str, Any]) -> str:
-        name = f"{_literal(json.dumps(self._format.name_key))} COLON {_literal(json.dumps(function['name']))}"
+    def _rules(self, index: int, name: str, schema: Mapping[str, Any]) -> str:
+        written = sorted({json.dumps(name), json.dumps(name, ensure_ascii=False)})
+        named = f"{_literal(json.dumps(self._format.name_key))} COLON ({' | '.join(map(_literal, written))})"
         arguments = f"{_literal(json.dumps(self._format.arguments_key))} COLON arguments_{index}"
-        text = json.dumps(closed(function["parameters"]) | {"x-guidance": self._style})
-        return f'call_{index}: "{{" {name} COMMA {arguments} "}}"\narguments_{index}: %json {text}\n'
+        return f'call_{index}: "{{" {named} COMMA {arguments} "}}"\narguments_{index}: %json {json.dumps(schema)}\n'
 
     def _parts(self, text: str) -> list[str]:
         """Special tokens and literals that make up ``text``."""

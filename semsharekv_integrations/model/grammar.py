@@ -8,9 +8,11 @@ Knows nothing about where text stops or what calls mean.
 
 from __future__ import annotations
 
+import reprlib
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,11 @@ from llguidance.hf import from_tokenizer
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 from semsharekv_integrations.errors import SemShareError, UnsupportedModelError
-from semsharekv_integrations.model.call_grammar import STYLE, CallGrammar, closed
+from semsharekv_integrations.model.call_grammar import CallGrammar
+from semsharekv_integrations.model.held_schema import ANY_OBJECT, HeldSchemas
 from semsharekv_integrations.model.tool_format import Tool, ToolFormat
+
+_FAULT_CHARS = 200
 
 
 class Constraint:
@@ -104,6 +109,7 @@ class Grammars:
         self._end_ids = list(end_ids)
         self._lock = threading.Lock()
         self._wrapped: LLTokenizer | str | None = None
+        self._schemas = HeldSchemas(self._fault_of)
 
     @property
     def is_possible(self) -> bool:
@@ -115,51 +121,67 @@ class Grammars:
         return True
 
     def json(self, schema: Mapping[str, Any]) -> Constraint:
-        """JSON of ``schema`` and nothing else.
+        """JSON of ``schema`` and nothing else. What no grammar can hold to is left out, with a warning.
 
         Raises:
-            ValueError: if it is no schema, or says what no grammar can hold to.
+            ValueError: if it is no schema, or nothing can be valid.
             UnsupportedModelError: if the tokenizer does not allow it.
         """
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(closed(schema), overrides=cast(Any, STYLE))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"json_schema is {schema!r}; accepted is a JSON schema: {error}") from error
-        return Constraint(self._matcher(grammar, "json_schema", schema))
+        self._llguidance()
+        held = self._schemas.of("json_schema", schema)
+        if held.schema is None:
+            raise ValueError(f"json_schema is {reprlib.repr(schema)}; accepted is a schema: {held.fault}")
+        return Constraint(self._matcher(_json_grammar(held.schema)))
 
     def forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """One call of one of ``tools``, with arguments of its schema, and nothing else.
+        """One call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it, only.
 
         Raises:
-            ValueError: if a tool's parameters are no schema, or say what no grammar can hold to.
             UnsupportedModelError: if the tokenizer does not allow it.
         """
-        lark = self._call_grammar(tool_format, tools, lenient=False).forced()
-        return Constraint(self._matcher(LLMatcher.grammar_from_lark(lark), "tools", tools))
+        return Constraint(self._calls(tool_format, tools, CallGrammar.forced))
 
     def opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """Free text, in which a call that has been opened is a valid one. What no grammar can hold to is left out.
+        """Free text, in which a call that has been opened is a valid one, as far as a grammar can hold to it."""
+        return Constraint(self._calls(tool_format, tools, CallGrammar.opened), on_trigger=True)
 
-        Raises:
-            ValueError: if a tool's parameters are no schema.
-        """
-        lark = self._call_grammar(tool_format, tools, lenient=True).opened()
-        return Constraint(self._matcher(LLMatcher.grammar_from_lark(lark), "tools", tools), on_trigger=True)
-
-    def _call_grammar(self, tool_format: ToolFormat, tools: Sequence[Tool], *, lenient: bool) -> CallGrammar:
+    def _calls(
+        self, tool_format: ToolFormat, tools: Sequence[Tool], written: Callable[[CallGrammar], str]
+    ) -> LLMatcher:
+        """Calls of ``tools``; all arguments are any object where they are too much together."""
         wrapped = self._llguidance()
         special = {
             text: id_ for text, id_ in self._tokenizer.get_added_vocab().items() if wrapped.is_special_token(id_)
         }
-        return CallGrammar(tool_format, tools, special, lenient=lenient)
+        names = [tool["function"]["name"] for tool in tools]
+        parameters = [tool["function"]["parameters"] for tool in tools]
+        held = [self._schemas.of(f"tool {name!r}", schema) for name, schema in zip(names, parameters, strict=True)]
+        for name, judged in zip(names, held, strict=True):
+            if judged.schema is None:
+                warnings.warn(f"calls of tool {name!r} are held to no schema: {judged.fault}", stacklevel=2)
+        schemas = [ANY_OBJECT if judged.schema is None else judged.schema for judged in held]
+        try:
+            return self._matcher(
+                LLMatcher.grammar_from_lark(written(CallGrammar(tool_format, tools, schemas, special)))
+            )
+        except ValueError as error:
+            warnings.warn(f"calls of {len(tools)} tools are held to no schemas: {error}", stacklevel=2)
+        free = CallGrammar(tool_format, tools, [ANY_OBJECT] * len(tools), special)
+        return self._matcher(LLMatcher.grammar_from_lark(written(free)))
 
-    def _matcher(self, grammar: str, name: str, value: object) -> LLMatcher:
+    def _matcher(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._llguidance(), grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(
-                f"{name} is {value!r}; accepted is a schema that sampling can hold to: {matcher.get_error()}"
-            )
+            raise ValueError(matcher.get_error())
         return matcher
+
+    def _fault_of(self, schema: Mapping[str, Any]) -> str:
+        """The first line of what llguidance says against a schema."""
+        try:
+            self._matcher(_json_grammar(schema))
+        except (TypeError, ValueError, RecursionError) as error:
+            return " ".join(str(error).split())[:_FAULT_CHARS] or type(error).__name__
+        return ""
 
     def _llguidance(self) -> LLTokenizer:
         """The tokenizer as llguidance takes it, which is made once."""
@@ -181,3 +203,7 @@ class Grammars:
             return from_tokenizer(self._tokenizer, eos_token=self._end_ids or None)
         except ValueError as error:
             return f"is of another kind: {error}"
+
+
+def _json_grammar(schema: Mapping[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(dict(schema))
