@@ -6,6 +6,7 @@ ids would serve wrong KV. It finds damage, not forgery. Knows nothing about KV f
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -132,6 +133,16 @@ class Catalog:
 
     def close(self) -> None:
         """Close it. May be called again."""
+        self._db.close()
+
+    def abandon(self) -> None:
+        """In a child that was forked: never touch the connection again, not even to close it.
+
+        SQLite would take the parent's locks for its own, and closing would write to the parent's files. Python closes
+        what nothing refers to, so one reference too many is counted.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._db))
+        self._db = sqlite3.connect(":memory:")
         self._db.close()
 
     def _insert(self, contents: Contents) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
+from semsharekv_integrations.forks import tell_of_forks
 from semsharekv_integrations.store.catalog import (
     CATALOG,
     Catalog,
@@ -39,6 +40,7 @@ __all__ = ["EntryRecord", "KVDirectory", "NodeRecord", "Peeked", "PeekedEntry", 
 LOCK = "lock"
 COUNTS = ("damaged", "foreign", "vanished", "unavailable", "orphans", "write_failed")
 _FINGERPRINT = re.compile(r"[0-9a-f]+")
+_inherited: set[str] = set()  # what was open when this process was forked: SQLite believes that it still is
 
 
 class PeekedEntry(NamedTuple):
@@ -59,14 +61,15 @@ class Peeked(NamedTuple):
 class KVDirectory:
     """The KV of one model on disk, locked against other processes.
 
-    Not thread-safe: several threads may take turns with it, under a lock of the caller. Not for both sides of a fork.
+    Not thread-safe: several threads may take turns with it, under a lock of the caller. A child that is forked while
+    it is open has no use of it: there it fails, and what it does is of no consequence to the parent.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Open or create ``path``/``fingerprint``, and drop from it what cannot be used.
 
         Raises:
-            StoreLockedError: if another process has it open.
+            StoreLockedError: if another process has it open, or had when it forked this one.
             StoreFileError: if the directory cannot be used.
             ValueError: if ``fingerprint`` is not made of hexadecimal digits.
         """
@@ -77,9 +80,12 @@ class KVDirectory:
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._on_disk = KVFiles(self.path, fingerprint, self._counts)
         self._resources = ExitStack()
+        self._is_open = False
+        self._require_not_inherited()
         try:
             make_private_directory(self.path)
-            self._resources.callback(DirectoryLock(self.path / LOCK).release)
+            self._lock = DirectoryLock(self.path / LOCK)
+            self._resources.callback(self._lock.release)
             self._catalog, found = self._open_catalog()
             self._resources.callback(self._catalog.close)
             kept = self._keep(found)
@@ -98,6 +104,8 @@ class KVDirectory:
         self._entries = {entry.id: entry for entry in kept.entries}
         self._uses = Counter(node.file for node in kept.nodes)  # nodes of each file in use
         self._num_bytes = sum(file.num_bytes for file in kept.files)
+        self._is_open = True
+        tell_of_forks(self)
 
     def nodes(self) -> list[NodeRecord]:
         """All nodes, parents before children."""
@@ -236,9 +244,26 @@ class KVDirectory:
 
     def close(self) -> None:
         """Delete what was written and not recorded, and let other processes in. May be called again."""
-        for file in self._files.keys() - self._uses.keys():
+        for file in self._files.keys() - self._uses.keys() if self._is_open else ():
             self.discard(file)
+        self._is_open = False
         self._resources.close()
+
+    def go_on_in_child(self) -> None:
+        """Give it up: it is the parent's. This process cannot open the directory any more."""
+        if self._is_open:
+            self._is_open = False
+            _inherited.add(os.path.realpath(self.path))
+            self._resources.pop_all()  # which closes nothing
+            self._catalog.abandon()
+            self._lock.release()
+
+    def _require_not_inherited(self) -> None:
+        if os.path.realpath(self.path) in _inherited:
+            raise StoreLockedError(
+                f"{self.path} was open in the process that this one was forked from; use another directory in this "
+                "one, or a process that is started anew"
+            )
 
     def _known(self, file: str) -> FileRecord:
         if file not in self._files:

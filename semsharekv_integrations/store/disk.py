@@ -183,12 +183,16 @@ class DiskShelf:
         if self._directory is None:
             return
         self.record(entries=entries)
+        self._directory.close()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the directory as it is; nothing is here afterwards."""
         for node in [node for node, _ in self.tier.sizes()]:
             self.tier.remove(node)
             node.on_disk = None
         for untold in (self._nodes, self._entries, self._gone_nodes, self._gone_entries):
             untold.clear()
-        self._directory.close()
         self._directory = None
 
     @property

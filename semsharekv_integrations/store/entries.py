@@ -67,7 +67,15 @@ class Entries:
         """Write down what was used when, and give the directory up, with the entries that lie there alone."""
         ordinary = [entry for entry in self.by_key.values() if not entry.reference.is_tainted]
         self.shelves.disk.close([self._record(entry) for entry in ordinary if entry.node.on_disk is not None])
-        for entry in ordinary:
+        self._keep_to_memory()
+
+    def abandon(self) -> None:
+        """In a child that was forked: leave the directory to the parent, with the entries that lie there alone."""
+        self.shelves.disk.abandon()
+        self._keep_to_memory()
+
+    def _keep_to_memory(self) -> None:
+        for entry in list(self.by_key.values()):
             if any(node.held is None for node in entry.node.path()):
                 self.remove(entry)
 

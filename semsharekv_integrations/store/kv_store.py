@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.directory import KVDirectory
@@ -34,6 +35,8 @@ _MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", 
 
 class KVStore:
     """References by namespace. Safe to use from several threads; every method holds one lock.
+
+    A child that is forked has a copy, which goes on in memory alone.
 
     Args:
         config: bounds.
@@ -54,8 +57,9 @@ class KVStore:
         self.config = config
         self.min_run_tokens = min_run_tokens
         self._clock = clock
-        self._lock = threading.RLock()
+        self._lock = hold_at_forks(threading.RLock())
         self._entries = Entries(config, clock, wall_clock, min_run_tokens)
+        tell_of_forks(self)
 
     def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
         """Take up what lies in the configured directory; how many entries. Without a directory, none.
@@ -78,6 +82,11 @@ class KVStore:
         """Write down what was used when, and leave the directory to others; what is in memory stays there."""
         with self._lock:
             self._entries.close()
+
+    def go_on_in_child(self) -> None:
+        """Go on with what is in memory: the directory is the parent's."""
+        self._lock = hold_at_forks(threading.RLock())
+        self._entries.abandon()
 
     def readable(self, namespace: str) -> list[str]:
         """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""

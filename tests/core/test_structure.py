@@ -28,7 +28,7 @@ LAYERS = (
     {"report"},
     {"config"},
     {"modes"},
-    {"checks", "errors", "copies"},
+    {"checks", "errors", "forks", "copies"},
 )
 LAB = {"lab"}  # measures; imported by no other part, and world and prompts import nothing
 FRAMEWORKS = ("torch", "transformers", "langchain_core", "llama_index", "safetensors", "numpy")
