@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import isfinite
+from os import PathLike
 
+import numpy as np
+
+MOST_NESTED = 64  # mappings and sequences in each other, of what a caller gives
 MOST_SHOWN_CHARS = 400  # of a value in an error
 IN_UTF8 = " of valid Unicode, without lone surrogates"
 
@@ -38,7 +43,38 @@ def is_whole(value: object, least: int) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is an integer or a float, and neither infinite nor NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1000  # which a float can hold
+    return isinstance(value, float) and isfinite(value)
+
+
+def is_path(value: object) -> bool:
+    """Whether ``value`` may name a file: a string or path that is not empty, without a null character."""
+    return isinstance(value, str | PathLike) and bool(str(value)) and "\0" not in str(value)
+
+
+def nesting(value: object) -> int:
+    """How many mappings and sequences stand in each other in ``value``, at most ``MOST_NESTED`` and one more."""
+    level, depth = [value], 0
+    while depth <= MOST_NESTED:
+        inner = [item for item in level if isinstance(item, Mapping) or _is_list(item)]
+        if not inner:
+            break
+        depth += 1
+        unlike = {id(item): item for item in inner}.values()  # else what stands in itself twice doubles each time
+        level = [part for item in unlike for part in (item.values() if isinstance(item, Mapping) else item)]
+    return depth
+
+
+def take_plain_numbers(config: object) -> None:
+    """Make Python's own numbers of NumPy's in the fields of a frozen dataclass, while it is made."""
+    for name, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def is_utf8(text: str) -> bool:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from semsharekv_integrations.checks import check_lifetime, is_number, is_whole, require
+from semsharekv_integrations.checks import (
+    IN_UTF8,
+    check_lifetime,
+    is_number,
+    is_path,
+    is_utf8,
+    is_whole,
+    require,
+    take_plain_numbers,
+)
 from semsharekv_integrations.modes import FASTEST, MODE_RULES, MODE_SETTINGS, Mode, ModeSetting, ReuseRules
 
 Eviction = Literal["value", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
+MOST_STOP_STRINGS, MOST_STOP_CHARS = 256, 1024  # all of them are looked for behind every token
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class ReuseConfig:
     retention_final_share: float | None = None
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require(self.mode in MODE_SETTINGS, "reuse.mode", self.mode, " or ".join(map(repr, MODE_SETTINGS)))
         require(is_whole(self.min_prefix_tokens, 1), "reuse.min_prefix_tokens", self.min_prefix_tokens, "1 or more")
         named = isinstance(self.embedder, str) and bool(self.embedder)
@@ -127,16 +138,21 @@ class StoreConfig:
     shared_namespace: str | None = None
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         for name in ("max_bytes", "host_max_bytes", "disk_max_bytes"):
             require(is_whole(getattr(self, name), 0), f"store.{name}", getattr(self, name), "0 or more bytes")
         check_lifetime("store.ttl_s", self.ttl_s)
-        is_path = isinstance(self.directory, str | PathLike) and bool(str(self.directory))
-        require(self.directory is None or is_path, "store.directory", self.directory, "None or a path")
-        require(self.kv_bits in (None, 8), "store.kv_bits", self.kv_bits, "None or 8")
+        require(self.directory is None or is_path(self.directory), "store.directory", self.directory, "None or a path")
+        require(
+            self.kv_bits is None or (is_whole(self.kv_bits, 8) and self.kv_bits == 8),
+            "store.kv_bits",
+            self.kv_bits,
+            "None or 8",
+        )
         require(self.eviction in EVICTIONS, "store.eviction", self.eviction, " or ".join(map(repr, EVICTIONS)))
         shared = self.shared_namespace
-        named = isinstance(shared, str) and bool(shared)
-        require(shared is None or named, "store.shared_namespace", shared, "None or a non-empty string")
+        named = isinstance(shared, str) and bool(shared) and is_utf8(shared)
+        require(shared is None or named, "store.shared_namespace", shared, f"None or a non-empty string{IN_UTF8}")
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,7 @@ class AuditConfig:
     window: int = 20
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require(
             is_number(self.sample_ratio) and 0 <= self.sample_ratio <= 1,
             "audit.sample_ratio",
@@ -192,12 +209,26 @@ class EngineConfig:
     max_batch_size: int = 8
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
+        for name, kind in (("reuse", ReuseConfig), ("store", StoreConfig), ("audit", AuditConfig)):
+            value = getattr(self, name)
+            require(isinstance(value, kind), name, value, f"{'an' if name == 'audit' else 'a'} {kind.__name__}")
         require(is_whole(self.max_batch_size, 1), "max_batch_size", self.max_batch_size, "1 or more calls")
         limit = self.max_context_tokens
         require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
         rounds = self.store.kv_bits is not None
         allowed = not rounds or self.reuse.mode in MODE_RULES
         require(allowed, "store.kv_bits", self.store.kv_bits, f"None in mode {self.reuse.mode!r}, whose KV is exact")
+
+
+def _check_stop(stop: object) -> None:
+    """Raise ``ValueError`` unless ``stop`` are some strings that text may hold."""
+    require(isinstance(stop, tuple), "stop", stop, "a tuple of strings")
+    strings = cast(tuple[object, ...], stop)
+    require(len(strings) <= MOST_STOP_STRINGS, "stop", f"{len(strings)} strings", f"up to {MOST_STOP_STRINGS}")
+    for string in strings:
+        fits = isinstance(string, str) and 0 < len(string) <= MOST_STOP_CHARS and is_utf8(string)
+        require(fits, "stop", string, f"strings of 1 to {MOST_STOP_CHARS} characters{IN_UTF8}")
 
 
 @dataclass(frozen=True)
@@ -223,8 +254,9 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require(is_whole(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "1 or more")
-        require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        _check_stop(self.stop)
         require(is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
         require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.top_k is None or is_whole(self.top_k, 1), "top_k", self.top_k, "None or 1 or more")

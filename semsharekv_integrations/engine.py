@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
 from semsharekv_integrations.audit import Auditor
-from semsharekv_integrations.checks import check_lifetime, require
 from semsharekv_integrations.concurrency import Turns, all_of_streams, iterate_in_thread, raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.copies import Remade
 from semsharekv_integrations.core.plan import ReusePlan
+from semsharekv_integrations.given import check_scope, check_warming, checked_path, checked_prompts
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
@@ -42,6 +42,7 @@ from semsharekv_integrations.request import (
     Request,
     checked_name,
     checked_namespace,
+    checked_prompt,
     document_texts,
 )
 from semsharekv_integrations.store import KVStore
@@ -159,7 +160,7 @@ class SemShareEngine(Remade):
 
         Closing the iterator cancels the call at the next token; what was computed until then is kept.
         """
-        return spoken(self._run(Request.of(prompt, options)))
+        return spoken(self._run(Request.of(checked_prompt(prompt), options)))
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
         """The answers to several prompts, in order; what they share is computed once, and they decode together.
@@ -167,7 +168,7 @@ class SemShareEngine(Remade):
         One that fails takes none of the others down: when all are done, the first error is raised.
         """
         with self.sharing():
-            streams = (self.stream(prompt, **options) for prompt in prompts)
+            streams = (self.stream(prompt, **options) for prompt in checked_prompts(prompts))
             done = raising(all_of_streams(streams, self.config.max_batch_size))
         return [last_of(iter(chunks)) for chunks in done]
 
@@ -184,7 +185,7 @@ class SemShareEngine(Remade):
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[GenerationChunk, None]:
         """As ``stream``, computed in a thread of its own."""
-        async with aclosing(iterate_in_thread(self._run(Request.of(prompt, options)))) as chunks:
+        async with aclosing(iterate_in_thread(self._run(Request.of(checked_prompt(prompt), options)))) as chunks:
             async for chunk in chunks:
                 if not chunk.is_empty:
                     yield chunk
@@ -214,7 +215,7 @@ class SemShareEngine(Remade):
         Raises:
             ContextWindowError: if a text is too long; those before it are stored.
         """
-        check_lifetime("ttl_s", ttl_s)
+        check_warming(documents, pinned, ttl_s, progress)
         namespace, texts = checked_namespace(namespace), document_texts(documents)
         if self.config.reuse.mode == "off":
             return 0
@@ -233,9 +234,7 @@ class SemShareEngine(Remade):
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
         """Drop the entries of one session or namespace, or everything; how many there were."""
-        require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
-        if namespace is not None:
-            checked_namespace(namespace)
+        check_scope(namespace, session)
         if session is None:
             self._memory.known.forget(namespace)
             self.auditor.clear(namespace)
@@ -258,7 +257,7 @@ class SemShareEngine(Remade):
 
     def save(self, path: str | Path) -> int:
         """Write the stored KV to one safetensors file, atomically, readable by its owner; how many entries."""
-        return write_references(Path(path), self.store.fetch_all(), self._ready().fingerprint())
+        return write_references(checked_path(path), self.store.fetch_all(), self._ready().fingerprint())
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -266,8 +265,8 @@ class SemShareEngine(Remade):
         Raises:
             StoreFileError: if the file is damaged or was written with another model.
         """
-        parts = self._ready()
-        return sum(map(self.store.put, read_references(Path(path), parts.fingerprint(), parts.adapter.device)))
+        path, parts = checked_path(path), self._ready()
+        return sum(map(self.store.put, read_references(path, parts.fingerprint(), parts.adapter.device)))
 
     def close(self) -> None:
         """Let go of the store's directory, after writing down what was used when; it is done at exit in any case.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from semsharekv_integrations.checks import is_number
+from semsharekv_integrations.checks import is_number, require
 from semsharekv_integrations.report import ReuseReport
 
 LOGGER = logging.getLogger("semsharekv_integrations")
@@ -105,6 +105,7 @@ class Observers:
 
     def add(self, callback: Callable[[ReuseReport], None]) -> None:
         """Tell ``callback`` from the next report on."""
+        require(callable(callback), "callback", callback, "a function of one report")
         self._callbacks.append(callback)
 
     def tell(self, report: ReuseReport) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from semsharekv_integrations.checks import is_number, is_share, is_whole, require
+from semsharekv_integrations.checks import is_number, is_share, is_whole, require, take_plain_numbers
 
 Mode = Literal["off", "exact", "identical", "semantic", "paper"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -71,6 +71,7 @@ class ReuseRules:
     retention_final_share: float = 1.0
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         for name, least in (("min_run_tokens", 2), ("boundary_tokens", 0), ("edit_tokens", 0), ("full_layers", 0)):
             require(is_whole(getattr(self, name), least), f"reuse.{name}", getattr(self, name), f"{least} or more")
         require(is_whole(self.tail_tokens, 1), "reuse.tail_tokens", self.tail_tokens, "1 or more")

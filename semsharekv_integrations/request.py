@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.checks import IN_UTF8, is_utf8, require, shown
+from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_utf8, nesting, require, shown
 from semsharekv_integrations.config import SamplingConfig
+from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
 from semsharekv_integrations.model.chat_text import RENDERING_OPTIONS
 from semsharekv_integrations.model.prompt import Prompt
@@ -16,6 +17,7 @@ from semsharekv_integrations.model.room import require_room
 from semsharekv_integrations.model.tool_format import Tool
 
 _CHOICES = ("auto", "none", "any")
+_DOCUMENTS = "texts in a list, or texts by id in a dict"
 Documents = Sequence[str] | Mapping[str, str]
 
 
@@ -113,7 +115,7 @@ class Request:
         schema = _checked_schema(rest.pop("json_schema", None), tools, choice)
         variables = _checked_variables(rest.pop("chat_template_kwargs", None))
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
-        require(session is None or isinstance(session, str), "session", session, "None or a string")
+        session = None if session is None else checked_name("session", session)
         asked = (prompt, sampling, namespace, documents, session, tools, choice, schema, variables)
         return cls(*asked, noted.required, noted.groups)  # type: ignore[arg-type]
 
@@ -147,6 +149,9 @@ class Request:
         if context_window is None:
             return self
         require_room(prompt_tokens, context_window)
+        limit = self.sampling.max_new_tokens
+        accepted = f"1 to {context_window}, the model's context window; what of it the prompt leaves is used"
+        require(limit <= context_window or limit == SamplingConfig.max_new_tokens, "max_new_tokens", limit, accepted)
         room = context_window - prompt_tokens
         return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
 
@@ -199,6 +204,7 @@ def _checked_tool(field: str, tool: object) -> Tool:
     require(described, f"{field}.function.description", description, "a string or none")
     accepted = parameters is None or (isinstance(parameters, Mapping) and parameters.get("type", "object") == "object")
     require(accepted, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
+    _check_nesting(f"{field}.function.parameters", parameters)
     schema = {"type": "object", "properties": {}} | dict(parameters or {})
     return {"type": "function", "function": function | {"description": description or "", "parameters": schema}}
 
@@ -214,8 +220,14 @@ def _checked_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mappi
     if schema is None:
         return None
     require(isinstance(schema, Mapping), "json_schema", schema, "None or a JSON schema as a mapping")
+    _check_nesting("json_schema", schema)
     require(not tools or choice == "none", "json_schema", schema, "None with tools, unless tool_choice is 'none'")
     return schema  # type: ignore[return-value]
+
+
+def _check_nesting(field: str, schema: object) -> None:
+    accepted = f"a schema of up to {MOST_NESTED} mappings and lists in each other"
+    require(nesting(schema) <= MOST_NESTED, field, schema, accepted)
 
 
 def _checked_variables(variables: object) -> dict[str, Any]:
@@ -228,6 +240,24 @@ def _checked_variables(variables: object) -> dict[str, Any]:
     taken = sorted(found.keys() & RENDERING_OPTIONS)
     require(not taken, "chat_template_kwargs", taken, "names other than those that rendering sets itself")
     return found
+
+
+def checked_prompt(prompt: object) -> Prompt:
+    """The prompt, if it is text or a list of messages, all of it text that can be tokenized.
+
+    Raises:
+        PromptError: if it is neither, or empty.
+    """
+    if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray)) or len(prompt) == 0:
+        raise PromptError(f"prompt is {shown(prompt)}; accepted is text that is not empty, or a sequence of messages")
+    level: list[Any] = [prompt]
+    for _ in range(MOST_NESTED):
+        if not all(is_utf8(text) for text in level if isinstance(text, str)):
+            raise PromptError(f"prompt is {shown(prompt)}; accepted is text{IN_UTF8}")
+        mappings = [part for part in level if isinstance(part, Mapping)]
+        lists = [part for part in level if isinstance(part, Sequence) and not isinstance(part, (str, bytes))]
+        level = [part for mapping in mappings for part in mapping.values()] + [part for each in lists for part in each]
+    return cast(Prompt, prompt)
 
 
 def checked_namespace(namespace: object) -> str:
@@ -245,15 +275,24 @@ def document_texts(documents: object) -> dict[str, str]:
     """Texts by id; a text given without one gets a digest of itself."""
     if documents is None:
         return {}
-    named = dict(documents) if isinstance(documents, Mapping) else None
-    if named is None and isinstance(documents, Sequence) and not isinstance(documents, str):
-        named = {document_id(text): text for text in documents}
-    texts_only = named is not None and all(isinstance(text, str) for text in named.values())
-    require(texts_only, "documents", type(documents).__name__, "texts in a list, or texts by id in a dict")
-    return named or {}
+    if isinstance(documents, Mapping):
+        for key in documents:
+            named = isinstance(key, str) and bool(key) and is_utf8(key)
+            require(named, "documents", key, f"ids that are non-empty strings{IN_UTF8}")
+        return {key: _checked_text(f"documents[{shown(key)}]", text) for key, text in documents.items()}
+    a_list = isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray))
+    require(a_list, "documents", documents, _DOCUMENTS)
+    return {document_id(text): text for text in cast(Sequence[Any], documents)}
+
+
+def _checked_text(field: str, text: object) -> str:
+    accepted = isinstance(text, str) and bool(text.strip()) and is_utf8(text)
+    require(accepted, field, text, f"a text that is not blank{IN_UTF8}")
+    return str(text)
 
 
 def document_id(text: object) -> str:
     """The id of a document that was given none: a digest of its text, 12 hexadecimal digits."""
-    require(isinstance(text, str), "documents", type(text).__name__, "texts in a list, or texts by id in a dict")
+    require(isinstance(text, str), "documents", text, _DOCUMENTS)
+    _checked_text("documents", text)
     return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()

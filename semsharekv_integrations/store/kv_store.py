@@ -23,7 +23,7 @@ from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
-from semsharekv_integrations.store.labels import Entry, joined
+from semsharekv_integrations.store.labels import Entry, joined, require_writable
 from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.space import Space
@@ -147,7 +147,11 @@ class KVStore:
         Entries that are a prefix of it are replaced by it, their labels joined to its own. A tainted one replaces that
         of its session instead, and is never pinned. Refused, and counted, if there is no room beside pinned entries, or
         if it is tainted and without a session; nothing changes then.
+
+        Raises:
+            ValueError: if what is known of it beside its KV cannot be written down; nothing changes.
         """
+        require_writable(reference)
         with self._lock:
             self._entries.expire()
             if reference.is_tainted:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from semsharekv_integrations.checks import IN_UTF8, is_utf8, require, shown
 from semsharekv_integrations.kv import UNPLACED, Reference, Segment, Span, TokenIds, standing_within
 from semsharekv_integrations.store.directory import EntryRecord
 from semsharekv_integrations.store.radix import Node
@@ -51,6 +53,20 @@ def stops_of(labels: Mapping[str, Any]) -> dict[str, int]:
     return {key: stop for key, start, stop in labels["segments"] if labels["document_starts"].get(key) == start}
 
 
+def require_writable(reference: Reference) -> None:
+    """Raise ``ValueError`` unless what is known of a reference beside its KV can be written down.
+
+    What cannot must not even wait to be written: it would keep all that waits with it from the directory.
+    """
+    names = [reference.namespace, *reference.document_starts, *(segment.document_id for segment in reference.segments)]
+    for name in names if reference.session is None else [*names, reference.session]:
+        require(isinstance(name, str) and is_utf8(name), "a name in a reference", name, f"a string{IN_UTF8}")
+    try:
+        json.dumps(_labels_of(reference), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the labels of a reference are {shown(_labels_of(reference))}: {error}") from error
+
+
 def joined(kept: Reference, absorbed: Reference) -> Reference:
     """``kept`` with the labels of an entry that it contains; it expires as soon as either would."""
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
@@ -82,7 +98,11 @@ def shortened(reference: Reference, num_tokens: int) -> Reference:
 def record_of(entry: Entry, used_s: float) -> EntryRecord:
     """An entry as it is written, with the wall clock's time of its last use."""
     reference = entry.reference
-    labels: dict[str, Any] = {
+    return EntryRecord(reference.id, reference.namespace, entry.node.id, _labels_of(reference), entry.hits, used_s)
+
+
+def _labels_of(reference: Reference) -> dict[str, Any]:
+    return {
         "document_starts": dict(reference.document_starts),
         "document_stops": dict(reference.document_stops),
         "segments": [list(segment) for segment in reference.segments],
@@ -90,7 +110,6 @@ def record_of(entry: Entry, used_s: float) -> EntryRecord:
         "pinned": reference.pinned,
         "expires_after_s": reference.expires_after_s,
     }
-    return EntryRecord(reference.id, reference.namespace, entry.node.id, labels, entry.hits, used_s)
 
 
 def reference_of(record: EntryRecord, token_ids: TokenIds) -> Reference:

@@ -20,7 +20,7 @@ LAYERS = (
     {"engine"},
     {"memory"},
     {"parts"},
-    {"answer", "concurrency", "request", "planner"},
+    {"answer", "concurrency", "given", "request", "planner"},
     {"matching", "remember"},
     {"model", "store", "audit", "index"},
     {"core"},

@@ -1,0 +1,40 @@
+"""Checks of what callers give to methods of the engine beside the options of a call: see ``request``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from semsharekv_integrations.checks import check_lifetime, is_path, require
+from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.request import checked_name
+
+
+def checked_path(path: object) -> Path:
+    """The path of a file."""
+    require(is_path(path), "path", path, "the path of a file")
+    return Path(cast(Any, path))
+
+
+def checked_prompts(prompts: object) -> Iterable[Prompt]:
+    """Several prompts; what each of them is has to be checked when it is its turn."""
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
+    require(several, "prompts", prompts, "a list of prompts, each text or a sequence of messages")
+    return cast(Iterable[Prompt], prompts)
+
+
+def check_scope(namespace: object, session: object) -> None:
+    """Raise ``ValueError`` unless these are names or None, and a session has a namespace."""
+    require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
+    for field, name in (("namespace", namespace), ("session", session)):
+        if name is not None:
+            checked_name(field, name)
+
+
+def check_warming(documents: object, pinned: object, ttl_s: object, progress: object) -> None:
+    """Raise ``ValueError`` unless there are documents, and the rest is of its type; the texts are not looked at."""
+    require(documents is not None, "documents", documents, "texts in a list, or texts by id in a dict")
+    check_lifetime("ttl_s", ttl_s)
+    for name, value in (("pinned", pinned), ("progress", progress)):
+        require(isinstance(value, bool), name, value, "True or False")
