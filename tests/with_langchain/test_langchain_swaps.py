@@ -155,5 +155,5 @@ def test_pickles_are_made_again(kind: Any) -> None:
 
 
 def test_a_given_model_is_not_pickled(model: Model) -> None:
-    with pytest.raises(TypeError, match="was given its model; accepted to pickle is one of .*from_pretrained"):
+    with pytest.raises(TypeError, match="was given its model; accepted to pickle is one of "):
         pickle.dumps(model)

@@ -110,5 +110,5 @@ def test_pickles_are_made_again() -> None:
 
 
 def test_a_given_model_is_not_pickled(llm: SemShareKVLLM) -> None:
-    with pytest.raises(TypeError, match="was given its model; accepted to pickle is one of .*from_pretrained"):
+    with pytest.raises(TypeError, match="was given its model; accepted to pickle is one of "):
         pickle.dumps(llm)
