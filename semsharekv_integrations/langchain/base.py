@@ -16,7 +16,7 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field, model_validator
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.checks import IN_UTF8, is_utf8, require
 from semsharekv_integrations.concurrency import raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
@@ -102,6 +102,7 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
+        require(is_utf8(text), "text", text, f"a text{IN_UTF8}")
         return list(self.engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     @property

@@ -20,7 +20,7 @@ from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.types import PydanticProgramMode
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.checks import IN_UTF8, is_utf8, require
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.llama_index.documents import (
@@ -195,6 +195,7 @@ class EngineLLM(FunctionCallingLLM):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
+        require(is_utf8(text), "text", text, f"a text{IN_UTF8}")
         return list(self._engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:

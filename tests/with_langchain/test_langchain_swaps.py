@@ -10,7 +10,7 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 
-from semsharekv_integrations import GenerationChunk, SemShareEngine, ToolCall
+from semsharekv_integrations import GenerationChunk, PromptError, SemShareEngine, ToolCall
 from semsharekv_integrations.langchain import ChatSemShareKV, DocumentTracker, SemShareKVLLM
 from semsharekv_integrations.langchain.tools import ChatOptions, ToolCallChunks
 from tiny_models import EngineMaker
@@ -83,6 +83,13 @@ def test_what_means_nothing_here_is_refused_by_name(model: Model, option: dict[s
         model.invoke(PROMPT, **option)
     with pytest.raises(ValueError, match=message):
         list(model.bind(**option).stream(PROMPT))
+
+
+def test_texts_that_are_no_unicode_are_refused_by_name(model: Model) -> None:
+    with pytest.raises(PromptError, match=r"prompt is .*; accepted is text of valid Unicode"):
+        model.invoke("Caf\ud800 prices rose .")
+    with pytest.raises(ValueError, match=r"text is .*; accepted is a text of valid Unicode"):
+        model.get_num_tokens("Caf\ud800")
 
 
 def test_templates_are_told_more(chat: ChatSemShareKV) -> None:

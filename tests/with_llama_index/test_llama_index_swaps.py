@@ -74,6 +74,14 @@ async def test_a_chat_of_no_messages_is_refused(llm: SemShareKVLLM, messages: An
         await llm.achat(messages)
 
 
+def test_texts_that_are_no_unicode_are_refused_by_name(llm: SemShareKVLLM) -> None:
+    for ask in (llm.complete, lambda text: llm.chat([ChatMessage(text)])):
+        with pytest.raises(SemShareError, match=r"prompt is .*; accepted is text of valid Unicode"):
+            ask("Caf\ud800 prices rose .")
+    with pytest.raises(ValueError, match=r"text is .*; accepted is a text of valid Unicode"):
+        llm.tokenize("Caf\ud800")
+
+
 def test_templates_are_told_more(make_engine: Callable[..., SemShareEngine]) -> None:
     engine = make_engine()
     tokenizer = copy.copy(engine.tokenizer)
