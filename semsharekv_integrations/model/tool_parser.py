@@ -1,14 +1,15 @@
 """Finds tool calls in an answer while it is written.
 
 Text that may still become a call is held back. What turns out to be none, because its JSON is broken or names no tool
-that was given, is text like any other: nothing is lost. Knows nothing about tokens.
+that was given, is text like any other: nothing is lost. Bare JSON, perhaps fenced, is read as calls in every format,
+where it begins the answer, or where it begins a line and ends the answer. Knows nothing about tokens.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from semsharekv_integrations.kv import ToolCall
@@ -17,6 +18,9 @@ from semsharekv_integrations.model.tool_format import ToolFormat
 _DECODER = json.JSONDecoder(strict=False)  # models write line ends into strings
 _UNSURE_CHARS = 8  # JSON that breaks off this close to its end may be whole with more: "fals", "\u00e"
 _BETWEEN_CALLS = " \t\r\n;"
+_FENCE = r"```[\w-]*\s*"
+_FENCE_BEGUN = re.compile(r"(?:^|\n)[^\S\n]*(`{1,2}|```[\w-]*\s*)$")
+_FENCE_END = re.compile(r"\s*```[^\S\n]*\n?")
 _FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>[^"]*)(?P<end>"?)|$)')
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
@@ -39,10 +43,19 @@ class ToolCallParser:
     def __init__(self, tool_format: ToolFormat, names: Collection[str]) -> None:
         self._format = tool_format
         self._names = names
-        self._keys = {tool_format.name_key, tool_format.arguments_key, *_ARGUMENT_KEYS, "function", "type", "id"}
+        self._keys = {
+            tool_format.name_key,
+            tool_format.arguments_key,
+            "name",
+            *_ARGUMENT_KEYS,
+            "function",
+            "type",
+            "id",
+        }
         self._held = ""  # nothing of it has been let go
         self._line_is_blank = True  # whether only space stands before the held text in its line
         self._after_call = False  # what separates calls is no text
+        self._is_first = True  # whether only space and calls stand before the held text
 
     def push(self, text: str) -> Said:
         """What became certain with more text."""
@@ -74,6 +87,7 @@ class ToolCallParser:
             text = text.lstrip(_BETWEEN_CALLS)
         if text:
             self._after_call = False
+            self._is_first = self._is_first and not text.strip()
             _, line_end, line = text.rpartition("\n")
             self._line_is_blank = not line.strip() and (bool(line_end) or self._line_is_blank)
         return text
@@ -82,39 +96,84 @@ class ToolCallParser:
         """Where a call may begin in what is held, and with what; or how much is certainly text, and None."""
         marks = [mark for mark in self._format.openings if mark]
         found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
-        bare = self._bare_start() if "" in self._format.openings else None
+        bare = self._bare_start()
+        if bare is not None and not final and any(mark.startswith(self._held[bare[0] :]) for mark in marks):
+            return bare[0], None
         if bare is not None:
-            found.append((bare, ""))
+            found.append(bare)
         if found:
-            return min(found)
-        kept = 0 if final else max(_overlap(self._held, mark) for mark in marks)
-        return len(self._held) - kept, None
+            return min(found, key=lambda place: place[0])
+        return len(self._held) - (0 if final else self._num_unsure(marks)), None
 
-    def _bare_start(self) -> int | None:
-        """The first bracket that begins a line, or follows a call."""
-        bracket = r"[\[{]" if self._format.in_list else r"\{"
-        first = re.match(rf"[{_BETWEEN_CALLS}]*({bracket})", self._held)
-        if first is None or not (self._line_is_blank or self._after_call):
-            first = re.search(rf"\n[^\S\n]*({bracket})", self._held)
-        return first.start(1) if first else None
+    def _num_unsure(self, marks: Sequence[str]) -> int:
+        """How many of the last characters may belong to the beginning of a call."""
+        begun = _FENCE_BEGUN.search(self._held)
+        starts_line = begun is not None and (
+            self._held[begun.start() : begun.start() + 1] == "\n" or self._at_line_start
+        )
+        fence = len(self._held) - begun.start(1) if begun and starts_line else 0
+        return max(fence, *(_overlap(self._held, mark) for mark in marks))
+
+    @property
+    def _at_line_start(self) -> bool:
+        return self._line_is_blank or self._after_call
+
+    def _bare_start(self) -> tuple[int, str] | None:
+        """The first bracket that begins a line, or follows a call, with the fence before it if there is one."""
+        begins = rf"(?P<fence>{_FENCE})?(?P<bracket>[\[{{])"
+        first = re.match(rf"[{_BETWEEN_CALLS}]*{begins}", self._held)
+        if first is None or not self._at_line_start:
+            first = re.search(rf"\n[^\S\n]*{begins}", self._held)
+        if first is None:
+            return None
+        fence = first["fence"] or ""
+        return first.start("bracket") - len(fence), fence
 
     def _calls_behind(self, opening: str, *, final: bool) -> list[ToolCall] | None:
         """The calls that the held text begins with, taken out of it; empty if none, None while that is uncertain."""
         text = self._held
         start = len(opening) + len(text[len(opening) :]) - len(text[len(opening) :].lstrip())
-        if not opening and not self._may_be_a_call(text):
+        bare = not opening or opening.startswith("```")
+        if bare and not self._may_be_a_call(text[start:]):
             return []
         try:
             value, stop = _DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
             return None if not final and _may_become_whole(error) else []
-        calls = self._calls_in(value, bare=not opening)
+        calls = self._calls_in(value, bare=bare)
+        if calls and bare:
+            return self._bare_calls(calls, text[stop:], fenced=bool(opening), final=final)
         behind = text[stop:].lstrip()
         closing = self._format.closing
         if calls and closing and not behind.startswith(closing) and not final and closing.startswith(behind):
             return None
         if calls:
             self._held, self._after_call = behind.removeprefix(closing), True
+        return calls
+
+    def _bare_calls(self, calls: list[ToolCall], behind: str, *, fenced: bool, final: bool) -> list[ToolCall] | None:
+        """``calls`` and those right behind, with the rest left to be read, if they are meant; as ``_calls_behind``."""
+        while next_one := re.match(rf"[{_BETWEEN_CALLS},]*(?=[\[{{])", behind):
+            try:
+                value, stop = _DECODER.raw_decode(behind, next_one.end())
+            except json.JSONDecodeError as error:
+                if not final and _may_become_whole(error):
+                    return None
+                break
+            if not (more := self._calls_in(value, bare=True)):
+                break
+            calls, behind = calls + more, behind[stop:]
+        if fenced:
+            end = _FENCE_END.match(behind)
+            if end is None and not final and "```".startswith(behind.strip()):
+                return None
+            behind = behind[end.end() :] if end else behind
+        if not self._is_first and "" not in self._format.openings:
+            if behind.strip(_BETWEEN_CALLS):
+                return []
+            if not final:
+                return None
+        self._held, self._after_call = behind.lstrip(), True
         return calls
 
     def _may_be_a_call(self, text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -252,3 +252,72 @@ def test_marks_are_decoded_and_other_special_tokens_are_not() -> None:
     for marks, wanted in ((ToolFormat.of(tokenizer).marks(tokenizer), '[TOOL_CALLS] [{"a": 1}]'), ((), ' [{"a": 1}]')):
         stream = TextStream(tokenizer, (), marks)
         assert "".join(map(stream.push, ids)) + stream.finish() == wanted
+
+
+def as_json(*calls: tuple[str, dict], key: str = "arguments") -> str:
+    return json.dumps([{"name": name, key: arguments} for name, arguments in calls], ensure_ascii=False)
+
+
+BARE = {
+    "an object": as_json(CALLS[0])[1:-1],
+    "parameters": as_json(CALLS[0], key="parameters")[1:-1],
+    "a list": as_json(*CALLS),
+    "over lines": json.dumps({"name": CALLS[0][0], "arguments": CALLS[0][1]}, indent=2),
+    "two in a row": f"{as_json(CALLS[0])[1:-1]}\n{as_json(CALLS[1])[1:-1]}",
+    "OpenAI's form": json.dumps({"type": "function", "function": {"name": CALLS[0][0], "arguments": "{}"}}),
+}
+FENCES = [
+    "{}",
+    "```json\n{}\n```",
+    "```\n{}\n```",
+    "```tool_call\n{}```",
+    "```json\n{}",
+    "\n\n{}\n",
+    "```json\n{}\n```\n",
+]
+
+
+@pytest.mark.parametrize("name", ["tagged", "text arguments", "bare", "listed", "none"])
+@pytest.mark.parametrize("kind", BARE)
+@pytest.mark.parametrize("fence", FENCES)
+def test_calls_without_tags_are_calls_in_every_format(name: str, kind: str, fence: str) -> None:
+    text = fence.replace("{}", BARE[kind])
+    wanted = CALLS if kind in ("a list", "two in a row") else [(CALLS[0][0], {} if "Open" in kind else CALLS[0][1])]
+    for cuts in (None, [], [len(text) // 2, 3, 9]):
+        visible, calls = read(FORMATS[name], text, cuts)
+        assert (visible.strip(), calls) == ("", wanted)
+        assert read(FORMATS[name], f"I look.\n{text}", cuts) == ("I look.\n" + visible, wanted)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"answer": 42}',
+        '{"name": "Anna", "parameters": {}}',
+        '{"name": "get_news"}',
+        '[{"name": "get_news", "arguments": {}}, {"name": "Anna"}]',
+        "[1, 2]",
+        "```python\nprint([1])\n```",
+        '```json\n{"name": "Anna", "age": 3}\n```\nThat is she.',
+        'Write {"name": "get_news", "arguments": {}} to call it.',
+        'For example:\n{"name": "get_news", "arguments": {}}\nThis would read the news.',
+        'For example:\n```json\n{"name": "get_news", "arguments": {}}\n```\nThis would read the news.',
+        '{"name": "get_news", "arguments": {"town": ',
+        "```",
+        "``",
+        "a `b",
+        "```json",
+        "```json\n",
+        "{",
+        "[",
+    ],
+)
+def test_text_that_holds_json_is_text(text: str) -> None:
+    for name, cuts in product(("tagged", "none", "text arguments", "listed"), (None, [], [7, 11])):
+        assert read(FORMATS[name], text, cuts) == (text, [])
+
+
+def test_what_is_no_call_comes_as_it_is_written() -> None:
+    for text in ('```python\nx = "', '{"ans', "[1, 2", "A `word` and"):
+        parser = ToolCallParser(FORMATS["tagged"], NAMES)
+        assert "".join(parser.push(letter).text for letter in text + "abc").startswith(text)
