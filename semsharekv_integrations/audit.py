@@ -6,14 +6,21 @@ A namespace whose rolling agreement falls below the bound reuses nothing but exa
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections import defaultdict, deque
+from collections import OrderedDict, deque
 from random import Random
 
 import torch
 
 from semsharekv_integrations.config import AuditConfig
 from semsharekv_integrations.report import AuditResult
+
+MOST_NAMESPACES = 10_000  # whose outcomes are kept, those audited latest
+
+
+def _digest(namespace: str) -> bytes:
+    return hashlib.blake2b(namespace.encode(), digest_size=16).digest()
 
 
 class Auditor:
@@ -22,7 +29,7 @@ class Auditor:
     def __init__(self, config: AuditConfig, rng: Random | None = None) -> None:
         self.config = config
         self._rng = rng or Random()
-        self._latest: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=config.window))
+        self._latest: OrderedDict[bytes, deque[bool]] = OrderedDict()  # by digest: no name outlives its KV
         self._lock = threading.Lock()
 
     def draws(self) -> bool:
@@ -36,20 +43,26 @@ class Auditor:
         agrees = bool((reused.argmax(-1) == full.argmax(-1)).all())
         result = AuditResult(agrees, float(divergence), len(full))
         with self._lock:
-            self._latest[namespace].append(result.agrees)
+            latest = self._latest.setdefault(_digest(namespace), deque(maxlen=self.config.window))
+            latest.append(result.agrees)
+            self._latest.move_to_end(_digest(namespace))
+            if len(self._latest) > MOST_NAMESPACES:
+                self._latest.popitem(last=False)
         return result
 
     def suspends(self, namespace: str) -> bool:
         """Whether reuse is off for ``namespace``: a full window of audits, and too few agreed."""
         with self._lock:
-            latest = self._latest.get(namespace, ())
+            latest = self._latest.get(_digest(namespace), ())
             return len(latest) == self.config.window and sum(latest) < self.config.min_agreement * len(latest)
 
     def clear(self, namespace: str | None) -> None:
         """Forget the outcomes of one namespace, or of all; reuse is on again."""
         with self._lock:
-            for name in [name for name in self._latest if namespace in (None, name)]:
-                del self._latest[name]
+            if namespace is None:
+                self._latest.clear()
+            else:
+                self._latest.pop(_digest(namespace), None)
 
     def stats(self) -> dict[str, float]:
         """Number of audits in the windows, and the share that agreed (1 if there were none)."""

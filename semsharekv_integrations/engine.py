@@ -117,6 +117,7 @@ class SemShareEngine(Remade):
                     self.store.open(parts.fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
                     weakref.finalize(self, self.store.close)
                 self._parts = parts
+                self._memory.begin(parts)
             return self._parts
 
     @property
@@ -236,9 +237,8 @@ class SemShareEngine(Remade):
         """Drop the entries of one session or namespace, or everything; how many there were."""
         check_scope(namespace, session)
         if session is None:
-            self._memory.known.forget(namespace)
             self.auditor.clear(namespace)
-        return self.store.clear() if namespace is None else self.store.forget(namespace, session=session)
+        return self._memory.clear(namespace, session)
 
     def stats(self) -> dict[str, float]:
         """Counts of requests and tokens since the start, and the state of the store and of the audit."""

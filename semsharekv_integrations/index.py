@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -216,6 +216,15 @@ class SegmentIndex:
                 [_match(group, alive, row, similarity) for row, similarity in zip(*found, strict=True)]
                 for found in zip(rows.tolist(), similarities.tolist(), strict=True)
             ]
+
+    def keep_only(self, namespace: str, reference_ids: Collection[str]) -> None:
+        """Drop the references of ``namespace`` with other ids, and the texts that stood in no other one."""
+        with self._lock:
+            group = self._namespaces.get(namespace)
+            if group is not None:
+                self._drop(group, [key for key in group.segments if key not in reference_ids])
+                if not group.segments:
+                    del self._namespaces[namespace]
 
     def forget(self, namespace: str) -> None:
         """Drop the segments of ``namespace``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.request import Request, document_id
 from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.standing import has_form
 
 MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named
 
@@ -36,6 +37,8 @@ class KnownTexts:
 
     def note(self, namespace: str, documents: Mapping[str, str]) -> None:
         """Texts by id; one that is known under the same id is replaced."""
+        if not documents:
+            return
         with self._lock:
             known = self._texts.setdefault(namespace, OrderedDict())
             for key, text in documents.items():
@@ -49,6 +52,15 @@ class KnownTexts:
         """Texts by id; of two with one id, that of the first namespace."""
         with self._lock:
             return {key: text for name in reversed(namespaces) for key, text in self._texts.get(name, {}).items()}
+
+    def keep_only(self, namespace: str, ids: Collection[str]) -> None:
+        """Drop the documents of a namespace with other ids."""
+        with self._lock:
+            known = self._texts.get(namespace, {})
+            for key in [key for key in known if key not in ids]:
+                del known[key]
+            if not known:
+                self._texts.pop(namespace, None)
 
     def forget(self, namespace: str | None = None, document_id: str | None = None) -> None:
         """Drop one document of a namespace, or all of it, or everything."""
@@ -70,11 +82,17 @@ class Memory:
 
     def __init__(self, config: EngineConfig, store: KVStore) -> None:
         self.known = KnownTexts()
+        self._parts: ModelParts | None = None
         self._is_off = config.reuse.mode == "off"
         self._store = store
 
+    def begin(self, parts: ModelParts) -> None:
+        """The model is there."""
+        self._parts = parts
+
     def recognized(self, request: Request) -> tuple[Request, dict[str, str]]:
         """The request, its documents under known ids where it gives none; and all that may stand in its prompt."""
+        self.settle()
         known = self.known.of(self._store.readable(request.namespace))
         ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
         nameless = {key: text.strip() for key, text in request.documents.items() if _is_nameless(key, text)}
@@ -95,7 +113,9 @@ class Memory:
         borrowed = plan.document_spans()
         named = {key: text for key, text in request.documents.items() if not _is_nameless(key, text)}
         self.known.note(request.namespace, named)
-        return self._put(parts, token_ids, rendered, outcome, request.namespace, spans, request.session, borrowed)
+        stored = self._put(parts, token_ids, rendered, outcome, request.namespace, spans, request.session, borrowed)
+        self.settle(*([request.namespace] if named else []))
+        return stored
 
     def warm(self, parts: ModelParts, request: Request, rendered: Rendered, **labels: Any) -> bool:
         """Compute and store the KV of one document, which is the whole prompt; whether it is there.
@@ -114,7 +134,9 @@ class Memory:
         self.known.note(request.namespace, request.documents)
         outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
         spans = request.document_spans(rendered, None)
-        return self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, spans, None, **labels)
+        stored = self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, spans, None, **labels)
+        self.settle(request.namespace)
+        return stored
 
     def forget(self, parts: ModelParts | None, document_id: str, namespace: str) -> int:
         """Drop every entry of ``namespace`` in which the document stands, and its text; how many entries."""
@@ -123,7 +145,35 @@ class Memory:
         text = self.known.of([namespace]).get(document_id)
         tokens = [] if text is None else [parts.renderer.tokens_of(text)]
         self.known.forget(namespace, document_id)
-        return self._store.forget(namespace, document_id=document_id, tokens=tokens, text_of=parts.renderer.text_of)
+        text_of = parts.renderer.text_of
+        dropped = self._store.forget(namespace, document_id=document_id, tokens=tokens, text_of=text_of)
+        self.settle()
+        return dropped
+
+    def clear(self, namespace: str | None, session: str | None) -> int:
+        """Drop the entries of one session or namespace, or everything; how many there were."""
+        if session is None:
+            self.known.forget(namespace)
+        dropped = self._store.clear() if namespace is None else self._store.forget(namespace, session=session)
+        self.settle()
+        return dropped
+
+    def settle(self, *namespaces: str) -> None:
+        """Keep no text of documents whose KV is gone, of the namespaces named and of those that lost entries."""
+        for name, references in self._store.left_since(*namespaces).items():
+            named = {key for reference in references for key in reference.document_starts}
+            unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
+            self.known.keep_only(name, named | {key for key, text in unnamed.items() if self._stands(text, references)})
+            if self._parts is not None and self._parts.index is not None:
+                self._parts.index.keep_only(name, {reference.id for reference in references})
+
+    def _stands(self, text: str, references: Sequence[Reference]) -> bool:
+        """Whether a document that no entry names stands in one of them all the same."""
+        if self._parts is None or not references:
+            return False
+        renderer = self._parts.renderer
+        form = renderer.tokens_of(text)
+        return any(has_form(reference.token_ids, form, renderer.text_of) for reference in references)
 
     def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> None:
         """Drop the entries that have other tokens where the document stands, and those that do not say where."""

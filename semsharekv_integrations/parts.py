@@ -65,6 +65,7 @@ class ModelParts:
         self._rules = rules = reuse.rules
         shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
         self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
+        self.index: SegmentIndex | None = None  # of texts that are matched by similarity
         matcher = self._matcher(reuse, store, selective) if selective and rules.fuzzy else None
         limit = self.adapter.stable_positions
         self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
@@ -75,7 +76,8 @@ class ModelParts:
         if config.embedder is not None:
             embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
         pieces = self.renderer.pieces_of
-        return FuzzyMatcher(store, SegmentIndex(embedder), self.adapter.embed, pieces, frequencies, config.rules)
+        self.index = SegmentIndex(embedder)
+        return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config.rules)
 
     def fingerprint(self) -> str:
         """A digest of model and tokenizer: stored KV and token ids are good for them alone."""

@@ -43,6 +43,7 @@ class Entries:
         self.spaces: dict[str, Space] = {}  # by namespace; none is empty
         self.by_key: dict[str, Entry] = {}
         self.counts: Counter[str] = Counter()
+        self.lost: set[str] = set()  # namespaces that lost entries since somebody looked
         self._ttl_s = config.ttl_s
         self._clock = clock
         self._wall_clock = wall_clock
@@ -117,6 +118,7 @@ class Entries:
         written = [entry.key] if entry.node.on_disk is not None else []
         gone = space.remove(entry)
         del self.by_key[entry.key]
+        self.lost.add(entry.reference.namespace)
         self._deadlines.drop(entry.key)
         self.shelves.drop(gone, written)
         if not (space.ordinary or space.tainted):

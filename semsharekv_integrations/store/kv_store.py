@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from semsharekv_integrations.config import StoreConfig
@@ -26,7 +25,7 @@ from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.labels import Entry, joined, require_writable
 from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
-from semsharekv_integrations.store.space import Space
+from semsharekv_integrations.store.space import Space, begins_with, gaps
 from semsharekv_integrations.store.standing import entries_with
 
 _COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
@@ -136,7 +135,7 @@ class KVStore:
             self._entries.expire()
             runs: list[Run] = []
             for name in self.readable(namespace):
-                for first, last in _gaps(runs, start, stop):
+                for first, last in gaps(runs, start, stop):
                     runs += self._runs_of(token_ids, name, first, last)
                 runs.sort(key=lambda run: run.start)
             return runs
@@ -205,33 +204,28 @@ class KVStore:
         """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
         Of these, the ones that ``spare`` is true of stay. What several entries share goes with the last of them. How
-        many entries there were. ``tokens`` and ``text_of`` help to find the document where nobody named it: see
-        ``store.standing``.
+        many entries there were. For ``tokens`` and ``text_of`` see ``entries_with``.
         """
         with self._lock:
             self._entries.expire()  # so that the count does not tell what others did since
             found = self._entries.of(namespace)
             if document_id is not None:
                 found = entries_with(document_id, found, tokens, text_of)
-            doomed = [
-                entry
-                for entry in found
-                if (session is None or entry.reference.session == session)
-                and not (spare is not None and spare(entry.reference))
-            ]
-            for entry in doomed:
-                self._entries.remove(entry)
-            self._entries.tidy([namespace] if doomed else [])
-            return len(doomed)
+            if session is not None:
+                found = [entry for entry in found if entry.reference.session == session]
+            doomed = [entry for entry in found if spare is None or not spare(entry.reference)]
+            return self._dropped(doomed, [namespace] if doomed else [])
 
     def clear(self) -> int:
         """Drop every entry of every namespace; how many there were."""
         with self._lock:
-            doomed = self._entries.of(None)
-            for entry in doomed:
-                self._entries.remove(entry)
-            self._entries.tidy([])
-            return len(doomed)
+            return self._dropped(self._entries.of(None), [])
+
+    def left_since(self, *namespaces: str) -> dict[str, list[Reference]]:
+        """What is left in the namespaces that lost entries since this was asked last, and in those named."""
+        with self._lock:
+            lost, self._entries.lost = self._entries.lost | set(namespaces), set()
+            return {name: [entry.reference for entry in self._entries.of(name)] for name in lost}
 
     def stats(self) -> dict[str, int]:
         """Entries, bytes and bounds by tier, and counts of hits, misses, moves, ways out and troubles."""
@@ -264,6 +258,12 @@ class KVStore:
             found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
             return self._entries.loaded(found[0], found[0].node.path()) if found else None
 
+    def _dropped(self, doomed: Sequence[Entry], namespaces: Sequence[str]) -> int:
+        for entry in doomed:
+            self._entries.remove(entry)
+        self._entries.tidy(namespaces)
+        return len(doomed)
+
     def _put_new(self, space: Space, reference: Reference) -> bool:
         """An entry that no other one contains."""
         layers, reference = reference.layers, replace(reference, layers=())
@@ -290,7 +290,7 @@ class KVStore:
         entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())
         former = self._entries.by_key.get(entry.key)
         if former is not None:
-            if _begins_with(reference.token_ids, former.reference.token_ids):
+            if begins_with(reference.token_ids, former.reference.token_ids):
                 entry.reference = replace(joined(entry.reference, former.reference), segments=reference.segments)
             self._entries.remove(former)
         self._entries.keep(entry)
@@ -327,13 +327,3 @@ class KVStore:
             if len(known) + sum(run.key in unavailable for run in found) == len(found):
                 return [Run(start + run.start, ref, run.source_start, run.num_tokens) for run, ref in known]
         return []
-
-
-def _begins_with(token_ids: TokenIds, other: TokenIds) -> bool:
-    return len(other) <= len(token_ids) and bool(np.array_equal(token_ids[: len(other)], other))
-
-
-def _gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
-    """What ``runs``, in order, leave of the tokens from ``start`` to ``stop``."""
-    edges = [start, *(edge for run in runs for edge in (run.start, run.start + run.num_tokens)), stop]
-    return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import UNPLACED, Reference, Span, TokenIds
+from semsharekv_integrations.kv import UNPLACED, Reference, Run, Span, TokenIds
 from semsharekv_integrations.store.labels import Entry
 from semsharekv_integrations.store.radix import Node, RadixTree
 from semsharekv_integrations.store.run_index import BYTES_PER_WINDOW, IndexedRun, RunIndex
@@ -151,3 +153,14 @@ class Space:
         while not node.entries:
             node = next(iter(node.children.values()))
         return self.ordinary[next(iter(node.entries))]
+
+
+def begins_with(token_ids: TokenIds, other: TokenIds) -> bool:
+    """Whether ``other`` is the beginning of ``token_ids``."""
+    return len(other) <= len(token_ids) and bool(np.array_equal(token_ids[: len(other)], other))
+
+
+def gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
+    """What ``runs``, in order, leave of the tokens from ``start`` to ``stop``."""
+    edges = [start, *(edge for run in runs for edge in (run.start, run.start + run.num_tokens)), stop]
+    return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

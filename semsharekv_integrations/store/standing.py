@@ -33,7 +33,7 @@ def entries_with(
     return [
         entry
         for entry in entries
-        if entry.key in carrying or any(_has(entry.reference.token_ids, ids, text_of) for ids in forms.values())
+        if entry.key in carrying or any(has_form(entry.reference.token_ids, ids, text_of) for ids in forms.values())
     ]
 
 
@@ -45,7 +45,7 @@ def _forms(document_id: str, named: Iterable[Entry]) -> Iterator[TokenIds]:
             yield reference.token_ids[span.start : span.stop]
 
 
-def _has(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> bool:
+def has_form(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> bool:
     """Whether ``form`` stands in ``token_ids``; its ends may be cut otherwise there, with the same text."""
     edge = 0 if text_of is None else min(EDGE_TOKENS, len(form) // 4)
     inner, haystack, width = form[edge : len(form) - edge].tobytes(), token_ids.tobytes(), token_ids.itemsize

@@ -18,9 +18,9 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts
 LAYERS = (
     {"langchain", "llama_index", "cli", "demo", "chat", "serve", "inspect_command", "clear_command", "metrics"},
     {"engine"},
-    {"memory"},
+    {"given", "memory"},
     {"parts"},
-    {"answer", "concurrency", "given", "request", "planner"},
+    {"answer", "concurrency", "request", "planner"},
     {"matching", "remember"},
     {"model", "store", "audit", "index"},
     {"core"},
