@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.concurrency import Turns, outcomes_of
+from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding, padded
 from semsharekv_integrations.report import Stopwatch
@@ -114,11 +115,11 @@ def test_what_prompts_of_a_batch_share_is_computed_once(llama, tokenizer, mode) 
 def test_one_that_fails_takes_none_of_the_others_down(make_engine: EngineMaker) -> None:
     engine = make_engine("exact")
     wanted = [make_engine("off").generate(prompt, max_new_tokens=6).token_ids for prompt in PROMPTS[:3]]
-    with pytest.raises(ValueError, match="prompt has no messages"):
+    with pytest.raises(PromptError, match="^prompt is"):
         engine.generate_batch([PROMPTS[0], [], *PROMPTS[1:3]], max_new_tokens=6)
     assert engine.stats()["requests"] == 3
     found = outcomes_of(lambda p: engine.generate(p, max_new_tokens=6).token_ids, [PROMPTS[0], [], *PROMPTS[1:3]], 4)
-    assert isinstance(found.pop(1), ValueError) and found == wanted
+    assert isinstance(found.pop(1), PromptError) and found == wanted
 
 
 def test_a_forward_pass_that_fails_for_all_is_tried_for_each(make_engine: EngineMaker, monkeypatch) -> None:
