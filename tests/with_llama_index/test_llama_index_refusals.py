@@ -66,10 +66,11 @@ def ways(llm: SemShareKVLLM, question: str = QUESTION) -> dict[str, Callable[[],
         "filtering": lambda: filtered(llm).get_response(question, nodes),
         "filtering, async": lambda: filtered(llm).aget_response(question, nodes),
         "program": lambda: structured(llm, question)(),
-        "program, streamed": lambda: list(structured(llm, question).stream_call()),
         "objects": lambda: queries("compact", output_cls=Fact).query(question),
         "objects, streamed": lambda: str(queries("refine", output_cls=Fact, streaming=True).query(question)),
     }
+    if "stream_call" in vars(LLMTextCompletionProgram):  # not in the oldest version
+        found["program, streamed"] = lambda: list(structured(llm, question).stream_call())
     for mode in MODES:
         found[mode] = lambda mode=mode: queries(mode).query(question)
         found[f"{mode}, async"] = lambda mode=mode: queries(mode).aquery(question)
