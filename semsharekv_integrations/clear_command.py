@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         stores = [_opened(args.directory, path.name, opened) for path in directories(args.directory)]
         removed = sum(_cleared(args, store) for store in stores)
         unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False)
     console.print(f"{removed} entries deleted from {args.directory}.")
     if unusable:
         console.print(f"{unusable} files and records that were damaged or out of use were deleted as well.")

@@ -20,6 +20,7 @@ from rich.text import Text
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.store.directory import PeekedEntry, directories, peek
 from semsharekv_integrations.store.disk import DISK
+from semsharekv_integrations.terminal import fold_error, print_table
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
 _NUMBERS = ("tokens", "KV", "uses", "last used")
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         found[path.name] = list(_chosen(args, peeked.entries))
         if peeked.num_unusable:
             left_out = f"{peeked.num_unusable} records that are damaged or belong to no entry"
-            sys.stderr.write(f"semsharekv: left out of {path}: {left_out}\n")
+            sys.stderr.write(f"{fold_error(f'left out of {path}: {left_out}')}\n")
     if args.json:
         plain = {model: [_plain(peeked) for peeked in entries] for model, entries in found.items()}
         sys.stdout.write(json.dumps(plain, indent=1) + "\n")
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(found: dict[str, list[PeekedEntry]], directory: Path, *, nothing: bool) -> None:
     console = Console()
     for model, entries in found.items():
-        console.print(_table(model, entries))
+        print_table(console, _table(model, entries))
     if nothing and not found:
         console.print(f"Nothing is stored in {directory}.", highlight=False, markup=False)
 

@@ -147,7 +147,7 @@ def _prometheus_client() -> ModuleType:
     try:
         import prometheus_client.core
     except ImportError as error:
-        raise SemShareError("metrics need prometheus_client: pip install semsharekv-integrations[metrics]") from error
+        raise SemShareError('metrics need prometheus_client: pip install -e ".[metrics]"') from error
     return prometheus_client
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from semsharekv_integrations import SemShareEngine, chat
 from semsharekv_integrations.cli import main
-from semsharekv_integrations.demo import NUM_CALLS
+
+COMMANDS = ("demo", "chat", "quality", "bench", "inspect", "clear")
+CHAT = ("chat", "--max-new-tokens", "12")
+MAYOR = "The mayor of Velmar is Anna Kelsen. Who is the mayor of Velmar?"
 
 
 def run(*arguments: str) -> int:
@@ -19,46 +27,22 @@ def run(*arguments: str) -> int:
         return int(stop.code or 0)
 
 
-def test_demo_shows_prefix_reuse_and_equal_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("demo", "--mode", "exact", "--json") == 0
-    calls = json.loads(capsys.readouterr().out)
-    assert len(calls) == NUM_CALLS
-    assert all(call["same_as_off"] for call in calls)
-    scenarios = {call["scenario"] for call in calls}
-    for scenario in scenarios:
-        assert all(call["right"] for call in calls if call["scenario"] == scenario and "ummar" not in call["question"])
-        first, *later = [call["report"] for call in calls if call["scenario"] == scenario]
-        assert first["prefix_tokens"] < first["prompt_tokens"] / 2
-        assert all(report["prefix_tokens"] > report["prompt_tokens"] / 2 for report in later)
-    assert len(scenarios) == 3
+def widest(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
-def test_demo_reuses_documents_in_another_order(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("demo", "--json") == 0
-    calls = json.loads(capsys.readouterr().out)
-    assert all(call["same_as_off"] and call["report"]["mode"] == "identical" for call in calls)
-    first, moved, again = [call["report"] for call in calls if "LangChain" in call["scenario"]]
-    assert first["identical_tokens"] == 0
-    assert moved["identical_tokens"] > moved["prompt_tokens"] / 3 > moved["prefix_tokens"]
-    assert again["prefix_tokens"] > again["prompt_tokens"] / 2, "the first order is back"
+@pytest.fixture(autouse=True)
+def _eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
 
 
-def test_demo_table_names_every_call(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("demo") == 0
-    shown = capsys.readouterr().out
-    assert "LangChain" in shown
-    assert "LlamaIndex" in shown
-    assert f"{NUM_CALLS} of {NUM_CALLS} answers equal a full prefill's" in shown
-
-
-def test_demo_in_mode_off_reuses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("demo", "--mode", "off", "--json") == 0
-    assert all(call["report"]["prefix_tokens"] == 0 for call in json.loads(capsys.readouterr().out))
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
 def test_chat_reuses_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("The mayor of Velmar is Anna Kelsen.\nWho is the mayor of Velmar?\n"))
-    assert run("chat", "--json", "--max-new-tokens", "12") == 0
+    typed(monkeypatch, "The mayor of Velmar is Anna Kelsen.", "", "Who is the mayor of Velmar?")
+    assert run(*CHAT, "--json") == 0
     first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     report = second["kv_cache"]
     before = first["kv_cache"]["prompt_tokens"] + first["kv_cache"]["output_tokens"] - 1
@@ -69,22 +53,24 @@ def test_chat_reuses_the_conversation(capsys: pytest.CaptureFixture[str], monkey
 def test_chat_for_people_shows_reuse_and_outlives_a_bad_turn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    too_long = "Velmar " * 9000
-    lines = [
-        "The mayor of Velmar is Anna Kelsen. Who is the mayor of Velmar?",
-        too_long,
-        "/stats",
-        "/reset",
-        "Hello",
-        "/exit",
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    assert run("chat", "--max-new-tokens", "12") == 0
+    typed(monkeypatch, MAYOR, "Velmar " * 9000, "/stats", "/reset", "Hello", "/exit")
+    assert run("chat", "--max-new-tokens", "40") == 0
     shown = capsys.readouterr().out
-    assert "In Velmar, the mayor was Anna Kelsen." in shown
+    assert "Anna Kelsen." in shown
     assert "context window" in shown
     assert '"requests": 1' in shown
     assert shown.count("prompt tokens reused") == 2
+    assert widest(shown) <= 80
+
+
+def test_chat_for_machines_outlives_a_bad_turn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    typed(monkeypatch, "Velmar " * 9000, MAYOR)
+    assert run(*CHAT, "--json", "--save", str(tmp_path / "kv")) == 0
+    bad, good = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "context window" in bad["error"] and good["kv_cache"]["prompt_tokens"] > 0
+    assert (tmp_path / "kv").exists()
 
 
 def test_chat_keeps_its_store_in_the_file_it_is_given(
@@ -92,11 +78,79 @@ def test_chat_keeps_its_store_in_the_file_it_is_given(
 ) -> None:
     reports = []
     for _ in range(2):
-        monkeypatch.setattr("sys.stdin", io.StringIO("Who is the mayor of Velmar?\n"))
+        typed(monkeypatch, "Who is the mayor of Velmar?")
         assert run("chat", "--json", "--max-new-tokens", "4", "--save", str(tmp_path / "kv")) == 0
         reports.append(json.loads(capsys.readouterr().out)["kv_cache"])
     assert reports[0]["prefix_tokens"] == 0
     assert reports[1]["recomputed_tokens"] == 1
+
+
+class Interrupting:
+    """Streams of an engine, in which Ctrl-C comes after some pieces; ``closing`` once more while it ends the answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, after: int, closing: bool = False) -> None:
+        self.real, self.after, self.closing, self.times = SemShareEngine.stream, after, closing, 1
+        monkeypatch.setattr(SemShareEngine, "stream", lambda engine, *a, **k: self.stream(engine, *a, **k))
+
+    def stream(self, engine: SemShareEngine, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            for number, chunk in enumerate(self.real(engine, *args, **kwargs)):
+                if number == self.after and self.times:
+                    self.times -= 1
+                    raise KeyboardInterrupt
+                yield chunk
+        except KeyboardInterrupt:
+            if self.closing:
+                raise KeyboardInterrupt from None
+            raise
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("after", [0, 3])
+def test_ctrl_c_ends_the_answer_and_the_chat_goes_on(
+    as_json: bool, after: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Interrupting(monkeypatch, after=after)
+    typed(monkeypatch, MAYOR, MAYOR)
+    options = ("--json",) if as_json else ()
+    assert run(*CHAT, *options, "--save", str(tmp_path / "kv")) == 0
+    shown = capsys.readouterr().out
+    if as_json:
+        first, second = map(json.loads, shown.splitlines())
+        assert first["finish_reason"] == "interrupted" and bool(first["text"]) == bool(after)
+        assert second["finish_reason"] in ("stop", "length") and "Anna" in second["text"]
+    else:
+        assert shown.count("interrupted") == 1 and shown.count("prompt tokens reused") == 1
+    assert (tmp_path / "kv").exists()
+
+
+@pytest.mark.parametrize("leave", ["EOFError", "KeyboardInterrupt", "/exit", "twice", "broken"])
+def test_whatever_ends_the_chat_what_it_holds_is_saved(
+    leave: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines: list[Any] = [MAYOR, {"EOFError": EOFError, "KeyboardInterrupt": KeyboardInterrupt}.get(leave, leave)]
+
+    def say(*_: Any) -> str:
+        line = lines.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def read_line(*_: Any, **__: Any) -> str:
+        return f"{say()}\n"
+
+    monkeypatch.setattr(chat, "_read_line", read_line)
+    if leave == "twice":  # the second one while a first one ends the answer
+
+        def shown_turn(conversation: chat.Conversation, text: str, console: Any) -> None:
+            conversation.say(text, lambda piece: None)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(chat, "_shown_turn", shown_turn)
+    if leave == "broken":
+        monkeypatch.setattr(chat, "_shown_turn", lambda *_: (_ for _ in ()).throw(OSError("pipe")))
+    assert run(*CHAT, "--save", str(tmp_path / "kv")) == (leave == "broken")
+    assert (tmp_path / "kv").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,16 +159,79 @@ def test_chat_keeps_its_store_in_the_file_it_is_given(
         ((), 2, "COMMAND"),
         (("fly",), 2, "fly"),
         (("demo", "--mode", "magic"), 2, "magic"),
-        (("demo", "--documents", "0"), 2, "count is 0"),
-        (("demo", "--dtype", "float99"), 2, "float99"),
-        (("demo", "--model", "no/such/folder"), 1, "no/such/folder"),
+        (("demo", "--documents", "0"), 2, "documents is 0"),
+        (("demo", "--runs", "0"), 2, "runs is 0"),
+        (("demo", "--model", "semsharekv/reference", "--dtype", "float99"), 2, "float99"),
+        (("demo", "--model", "no/such/folder"), 2, "no/such/folder"),
+        (("chat", "--model", "no/such/folder"), 2, "no/such/folder"),
+        (("chat", "--max-new-tokens", "0"), 2, "max_new_tokens is 0"),
+        (("chat", "--temperature", "-1"), 2, "temperature is -1"),
+        (("chat", "--save", "no/such/folder/kv"), 2, "no/such/folder/kv"),
+        (("bench", "--model", "no/such/folder", "--lengths", "512"), 2, "no/such/folder"),
+        (("quality", "--quick", "--model", "no/such/folder"), 2, "no/such/folder"),
+        (("quality", "--data", "no/such/file.jsonl"), 1, "no/such/file.jsonl"),
+        (("inspect", "no/such/folder"), 2, "no/such/folder"),
+        (("clear", "no/such/folder"), 2, "no/such/folder"),
     ],
 )
-def test_errors_are_one_line_that_names_the_fault(
+def test_errors_name_the_fault_in_few_words_and_80_columns(
     arguments: tuple[str, ...], code: int, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments) == code
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.strip().splitlines()) == 1
-    assert named in captured.err
+    errors = [line for line in captured.err.splitlines() if line.strip()]
+    assert "Traceback" not in captured.err and named in captured.err
+    assert widest(captured.err) <= 80
+    assert sum(line.startswith("error: ") for line in errors) == 1
+    assert all(line.startswith(("error: ", "  ")) for line in errors), "one message, and nothing beside it"
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns(
+    command: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run(*filter(None, [command]), "--help") == 0
+    assert widest(capsys.readouterr().out) <= 80
+
+
+def test_measurements_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--cases", "2", "--documents", "2", "2", "--policies", "identical", "--max-new-tokens", "3")
+    assert run("quality", "--workloads", "reordered", *few, "--layouts", "user") == 0
+    small = ("--lengths", "256", "9000", "--repeats", "1", "--new-tokens", "1", "--policies", "identical", "exact")
+    assert run("bench", *small, "--scenarios", "reordered") == 0
+    captured = capsys.readouterr()
+    assert widest(captured.out) <= 80 and widest(captured.err) <= 80
+    assert "reordered" in captured.out and "Aims" in captured.out
+
+
+def test_what_is_stored_is_told_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kept_prompts import config_of, opened, reference
+
+    store = opened(config_of(directory=tmp_path))
+    labels = {"document_starts": {f"a document with a long name, number {i}": 0 for i in range(9)}, "session": "s" * 99}
+    assert store.put(reference((1, 2, 3), "namespace", **labels))
+    store.close()
+    assert run("inspect", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert widest(shown) <= 80
+    whole = shown.replace("\n", "").replace(" ", "")
+    assert "s" * 99 in whole and all(f"longname,number{i}" in whole for i in range(9))
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "semsharekv_integrations", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("semsharekv ")
+    done = subprocess.run([sys.executable, "-m", "semsharekv_integrations", "fly"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+def test_nothing_says_to_install_from_an_index_what_is_on_none() -> None:
+    root = Path(chat.__file__).parent
+    for path in root.rglob("*.py"):
+        assert "semsharekv-integrations[" not in path.read_text(encoding="utf-8"), path

@@ -30,6 +30,7 @@ from semsharekv_integrations.lab.speed_policies import MODE_OF, makers, peer_mak
 from semsharekv_integrations.lab.speed_scenarios import SCENARIOS, Scenario, build
 from semsharekv_integrations.model.loading import hide_progress_bars
 from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.terminal import print_table
 
 LENGTHS, QUICK_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384), (512, 2048)
 REPEATS, QUICK_REPEATS = 5, 3
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="folder or hub id (default: the built-in reference model)")
-    which.add_argument("--preset", choices=PRESETS, help="the reference model, or random weights of a known shape")
+    which.add_argument("--preset", choices=PRESETS, metavar="NAME", help=_presets_help())
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="prompt tokens (default: 512 to 16384)")
     parser.add_argument("--scenarios", nargs="+", choices=[*SCENARIOS, *FAMILIES], default=[*SCENARIOS], metavar="NAME")
     parser.add_argument("--policies", nargs="+", choices=[*MODE_OF], default=[*MODE_OF], metavar="NAME")
@@ -55,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of documents, questions and random weights")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write tables, samples and plots")
     parser.add_argument("--no-plots", action="store_true", help="leave plots out")
+
+
+def _presets_help() -> str:
+    return f"the reference model, or random weights of a known shape: {', '.join(PRESETS)}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -233,15 +238,15 @@ def _print(console: Console, bench: BenchRun) -> None:
         for number, row in enumerate(group):
             where = ("", "") if number else (row.scenario, str(row.prompt_tokens or row.length))
             table.add_row(*where, *_cells(row), end_section=row is group[-1])
-    console.print(table)
+    print_table(console, table)
     for line in _notes(rows):
-        console.print(line, style="dim", soft_wrap=True, highlight=False)
+        console.print(line, style="dim", highlight=False)
     console.print(f"\n[bold]Aims[/] at the longest prompts measured of up to {AIM_LENGTH} tokens")
     for aim, held in _by_aim(verdicts(rows, bench.plan.reusing)).items():
         said = (f"{v.policy} {v.figure} ({'[green]met[/]' if v.met else '[red]missed[/]'})" for v in held)
-        console.print(f"  {aim}: {', '.join(said)}", soft_wrap=True, highlight=False)
+        console.print(f"  {aim}: {', '.join(said)}", highlight=False)
     headline = f"\n{speed_tables.headline(bench.about())} {bench.subject.note}"
-    console.print(headline, soft_wrap=True, highlight=False, markup=False)
+    console.print(headline, highlight=False, markup=False)
 
 
 def _cells(row: Row) -> list[str]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from semsharekv_integrations.errors import SemShareError
 
-INSTALL = "pip install semsharekv-integrations[lab]"
+INSTALL = 'pip install -e ".[lab]"'
 
 
 class MissingPackageError(SemShareError, ImportError):

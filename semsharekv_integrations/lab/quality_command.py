@@ -1,9 +1,13 @@
 """``semsharekv quality``: is the answer still right? Every workload under every policy, beside a full prefill.
 
-    semsharekv quality --quick                                       a smoke test
-    semsharekv quality --cases 200 --out reuse.md                    every workload of the synthetic news world
-    semsharekv quality --sweep budget --out budget.md                one sweep
-    semsharekv quality --model path-or-hub-id --data questions.jsonl own documents and questions, on any model
+    semsharekv quality --quick
+      a smoke test
+    semsharekv quality --cases 200 --out reuse.md
+      every workload of the synthetic news world
+    semsharekv quality --sweep budget --out budget.md
+      one sweep
+    semsharekv quality --model path-or-hub-id --data questions.jsonl
+      own documents and questions, on any model
 
 With ``--out`` the table goes to a Markdown file, every outcome and what it came from to a ``.json`` beside it, and,
 where matplotlib is installed, plots to ``.png`` files: these at the end, the others anew after each workload. To use
@@ -19,7 +23,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,15 +40,13 @@ from semsharekv_integrations.lab.origin import origin, recorded_command, setting
 from semsharekv_integrations.lab.quality import JUDGINGS, Bench, Judging, Outcome
 from semsharekv_integrations.lab.studies import Options, Study
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel, hide_progress_bars
-
-PIPED_COLUMNS = 140
+from semsharekv_integrations.terminal import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of this command, and this module's text for its help."""
     parser.description = __doc__
     parser.epilog = f"--data: {dataset.__doc__}"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what is measured")
     what.add_argument("--quick", action="store_true", help="few and short cases, few points of a sweep: a smoke test")
     what.add_argument("--workloads", nargs="+", choices=workloads.WORKLOADS, metavar="NAME", help=_workloads_help())
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases = parser.add_argument_group("cases")
     cases.add_argument("--cases", type=_positive, help=_cases_help())
     cases.add_argument("--documents", type=_positive, nargs=2, metavar=("FROM", "TO"), help=_documents_help())
-    cases.add_argument("--layouts", nargs="+", choices=prompts.LAYOUTS, help="where documents stand in a prompt")
+    cases.add_argument("--layouts", nargs="+", choices=prompts.LAYOUTS, metavar="NAME", help=_layouts_help())
     cases.add_argument("--seed", type=int, default=0, help="of cases and of random KV (default: 0)")
     cases.add_argument("--judging", choices=JUDGINGS, help="whether a right answer is exact or mentions the facts")
     cases.add_argument("--max-new-tokens", type=_positive, metavar="N", help="of an answer")
@@ -191,9 +192,9 @@ def _policy_lines(study: Study) -> str:
 def _finish(args: argparse.Namespace, study: Study, outcomes: Sequence[Outcome], console: Console) -> None:
     """Show the table, and draw the plots where they can be."""
     rows = metrics.summarize(study.regroup(outcomes))
-    screen = Console() if sys.stdout.isatty() else Console(width=PIPED_COLUMNS)
+    screen = Console()
     for shown in tables.for_terminal(rows):
-        screen.print(shown)
+        print_table(screen, shown)
     if args.out is None:
         return
     if not is_installed("matplotlib"):
@@ -224,6 +225,10 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _layouts_help() -> str:
+    return f"where documents stand in a prompt: {', '.join(prompts.LAYOUTS)}"
 
 
 def _workloads_help() -> str:

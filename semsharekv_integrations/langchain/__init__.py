@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     try:
         from semsharekv_integrations.langchain.middleware import SemShareKVMiddleware
     except ModuleNotFoundError as error:
-        needed = 'SemShareKVMiddleware needs langchain: pip install "semsharekv-integrations[agents]"'
+        needed = 'SemShareKVMiddleware needs langchain: pip install -e ".[agents]"'
         raise ImportError(needed) from error
     return SemShareKVMiddleware

@@ -227,7 +227,7 @@ def test_a_summary_is_right_with_its_lines_in_any_order_and_has_rouge() -> None:
 
 
 def test_a_missing_package_is_named_with_how_to_get_it() -> None:
-    with pytest.raises(extra.MissingPackageError, match=r"Telling needs no_such: pip install semsharekv.*\[lab\]"):
+    with pytest.raises(extra.MissingPackageError, match=r"Telling needs no_such: pip install -e \"\.\[lab\]\""):
         extra.imported("no_such.part", "Telling")
     assert not extra.is_installed("no_such") and extra.is_installed("torch")
 

@@ -185,10 +185,10 @@ class TestInspect:
     def test_a_path_that_is_no_directory_is_an_error(self, capsys: Captured, tmp_path: Path, command: str) -> None:
         tmp_path.joinpath("file").touch()
         for missing in ("none", "file"):
-            assert run(command, tmp_path / missing) == 1
+            assert run(command, tmp_path / missing) == 2
             captured = capsys.readouterr()
-            assert captured.out == "" and f"{tmp_path / missing} cannot be read" in captured.err
-            assert len(captured.err.splitlines()) == 1
+            assert captured.out == "" and f"{tmp_path / missing} cannot be read" in " ".join(captured.err.split())
+            assert captured.err.startswith("error: ") and "Traceback" not in captured.err
 
     def test_a_directory_in_use_is_listed_as_it_is(self, capsys: Captured, directory: Path) -> None:
         store, _ = opened_at(directory)
@@ -204,10 +204,10 @@ class TestInspect:
         directory.joinpath(OTHER).mkdir()
         directory.joinpath(OTHER, CATALOG).write_bytes(b"x" * 5000)
         for options in (("--json",), ()):
-            assert run("inspect", directory, *options) == 1
+            assert run("inspect", directory, *options) == 2
             captured = capsys.readouterr()
             assert all(name in captured.out for name in STORED) and OTHER[:12] not in captured.out
-            assert f"{directory / OTHER} cannot be read" in captured.err and len(captured.err.splitlines()) == 1
+            assert f"{directory / OTHER} cannot be read" in " ".join(captured.err.split())
         assert "Nothing" not in captured.out
 
     def test_damaged_records_are_left_out_and_counted(self, capsys: Captured, directory: Path) -> None:
@@ -216,7 +216,8 @@ class TestInspect:
         assert run("inspect", directory, "--json") == 0
         captured = capsys.readouterr()
         assert names(json.loads(captured.out)[FINGERPRINT]) == ["fire", "theirs"]
-        assert str(directory / FINGERPRINT) in captured.err and "2 records that are damaged" in captured.err
+        said = " ".join(captured.err.split())
+        assert str(directory / FINGERPRINT) in said and "2 records that are damaged" in said
 
 
 class TestClear:
@@ -276,9 +277,11 @@ class TestClear:
         store = KVStore(config_of(directory=directory))
         store.open(other, reference((1,)).layers[0].keys.dtype, reference((1,)).layers[0].keys.device)
         store.put(reference((1, 2, 3)))
-        assert run("clear", directory) == 1
+        assert run("clear", directory) == 2
         captured = capsys.readouterr()
-        assert captured.out == "" and f"{directory / other} is in use by another process" in captured.err
+        assert captured.out == "" and f"{directory / other} is in use by another process" in " ".join(
+            captured.err.split()
+        )
         store.check()
         assert len(store.references()) == 1
         store.close()
@@ -288,7 +291,8 @@ class TestClear:
     def test_a_document_or_session_needs_its_namespace(self, capsys: Captured, directory: Path, option: str) -> None:
         assert run("clear", directory, f"--{option}", "s") == 2
         captured = capsys.readouterr()
-        assert captured.out == "" and "namespace is None; accepted is" in captured.err and option in captured.err
+        said = " ".join(captured.err.split())
+        assert captured.out == "" and "namespace is None; accepted is" in said and option in said
         assert served(directory) == set(STORED)
 
     def test_an_empty_directory_is_cleared_of_nothing(self, capsys: Captured, tmp_path: Path) -> None:

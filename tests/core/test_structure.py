@@ -16,7 +16,8 @@ ROOT = Path(semsharekv_integrations.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
 # From the top down. A module may import from lower layers and from its own.
 LAYERS = (
-    {"langchain", "llama_index", "cli", "demo", "chat", "serve", "inspect_command", "clear_command", "metrics"},
+    {"langchain", "llama_index", "metrics", "serve"}
+    | {"__main__", "cli", "demo", "chat", "inspect_command", "clear_command", "engine_arguments", "terminal"},
     {"engine"},
     {"given", "memory"},
     {"parts"},
