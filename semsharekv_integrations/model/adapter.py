@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
+from semsharekv_integrations.model.embeddings import embeddings_of, has_embeddings_elsewhere, input_device
 from semsharekv_integrations.model.layers import cache_argument, require_decoder, require_no_prompt_learning
 from semsharekv_integrations.modes import Mode
 
@@ -57,6 +58,7 @@ class ModelAdapter:
         require_no_prompt_learning(model)
         if not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
+        input_device(model)  # a model without weights is refused here
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         self._accepts = frozenset(inspect.signature(type(base).forward).parameters)
         self._cache_argument = cache_argument(type(base))
@@ -66,16 +68,22 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     @property
     def embedding_matrix(self) -> torch.Tensor:
-        """The input embeddings of all tokens [V, hidden]."""
-        return self.model.get_input_embeddings().weight.detach()
+        """The input embeddings of all tokens [V, hidden]; on the host if they are kept elsewhere between passes."""
+        return self._matrix_elsewhere if has_embeddings_elsewhere(self.model) else embeddings_of(self.model)
+
+    @cached_property
+    def _matrix_elsewhere(self) -> torch.Tensor:
+        """Read once, where every look would read a file."""
+        return embeddings_of(self.model)
 
     def embed(self, token_ids: TokenIds) -> torch.Tensor:
         """The input embeddings of ``token_ids`` [N, hidden]: the E-cache, looked up when it is needed."""
-        return self.embedding_matrix[torch.from_numpy(token_ids).to(self.device)]
+        matrix = self.embedding_matrix
+        return matrix[torch.from_numpy(token_ids).to(matrix.device)].to(self.device)
 
     @property
     def end_ids(self) -> list[int]:
