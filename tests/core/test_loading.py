@@ -66,7 +66,7 @@ def assert_loads_as(
     assert source.tokenizer.get_vocab() == tokenizer.get_vocab()
     torch.testing.assert_close(logits_of(source.load(), tokenizer), logits_of(expected, tokenizer), rtol=0, atol=0)
     whole = SemShareEngine(expected, tokenizer).generate(PROMPT, max_new_tokens=4).text
-    given = {"model": name, "model_kwargs": options, "max_tokens": 4}
+    given: dict[str, Any] = {"model": name, "model_kwargs": options, "max_tokens": 4}
     assert SemShareKVLLM(**given).invoke(PROMPT) == whole
     assert LlamaIndexLLM(**given, is_chat_model=False).complete(PROMPT).text == whole
     assert ChatSemShareKV(**given).engine.context_window == expected.config.max_position_embeddings
