@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import cached_file
 
 from semsharekv_integrations.checks import require

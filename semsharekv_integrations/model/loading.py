@@ -233,7 +233,7 @@ def _require_peft(files: ModelFiles) -> None:
         raise files.failure("it is a PEFT adapter; loading it needs the package peft: pip install peft")
     import peft
 
-    kind = files.adapter.get("peft_type")
+    kind = str(files.adapter.get("peft_type"))
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if config is not None and issubclass(config, peft.PromptLearningConfig):
         raise UnsupportedModelError(f"model {files.name!r} is {PROMPT_LEARNING.format(kind)}")
@@ -281,4 +281,4 @@ def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     fits = dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
     require(fits, "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")
-    return "auto" if dtype == "auto" else found
+    return "auto" if dtype == "auto" or found is None else found
