@@ -6,8 +6,7 @@ Knows nothing about models and stores: it is told what they did.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -110,14 +109,6 @@ def chunks_of(said: Said) -> Iterator[GenerationChunk]:
     """One chunk of text, perhaps empty, and one for each tool call."""
     yield GenerationChunk(said.text)
     yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
-
-
-def spoken(chunks: Generator[GenerationChunk, None, None]) -> Generator[GenerationChunk, None, None]:
-    """Without the empty chunks of tokens that end no piece of text; closing it closes ``chunks``."""
-    with closing(chunks):
-        for chunk in chunks:
-            if not chunk.is_empty:
-                yield chunk
 
 
 def last_of(chunks: Iterator[GenerationChunk]) -> Generation:

@@ -200,6 +200,8 @@ class EngineConfig:
         max_context_tokens: context window in tokens, or None for the model's own.
         max_batch_size: most calls that decode in one forward pass, of those that run at the same time; 1 for each by
             itself. Logits in a batch differ from those of a call by itself by rounding.
+        max_calls: most calls that are begun at the same time, and so have KV and a thread; the others wait in line with
+            neither. None for 8, or ``max_batch_size`` if that is more.
     """
 
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
@@ -207,6 +209,7 @@ class EngineConfig:
     audit: AuditConfig = field(default_factory=AuditConfig)
     max_context_tokens: int | None = None
     max_batch_size: int = 8
+    max_calls: int | None = None
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -214,11 +217,18 @@ class EngineConfig:
             value = getattr(self, name)
             require(isinstance(value, kind), name, value, f"{'an' if name == 'audit' else 'a'} {kind.__name__}")
         require(is_whole(self.max_batch_size, 1), "max_batch_size", self.max_batch_size, "1 or more calls")
+        most = self.max_calls
+        require(most is None or is_whole(most, 1), "max_calls", most, "None or 1 or more calls")
         limit = self.max_context_tokens
         require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
         rounds = self.store.kv_bits is not None
         allowed = not rounds or self.reuse.mode in MODE_RULES
         require(allowed, "store.kv_bits", self.store.kv_bits, f"None in mode {self.reuse.mode!r}, whose KV is exact")
+
+    @property
+    def calls_in_flight(self) -> int:
+        """Most calls that are begun at the same time: ``max_calls``, or what stands for None."""
+        return max(8, self.max_batch_size) if self.max_calls is None else self.max_calls
 
 
 def _check_stop(stop: object) -> None:

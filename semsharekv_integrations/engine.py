@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -20,19 +18,19 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from tqdm.auto import tqdm
 
-from semsharekv_integrations.answer import Answer, last_of, report_of, spoken
+from semsharekv_integrations.answer import last_of
 from semsharekv_integrations.audit import Auditor
-from semsharekv_integrations.concurrency import Turns, all_of_streams, iterate_in_thread, raising
+from semsharekv_integrations.calls import Calls
+from semsharekv_integrations.concurrency import Turns, all_of_streams, raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.copies import Remade
-from semsharekv_integrations.core.plan import ReusePlan
+from semsharekv_integrations.flow import Flow
 from semsharekv_integrations.given import check_scope, check_warming, checked_path, checked_prompts
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, window_of
 from semsharekv_integrations.model.prompt import Prompt
-from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.report import ReuseReport
@@ -47,6 +45,7 @@ from semsharekv_integrations.request import (
 )
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
+from semsharekv_integrations.streams import Stream, read_async
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,26 +98,41 @@ class SemShareEngine(Remade):
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
         self.config = config or EngineConfig()
         self.name = name
-        self.store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
+        self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
         self._observers = Observers(log_call)
         self._source = source
         self._parts: ModelParts | None = None
-        self._lock = threading.RLock()
-        self._counts: Counter[str] = Counter()
+        self._loading = threading.RLock()
+        self._lock = threading.Lock()
+        self._calls = Calls(self.config.calls_in_flight)
         self._turns = Turns()
-        self._memory = Memory(self.config, self.store)
+        self._memory = Memory(self.config, self._store)
+        self._flow = Flow(self._calls, self._turns, self._memory, self.auditor, self._observers)
 
     def _ready(self) -> ModelParts:
+        if self._parts is None:
+            with self._loading:
+                if self._parts is None:
+                    self._calls.carry_out(partial(self._take_up, ModelParts(self._source, self.config, self._store)))
+        assert self._parts is not None
+        return self._parts
+
+    def _take_up(self, parts: ModelParts) -> None:
+        """Work with ``parts`` from now on, unless there are some: whoever waited for that may have been interrupted."""
         with self._lock:
             if self._parts is None:
-                parts = ModelParts(self._source, self.config, self.store)
                 if self.config.store.directory is not None:
-                    self.store.open(parts.fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
-                    weakref.finalize(self, self.store.close)
+                    self._store.open(parts.fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
+                    weakref.finalize(self, self._store.abandon)
                 self._parts = parts
                 self._memory.begin(parts)
-            return self._parts
+
+    @property
+    def store(self) -> KVStore:
+        """Where KV is kept, with that of the calls that ended until now."""
+        self._calls.settle()
+        return self._store
 
     @property
     def is_loaded(self) -> bool:
@@ -154,14 +168,16 @@ class SemShareEngine(Remade):
             PromptError: if the prompt cannot be rendered.
             ContextWindowError: if it leaves no room for a new token.
         """
-        return last_of(self.stream(prompt, **options))
+        return last_of(self._begun(prompt, options, _is_last).run_ahead())
 
-    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generator[GenerationChunk, None, None]:
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[GenerationChunk]:
         """The answer as it is generated; the last chunk carries the ``Generation``. Raises as ``generate`` does.
 
-        Closing the iterator cancels the call at the next token; what was computed until then is kept.
+        The call goes from chunk to chunk as they are asked for; while other calls wait for their turn, it goes on to
+        its end whether or not it is read. Closing the iterator, or dropping it, cancels the call at the next token;
+        what was computed until then is kept.
         """
-        return spoken(self._run(Request.of(checked_prompt(prompt), options)))
+        return self._begun(prompt, options, _is_told)
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
         """The answers to several prompts, in order; what they share is computed once, and they decode together.
@@ -169,27 +185,27 @@ class SemShareEngine(Remade):
         One that fails takes none of the others down: when all are done, the first error is raised.
         """
         with self.sharing():
-            streams = (self.stream(prompt, **options) for prompt in checked_prompts(prompts))
-            done = raising(all_of_streams(streams, self.config.max_batch_size))
-        return [last_of(iter(chunks)) for chunks in done]
+            begin = [partial(self._begun, prompt, options, _is_last) for prompt in checked_prompts(prompts)]
+            return [last_of(iter(chunks)) for chunks in raising(all_of_streams(begin))]
 
     def sharing(self) -> AbstractContextManager[None]:
         """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
-        return self._turns.running()
+        return self._calls.together()
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
-        async with aclosing(self.astream(prompt, **options)) as chunks:
+        begin = partial(self._run, Request.of(checked_prompt(prompt), options))
+        async with aclosing(read_async(self._calls, begin, _is_last)) as chunks:
             return last_of(iter([chunk async for chunk in chunks]))
 
     async def astream(
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[GenerationChunk, None]:
-        """As ``stream``, computed in a thread of its own."""
-        async with aclosing(iterate_in_thread(self._run(Request.of(checked_prompt(prompt), options)))) as chunks:
+        """As ``stream``, without blocking the event loop; the call goes on whether or not it is read."""
+        begin = partial(self._run, Request.of(checked_prompt(prompt), options))
+        async with aclosing(read_async(self._calls, begin, _is_told)) as chunks:
             async for chunk in chunks:
-                if not chunk.is_empty:
-                    yield chunk
+                yield chunk
 
     def warm(
         self,
@@ -222,42 +238,53 @@ class SemShareEngine(Remade):
             return 0
         stored, parts = 0, self._ready()
         labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
-        for key, text in tqdm(texts.items(), "computing KV", disable=not progress, leave=False):
+        shown = tqdm(texts.items(), "computing KV", leave=False) if progress else texts.items()
+        for key, text in shown:
             request = Request.of(text, {"documents": {key: text}, "namespace": namespace})
             rendered = parts.renderer.render(text, request.documents, namespace, window=self.context_window)
-            with self._turns.taken():
-                stored += self._memory.warm(parts, request, rendered, **labels)
+            stored += self._calls.carry_out(partial(self._warm, parts, request, rendered, labels))
         return stored
+
+    def _warm(self, parts: ModelParts, request: Request, rendered: Rendered, labels: Mapping[str, Any]) -> bool:
+        with self._turns.taken():
+            return self._memory.warm(parts, request, rendered, **labels)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many there were."""
-        return self._memory.forget(self._parts, checked_name("document_id", document_id), checked_namespace(namespace))
+        named = checked_name("document_id", document_id), checked_namespace(namespace)
+        self._calls.settle()
+        return self._calls.carry_out(partial(self._memory.forget, self._parts, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
         """Drop the entries of one session or namespace, or everything; how many there were."""
         check_scope(namespace, session)
+        self._calls.settle()
+        return self._calls.carry_out(partial(self._clear, namespace, session))
+
+    def _clear(self, namespace: str | None, session: str | None) -> int:
         if session is None:
             self.auditor.clear(namespace)
         return self._memory.clear(namespace, session)
 
     def stats(self) -> dict[str, float]:
         """Counts of requests and tokens since the start, and the state of the store and of the audit."""
-        with self._lock:
-            counts = {
-                name: self._counts[name] for name in ("requests", "prompt_tokens", "reused_tokens", "output_tokens")
-            }
-        return {**counts, **{f"store_{k}": v for k, v in self.store.stats().items()}, **self.auditor.stats()}
+        self._calls.settle()
+        stored = {f"store_{name}": value for name, value in self._store.stats().items()}
+        return {**self._flow.counts(), **stored, **self.auditor.stats()}
 
     def observe(self, callback: Callable[[ReuseReport], None]) -> None:
         """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
 
-        It runs before the last chunk is out, in the call's own thread, so it should be quick. What it raises is logged.
+        It runs before the last chunk is out, in the thread that computes, so it should be quick. What it raises is
+        logged.
         """
         self._observers.add(callback)
 
     def save(self, path: str | Path) -> int:
         """Write the stored KV to one safetensors file, atomically, readable by its owner; how many entries."""
-        return write_references(checked_path(path), self.store.fetch_all(), self._ready().fingerprint())
+        path, parts = checked_path(path), self._ready()
+        self._calls.settle()
+        return self._calls.carry_out(lambda: write_references(path, self._store.fetch_all(), parts.fingerprint()))
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -266,64 +293,37 @@ class SemShareEngine(Remade):
             StoreFileError: if the file is damaged or was written with another model.
         """
         path, parts = checked_path(path), self._ready()
-        return sum(map(self.store.put, read_references(path, parts.fingerprint(), parts.adapter.device)))
+
+        def load() -> int:
+            return sum(map(self._store.put, read_references(path, parts.fingerprint(), parts.adapter.device)))
+
+        return self._calls.carry_out(load)
 
     def close(self) -> None:
         """Let go of the store's directory, after writing down what was used when; it is done at exit in any case.
 
         The engine goes on with what it has in memory.
         """
-        self.store.close()
+        self._calls.settle()
+        self._calls.carry_out(self._store.close)
+
+    def _begun(
+        self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
+    ) -> Stream[GenerationChunk]:
+        request = Request.of(checked_prompt(prompt), options)
+
+        def begin() -> Generator[GenerationChunk, None, None]:
+            return self._flow.run(request, self._ready(), self.context_window)  # an interruption ends the loading
+
+        return Stream(self._calls, begin, shows)
 
     def _run(self, request: Request) -> Generator[GenerationChunk, None, None]:
-        with self._turns.running():
-            yield from self._flow(request, self._ready())
+        yield from self._flow.run(request, self._ready(), self.context_window)
 
-    def _flow(self, request: Request, parts: ModelParts) -> Generator[GenerationChunk, None, None]:
-        """One prompt's flow. Every phase is timed; loading the model is not part of it."""
-        answer = Answer()
-        with answer.watch.phase("render"):
-            request, hints = self._memory.recognized(request)
-            rendered = parts.renderer.render(
-                request.prompt,
-                request.documents,
-                request.namespace,
-                request.tools,
-                hints,
-                request.chat_template_kwargs,
-                self.context_window,
-            )
-            request.require_documents(rendered)
-            request = request.fitted(len(rendered.token_ids), self.context_window)
-            text = parts.begin_text(request)
-        suspended = self.auditor.suspends(request.namespace)
-        with self._turns.taken(answer.watch.phase("wait")):  # so that each may reuse what the one before computed
-            plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
-            outcome = parts.execute(plan, answer.watch)
-            if self._turns.others_run:
-                self._memory.keep(parts, request, rendered, plan, outcome)
-        report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
-        try:
-            yield from parts.decode(rendered, outcome.prefill, request.sampling, text, answer)
-        except GeneratorExit:
-            self._finish(request, rendered, plan, outcome, answer)
-            raise
-        with answer.watch.phase("remember"):
-            self._finish(request, rendered, plan, outcome, answer)
-        with answer.watch.phase("audit"):
-            audit = parts.audit(self.auditor, request.namespace, rendered, answer.completed(report), answer)
-        report = replace(answer.completed(report), audit=audit)
-        self._observers.tell(report)
-        yield GenerationChunk("", answer.generation(report))
 
-    def _finish(self, request: Request, rendered: Rendered, plan: ReusePlan, outcome: Outcome, answer: Answer) -> None:
-        """Count the call, and remember what it said and its KV, as far as that is exact and whole."""
-        with self._lock:
-            self._counts.update(
-                requests=1,
-                prompt_tokens=len(outcome.computed),
-                reused_tokens=int((~outcome.computed).sum()),
-                output_tokens=len(answer.token_ids),
-            )
-        parts = self._ready()
-        self._memory.keep(parts, request, rendered, plan, outcome, answer.token_ids)
+def _is_told(chunk: GenerationChunk) -> bool:
+    return not chunk.is_empty
+
+
+def _is_last(chunk: GenerationChunk) -> bool:
+    return chunk.generation is not None

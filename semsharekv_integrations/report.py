@@ -113,6 +113,11 @@ class Stopwatch:
         """Seconds since this stopwatch was made."""
         return time.perf_counter() - self.started
 
+    def count_before(self, name: str, seconds: float) -> None:
+        """Count so many seconds that passed before this stopwatch was made, in the phase ``name``."""
+        self.started -= seconds
+        self.phases_s[name] = self.phases_s.get(name, 0.0) + seconds
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to the phase ``name``."""

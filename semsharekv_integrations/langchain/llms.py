@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -20,6 +21,7 @@ from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, under_own_names
 from semsharekv_integrations.langchain.outputs import details_of, usage_of
 from semsharekv_integrations.langchain.overflow import known_to_langchain
+from semsharekv_integrations.streams import Stream
 
 
 class SemShareKVLLM(LocalModel, BaseLLM):
@@ -82,12 +84,18 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """The answers in order, at the same time. Only the first prompt has a run manager, which hears its tokens."""
-        streams = (
-            self._stream(prompt, stop, None if index else run_manager, **kwargs) for index, prompt in enumerate(prompts)
-        )
-        with self.engine.sharing():
-            done = raising(all_of_streams(streams, self.engine.config.max_batch_size))
-        return self._result([_whole(pieces) for pieces in done])
+
+        def begin(prompt: str) -> Stream[kv.GenerationChunk]:
+            return self.engine.stream(prompt, **CallOptions.of(self, stop, kwargs).for_engine([prompt]))
+
+        def hear(chunk: kv.GenerationChunk) -> None:
+            if run_manager:
+                piece = self._piece(chunk)
+                run_manager.on_llm_new_token(piece.text, chunk=piece)
+
+        with self.engine.sharing(), known_to_langchain():
+            done = raising(all_of_streams([partial(begin, prompt) for prompt in prompts], hear))
+        return self._result([_whole([self._piece(chunk) for chunk in chunks]) for chunks in done])
 
     async def _agenerate(
         self,
@@ -96,12 +104,9 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        room = asyncio.Semaphore(self.engine.config.max_batch_size)
-
         async def answer(index: int) -> Generation:
             listener = None if index else run_manager
-            async with room:
-                return _whole([piece async for piece in self._astream(prompts[index], stop, listener, **kwargs)])
+            return _whole([piece async for piece in self._astream(prompts[index], stop, listener, **kwargs)])
 
         with self.engine.sharing():
             done = await asyncio.gather(*map(answer, range(len(prompts))), return_exceptions=True)

@@ -15,6 +15,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from semsharekv_integrations.call import current_call
+from semsharekv_integrations.forks import tell_of_forks
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
 
@@ -28,12 +30,20 @@ class Row:
     def __init__(self, together: SharedDecoding) -> None:
         self.waits = self.late = self.shares = self.has_left = False
         self.thread = 0
+        self.call = current_call()
         self.ids = torch.empty(1, 0)
         self.cache = DynamicCache()
         self.num_stored = 0  # tokens that have KV in the joint cache
         self.logits: torch.Tensor | None = None
         self.error: Exception | None = None
         self._together = together
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether a thread is at work on the call, and so may ask for the next step."""
+        if self.call is None:  # a thread that takes turns between calls waits for none of its own
+            return self.thread != threading.get_ident()
+        return self.call.is_driven
 
     def step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` holds its KV at the latest at the end."""
@@ -58,13 +68,18 @@ class SharedDecoding:
     def __init__(self, adapter: ModelAdapter, max_batch_size: int) -> None:
         self._adapter = adapter
         self._max_batch_size = max_batch_size
+        self._is_allowed: bool | None = None
+        self.go_on_in_child()
+        tell_of_forks(self)
+
+    def go_on_in_child(self) -> None:
+        """Begin without calls; those of a parent stay with it."""
         self._turn = threading.Condition()
         self._is_busy = False  # caches are being moved or computed: see ``leave``
         self._rows: list[Row] = []
         self._group: list[Row] = []  # whose KV is in ``_joint``
         self._joint = DynamicCache()  # [B, H, T, D], each row at the end, behind padding
         self._pads = np.empty(0, dtype=np.int64)  # [B]
-        self._is_allowed: bool | None = None
 
     def join(self) -> Row:
         """A place for one more call."""
@@ -125,8 +140,7 @@ class SharedDecoding:
         """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
         if sum(row.waits for row in self._rows) >= self._max_batch_size:
             return []
-        here = threading.get_ident()  # a thread that takes turns between calls waits for none of its own
-        return [row for row in self._rows if row.shares and not (row.waits or row.late or row.thread == here)]
+        return [row for row in self._rows if row.shares and row.is_driven and not (row.waits or row.late)]
 
     def _takes(self, cache: DynamicCache) -> bool:
         """Whether steps behind ``cache`` may be joined to others, and there are others."""

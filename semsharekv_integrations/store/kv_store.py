@@ -27,6 +27,7 @@ from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.space import Space, begins_with, gaps
 from semsharekv_integrations.store.standing import entries_with
+from semsharekv_integrations.threads import do_when_free
 
 _COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
 _MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
@@ -56,7 +57,7 @@ class KVStore:
         self.config = config
         self.min_run_tokens = min_run_tokens
         self._clock = clock
-        self._lock = hold_at_forks(threading.RLock())
+        self._lock = hold_at_forks(threading.Lock())
         self._entries = Entries(config, clock, wall_clock, min_run_tokens)
         tell_of_forks(self)
 
@@ -84,8 +85,12 @@ class KVStore:
 
     def go_on_in_child(self) -> None:
         """Go on with what is in memory: the directory is the parent's."""
-        self._lock = hold_at_forks(threading.RLock())
+        self._lock = hold_at_forks(threading.Lock())
         self._entries.abandon()
+
+    def abandon(self) -> None:
+        """Close, as soon as nobody is at work here. Never waits, so that the garbage collector may call it anywhere."""
+        do_when_free(self._lock, self._entries.close)
 
     def readable(self, namespace: str) -> list[str]:
         """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""
