@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from semsharekv_integrations.model import versions
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EARLIER = {"torch"}  # its oldest version ran the checks of docs/gpu.md
@@ -52,6 +54,12 @@ def test_transformers_is_capped_at_the_newest_minor_that_was_tested() -> None:
     (cap,) = [Version(found.version) for found in requirement.specifier if found.operator == "<"]
     tested = CONSTRAINTS["transformers"]
     assert (cap.major, cap.minor) == (tested.major, tested.minor + 1)
+
+
+@pytest.mark.parametrize("end", ["_OLDEST", "_NEWEST"])
+def test_the_engine_takes_the_versions_of_transformers_that_the_tests_ran_on(end: str) -> None:
+    tested = {"_OLDEST": FLOORS, "_NEWEST": CONSTRAINTS}[end]["transformers"]
+    assert getattr(versions, end) == tested.release[:2]
 
 
 def test_both_commands_of_the_readme_install_the_constrained_versions() -> None:
