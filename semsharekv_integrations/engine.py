@@ -23,9 +23,9 @@ from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.calls import Calls
 from semsharekv_integrations.concurrency import Turns, all_of_streams, raising
 from semsharekv_integrations.config import EngineConfig
-from semsharekv_integrations.copies import Remade
 from semsharekv_integrations.flow import Flow
 from semsharekv_integrations.given import check_scope, check_warming, checked_path, checked_prompts
+from semsharekv_integrations.identity import Identified
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class SemShareEngine(Remade):
+class SemShareEngine(Identified):
     """A transformers causal language model that keeps the KV cache of what it has seen.
 
     Safe to use from several threads: calls interleave token by token, forward passes take turns. Deep copies share it.
@@ -123,7 +123,7 @@ class SemShareEngine(Remade):
         with self._lock:
             if self._parts is None:
                 if self.config.store.directory is not None:
-                    self._store.open(parts.fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
+                    self._store.open(parts.directory_fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
                     weakref.finalize(self, self._store.abandon)
                 self._parts = parts
                 self._memory.begin(parts)
@@ -247,7 +247,7 @@ class SemShareEngine(Remade):
 
     def _warm(self, parts: ModelParts, request: Request, rendered: Rendered, labels: Mapping[str, Any]) -> bool:
         with self._turns.taken():
-            return self._memory.warm(parts, request, rendered, **labels)
+            return self._memory.warm(parts.current(), request, rendered, **labels)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many there were."""
@@ -281,10 +281,15 @@ class SemShareEngine(Remade):
         self._observers.add(callback)
 
     def save(self, path: str | Path) -> int:
-        """Write the stored KV to one safetensors file, atomically, readable by its owner; how many entries."""
-        path, parts = checked_path(path), self._ready()
+        """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
+        path, ready = checked_path(path), self._ready()
         self._calls.settle()
-        return self._calls.carry_out(lambda: write_references(path, self._store.fetch_all(), parts.fingerprint()))
+
+        def save() -> int:
+            parts = ready.current()
+            return write_references(path, parts.store.fetch_all(), parts.fingerprint())
+
+        return self._calls.carry_out(save)
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -292,18 +297,16 @@ class SemShareEngine(Remade):
         Raises:
             StoreFileError: if the file is damaged or was written with another model.
         """
-        path, parts = checked_path(path), self._ready()
+        path, ready = checked_path(path), self._ready()
 
         def load() -> int:
-            return sum(map(self._store.put, read_references(path, parts.fingerprint(), parts.adapter.device)))
+            parts = ready.current()
+            return sum(map(parts.store.put, read_references(path, parts.fingerprint(), parts.adapter.device)))
 
         return self._calls.carry_out(load)
 
     def close(self) -> None:
-        """Let go of the store's directory, after writing down what was used when; it is done at exit in any case.
-
-        The engine goes on with what it has in memory.
-        """
+        """Let go of the store's directory, as is done at exit; the engine goes on with what it has in memory."""
         self._calls.settle()
         self._calls.carry_out(self._store.close)
 

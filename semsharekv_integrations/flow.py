@@ -72,6 +72,7 @@ class Flow:
         suspended = self._auditor.suspends(request.namespace)
         with self._turns.taken(answer.watch.phase("wait")):  # so that each may reuse what the one before computed
             check_wanted()
+            parts = parts.current()
             plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
             outcome = parts.execute(plan, answer.watch)
             if self._calls.others_run:

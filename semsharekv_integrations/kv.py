@@ -20,6 +20,7 @@ from semsharekv_integrations.report import ReuseReport
 
 TokenIds = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+SpaceName = str | tuple[str, str]  # a namespace, with a state of the model that is not the first
 UNPLACED = -1  # before all tokens
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
@@ -103,7 +104,7 @@ class Reference:
     """KV of a token sequence from position 0, as a stored entry. Never mutated.
 
     Attributes:
-        id: stable digest of namespace and token ids.
+        id: stable digest of namespace, state and token ids.
         namespace: the only namespace that may read it.
         token_ids: [S], one for each position that has KV.
         layers: one pair for each layer; none in what the store lists, which ``KVStore.fetch`` brings KV for.
@@ -117,6 +118,8 @@ class Reference:
         session: the conversation it came from, or None.
         pinned: never evicted by the byte bound.
         expires_after_s: seconds after its last use at which it expires, or None.
+        state: of the model that made it; empty for the one that the store began with.
+        rounded: whether its KV lay in 8 bits, which makes none of it exact, whatever else is said of it.
     """
 
     id: str
@@ -130,6 +133,13 @@ class Reference:
     session: str | None = None
     pinned: bool = False
     expires_after_s: float | None = None
+    state: str = ""
+    rounded: bool = False
+
+    @property
+    def space(self) -> SpaceName:
+        """Where it is looked for: among what the same state made in the same namespace."""
+        return space_name(self.namespace, self.state)
 
     @property
     def num_bytes(self) -> int:
@@ -156,6 +166,11 @@ class Reference:
 def standing_within(spans: Mapping[str, Span], num_tokens: int) -> dict[str, Span]:
     """The documents that stand whole in the first ``num_tokens`` tokens."""
     return {key: span for key, span in spans.items() if span.stop <= num_tokens}
+
+
+def space_name(namespace: str, state: str) -> SpaceName:
+    """The name of what one state of a model made in one namespace; no namespace can be called as that of another."""
+    return (namespace, state) if state else namespace
 
 
 class PrefixMatch(NamedTuple):

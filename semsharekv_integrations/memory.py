@@ -164,8 +164,8 @@ class Memory:
             named = {key for reference in references for key in reference.document_starts}
             unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
             self.known.keep_only(name, named | {key for key, text in unnamed.items() if self._stands(text, references)})
-            if self._parts is not None and self._parts.index is not None:
-                self._parts.index.keep_only(name, {reference.id for reference in references})
+            for index in self._parts.indexes() if self._parts is not None else ():
+                index.keep_only(name, {reference.id for reference in references})
 
     def _stands(self, text: str, references: Sequence[Reference]) -> bool:
         """Whether a document that no entry names stands in one of them all the same."""
@@ -202,7 +202,7 @@ class Memory:
         **labels: Any,
     ) -> bool:
         adapter = parts.adapter
-        if self._is_off:
+        if self._is_off or not parts.hold():  # KV of two states would be good for neither
             return False
         layers = adapter.layers_of(outcome.prefill.cache)
         token_ids = token_ids[: layers[0].keys.shape[2]]
@@ -210,7 +210,7 @@ class Memory:
             return False
         segments = tuple(segments_of(rendered))
         found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, spans, session, borrowed)
-        stored = [self._store.put(replace(reference, **labels)) for reference in found]
+        stored = [parts.store.put(replace(reference, **labels)) for reference in found]
         return all(stored)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import closing
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,17 +28,21 @@ from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.answer_text import AnswerText, AnswerTexts
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder
-from semsharekv_integrations.model.loading import ModelSource
+from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
 from semsharekv_integrations.model.prompt import PromptRenderer
 from semsharekv_integrations.model.retaining import Retainer
 from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
+from semsharekv_integrations.model.state import State
 from semsharekv_integrations.planner import Planner, question_of, texts_of
 from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.store import KVStore
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+
+_MOST_STATES = 8  # of which parts are kept, each with an index of passages
 
 
 class ModelParts:
@@ -46,16 +52,25 @@ class ModelParts:
         source: of model and tokenizer; the weights are loaded.
         config: settings of the engine.
         store: where references are.
+        before: the parts for another state of the same model, or None.
+
+    Attributes:
+        store: as the model's present state sees it.
 
     Raises:
         UnsupportedModelError: if the model does not allow the configured mode.
     """
 
-    def __init__(self, source: ModelSource, config: EngineConfig, store: KVStore) -> None:
+    def __init__(
+        self, source: ModelSource, config: EngineConfig, store: KVStore, before: ModelParts | None = None
+    ) -> None:
         self.tokenizer = source.tokenizer
-        self.adapter = ModelAdapter(source.load(), config.reuse.wanted)
+        self.adapter = ModelAdapter(source.load(), config.reuse.wanted, before.adapter.watch if before else None)
+        self._states = before._states if before else _States(self.adapter.watch.state().key, config, store)
+        self._state = self.adapter.watch.state()
+        self.store = store = self._states.store_of(self._state)
         self.num_layers = self.adapter.config.num_hidden_layers
-        self.renderer = PromptRenderer(self.tokenizer)
+        self.renderer = before.renderer if before else PromptRenderer(self.tokenizer)
         self._together = SharedDecoding(self.adapter, config.max_batch_size)
         self._texts = AnswerTexts(self.tokenizer, self.adapter.end_ids)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
@@ -69,6 +84,41 @@ class ModelParts:
         matcher = self._matcher(reuse, store, selective) if selective and rules.fuzzy else None
         limit = self.adapter.stable_positions
         self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
+        self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
+        self._states.keep(self._state.key, self)
+        if isinstance(source, NamedModel):
+            self._states.as_loaded = self._identity()
+
+    def current(self) -> ModelParts:
+        """The parts for the state that the model is in now, for one call; it leaves training mode.
+
+        Raises:
+            UnsupportedModelError: if the model does not allow the configured mode any more.
+        """
+        model, watch = self.adapter.model, self.adapter.watch
+        with self.adapter.exclusive():
+            if self.mode == "off":
+                if model.training:
+                    model.eval()
+                return self
+            state = watch.state()
+            if watch.in_training:
+                model.eval()
+                state = watch.state()
+            found = self._states.parts_of(state.key)
+            if found is None:
+                found = ModelParts(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
+            parts = copy(found)
+            parts._state = state
+            return parts
+
+    def indexes(self) -> list[SegmentIndex]:
+        """Those of all states that parts are kept for."""
+        return [parts.index for parts in self._states.kept() if parts.index is not None]
+
+    def hold(self) -> bool:
+        """Whether the model has been in their state all along since ``current``."""
+        return self.mode == "off" or self.adapter.watch.state() == self._state
 
     def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
@@ -80,10 +130,27 @@ class ModelParts:
         return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config.rules)
 
     def fingerprint(self) -> str:
-        """A digest of model and tokenizer: stored KV and token ids are good for them alone."""
-        digest = hashlib.blake2b(self.adapter.fingerprint().encode(), digest_size=16)
-        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
-        return digest.hexdigest()
+        """A digest of the model's state and of the tokenizer: stored KV and token ids are good for them alone."""
+        return _digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
+
+    def directory_fingerprint(self) -> str:
+        """As ``fingerprint``, apart for KV in 8 bits: what is rounded must not be found where all is exact."""
+        bits = self._states.config.store.kv_bits
+        return self.fingerprint() if bits is None else _digest(self.fingerprint(), f"{bits} bits")
+
+    def changed_identity(self) -> str:
+        """A digest of what answers depend on beside prompts and settings; "" if it is as it was loaded by name."""
+        now = self._identity()
+        return now if now != self._states.as_loaded else ""
+
+    def _identity(self) -> str:
+        model, tokenizer = self.adapter.model, self.tokenizer
+        return _digest(
+            self.adapter.watch.state().fingerprint,
+            self._states.vocabulary(tokenizer),
+            repr((tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))),
+            model.generation_config.to_json_string(use_diff=False),
+        )
 
     def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
         """The prefill that ``plan`` describes."""
@@ -137,6 +204,8 @@ class ModelParts:
 
         Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
         """
+        if not self.hold():  # a full prefill would be one of another state
+            return None
         risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
         if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
             return None
@@ -151,6 +220,57 @@ class ModelParts:
         scores = relevance(rendered.token_ids, texts, question)
         relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
         return retainer.shortened(rendered.token_ids, question, relevant, cache)
+
+
+class _States:
+    """What the parts for all states of one model share, and the parts for the latest ones.
+
+    Args:
+        first: the state that the model was found in.
+        config: settings of the engine.
+        store: of the engine.
+    """
+
+    def __init__(self, first: str, config: EngineConfig, store: KVStore) -> None:
+        self.config = config
+        self.store = store
+        self.as_loaded = ""  # identity of a model that was loaded by name
+        self._first = first
+        self._parts: OrderedDict[str, ModelParts] = OrderedDict()
+        self._vocabularies: dict[int, str] = {}  # by the number of tokens: it takes long, and they only become more
+
+    def vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A digest of all tokens and their ids."""
+        size = len(tokenizer)
+        if size not in self._vocabularies:
+            self._vocabularies[size] = _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
+        return self._vocabularies[size]
+
+    def store_of(self, state: State) -> KVStore:
+        """The store as ``state`` sees it."""
+        return self.store.of_state("" if state.key == self._first else state.key)
+
+    def parts_of(self, key: str) -> ModelParts | None:
+        """Those that were kept for a state."""
+        if key in self._parts:
+            self._parts.move_to_end(key)
+        return self._parts.get(key)
+
+    def kept(self) -> list[ModelParts]:
+        """The parts for the latest states."""
+        return list(self._parts.values())
+
+    def keep(self, key: str, parts: ModelParts) -> None:
+        """Keep the parts for a state; what belongs to weights that are no longer there goes, as does the oldest."""
+        for other in [k for k, p in self._parts.items() if p.embeddings_at != parts.embeddings_at]:
+            del self._parts[other]
+        self._parts[key] = parts
+        while len(self._parts) > _MOST_STATES:
+            self._parts.popitem(last=False)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
 def _selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:

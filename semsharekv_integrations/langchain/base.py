@@ -111,6 +111,7 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         sampling = {name: getattr(self, name) for name in SamplingFields.model_fields if name not in _NOT_SAMPLING}
         return {
             "model_name": self.model,
+            "model_identity": self.engine.identity(),
             "mode": self.mode,
             "device": None if self.device is None else str(self.device),
             "dtype": _plain(self.dtype),

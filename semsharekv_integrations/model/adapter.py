@@ -5,7 +5,6 @@ Knows transformers' caches and attention masks. Reused keys stand at their old p
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import threading
 from collections.abc import Sequence
@@ -25,13 +24,13 @@ from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
 from semsharekv_integrations.model.embeddings import embeddings_of, has_embeddings_elsewhere, input_device
 from semsharekv_integrations.model.layers import cache_argument, require_decoder, require_no_prompt_learning
+from semsharekv_integrations.model.state import StateWatch
 from semsharekv_integrations.modes import Mode
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_TOKENS = 12
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
-_NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 
 
 class Prefill(NamedTuple):
@@ -44,15 +43,21 @@ class Prefill(NamedTuple):
 class ModelAdapter:
     """A transformers causal language model as the engine sees it. Forward passes are serialized by a lock.
 
+    Args:
+        model: any loaded one; it leaves training mode.
+        mode: what is to be allowed.
+        watch: tells its state, if there is one already.
+
     Raises:
         UnsupportedModelError: if the model is no decoder, takes no cache, or cannot continue from a stored prefix
             in ``mode``.
     """
 
-    def __init__(self, model: PreTrainedModel, mode: Mode) -> None:
+    def __init__(self, model: PreTrainedModel, mode: Mode, watch: StateWatch | None = None) -> None:
         self.model = model.eval()
         self.config = model.config.get_text_config(decoder=True)
         self.mode = mode
+        self.watch = watch or StateWatch(model)
         self._lock = _LOCKS.setdefault(model, threading.RLock())
         require_decoder(model.config, type(model).__name__)
         require_no_prompt_learning(model)
@@ -204,15 +209,6 @@ class ModelAdapter:
         kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
-    def fingerprint(self) -> str:
-        """A digest of configuration, dtype and a sample of every weight: KV is only good for the model that made it."""
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _NOT_IN_FINGERPRINT}
-        digest = hashlib.blake2b(repr((sorted(config.items(), key=repr), self.model.dtype)).encode(), digest_size=16)
-        for name, weight in self.model.named_parameters():
-            sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
-
     def _forward(
         self, ids: torch.Tensor, cache: DynamicCache, positions: torch.Tensor, keep: int = 0, **more: torch.Tensor
     ) -> torch.Tensor:
@@ -225,6 +221,7 @@ class ModelAdapter:
         inputs[self._cache_argument] = cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
+            self.watch.glance()
             output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
         return output.logits[:, -keep:] if keep else output.logits[:, -1]
 

@@ -5,11 +5,13 @@ Each is read when first asked for, so that what a framework wants to know before
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +36,7 @@ from semsharekv_integrations.model.versions import require_tested_transformers
 
 __all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "hide_progress_bars", "resolve", "window_of"]
 _APART = {"adapter_kwargs", "output_loading_info", "quantization_config", "torch_dtype"}
+_SECRETS = {"token"}
 
 
 class ModelSource(Protocol):
@@ -104,6 +107,16 @@ class NamedModel:
         self._options = {key: value for key, value in options.items() if key not in FILE_OPTIONS | _APART}
         self._quantized = {key: value for key, value in options.items() if key == "quantization_config"}
         self._adapter_options = options.get("adapter_kwargs") or {}
+        self._shown = sorted((key, repr(value)) for key, value in options.items() if key not in _SECRETS)
+
+    @cached_property
+    def origin(self) -> str:
+        """A digest of name and options, and of names, sizes and dates of its files where they lie in a folder."""
+        told = [self.name, str(self._device), str(self._dtype).removeprefix("torch."), self._shown]
+        place = Path(resolve(self.name))
+        found = sorted(place.rglob("*")) if place.is_dir() else [place] if place.is_file() else []
+        told += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]
+        return hashlib.blake2b(repr(told).encode(errors="replace"), digest_size=16).hexdigest()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -139,6 +152,7 @@ class NamedModel:
 
     def load(self) -> PreTrainedModel:
         """Read the weights and put them on their device."""
+        assert self.origin, "told before the files are read"
         config, rest = self._config_and_rest  # says what is wrong with the files before anything takes long
         files, base = self._files, self._files.base
         if self._device is not None and not _is_here(self._device):

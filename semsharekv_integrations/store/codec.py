@@ -93,6 +93,7 @@ def _header(reference: Reference) -> dict[str, Any]:
         "segments": reference.segments,
         "pinned": reference.pinned,
         "expires_after_s": reference.expires_after_s,
+        "rounded": reference.rounded,
     }
 
 
@@ -114,4 +115,5 @@ def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
         session=entry["session"],
         pinned=entry["pinned"],
         expires_after_s=entry["expires_after_s"],
+        rounded=entry.get("rounded", False),
     )

@@ -5,6 +5,7 @@ What every other part leaves to it: an entry is in all of these places or in non
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from semsharekv_integrations.config import StoreConfig
-from semsharekv_integrations.kv import PiecedLayers, Reference, standing_within
+from semsharekv_integrations.forks import hold_at_forks
+from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
 from semsharekv_integrations.store.deadlines import Deadlines
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
 from semsharekv_integrations.store.labels import Entry, record_of, shortened
@@ -21,9 +23,12 @@ from semsharekv_integrations.store.reopening import entries_on_disk, uncollected
 from semsharekv_integrations.store.shelves import Shelves, Unreadable
 from semsharekv_integrations.store.space import Space
 
+_COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
+_MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
+
 
 class Entries:
-    """Entries by key and by namespace. Not safe to use from several threads by itself.
+    """Entries by key, by namespace and by state of the model. Not safe to use from several threads by itself.
 
     Args:
         config: bounds.
@@ -39,8 +44,10 @@ class Entries:
         wall_clock: Callable[[], float],
         min_run_tokens: int | None,
     ) -> None:
+        self.lock = hold_at_forks(threading.Lock())  # for those who call
         self.shelves = Shelves(config, self._lose)
-        self.spaces: dict[str, Space] = {}  # by namespace; none is empty
+        self.spaces: dict[SpaceName, Space] = {}  # by ``Reference.space``; none is empty
+        self._later: dict[str, dict[SpaceName, None]] = {}  # those of states other than the first, by namespace
         self.by_key: dict[str, Entry] = {}
         self.counts: Counter[str] = Counter()
         self.lost: set[str] = set()  # namespaces that lost entries since somebody looked
@@ -56,7 +63,9 @@ class Entries:
         with uncollected():
             self.shelves.disk.attach(directory, dtype, device)
             found = entries_on_disk(directory, self.shelves.disk, self.space)
-        self.spaces = {name: space for name, space in self.spaces.items() if space.tree.root.children}
+        empty = [name for name, space in self.spaces.items() if not (space.tree.root.children or space.tainted)]
+        for name in empty:
+            self._drop_space(name)
         for entry, used_s in found:
             entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger
             self.keep(entry)
@@ -80,31 +89,39 @@ class Entries:
             if any(node.held is None for node in entry.node.path()):
                 self.remove(entry)
 
-    def of(self, namespace: str | None) -> list[Entry]:
-        """Those of one namespace, or all."""
+    def of(self, namespace: str | None, state: str | None = None) -> list[Entry]:
+        """Those of one namespace, or all; of one state of the model, or of every one."""
         if namespace is None:
-            return list(self.by_key.values())
-        return list(self.spaces[namespace].entries()) if namespace in self.spaces else []
+            return [entry for entry in self.by_key.values() if state in (None, entry.reference.state)]
+        names: list[SpaceName] = self.names(namespace) if state is None else [space_name(namespace, state)]
+        return [entry for name in names if name in self.spaces for entry in self.spaces[name].entries()]
 
-    def space(self, namespace: str) -> Space:
-        """The namespace's, made if there is none."""
+    def names(self, namespace: str) -> list[SpaceName]:
+        """The spaces of a namespace, whatever state they are of."""
+        return [namespace, *self._later.get(namespace, ())]
+
+    def space(self, name: SpaceName) -> Space:
+        """The one of this name, made if there is none."""
+        namespace = name if isinstance(name, str) else name[0]
 
         def divided(upper: Node, lower: Node) -> None:
             self.shelves.split(upper, lower, namespace)
 
-        if namespace not in self.spaces:
-            self.spaces[namespace] = Space(self._min_run_tokens, divided)
-        return self.spaces[namespace]
+        if name not in self.spaces:
+            self.spaces[name] = Space(self._min_run_tokens, divided)
+            if name != namespace:
+                self._later.setdefault(namespace, {})[name] = None
+        return self.spaces[name]
 
     def keep(self, entry: Entry) -> None:
         """Take ``entry`` in; its KV is placed by the caller."""
-        self.space(entry.reference.namespace).add(entry)
+        self.space(entry.reference.space).add(entry)
         self.by_key[entry.key] = entry
         self._limit(entry)
 
     def relabelled(self, entry: Entry, reference: Reference) -> None:
         """``entry`` has the labels of ``reference`` from now on."""
-        space = self.spaces[reference.namespace]
+        space = self.spaces[reference.space]
         space.pin(entry, reference.pinned - entry.reference.pinned)
         entry.reference = reference
         space.label(entry)
@@ -114,7 +131,7 @@ class Entries:
 
     def remove(self, entry: Entry) -> None:
         """Drop ``entry``, and the KV that no other entry needs."""
-        space = self.spaces[entry.reference.namespace]
+        space = self.spaces[entry.reference.space]
         written = [entry.key] if entry.node.on_disk is not None else []
         gone = space.remove(entry)
         del self.by_key[entry.key]
@@ -122,11 +139,11 @@ class Entries:
         self._deadlines.drop(entry.key)
         self.shelves.drop(gone, written)
         if not (space.ordinary or space.tainted):
-            del self.spaces[entry.reference.namespace]
+            self._drop_space(entry.reference.space)
 
     def expire(self) -> None:
         """Drop what was not used for longer than it may live."""
-        now, changed = self._clock(), set[str]()
+        now, changed = self._clock(), set[SpaceName]()
         for key in self._deadlines.due(now):
             entry = self.by_key[key]
             if now - entry.last_used_s < (self._lifetime(entry) or 0.0):
@@ -134,15 +151,15 @@ class Entries:
             else:
                 self.remove(entry)
                 self.counts["expired"] += 1
-                changed.add(entry.reference.namespace)
+                changed.add(entry.reference.space)
         if changed:
             self.tidy(changed)
 
-    def tidy(self, namespaces: Iterable[str]) -> None:
-        """Leave nothing on disk of what was removed from ``namespaces``, beside what their other entries need."""
-        for namespace in namespaces:
-            if namespace in self.spaces:
-                self.shelves.disk.compact(self.spaces[namespace].tree.nodes(), namespace)
+    def tidy(self, names: Iterable[SpaceName]) -> None:
+        """Leave nothing on disk of what was removed from spaces, beside what their other entries need."""
+        for name in names:
+            if name in self.spaces and isinstance(name, str):  # all others lie in memory alone
+                self.shelves.disk.compact(self.spaces[name].tree.nodes(), name)
         self.shelves.disk.scrub()
 
     def loaded(self, entry: Entry, path: list[Node]) -> Reference | None:
@@ -164,19 +181,40 @@ class Entries:
         entry.hits += 1
         spans = standing_within(entry.reference.spans, path[-1].stop)
         if not entry.reference.is_tainted:
-            spans |= self.spaces[entry.reference.namespace].documents_of(path)
+            spans |= self.spaces[entry.reference.space].documents_of(path)
         return replace(
             entry.reference.labelled(spans),
             token_ids=entry.reference.token_ids[: path[-1].stop],
             layers=PiecedLayers(pieces, pieces[0].num_layers),
+            rounded=any(piece.is_rounded for piece in pieces),
         )
+
+    def stats(self) -> dict[str, int]:
+        """Entries, bytes and bounds by tier, and counts."""
+        shelves = self.shelves
+        return {
+            "entries": len(self.by_key),
+            "tainted_entries": sum(entry.reference.is_tainted for entry in self.by_key.values()),
+            "bytes": shelves.device.num_bytes,
+            "max_bytes": shelves.device.max_bytes,
+            "host_bytes": shelves.host.num_bytes,
+            "host_max_bytes": shelves.host.max_bytes,
+            "disk_bytes": shelves.disk.num_bytes,
+            "disk_max_bytes": shelves.disk.tier.max_bytes,
+            "index_bytes": sum(space.index_bytes for space in self.spaces.values()),
+            **{name: self.counts[name] for name in _COUNTED},
+            **{name: shelves.counts[name] for name in _MOVED},
+            **shelves.disk.counts(),
+        }
 
     def check(self) -> None:
         """The law: every entry is in its namespace, and the shelves hold the KV of all of them and nothing else."""
         assert {entry.key for space in self.spaces.values() for entry in space.entries()} == set(self.by_key)
+        later = [name for names in self._later.values() for name in names]
+        assert sorted(later) == sorted(name for name in self.spaces if isinstance(name, tuple))
         nodes: list[Node] = []
-        for namespace, space in self.spaces.items():
-            space.check(namespace)
+        for name, space in self.spaces.items():
+            space.check(name)
             nodes += [*space.tree.nodes(), *(entry.node for entry in space.tainted.values())]
         ordinary = (entry for space in self.spaces.values() for entry in space.ordinary.values())
         self.shelves.check(nodes, {entry.key for entry in ordinary if entry.node.on_disk is not None})
@@ -191,6 +229,13 @@ class Entries:
                 self.keep(beginning)
                 self.relabelled(beginning, reference)
             self.remove(entry)
+
+    def _drop_space(self, name: SpaceName) -> None:
+        del self.spaces[name]
+        if isinstance(name, tuple):
+            del self._later[name[0]][name]
+            if not self._later[name[0]]:
+                del self._later[name[0]]
 
     def _lifetime(self, entry: Entry) -> float | None:
         return entry.reference.expires_after_s or self._ttl_s

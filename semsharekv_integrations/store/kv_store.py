@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +18,17 @@ import torch
 
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, TokenIds
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
-from semsharekv_integrations.store.labels import Entry, joined, require_writable
+from semsharekv_integrations.store.labels import Entry, at_state, joined, require_writable
 from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.space import Space, begins_with, gaps
 from semsharekv_integrations.store.standing import entries_with
 from semsharekv_integrations.threads import do_when_free
-
-_COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
-_MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
 
 
 class KVStore:
@@ -56,10 +54,19 @@ class KVStore:
     ) -> None:
         self.config = config
         self.min_run_tokens = min_run_tokens
+        self._state: str | None = None
         self._clock = clock
-        self._lock = hold_at_forks(threading.Lock())
         self._entries = Entries(config, clock, wall_clock, min_run_tokens)
         tell_of_forks(self)
+
+    def of_state(self, state: str) -> KVStore:
+        """The same store as one state of the model sees it; "" is the first, which alone is kept on disk.
+
+        The store itself puts and finds for the first as well, but lists what all of them have.
+        """
+        view = copy(self)
+        view._state = state
+        return view
 
     def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
         """Take up what lies in the configured directory; how many entries. Without a directory, none.
@@ -85,8 +92,12 @@ class KVStore:
 
     def go_on_in_child(self) -> None:
         """Go on with what is in memory: the directory is the parent's."""
-        self._lock = hold_at_forks(threading.Lock())
+        self._entries.lock = hold_at_forks(threading.Lock())
         self._entries.abandon()
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._entries.lock  # one for all states
 
     def abandon(self) -> None:
         """Close, as soon as nobody is at work here. Never waits, so that the garbage collector may call it anywhere."""
@@ -108,7 +119,7 @@ class KVStore:
         with self._lock:
             self._entries.expire()
             while True:
-                spaces = [(name, self._entries.spaces.get(name)) for name in self.readable(namespace)]
+                spaces = [(name, self._entries.spaces.get(self._space(name))) for name in self.readable(namespace)]
                 found = [
                     match
                     for name, space in spaces
@@ -149,8 +160,8 @@ class KVStore:
         """Keep ``reference``; whether it, or a longer entry that contains it, is in the store afterwards.
 
         Entries that are a prefix of it are replaced by it, their labels joined to its own. A tainted one replaces that
-        of its session instead, and is never pinned. Refused, and counted, if there is no room beside pinned entries, or
-        if it is tainted and without a session; nothing changes then.
+        of its session instead, and is never pinned. Refused, and counted, if there is no room beside pinned entries, if
+        it is tainted and without a session, or if it is rounded and this store keeps KV as it is; nothing changes then.
 
         Raises:
             ValueError: if what is known of it beside its KV cannot be written down; nothing changes.
@@ -158,9 +169,13 @@ class KVStore:
         require_writable(reference)
         with self._lock:
             self._entries.expire()
+            if self._state is not None and reference.state != self._state:
+                reference = at_state(reference, self._state)
+            if reference.rounded and self.config.kv_bits is None:
+                return self._refused()
             if reference.is_tainted:
                 return self._put_tainted(reference)
-            space = self._entries.space(reference.namespace)
+            space = self._entries.space(reference.space)
             container = space.ordinary.get(reference.id) or space.container_of(reference)
             if container is None:
                 return self._put_new(space, reference)
@@ -184,7 +199,7 @@ class KVStore:
         """The stored references of one namespace, or of all, oldest use first, without KV; no tainted ones."""
         with self._lock:
             self._entries.expire()
-            entries = sorted(self._entries.of(namespace), key=lambda entry: entry.last_used_s)
+            entries = sorted(self._entries.of(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
     def fetch_all(self, namespace: str | None = None) -> list[Reference]:
@@ -208,8 +223,8 @@ class KVStore:
     ) -> int:
         """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
-        Of these, the ones that ``spare`` is true of stay. What several entries share goes with the last of them. How
-        many entries there were. For ``tokens`` and ``text_of`` see ``entries_with``.
+        They may be of any state of the model. The ones that ``spare`` is true of stay. What several entries share goes
+        with the last of them. How many entries there were. For ``tokens`` and ``text_of`` see ``entries_with``.
         """
         with self._lock:
             self._entries.expire()  # so that the count does not tell what others did since
@@ -219,7 +234,7 @@ class KVStore:
             if session is not None:
                 found = [entry for entry in found if entry.reference.session == session]
             doomed = [entry for entry in found if spare is None or not spare(entry.reference)]
-            return self._dropped(doomed, [namespace] if doomed else [])
+            return self._dropped(doomed, self._entries.names(namespace) if doomed else [])
 
     def clear(self) -> int:
         """Drop every entry of every namespace; how many there were."""
@@ -235,21 +250,7 @@ class KVStore:
     def stats(self) -> dict[str, int]:
         """Entries, bytes and bounds by tier, and counts of hits, misses, moves, ways out and troubles."""
         with self._lock:
-            entries, shelves = self._entries, self._entries.shelves
-            return {
-                "entries": len(entries.by_key),
-                "tainted_entries": sum(entry.reference.is_tainted for entry in entries.by_key.values()),
-                "bytes": shelves.device.num_bytes,
-                "max_bytes": shelves.device.max_bytes,
-                "host_bytes": shelves.host.num_bytes,
-                "host_max_bytes": shelves.host.max_bytes,
-                "disk_bytes": shelves.disk.num_bytes,
-                "disk_max_bytes": shelves.disk.tier.max_bytes,
-                "index_bytes": sum(space.index_bytes for space in entries.spaces.values()),
-                **{name: entries.counts[name] for name in _COUNTED},
-                **{name: shelves.counts[name] for name in _MOVED},
-                **shelves.disk.counts(),
-            }
+            return self._entries.stats()
 
     def check(self) -> None:
         """The law: bytes are exact and bounded in every tier, ids and namespaces fit, and every entry has its KV."""
@@ -259,15 +260,22 @@ class KVStore:
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
         with self._lock:
             self._entries.expire()
-            spaces = [self._entries.spaces.get(name) for name in self.readable(namespace)]
+            names = (name for each in self.readable(namespace) for name in self._spaces(each))
+            spaces = [self._entries.spaces.get(name) for name in names]
             found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
             return self._entries.loaded(found[0], found[0].node.path()) if found else None
 
-    def _dropped(self, doomed: Sequence[Entry], namespaces: Sequence[str]) -> int:
+    def _dropped(self, doomed: Sequence[Entry], names: Sequence[SpaceName]) -> int:
         for entry in doomed:
             self._entries.remove(entry)
-        self._entries.tidy(namespaces)
+        self._entries.tidy(names)
         return len(doomed)
+
+    def _space(self, namespace: str) -> SpaceName:
+        return space_name(namespace, self._state or "")
+
+    def _spaces(self, namespace: str) -> list[SpaceName]:
+        return self._entries.names(namespace) if self._state is None else [self._space(namespace)]
 
     def _put_new(self, space: Space, reference: Reference) -> bool:
         """An entry that no other one contains."""
@@ -277,7 +285,8 @@ class KVStore:
         self._entries.keep(entry)
         if node.held is None and node.on_disk is None:
             packed = self._packed(layers, node.start)
-            if packed is None or not self._entries.shelves.place(node, packed, reference.namespace):
+            owner = None if reference.state else reference.namespace  # None: not on disk
+            if packed is None or not self._entries.shelves.place(node, packed, owner):
                 return self._refused(entry)
         absorbed = space.contained_in(entry)
         for other in absorbed:
@@ -317,7 +326,7 @@ class KVStore:
 
     def _runs_of(self, token_ids: TokenIds, namespace: str, start: int, stop: int) -> list[Run]:
         assert self.min_run_tokens is not None, "a store made without min_run_tokens keeps no index of runs"
-        while (space := self._entries.spaces.get(namespace)) is not None:
+        while (space := self._entries.spaces.get(self._space(namespace))) is not None:
             found = space.runs(token_ids[start:stop])
             entries = {run.key: space.ordinary[run.key] for run in found}
             loaded: dict[str, Reference | None] = {}

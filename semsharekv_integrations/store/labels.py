@@ -36,13 +36,19 @@ class Entry:
         reference = self.reference
         if not reference.is_tainted:
             return reference.id
-        return f"{len(reference.namespace)} {reference.namespace}{reference.session}"  # whatever stands in the names
+        name = f"{len(reference.namespace)} {reference.namespace}{reference.session}"
+        return f"{reference.state} {name}" if reference.state else name  # whatever stands in the names
 
 
-def reference_id(namespace: str, token_ids: TokenIds) -> str:
-    """A stable digest of namespace and token ids, 16 hexadecimal digits."""
-    digest = hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=hashlib.blake2b(namespace.encode()).digest())
-    return digest.hexdigest()
+def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
+    """A stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
+    owner = hashlib.blake2b(namespace.encode(), key=state.encode()).digest()
+    return hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=owner).hexdigest()
+
+
+def at_state(reference: Reference, state: str) -> Reference:
+    """``reference`` as what ``state`` of the model made."""
+    return replace(reference, id=reference_id(reference.namespace, reference.token_ids, state), state=state)
 
 
 def stops_of(labels: Mapping[str, Any]) -> dict[str, int]:
@@ -89,7 +95,7 @@ def shortened(reference: Reference, num_tokens: int) -> Reference:
     token_ids = reference.token_ids[:num_tokens]
     return replace(
         reference.labelled(standing_within(reference.spans, num_tokens)),
-        id=reference_id(reference.namespace, token_ids),
+        id=reference_id(reference.namespace, token_ids, reference.state),
         token_ids=token_ids,
         segments=tuple(segment for segment in reference.segments if segment.stop <= num_tokens),
     )

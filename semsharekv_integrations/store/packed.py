@@ -68,6 +68,11 @@ class PackedKV:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @cached_property
+    def is_rounded(self) -> bool:
+        """Whether it lies in 8 bits."""
+        return any(name.endswith(_SCALES) for name in self.tensors)
+
+    @cached_property
     def num_layers(self) -> int:
         """Of the model."""
         return sum(name.endswith(f".{_KEYS}") for name in self.tensors)

@@ -42,6 +42,7 @@ class Shelves:
 
     def __init__(self, config: StoreConfig, lose: Callable[[Node], None]) -> None:
         self._lose = lose
+        self._rounds = config.kv_bits is not None
         self.counts: Counter[str] = Counter()
         self.device = Tier(DEVICE, config.max_bytes, config.eviction)
         self.host = Tier(HOST, config.host_max_bytes, config.eviction)
@@ -68,7 +69,8 @@ class Shelves:
 
         Raises:
             UnavailableFileError: if a file cannot be read now; nothing has to go.
-            Unreadable: naming the first node that is damaged, vanished, or has no room after it could not be moved up.
+            Unreadable: naming the first node that is damaged, vanished, rounded though this store keeps KV as it is, or
+                has no room after it could not be moved up.
         """
         pieces = [self._raised(node, protected) for node in path]
         for node in path:
@@ -157,6 +159,8 @@ class Shelves:
     def _raised(self, node: Node, protected: Collection[Node]) -> PackedKV:
         """Its KV, in the highest tier that has room."""
         packed = node.held or self._read(node)
+        if packed.is_rounded and not self._rounds:  # another store wrote it, which takes it for good enough
+            raise Unreadable(node)
         for tier in (self.device, self.host):
             if node.tier == tier.name:
                 return packed

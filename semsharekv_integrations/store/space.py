@@ -1,4 +1,4 @@
-"""One namespace of a store: its entries, the radix tree they are paths of, and where runs of them are."""
+"""What one state of the model left in one namespace: entries, the radix tree they are paths of, where runs are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import UNPLACED, Reference, Run, Span, TokenIds
+from semsharekv_integrations.kv import UNPLACED, Reference, Run, SpaceName, Span, TokenIds
 from semsharekv_integrations.store.labels import Entry
 from semsharekv_integrations.store.radix import Node, RadixTree
 from semsharekv_integrations.store.run_index import BYTES_PER_WINDOW, IndexedRun, RunIndex
@@ -123,13 +123,13 @@ class Space:
         """Of the index of runs."""
         return BYTES_PER_WINDOW * self._runs.num_windows if self._runs is not None else 0
 
-    def check(self, namespace: str) -> None:
-        """The law: every entry is the path to its node and of this namespace, and runs are found in all of them."""
+    def check(self, name: SpaceName) -> None:
+        """The law: every entry is the path to its node and belongs here, and runs are found in all of them."""
         self.tree.check()
         assert self.ordinary or self.tainted, "an empty namespace is kept"
         for key, entry in self.ordinary.items():
             reference, path = entry.reference, entry.node.path()
-            assert reference.id == key and not reference.is_tainted and reference.namespace == namespace
+            assert reference.id == key and not reference.is_tainted and reference.space == name
             assert entry.node.stop == len(reference.token_ids) and key in entry.node.entries
             for node in path:
                 assert (reference.token_ids[node.start : node.stop] == node.token_ids).all(), "a path of other tokens"
@@ -138,7 +138,7 @@ class Space:
             assert all(other is entry for other in self.contained_in(entry)), "an unpinned entry begins another"
         for session, entry in self.tainted.items():
             reference = entry.reference
-            assert reference.session == session and reference.is_tainted and reference.namespace == namespace
+            assert reference.session == session and reference.is_tainted and reference.space == name
             assert not reference.pinned and entry.node.parent is None and entry.key in entry.node.entries
         for node in self.tree.nodes():
             assert node.pins == sum(

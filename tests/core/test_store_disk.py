@@ -106,7 +106,8 @@ def test_what_was_stored_comes_back_bit_for_bit(
     store = reopened(store, clock, dtype, kv_bits=bits)
     assert len(before) == 4 and everything(store) == before
     store.check()
-    assert everything(reopened(store, clock, dtype, max_tokens=memory)) == before, "whatever bits the new ones take"
+    other = everything(reopened(store, clock, dtype, max_tokens=memory))
+    assert other == ({} if bits else before), "what is rounded is nothing to a store that keeps KV as it is"
 
 
 def test_a_common_beginning_is_on_disk_once_and_comes_back_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     | {"__main__", "cli", "demo", "chat", "inspect_command", "clear_command", "engine_arguments", "terminal"},
     {"engine"},
     {"flow"},
-    {"given", "memory"},
+    {"given", "memory", "identity"},
     {"parts"},
     {"answer", "concurrency", "request", "planner"},
     {"matching", "remember"},
