@@ -474,7 +474,7 @@ NO_QUERIES = {"open", "close", "put", "stats", "check", "clear", "of_state", "go
 ADMINISTRATIVE = {"references", "fetch_all"}
 QUERIES = {
     KVStore: {"readable", "longest_prefix", "identical_runs", "fetch", "forget"},
-    SegmentIndex: {"sync", "nearest", "forget"},
+    SegmentIndex: {"sync", "nearest", "forget", "keep_only"},
 }
 
 

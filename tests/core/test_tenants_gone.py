@@ -42,9 +42,9 @@ def traces(engine: SemShareEngine, name: str, text: str) -> list[object]:
             found.append(thing)
         if isinstance(thing, np.ndarray) and thing.dtype == np.int64 and needle in thing.tobytes():
             found.append(thing)
-        if isinstance(thing, list) and tokens[0] in (numbers := [part for part in thing if isinstance(part, int)]):
-            if needle in np.array(numbers, dtype=np.int64).tobytes():
-                found.append(thing)
+        numbers = [part for part in thing if isinstance(part, int)] if isinstance(thing, list) else []
+        if tokens[0] in numbers and needle in np.array(numbers, dtype=np.int64).tobytes():
+            found.append(thing)
     return found
 
 
