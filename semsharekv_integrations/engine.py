@@ -44,7 +44,6 @@ from semsharekv_integrations.request import (
     document_texts,
 )
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.codec import read_references, write_references
 from semsharekv_integrations.streams import Stream, read_async
 
 if TYPE_CHECKING:
@@ -284,12 +283,7 @@ class SemShareEngine(Identified):
         """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
         path, ready = checked_path(path), self._ready()
         self._calls.settle()
-
-        def save() -> int:
-            parts = ready.current()
-            return write_references(path, parts.store.fetch_all(), parts.fingerprint())
-
-        return self._calls.carry_out(save)
+        return self._calls.carry_out(lambda: ready.current().save(path))
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -298,12 +292,7 @@ class SemShareEngine(Identified):
             StoreFileError: if the file is damaged or was written with another model.
         """
         path, ready = checked_path(path), self._ready()
-
-        def load() -> int:
-            parts = ready.current()
-            return sum(map(parts.store.put, read_references(path, parts.fingerprint(), parts.adapter.device)))
-
-        return self._calls.carry_out(load)
+        return self._calls.carry_out(lambda: ready.current().load(path))
 
     def close(self) -> None:
         """Let go of the store's directory, as is done at exit; the engine goes on with what it has in memory."""

@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import closing
 from copy import copy
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,7 @@ from semsharekv_integrations.planner import Planner, question_of, texts_of
 from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.codec import read_references, write_references
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -151,6 +153,18 @@ class ModelParts:
             repr((tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))),
             model.generation_config.to_json_string(use_diff=False),
         )
+
+    def save(self, path: Path) -> int:
+        """Write what their state has stored to a file; how many entries."""
+        return write_references(path, self.store.fetch_all(), self.fingerprint())
+
+    def load(self, path: Path) -> int:
+        """Store what ``save`` wrote in the same state; how many entries are there now.
+
+        Raises:
+            StoreFileError: if the file is damaged, or of another model or state.
+        """
+        return sum(map(self.store.put, read_references(path, self.fingerprint(), self.adapter.device)))
 
     def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
         """The prefill that ``plan`` describes."""

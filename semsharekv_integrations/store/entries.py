@@ -93,12 +93,12 @@ class Entries:
         """Those of one namespace, or all; of one state of the model, or of every one."""
         if namespace is None:
             return [entry for entry in self.by_key.values() if state in (None, entry.reference.state)]
-        names: list[SpaceName] = self.names(namespace) if state is None else [space_name(namespace, state)]
-        return [entry for name in names if name in self.spaces for entry in self.spaces[name].entries()]
+        names = (name for name in self.names(namespace, state) if name in self.spaces)
+        return [entry for name in names for entry in self.spaces[name].entries()]
 
-    def names(self, namespace: str) -> list[SpaceName]:
-        """The spaces of a namespace, whatever state they are of."""
-        return [namespace, *self._later.get(namespace, ())]
+    def names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
+        """The spaces of a namespace, of one state or of every one."""
+        return [namespace, *self._later.get(namespace, ())] if state is None else [space_name(namespace, state)]
 
     def space(self, name: SpaceName) -> Space:
         """The one of this name, made if there is none."""

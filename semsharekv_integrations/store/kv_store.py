@@ -18,13 +18,12 @@ import torch
 
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
-from semsharekv_integrations.logs import log_trouble
+from semsharekv_integrations.kv import PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.labels import Entry, at_state, joined, require_writable
-from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
+from semsharekv_integrations.store.packed import packed_if_room
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.space import Space, begins_with, gaps
 from semsharekv_integrations.store.standing import entries_with
@@ -60,10 +59,7 @@ class KVStore:
         tell_of_forks(self)
 
     def of_state(self, state: str) -> KVStore:
-        """The same store as one state of the model sees it; "" is the first, which alone is kept on disk.
-
-        The store itself puts and finds for the first as well, but lists what all of them have.
-        """
+        """As one state of the model sees it, ``""`` being the first, which alone is kept on disk."""
         view = copy(self)
         view._state = state
         return view
@@ -260,7 +256,7 @@ class KVStore:
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
         with self._lock:
             self._entries.expire()
-            names = (name for each in self.readable(namespace) for name in self._spaces(each))
+            names = (name for each in self.readable(namespace) for name in self._entries.names(each, self._state))
             spaces = [self._entries.spaces.get(name) for name in names]
             found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
             return self._entries.loaded(found[0], found[0].node.path()) if found else None
@@ -274,9 +270,6 @@ class KVStore:
     def _space(self, namespace: str) -> SpaceName:
         return space_name(namespace, self._state or "")
 
-    def _spaces(self, namespace: str) -> list[SpaceName]:
-        return self._entries.names(namespace) if self._state is None else [self._space(namespace)]
-
     def _put_new(self, space: Space, reference: Reference) -> bool:
         """An entry that no other one contains."""
         layers, reference = reference.layers, replace(reference, layers=())
@@ -284,7 +277,7 @@ class KVStore:
         node = entry.node
         self._entries.keep(entry)
         if node.held is None and node.on_disk is None:
-            packed = self._packed(layers, node.start)
+            packed = packed_if_room(layers, self.config.kv_bits, node.start)
             owner = None if reference.state else reference.namespace  # None: not on disk
             if packed is None or not self._entries.shelves.place(node, packed, owner):
                 return self._refused(entry)
@@ -298,7 +291,7 @@ class KVStore:
         return True
 
     def _put_tainted(self, reference: Reference) -> bool:
-        packed = self._packed(reference.layers, 0)
+        packed = packed_if_room(reference.layers, self.config.kv_bits)
         if reference.session is None or packed is None or not self._entries.shelves.could_hold(packed.num_bytes):
             return self._refused()
         entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())
@@ -309,14 +302,6 @@ class KVStore:
             self._entries.remove(former)
         self._entries.keep(entry)
         return self._entries.shelves.place(entry.node, packed, None) or self._refused(entry)
-
-    def _packed(self, layers: Sequence[LayerKV], start: int) -> PackedKV | None:
-        """What ``layers`` have from token ``start`` on, as it is kept; None if there is no memory for that."""
-        try:
-            return PackedKV.of(layers, self.config.kv_bits, start)
-        except OUT_OF_MEMORY:
-            log_trouble("out_of_memory")
-            return None
 
     def _refused(self, entry: Entry | None = None) -> bool:
         if entry is not None:

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from semsharekv_integrations.kv import LayerKV
+from semsharekv_integrations.logs import log_trouble
 
 _KEYS, _VALUES, _SCALES = "keys", "values", "scales"
 _LARGEST = 127
@@ -115,6 +116,15 @@ class PackedKV:
         if scales is None:
             return stored
         return (stored.float() * scales.to(self.device, non_blocking=True).float()).to(self.dtype)
+
+
+def packed_if_room(layers: Sequence[LayerKV], bits: int | None, start: int = 0) -> PackedKV | None:
+    """As ``PackedKV.of``; None if there is no memory for it."""
+    try:
+        return PackedKV.of(layers, bits, start)
+    except OUT_OF_MEMORY:
+        log_trouble("out_of_memory")
+        return None
 
 
 def _quantized(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

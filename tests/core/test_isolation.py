@@ -470,7 +470,7 @@ class TestTheSegmentIndex:
 
 
 # Methods that look for nothing, and those that administrators use on all namespaces at once.
-NO_QUERIES = {"open", "close", "put", "stats", "check", "clear", "of_state", "go_on_in_child", "left_since"}
+NO_QUERIES = {"open", "close", "abandon", "put", "stats", "check", "clear", "of_state", "go_on_in_child", "left_since"}
 ADMINISTRATIVE = {"references", "fetch_all"}
 QUERIES = {
     KVStore: {"readable", "longest_prefix", "identical_runs", "fetch", "forget"},
