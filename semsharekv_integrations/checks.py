@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,8 @@ def is_path(value: object) -> bool:
 
 def nesting(value: object) -> int:
     """How many mappings and sequences stand in each other in ``value``, at most ``MOST_NESTED`` and one more."""
-    level, depth = [value], 0
+    level: list[Any] = [value]
+    depth = 0
     while depth <= MOST_NESTED:
         inner = [item for item in level if isinstance(item, Mapping) or _is_list(item)]
         if not inner:

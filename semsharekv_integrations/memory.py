@@ -56,7 +56,7 @@ class KnownTexts:
     def keep_only(self, namespace: str, ids: Collection[str]) -> None:
         """Drop the documents of a namespace with other ids."""
         with self._lock:
-            known = self._texts.get(namespace, {})
+            known = self._texts.get(namespace, OrderedDict())
             for key in [key for key in known if key not in ids]:
                 del known[key]
             if not known:

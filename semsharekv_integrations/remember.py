@@ -46,8 +46,8 @@ def references_of(
         exactly = Reference(reference_id(namespace, ids), namespace, ids, parts, segments=own, session=session)
         found.append(exactly.labelled(standing_within(documents, whole)))
     if session is not None and exact < len(token_ids):
-        key, exact_of = reference_id(namespace, token_ids), {"exact_tokens": exact, "session": session}
-        rest = Reference(key, namespace, token_ids, layers, segments=kept, **exact_of)
+        key = reference_id(namespace, token_ids)
+        rest = Reference(key, namespace, token_ids, layers, segments=kept, exact_tokens=exact, session=session)
         found.append(rest.labelled({**(borrowed or {}), **documents}))
     return found
 

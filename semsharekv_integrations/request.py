@@ -117,7 +117,7 @@ class Request:
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
         session = None if session is None else checked_name("session", session)
         asked = (prompt, sampling, namespace, documents, session, tools, choice, schema, variables)
-        return cls(*asked, noted.required, noted.groups)  # type: ignore[arg-type]
+        return cls(*asked, noted.required, noted.groups)
 
     @property
     def may_call(self) -> bool:
