@@ -26,6 +26,7 @@ def node(id: str, parent: str | None, token_ids: Sequence[int], file: str, first
 
 def entry(id: str, node: str, hits: float = 0.0, **other: Any) -> EntryRecord:
     labels = {"segments": [["d", 1, 3]], "session": None, "document_starts": {"é": 1}, "pinned": False}
+    labels["expires_after_s"] = None
     return EntryRecord(id, other.get("namespace", "a"), node, labels, hits, 1e9)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from semsharekv_integrations.store.private import open_private, require_plain
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord
+from semsharekv_integrations.store.soundness import is_sound
 
 FORMAT_VERSION = 1
 CATALOG = "catalog.sqlite"
@@ -271,15 +272,25 @@ def _require_version(found: int) -> None:
 
 def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
     database.text_factory = _decode
-    found: dict[str, list[Any]] = {table.name: [] for table in _TABLES}
+    found: dict[str, dict[str, Any]] = {table.name: {} for table in _TABLES}
     num_damaged = 0
     for table in _TABLES:
         for *values, digest in database.execute(f"SELECT * FROM {table.name}"):
-            if _digest(fingerprint, table.name, values) == digest:
-                found[table.name].append(table.record(*values))
-            else:
+            record = _record(table, values) if _digest(fingerprint, table.name, values) == digest else None
+            if record is None or record.id in found[table.name]:
                 num_damaged += 1
-    return Contents(**found, num_damaged=num_damaged)
+            else:
+                found[table.name][record.id] = record
+    return Contents(*(list(records.values()) for records in found.values()), num_damaged=num_damaged)
+
+
+def _record(table: _Table, values: Sequence[Any]) -> Any:
+    """What a row says, or None if it says nothing that could have been written."""
+    try:
+        record = table.record(*values)
+        return record if is_sound(record) else None
+    except (RecursionError, TypeError, ValueError):
+        return None
 
 
 def _decode(text: bytes) -> str:

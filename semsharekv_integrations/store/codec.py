@@ -17,10 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from semsharekv_integrations.errors import StoreFileError
-from semsharekv_integrations.kv import LayerKV, Reference, Segment
+from semsharekv_integrations.checks import is_whole
+from semsharekv_integrations.errors import StoreFileError, StoreWriteError
+from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
 from semsharekv_integrations.store.files import tensor_digest
 from semsharekv_integrations.store.labels import reference_id, stops_of
+from semsharekv_integrations.store.records import EntryRecord
+from semsharekv_integrations.store.soundness import is_sound
 
 FORMAT_VERSION = 2
 
@@ -28,7 +31,10 @@ FORMAT_VERSION = 2
 def write_references(path: Path, references: Sequence[Reference], fingerprint: str) -> int:
     """Write beside ``path``, then rename over it: a reader sees the old file or the new one, never a part.
 
-    All must be exact: approximate KV is never written.
+    A link in its place is replaced; what it leads to stays. All must be exact: approximate KV is never written.
+
+    Raises:
+        StoreWriteError: if it cannot be written; what was there stays, and nothing else is left.
     """
     assert not any(reference.is_tainted for reference in references), "approximate KV is never written"
     tensors = {f"{n}.ids": torch.from_numpy(reference.token_ids) for n, reference in enumerate(references)}
@@ -39,8 +45,16 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
         {"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": [_header(r) for r in references]}
     )
     metadata = {"semsharekv": header, "digest": tensor_digest(header, sorted(tensors.items()))}
+    try:
+        _write(path, tensors, metadata)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StoreWriteError(f"{path} could not be written: {error}") from error
+    return len(references)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # owner-only permissions
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".semsharekv.")  # owner-only permissions
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
@@ -49,7 +63,6 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return len(references)
 
 
 def read_references(path: Path, fingerprint: str, device: torch.device) -> list[Reference]:
@@ -58,6 +71,8 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
     Raises:
         StoreFileError: if the file is missing, damaged, of another format version or of another model.
     """
+    if path.exists() and not path.is_file():
+        raise StoreFileError(f"{path} is not a readable KV file: it is a folder, or no file at all")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -83,6 +98,16 @@ def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
         raise StoreFileError(f"{path} has {name} {found!r}; accepted is {wanted!r}")
 
 
+def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
+    """Raise ``ValueError`` for values that were never written: a right digest says nothing about them."""
+    as_record = EntryRecord(str(n), entry["namespace"], str(n), entry, 0.0, 0.0)
+    are_ids = token_ids.ndim == 1 and len(token_ids) > 0 and bool((token_ids >= 0).all())
+    if not (are_ids and is_whole(entry["layers"], 1) and is_sound(as_record)):
+        raise ValueError(f"entry {n} has values of a wrong kind")
+    if any(stop > len(token_ids) for _, _, stop in entry["segments"]):
+        raise ValueError(f"entry {n} has segments beyond its tokens")
+
+
 def _header(reference: Reference) -> dict[str, Any]:
     return {
         "namespace": reference.namespace,
@@ -99,6 +124,7 @@ def _header(reference: Reference) -> dict[str, Any]:
 
 def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
     token_ids = file.get_tensor(f"{n}.ids").cpu().numpy().astype(np.int64)
+    _require_sound(n, entry, token_ids)
     layers = tuple(
         LayerKV(file.get_tensor(f"{n}.{i}.keys"), file.get_tensor(f"{n}.{i}.values")) for i in range(entry["layers"])
     )

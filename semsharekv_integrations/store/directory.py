@@ -81,9 +81,10 @@ class KVDirectory:
         self._on_disk = KVFiles(self.path, fingerprint, self._counts)
         self._resources = ExitStack()
         self._is_open = False
-        self._require_not_inherited()
         try:
             make_private_directory(self.path)
+            if os.path.realpath(self.path) in _inherited:
+                raise StoreLockedError(f"{self.path} was open when this process was forked; use another directory here")
             self._lock = DirectoryLock(self.path / LOCK)
             self._resources.callback(self._lock.release)
             self._catalog, found = self._open_catalog()
@@ -257,13 +258,6 @@ class KVDirectory:
             self._resources.pop_all()  # which closes nothing
             self._catalog.abandon()
             self._lock.release()
-
-    def _require_not_inherited(self) -> None:
-        if os.path.realpath(self.path) in _inherited:
-            raise StoreLockedError(
-                f"{self.path} was open in the process that this one was forked from; use another directory in this "
-                "one, or a process that is started anew"
-            )
 
     def _known(self, file: str) -> FileRecord:
         if file not in self._files:

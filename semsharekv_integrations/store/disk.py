@@ -6,7 +6,8 @@ What the catalog could not be told, because the disk is full, it is told with th
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -39,6 +40,7 @@ class DiskShelf:
         self._counts = counts
         self._give_up = give_up
         self._home = (torch.float32, torch.device("cpu"))
+        self._is_gathering = False
         self._nodes: dict[str, NodeRecord] = {}  # these four: what the catalog is still to be told
         self._entries: dict[str, EntryRecord] = {}
         self._gone_nodes: set[str] = set()
@@ -135,6 +137,8 @@ class DiskShelf:
                 known.pop(id, None)
         self._nodes |= {node.id: _record(node, namespace) for node, namespace in nodes}
         self._entries |= {entry.id: entry for entry in entries}
+        if self._is_gathering:
+            return True
         try:
             self._directory.record(
                 nodes=self._nodes.values(),
@@ -148,6 +152,17 @@ class DiskShelf:
         for told in (self._nodes, self._entries, self._gone_nodes, self._gone_entries):
             told.clear()
         return True
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Tell the catalog at the end, in one change, of all that goes meanwhile; nothing may be written meanwhile."""
+        self._is_gathering = True
+        try:
+            yield
+        finally:
+            self._is_gathering = False
+            if self._owes:
+                self.record()
 
     def compact(self, nodes: Iterable[Node], namespace: str) -> None:
         """Write files anew of which ``nodes``, all of a namespace, need only a part: what is forgotten goes with it."""

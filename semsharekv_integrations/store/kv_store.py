@@ -230,12 +230,12 @@ class KVStore:
             if session is not None:
                 found = [entry for entry in found if entry.reference.session == session]
             doomed = [entry for entry in found if spare is None or not spare(entry.reference)]
-            return self._dropped(doomed, self._entries.names(namespace) if doomed else [])
+            return self._entries.remove_all(doomed)
 
     def clear(self) -> int:
         """Drop every entry of every namespace; how many there were."""
         with self._lock:
-            return self._dropped(self._entries.of(None), [])
+            return self._entries.remove_all(self._entries.of(None))
 
     def left_since(self, *namespaces: str) -> dict[str, list[Reference]]:
         """What is left in the namespaces that lost entries since this was asked last, and in those named."""
@@ -260,12 +260,6 @@ class KVStore:
             spaces = [self._entries.spaces.get(name) for name in names]
             found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
             return self._entries.loaded(found[0], found[0].node.path()) if found else None
-
-    def _dropped(self, doomed: Sequence[Entry], names: Sequence[SpaceName]) -> int:
-        for entry in doomed:
-            self._entries.remove(entry)
-        self._entries.tidy(names)
-        return len(doomed)
 
     def _space(self, namespace: str) -> SpaceName:
         return space_name(namespace, self._state or "")

@@ -77,14 +77,22 @@ class Contents(NamedTuple):
 def sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
     """What of ``found`` can be used, given the bytes of the KV files that there are; parents stand before children.
 
-    A file must have the bytes recorded, a node its KV in such a file and a sound parent in its namespace, an entry a
-    sound node in its namespace. A node that no entry needs is left out, and so is a file that no node needs.
+    A file must have the bytes recorded, at least one for each token, a node its KV in such a file and a sound parent in
+    its namespace, an entry a sound node in its namespace, and its segments within the tokens up to there. A node that
+    no entry needs is left out, and so is a file that no node needs.
     """
-    files = {file.id: file for file in found.files if sizes.get(file.id) == file.num_bytes}
+    files = {f.id: f for f in found.files if sizes.get(f.id) == f.num_bytes >= f.num_tokens}
     order = rooted(node for node in found.nodes if node.file in files and fits(node, files[node.file]))
     nodes = {node.id: node for node in order}
+    stops: dict[str | None, int] = {None: 0}
+    for node in order:
+        stops[node.id] = stops[node.parent] + len(node.token_ids)
     entries = [
-        entry for entry in found.entries if entry.node in nodes and nodes[entry.node].namespace == entry.namespace
+        entry
+        for entry in found.entries
+        if entry.node in nodes
+        and nodes[entry.node].namespace == entry.namespace
+        and all(stop <= stops[entry.node] for _, _, stop in entry.labels["segments"])
     ]
     needed: set[str] = set()
     for entry in entries:

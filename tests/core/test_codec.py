@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from random import Random
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from semsharekv_integrations import StoreFileError
+from semsharekv_integrations import StoreConfig, StoreFileError
+from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
-from semsharekv_integrations.store import codec
+from semsharekv_integrations.store import KVStore, codec
 from semsharekv_integrations.store.labels import reference_id
 from tiny_models import EngineMaker, make_model
 
@@ -150,7 +152,49 @@ def test_a_failed_write_leaves_the_old_file(make_engine: EngineMaker, saved: Pat
         raise OSError("disk full")
 
     monkeypatch.setattr(codec, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreWriteError, match=rf"{saved} could not be written: disk full"):
         make_engine().save(saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_where_nothing_can_be_written_it_is_said_and_nothing_is_left(make_engine: EngineMaker, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for path in (tmp_path / "file" / "kv", tmp_path / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(StoreWriteError, match="could not be written"):
+            make_engine().save(path)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert make_engine().save(tmp_path / ("x" * 250)) == 0, "any name that the disk takes"
+
+
+def test_a_pipe_is_not_waited_for(make_engine: EngineMaker, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreFileError, match="pipe is not a readable KV file"):
+        make_engine().load(tmp_path / "pipe")
+
+
+ODD = [None, -5, 0.5, 10**30, 10**400, "x", [], {}, [[]], True, [["d", 0, 99]], [["d", 3, 1]], {"d": "x"}, {"d": -7}]
+FIELDS = ("namespace", "layers", "session", "document_starts", "document_stops", "segments", "pinned")
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "expires_after_s"])
+def test_odd_values_in_a_saved_file_with_a_right_digest(
+    make_engine: EngineMaker, tmp_path: Path, monkeypatch, field: str
+) -> None:
+    """They are refused, or could have been written: then they do no harm."""
+    header = codec._header
+    for number, odd in enumerate(ODD):
+        path = tmp_path / str(number)
+        with monkeypatch.context() as patched:
+            patched.setattr(codec, "_header", lambda reference, odd=odd: header(reference) | {field: odd})
+            codec.write_references(path, [made()], "model")
+        try:
+            (read,) = codec.read_references(path, "model", torch.device("cpu"))
+        except StoreFileError:
+            continue
+        store = KVStore(StoreConfig())
+        assert store.put(read) and store.forget(read.namespace, document_id="d") in (0, 1)
+        store.check()
