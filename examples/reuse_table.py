@@ -80,8 +80,8 @@ class ReuseTable:
         if not self.asked:
             return
         took, in_full = (1000 * sum(r.ttft_s for r in self._all(name)) for name in ("reports", "full_reports"))
-        change = f"{abs(1 - took / in_full):.0%} {'less' if took <= in_full else 'more'}"
-        console.print(f"To the first tokens: {took:.0f} ms with reuse, {in_full:.0f} ms by full prefills: {change}.")
+        gain = f", {in_full / took:.1f} times as fast" if round(in_full / took, 1) > 1 else ""
+        console.print(f"To the first tokens: {took:.0f} ms with reuse, {in_full:.0f} ms by full prefills{gain}.")
 
     def _all(self, name: str) -> list[ReuseReport]:
         return [report for asked in self.asked for report in getattr(asked, name)]
