@@ -63,6 +63,10 @@ class ModelParts:
         UnsupportedModelError: if the model does not allow the configured mode.
     """
 
+    adapter: ModelAdapter
+    renderer: PromptRenderer
+    _states: _States
+
     def __init__(
         self, source: ModelSource, config: EngineConfig, store: KVStore, before: ModelParts | None = None
     ) -> None:

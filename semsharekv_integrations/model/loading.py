@@ -112,7 +112,7 @@ class NamedModel:
     @cached_property
     def origin(self) -> str:
         """A digest of name and options, and of names, sizes and dates of its files where they lie in a folder."""
-        told = [self.name, str(self._device), str(self._dtype).removeprefix("torch."), self._shown]
+        told: list[Any] = [self.name, str(self._device), str(self._dtype).removeprefix("torch."), self._shown]
         place = Path(resolve(self.name))
         found = sorted(place.rglob("*")) if place.is_dir() else [place] if place.is_file() else []
         told += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]

@@ -19,6 +19,7 @@ import uuid
 import weakref
 from collections.abc import Iterator
 from itertools import chain
+from operator import attrgetter, eq, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -181,11 +182,11 @@ class _Snapshot:
         try:
             return (
                 list(map(len, self._sized)) == self._sizes
-                and list(map(id, _values_of(self._filled))) == self._ids
-                and [tensor._version for tensor in self._versioned] == self._versions
-                and [tensor.data_ptr() for tensor in self._tracked] == self._places
-                and [tensor.dtype for tensor in self._tracked] == self._dtypes
-                and [list(values.values()) for values in self._dicts] == self._values
+                and all(map(eq, map(id, _values_of(self._filled)), self._ids))
+                and all(map(eq, map(attrgetter("_version"), self._versioned), self._versions))
+                and all(map(eq, map(methodcaller("data_ptr"), self._tracked), self._places))
+                and all(map(eq, map(attrgetter("dtype"), self._tracked), self._dtypes))
+                and all(map(eq, map(list, map(dict.values, self._dicts)), self._values))
                 and all(map(same_settings, self.configs, self._settings))
                 and foreign_hooks(self._hooks) == self.hooks
                 and self._samples.hold()
