@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -26,36 +25,21 @@ from semsharekv_integrations.store.catalog import (
     Catalog,
     UnusableCatalogError,
     forget_set_aside,
-    look_into,
     open_catalog,
     set_aside,
 )
 from semsharekv_integrations.store.files import KVFiles
 from semsharekv_integrations.store.locking import DirectoryLock, TakenError
-from semsharekv_integrations.store.private import make_private_directory, require_directory
+from semsharekv_integrations.store.private import make_private_directory
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, fits, rooted, sound
 
-__all__ = ["EntryRecord", "KVDirectory", "NodeRecord", "Peeked", "PeekedEntry", "directories", "peek"]
+__all__ = ["EntryRecord", "KVDirectory", "NodeRecord"]
 
 LOCK = "lock"
+MOST_REMOVED = 100  # files deleted with one change: thousands that expire together must not delay a call
 COUNTS = ("damaged", "foreign", "vanished", "unavailable", "orphans", "write_failed")
-_FINGERPRINT = re.compile(r"[0-9a-f]+")
+FINGERPRINT = re.compile(r"[0-9a-f]+")
 _inherited: set[str] = set()  # what was open when this process was forked: SQLite believes that it still is
-
-
-class PeekedEntry(NamedTuple):
-    """An entry on disk, with the tokens of its whole path and the bytes of their KV, those shared with others too."""
-
-    entry: EntryRecord
-    num_tokens: int
-    num_bytes: int
-
-
-class Peeked(NamedTuple):
-    """What a look from outside finds: the sound entries, and how many records are damaged or lack what they need."""
-
-    entries: list[PeekedEntry]
-    num_unusable: int
 
 
 class KVDirectory:
@@ -73,7 +57,7 @@ class KVDirectory:
             StoreFileError: if the directory cannot be used.
             ValueError: if ``fingerprint`` is not made of hexadecimal digits.
         """
-        if not _FINGERPRINT.fullmatch(fingerprint):
+        if not FINGERPRINT.fullmatch(fingerprint):
             raise ValueError(f"fingerprint is {fingerprint!r}; accepted are the digits 0-9 and a-f")
         self.path = Path(path) / fingerprint
         self._fingerprint = fingerprint
@@ -176,7 +160,7 @@ class KVDirectory:
         gone_nodes: Iterable[str] = (),
         gone_entries: Iterable[str] = (),
     ) -> None:
-        """Forget the gone, then insert or replace the others, all or nothing; then delete files out of use.
+        """Forget the gone, then insert or replace the others, all or nothing; then delete many of the files out of use.
 
         Raises:
             StoreWriteError: if the catalog cannot be written; nothing has changed.
@@ -209,14 +193,21 @@ class KVDirectory:
         self._num_bytes += sum(file.num_bytes for file in begun) - sum(file.num_bytes for file in ended)
         for file in ended:
             del self._uses[file.id], self._files[file.id]
-            self._on_disk.remove(file.id)
+        self._on_disk.remove(*(file.id for file in ended), most=MOST_REMOVED)
 
-    def scrub(self) -> None:
+    def sweep(self) -> None:
+        """Delete some of the files out of use that are still there."""
+        self._on_disk.remove(most=MOST_REMOVED)
+
+    def scrub(self, *, whole: bool = True) -> None:
         """Delete what still names forgotten tokens and documents: the catalog's log, and one that was set aside.
+
+        If ``whole``, files out of use that are still there go as well.
 
         Raises:
             StoreWriteError: if that fails.
         """
+        self._on_disk.remove(most=None if whole else 0)
         try:
             forget_set_aside(self.path)
             self._catalog.empty_log()
@@ -247,6 +238,8 @@ class KVDirectory:
         """Delete what was written and not recorded, and let other processes in. May be called again."""
         for file in self._files.keys() - self._uses.keys() if self._is_open else ():
             self.discard(file)
+        if self._is_open:
+            self._on_disk.remove()
         self._is_open = False
         self._resources.close()
 
@@ -288,41 +281,3 @@ class KVDirectory:
         for file in unused:
             self._on_disk.remove(file)
         return kept
-
-
-def directories(path: Path) -> list[Path]:
-    """The directories of single models under ``path``, by their names, which are fingerprints.
-
-    Raises:
-        StoreFileError: if ``path`` is missing, or cannot be read.
-    """
-    try:
-        found = [child for child in Path(path).iterdir() if _FINGERPRINT.fullmatch(child.name)]
-        return sorted(child for child in found if any(os.path.lexists(child / name) for name in (CATALOG, LOCK)))
-    except OSError as error:
-        raise StoreFileError(f"{path} cannot be read: {error}") from error
-
-
-def peek(path: Path) -> Peeked:
-    """What is in ``path``, a directory of a single model.
-
-    Takes no lock and changes nothing; another process may have it open, and write.
-
-    Raises:
-        StoreFileError: if it cannot be read.
-    """
-    fingerprint = path.absolute().name
-    try:
-        require_directory(path)
-        found = look_into(path, fingerprint)
-        kept = sound(found, KVFiles(path, fingerprint, Counter()).sizes())
-    except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
-        raise StoreFileError(f"{path} cannot be read: {error}") from error
-    files = {file.id: file for file in kept.files}
-    totals: dict[str | None, tuple[int, int]] = {None: (0, 0)}
-    for node in kept.nodes:
-        num_tokens, num_bytes = totals[node.parent]
-        file, own_tokens = files[node.file], len(node.token_ids)
-        totals[node.id] = num_tokens + own_tokens, num_bytes + file.num_bytes * own_tokens // file.num_tokens
-    entries = [PeekedEntry(entry, *totals[entry.node]) for entry in kept.entries]
-    return Peeked(entries, found.num_damaged + found.num_records - kept.num_records)

@@ -176,11 +176,16 @@ class DiskShelf:
             if sum(len(node.token_ids) for node in needed) < self._directory.file_tokens(file):
                 self._write_anew(needed, namespace)
 
-    def scrub(self) -> None:
+    def sweep(self) -> None:
+        """Delete some of the files that nothing needs any more."""
+        if self._directory is not None:
+            self._directory.sweep()
+
+    def scrub(self, *, whole: bool) -> None:
         """Delete what still names forgotten tokens and documents: see ``KVDirectory.scrub``."""
         try:
             if self._directory is not None:
-                self._directory.scrub()
+                self._directory.scrub(whole=whole)
         except StoreWriteError:
             self._write_failed()
 

@@ -142,7 +142,8 @@ class Entries:
             self._drop_space(entry.reference.space)
 
     def expire(self) -> None:
-        """Drop what was not used for longer than it may live."""
+        """Drop what was not used for longer than it may live; of many files that only it needed, some now."""
+        self.shelves.disk.sweep()
         now, expired = self._clock(), list[Entry]()
         for key in self._deadlines.due(now):
             entry = self.by_key[key]
@@ -152,22 +153,25 @@ class Entries:
                 expired.append(entry)
         if expired:
             self.counts["expired"] += len(expired)
-            self.remove_all(expired)
+            self.remove_all(expired, at_once=False)
 
-    def remove_all(self, entries: Sequence[Entry]) -> int:
-        """As ``remove`` for each, in one change of the catalog, leaving nothing on disk of them; how many."""
+    def remove_all(self, entries: Sequence[Entry], *, at_once: bool = True) -> int:
+        """As ``remove`` for each, in one change of the catalog, leaving nothing of them on disk; how many.
+
+        If not ``at_once``, calls to come delete what files are left.
+        """
         with self.shelves.disk.gathering():
             for entry in entries:
                 self.remove(entry)
-        self.tidy({entry.reference.space for entry in entries})
+        self.tidy({entry.reference.space for entry in entries}, whole=at_once)
         return len(entries)
 
-    def tidy(self, names: Iterable[SpaceName]) -> None:
+    def tidy(self, names: Iterable[SpaceName], *, whole: bool = True) -> None:
         """Leave nothing on disk of what was removed from spaces, beside what their other entries need."""
         for name in names:
             if name in self.spaces and isinstance(name, str):  # all others lie in memory alone
                 self.shelves.disk.compact(self.spaces[name].tree.nodes(), name)
-        self.shelves.disk.scrub()
+        self.shelves.disk.scrub(whole=whole)
 
     def loaded(self, entry: Entry, path: list[Node]) -> Reference | None:
         """``entry`` with the KV of ``path``, which it begins with. Counts as a use.

@@ -44,6 +44,7 @@ class KVFiles:
         self._fingerprint = fingerprint
         self._counts = counts
         self._verified: set[str] = set()
+        self._doomed: list[str] = []  # files that are still to be deleted
 
     def write(self, file: str, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
         """Write a temporary, then rename it: after a crash the file is there whole or not at all.
@@ -133,10 +134,17 @@ class KVFiles:
                         found[item.name.removesuffix(SUFFIX)] = item.stat(follow_symlinks=False).st_size
         return found
 
-    def remove(self, file: str) -> None:
-        """Delete a KV file. One that cannot be deleted is left to the next opening."""
-        self._verified.discard(file)
-        self._remove(self._path(file))
+    def remove(self, *files: str, most: int | None = None) -> None:
+        """Delete KV files, and those that are still to be deleted: ``most`` of them now, the others the next time.
+
+        One that cannot be deleted is left to the next opening.
+        """
+        self._verified.difference_update(files)
+        self._doomed += files
+        now = self._doomed[:most]
+        del self._doomed[:most]
+        for file in now:
+            self._remove(self._path(file))
 
     def remove_temporaries(self) -> int:
         """Delete what writers that were killed have left, and tell how many there were."""

@@ -29,8 +29,9 @@ from kept_prompts import (
 from semsharekv_integrations import ReuseConfig, StoreConfig
 from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
 from semsharekv_integrations.kv import UNPLACED, Segment
-from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
+from semsharekv_integrations.store import KVStore, files
+from semsharekv_integrations.store.catalog import Catalog
+from semsharekv_integrations.store.directory import MOST_REMOVED, EntryRecord, KVDirectory
 from semsharekv_integrations.store.packed import PackedKV
 from stored_kv import kv_files
 from tiny_models import EngineMaker, make_model
@@ -441,6 +442,53 @@ def test_a_wall_clock_that_jumps_gives_one_lifetime_more_at_most(tmp_path: Path,
     clock.now_s += 1
     assert store.references() == [] and lookup(store, (1, 2, 3)) == 0
     store.check()
+
+
+def test_what_expires_together_costs_one_change_and_a_bounded_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many entries: none is served, all are gone from the catalog, and their files go with calls to come."""
+    clock = Clock()
+    store = opened_at(tmp_path, clock)
+    for n in range(3 * MOST_REMOVED):
+        store.put(reference((n, 1), document_starts={"d": 0}, expires_after_s=5.0))
+    store.put(reference((1000, 7, 7), document_starts={"d": 0}))
+    clock.now_s += 10
+    changes, deleted = count_calls(monkeypatch, Catalog, "change"), count_calls(monkeypatch, files.KVFiles, "_remove")
+    assert lookup(store, (5, 1)) == 0
+    assert len(changes) == 1 and len(deleted) <= 2 * MOST_REMOVED
+    store.check()
+    assert len(store.references()) == store.stats()["entries"] == 1 and store.stats()["expired"] == 3 * MOST_REMOVED
+    for _ in range(3):
+        lookup(store, (5, 1))
+    assert len(files_of(tmp_path)) == 1
+    store.check()
+    assert store.forget("a", document_id="d") == 1 and files_of(tmp_path) == set()
+
+
+@pytest.mark.parametrize("way", ["forget", "clear", "close"])
+def test_what_is_forgotten_or_left_is_gone_from_the_disk_at_once(tmp_path: Path, way: str) -> None:
+    clock = Clock()
+    store = opened_at(tmp_path, clock)
+    for n in range(2 * MOST_REMOVED + 5):
+        store.put(reference((n, 1), expires_after_s=5.0 if way == "close" else None))
+    clock.now_s += 10
+    if way == "forget":
+        assert store.forget("a") == 2 * MOST_REMOVED + 5
+    elif way == "clear":
+        assert store.clear() == 2 * MOST_REMOVED + 5
+    else:
+        assert store.references() == []
+        store.close()
+    assert files_of(tmp_path) == set()
+    store.check()
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[object]:
+    calls: list[object] = []
+    whole = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(args) or whole(*args, **kwargs))
+    return calls
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
