@@ -83,7 +83,7 @@ BAD_PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda prompt: repr(prompt)[:40].encode("ascii", "replace"))
+@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda prompt: ascii(prompt).split(" at 0x")[0][:40])
 def test_bad_prompts_are_refused_by_every_call(make_engine: EngineMaker, prompt: Any) -> None:
     engine = make_engine()
     for call in calls_of(engine):
