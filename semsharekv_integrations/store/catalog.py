@@ -281,7 +281,8 @@ def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
                 num_damaged += 1
             else:
                 found[table.name][record.id] = record
-    return Contents(*(list(records.values()) for records in found.values()), num_damaged=num_damaged)
+    kinds = {name: list(records.values()) for name, records in found.items()}
+    return Contents(**kinds, num_damaged=num_damaged)
 
 
 def _record(table: _Table, values: Sequence[Any]) -> Any:
