@@ -25,8 +25,10 @@ def make_private_directory(path: Path) -> None:
 
     Raises:
         OSError: naming the path, if that fails, if ``path`` or the directory that it lies in is a link or belongs to
-            another user, or if another user has made a link of one above.
+            another user, or if another user has made a link of one above, or if this system knows no owners of files.
     """
+    if not hasattr(os, "geteuid"):
+        raise OSError(f"{path} needs a system on which files have owners (Linux, macOS); keep KV in memory here")
     for above in path.parents[1:]:
         if above.is_symlink() and not _is_trusted(above.lstat()):
             raise OSError(f"{above} is a link that another user has made; accepted are links of your own")

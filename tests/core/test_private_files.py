@@ -228,3 +228,10 @@ def test_a_saved_file_replaces_a_link_and_not_what_it_leads_to(
         path.symlink_to(precious / target)
         assert engine.save(path) == 1 and not path.is_symlink()
         assert make_engine().load(path) == 1
+
+
+def test_a_system_without_owners_of_files_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.geteuid")
+    with pytest.raises(StoreFileError, match="needs a system on which files have owners"):
+        KVDirectory(tmp_path / "kv", "ab")
+    assert not list(tmp_path.iterdir())
