@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import HelpFormatter as ArgparseFormatter
 from collections.abc import Callable
-from textwrap import wrap
+from textwrap import TextWrapper, wrap
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -48,8 +48,8 @@ def _text(cell: RenderableType) -> Text:
 
 def fold_error(message: str) -> str:
     """The message as one line where it fits, else as a paragraph; words are never cut, so that paths can be copied."""
-    uncut = {"break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(wrap(" ".join(message.split()), MAX_COLUMNS, subsequent_indent="  ", **uncut))
+    wrapper = TextWrapper(MAX_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapper.wrap(" ".join(message.split())))
 
 
 class HelpFormatter(ArgparseFormatter):

@@ -248,7 +248,8 @@ def _require_peft(files: ModelFiles) -> None:
     import peft
 
     kind = str(files.adapter.get("peft_type"))
-    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    configs: Mapping[Any, type] = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    config = configs.get(kind)
     if config is not None and issubclass(config, peft.PromptLearningConfig):
         raise UnsupportedModelError(f"model {files.name!r} is {PROMPT_LEARNING.format(kind)}")
 
