@@ -10,6 +10,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -27,6 +28,8 @@ RENDERING_OPTIONS = (
     frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
     | {"messages", "conversations", "generation_indices"}
 ) - {"documents"}  # which a template shows beside the messages, and which are none of ours
+_MOST_OPENED = 64  # characters of an answer that a template may write by itself
+_PARTS_AS_TEXT = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # by a template that takes no parts
 _SPEAKERS = ("user", "system", "assistant")  # of plain lines
 
 
@@ -70,7 +73,7 @@ class ChatText:
             messages, tools = plain_messages(messages, tools, form), ()
         if template is None:
             return _plain_lines(messages)
-        return self._first_whole(self._forms(messages, form), tools, variables or {})
+        return self._first_whole(_also_in_parts(self._forms(messages, form)), tools, variables or {})
 
     def _forms(self, messages: Messages, form: ToolFormat) -> Iterator[Messages]:
         """Of the messages, the least changed first; at last those in which calls and results are text."""
@@ -81,23 +84,43 @@ class ChatText:
         return chain(with_calls, as_text if any(m["role"] == "tool" or "tool_calls" in m for m in messages) else ())
 
     def _first_whole(self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
-        """The first form's text that leaves nothing out; else the first that there is."""
-        partial, refusal = None, None
+        """The first form's text that leaves nothing out; else the first that there is, with a warning."""
+        partial, refusal, refused = None, None, []
         for messages in forms:
             try:
-                text = self._rendered(messages, tools, variables)
+                text = self._rendered(messages, tools, variables, open_end=_is_open(messages))
             except _REFUSED as error:
                 refusal = refusal or error
+                refused.append(messages)
                 continue
             if _shows_all(text, messages):
                 return text
             partial = text if partial is None else partial
         if partial is None:
-            raise PromptError(f"the model's chat template refuses the messages: {refusal}") from refusal
+            partial = self._behind_mark(refused, tools, variables)
+            if partial is None:
+                raise PromptError(f"the model's chat template refuses the messages: {refusal}") from refusal
+            return partial
+        warnings.warn("the model's chat template leaves out or rewrites what some of the messages say", stacklevel=2)
         return partial
 
-    def _rendered(self, messages: Messages, tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
-        open_end = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+    def _behind_mark(
+        self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]
+    ) -> str | None:
+        """The first form with its last answer behind the mark of the turn, as it is, or None.
+
+        For templates that change an answer, as those do that strip reasoning from it, so that none can be left open.
+        """
+        for messages in filter(_is_open, forms):
+            with suppress(*_REFUSED):
+                before = self._rendered(messages[:-1], tools, variables, open_end=False)
+                if _shows_all(before, messages[:-1]):
+                    return _joined(before, _said(messages[-1]))
+        return None
+
+    def _rendered(
+        self, messages: Messages, tools: Sequence[Tool], variables: Mapping[str, Any], *, open_end: bool
+    ) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 messages,
@@ -119,13 +142,41 @@ class ChatText:
             )
 
 
+def _also_in_parts(forms: Iterable[Messages]) -> Iterator[Messages]:
+    """The forms, then, for templates that read nothing else, each with its contents as lists of parts."""
+    tried = []
+    for messages in forms:
+        tried.append(messages)
+        yield messages
+    for messages in tried:
+        yield [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
+
+
+def _is_open(messages: Messages) -> bool:
+    """Whether the last message is the beginning of an answer."""
+    return messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+
+
+def _joined(before: str, answer: str) -> str:
+    """The answer behind its turn's mark, which may hold the first of it, such as the opening of thoughts."""
+    common = max(length for length in range(len(answer[:_MOST_OPENED]) + 1) if before.endswith(answer[:length]))
+    return before + answer[common:]
+
+
 def _shows_all(text: str, messages: Messages) -> bool:
     """Whether all that the system and the user say stands in the text; templates may cut space around it."""
+    if messages and not isinstance(messages[0]["content"], str) and _PARTS_AS_TEXT.search(text):
+        return False
     cursor = 0
     for message in messages:
         if message["role"] not in ("system", "user"):
             continue
-        content = message["content"].strip()
+        content = _said(message).strip()
         at = text.find(content, cursor)
         if at < 0 and content not in text:
             return False

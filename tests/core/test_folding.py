@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import cache
 from itertools import product
 
@@ -75,9 +76,9 @@ def history(letters: str) -> list[dict[str, str]]:
 
 
 @cache
-def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PromptRenderer:
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str, behind: str = "") -> PromptRenderer:
     changed = copy.deepcopy(tokenizer)
-    changed.chat_template = template + "{% if add_generation_prompt %}<model>{% endif %}"
+    changed.chat_template = template + "{% if add_generation_prompt %}<model>{% endif %}" + behind
     return PromptRenderer(changed)
 
 
@@ -160,3 +161,34 @@ def test_a_template_that_refuses_everything_is_quoted(tokenizer) -> None:
     renderer = with_template(tokenizer, "{{ raise_exception('never ' + messages[0].role) }}")
     with pytest.raises(PromptError, match="the model's chat template refuses the messages: never system"):
         renderer.chat_text(history("su"))
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_a_template_that_reads_parts_alone_shows_all_that_is_said(tokenizer, name: str) -> None:
+    part = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text | trim }}{% endif %}{% endfor %}"
+    assert "m.content | trim" in _TURNS
+    by_parts = with_template(tokenizer, _TURNS.replace("{{ m.content | trim }}", part))
+    by_text = with_template(tokenizer, _TURNS)
+    messages = history(HISTORIES[name])
+    assert by_parts.chat_text(messages) == by_text.chat_text(messages)
+
+
+def test_what_a_template_leaves_out_in_every_form_is_warned_of(tokenizer) -> None:
+    renderer = with_template(tokenizer, "{{ messages[-1].content }}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        renderer.chat_text(history("u"))
+    with pytest.warns(UserWarning, match="leaves out or rewrites what some of the messages say"):
+        renderer.chat_text(history("uau"))
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_an_answer_whose_thoughts_a_template_strips_is_continued_with_them(tokenizer, opened: str) -> None:
+    stripping = _TURNS.replace("m.content | trim", "m.content.split('</think>')[-1] | trim")
+    mark = f"{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+    renderer = with_template(tokenizer, stripping, mark)
+    begun = "<think>\nA flood?\n</think>\n\nIt was a fl"
+    text = renderer.chat_text([*history("u"), {"role": "assistant", "content": begun}])
+    assert text == renderer.chat_text(history("u")).removesuffix(opened) + begun
+    later = renderer.chat_text([*history("u"), {"role": "assistant", "content": begun}, *history("u")])
+    assert "A flood?" not in later, "as the template wants it in turns that are over"
