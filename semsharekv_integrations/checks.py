@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from os import PathLike
@@ -86,6 +87,14 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_json(value: object) -> bool:
+    """Whether ``value`` can be written as JSON, and that as UTF-8."""
+    try:
+        return is_utf8(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def is_share(value: object) -> bool:

@@ -24,7 +24,7 @@ from semsharekv_integrations.calls import Calls
 from semsharekv_integrations.concurrency import Turns, all_of_streams, raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.flow import Flow
-from semsharekv_integrations.given import check_scope, check_warming, checked_path, checked_prompts
+from semsharekv_integrations.given import check_scope, check_warming, checked_config, checked_path, checked_prompts
 from semsharekv_integrations.identity import Identified
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
@@ -95,7 +95,7 @@ class SemShareEngine(Identified):
         return engine
 
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
-        self.config = config or EngineConfig()
+        self.config = checked_config(config)
         self.name = name
         self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from semsharekv_integrations.checks import check_lifetime, is_path, require
+from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.model.prompt import Prompt
 from semsharekv_integrations.request import checked_name
+
+
+def checked_config(config: object) -> EngineConfig:
+    """The settings, or the usual ones."""
+    require(config is None or isinstance(config, EngineConfig), "config", config, "an EngineConfig or None")
+    return cast(EngineConfig, config) if config is not None else EngineConfig()
 
 
 def checked_path(path: object) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_utf8, nesting, require, shown
+from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_json, is_utf8, nesting, require, shown
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
@@ -176,7 +176,8 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     """None, one string or a sequence of them, as a tuple; what is in it is checked by ``SamplingConfig``."""
     if stop is None:
         return ()
-    require(isinstance(stop, (str, Sequence)), "stop", stop, "None, a string or a sequence of strings")
+    several = isinstance(stop, Sequence) and not isinstance(stop, (bytes, bytearray))
+    require(several, "stop", stop, "None, a string or a sequence of strings")
     return (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
 
 
@@ -202,10 +203,12 @@ def _checked_tool(field: str, tool: object) -> Tool:
     require(named, f"{field}.function.name", name, f"a non-empty string other than {', '.join(_CHOICES)}")
     described = description is None or isinstance(description, str)
     require(described, f"{field}.function.description", description, "a string or none")
-    accepted = parameters is None or (isinstance(parameters, Mapping) and parameters.get("type", "object") == "object")
-    require(accepted, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
+    kinds = parameters.get("type", "object") if isinstance(parameters, Mapping) else "object" if not parameters else ""
+    of_object = kinds == "object" or (isinstance(kinds, list) and "object" in kinds)
+    require(of_object, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
     _check_nesting(f"{field}.function.parameters", parameters)
-    schema = {"type": "object", "properties": {}} | dict(parameters or {})
+    require(is_json(function), f"{field}.function", function, f"what JSON can hold{IN_UTF8}")
+    schema = {"properties": {}} | dict(parameters or {}) | {"type": "object"}
     return {"type": "function", "function": function | {"description": description or "", "parameters": schema}}
 
 

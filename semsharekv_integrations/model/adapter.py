@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from semsharekv_integrations.checks import is_whole, require
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
@@ -94,7 +95,10 @@ class ModelAdapter:
     def end_ids(self) -> list[int]:
         """The model's end-of-sequence tokens; none if it knows no end."""
         ends = self.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+        found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        accepted = "a token id, a list of them, or None"
+        require(all(is_whole(end, -1) for end in found), "eos_token_id of the generation config", ends, accepted)
+        return found
 
     @cached_property
     def stable_positions(self) -> int | None:

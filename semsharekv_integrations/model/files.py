@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import cached_file
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.checks import is_whole, require, shown
 from semsharekv_integrations.errors import ModelLoadError
 
 REFERENCE_MODEL = "semsharekv/reference"
@@ -31,6 +31,7 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "merges.txt"),
 )
+_GGUF_MAGIC = b"GGUF"
 _ASKED_WITHIN_S = 10.0
 
 
@@ -105,12 +106,14 @@ class ModelFiles:
         gguf = self._given.get("gguf_file")
         if gguf is not None and self.is_local and not self._has(gguf):
             raise self.failure(f"there is no file {gguf!r} (gguf_file) in its folder")
+        if gguf is not None and self.is_local and not _begins_as_gguf(self._folder / gguf):
+            raise self.failure(f"{gguf!r} is no GGUF file: it does not begin with {_GGUF_MAGIC.decode()!r}")
         if gguf is None and self.is_local and not self._has(_CONFIG) and not self._has(_ADAPTER):
             found = sorted(path.name for path in self._folder.glob(f"*{_GGUF}"))
             hint = f"; gguf_file may be {' or '.join(map(repr, found[:4]))}" if found else ""
             raise self.failure(f"there is no model in its folder: neither {_CONFIG} nor {_ADAPTER}{hint}")
         if self.is_local and self._has(_GENERATION):
-            self._read_json(self._folder / _GENERATION)  # transformers does without, and knows no end of answers
+            self._check_generation()  # transformers does without, and knows no end of answers
         offline = not self.is_local and self.options.get("local_files_only", constants.HF_HUB_OFFLINE)
         if offline and self.find(gguf or _CONFIG) is None and self.find(_ADAPTER) is None:
             raise self.failure(f"there is no such folder, nor such a model in the hub's cache, {self._offline}")
@@ -174,8 +177,21 @@ class ModelFiles:
         except (OSError, ValueError) as error:
             raise self.failure(f"its {path.name} is damaged: {error}") from None
 
+    def _check_generation(self) -> None:
+        found = self._read_json(self._folder / _GENERATION)
+        ends = found.get("eos_token_id") if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            raise self.failure(f"its {_GENERATION} is damaged: it holds no object")
+        if ends is not None and not all(is_whole(end, -1) for end in (ends if isinstance(ends, list) else [ends])):
+            raise self.failure(f"its {_GENERATION} has eos_token_id {shown(ends)}; accepted is a token id or a list")
+
     def _has(self, filename: str) -> bool:
         return (self._folder / filename).is_file()
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
 
 
 def _can_be_on_hub(name: str) -> bool:
@@ -200,6 +216,8 @@ def in_one_line(reason: object, most: int = 300) -> str:
     text = " ".join(str(reason).split())
     if isinstance(reason, UnpicklingError):  # whose text says how to run what the file may hold
         return "a pickle file is damaged or holds more than tensors"
+    if "ignore_mismatched_sizes" in text:
+        return "some of them have other sizes than the configuration says"
     if isinstance(reason, Exception) and not (text and isinstance(reason, OSError | ValueError)):
         text = f"{type(reason).__name__}: {text}"
     return text if len(text) <= most else f"{text[:most]}..."

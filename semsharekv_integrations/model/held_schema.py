@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from semsharekv_integrations.model.call_grammar import STYLE, closed
 
@@ -52,7 +53,7 @@ class HeldSchemas:
             known = self._judged.get(text)
         if known is not None:
             return known
-        judged = self._judge(schema)
+        judged = self._judge(json.loads(text, parse_constant=_null))
         if judged.fault and judged.schema is not None:
             warnings.warn(f"not all of {name} can be held to while sampling: {judged.fault}", stacklevel=2)
         with self._lock:
@@ -62,6 +63,9 @@ class HeldSchemas:
         return judged
 
     def _judge(self, schema: Mapping[str, Any]) -> HeldSchema:
+        endless = _endless_reference(schema)
+        if endless is not None:
+            return HeldSchema(None, f"$ref {endless!r} leads back to itself")
         whole = closed(schema) | {"x-guidance": STYLE}
         fault = self._fault_of(whole)
         if not fault:
@@ -85,3 +89,35 @@ class HeldSchemas:
 
     def _reads(self, pattern: str) -> bool:
         return not self._fault_of({"type": "string", "pattern": pattern, "x-guidance": STYLE})
+
+
+def _null(name: str) -> None:
+    """NaN and the infinities, which JSON does not have: null in their place, as everywhere where JSON is written."""
+
+
+def _endless_reference(schema: Mapping[str, Any]) -> str | None:
+    """A ``$ref`` from which references lead back to it, past nothing that would end them: no text can satisfy it."""
+    inner: list[Any] = [schema]
+    while inner:
+        value = inner.pop()
+        inner += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        seen: set[str] = set()
+        while isinstance(value, Mapping) and isinstance(value.get("$ref"), str):
+            if value["$ref"] in seen:
+                return str(value["$ref"])
+            seen.add(value["$ref"])
+            value = _referred(schema, value["$ref"])
+    return None
+
+
+def _referred(schema: Any, reference: str) -> Any:
+    """What a local reference names, or None."""
+    if not reference.startswith("#"):
+        return None
+    for part in reference[1:].split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, Mapping):
+            schema = schema.get(key)
+        else:
+            schema = schema[int(key)] if isinstance(schema, list) and key.isdigit() and int(key) < len(schema) else None
+    return schema

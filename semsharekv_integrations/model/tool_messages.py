@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from semsharekv_integrations.checks import is_json, shown
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.model.tool_format import SHORT_ID_CHARS, Tool, ToolFormat
 
@@ -75,6 +76,8 @@ def _checked_call(field: str, call: object) -> dict[str, Any]:
             raise PromptError(f"{field}.function.arguments is no JSON ({error}): {arguments!r}") from error
     if not isinstance(arguments, Mapping):
         raise PromptError(f"{field}.function.arguments is {arguments!r}; accepted is an object, or one as JSON text")
+    if not is_json(dict(arguments)):
+        raise PromptError(f"{field}.function.arguments is {shown(arguments)}; accepted is what JSON can hold")
     return {"id": id_, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 

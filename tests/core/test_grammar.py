@@ -159,11 +159,20 @@ def test_what_a_schema_does_not_name_is_left_out() -> None:
     assert closed({"anyOf": [REPORT]}) == {"anyOf": [closed(REPORT)]}
 
 
+LOOP = {
+    "type": "object",
+    "properties": {"next": {"$ref": "#/$defs/a"}},
+    "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+}
+
+
 @pytest.mark.parametrize(
     ("schema", "error"),
     [
         ({"type": "nothing"}, "json_schema is .*nothing.*accepted is a schema"),
         ({"$ref": "#/$defs/x"}, "json_schema is "),
+        ({"$ref": "#"}, r"json_schema is .*: \$ref '#' leads back to itself"),
+        (LOOP, r"json_schema is .*: \$ref '#/\$defs/[ab]' leads back to itself"),
         ({"type": {1, 2}}, "json_schema is .*accepted is a JSON schema"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "json_schema is "),
     ],
@@ -192,6 +201,7 @@ WRONG = {
     "no type": {"type": "nothing"},
     "no such reference": {"$ref": "#/$defs/none"},
     "nowhere": {"$ref": "https://x/y"},
+    "a loop": {"$ref": "#/properties/odd"},
 }
 SHORT = {"maxLength": 4}
 
@@ -251,6 +261,17 @@ def test_calls_of_an_odd_tool_are_json_of_its_name(roomy, name: str) -> None:
         "odd",
         'odd"',
     }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_has_not_cost_no_tool_anything(roomy, value: float) -> None:
+    odd = tool("odd", days={"type": "number", "default": value, "maximum": 9})
+    grammars = Grammars(roomy.tokenizer, [1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constraint = grammars.forced_calls(ToolFormat(), [*TOOLS, odd])
+    after = consumed(constraint, roomy.tokenizer, '<tool_call>\n{"name": "weather", "arguments": {"town": "')
+    assert not {"a", "1", '"'} & set(after.split("|")) and "P" in after
 
 
 def test_what_is_left_out_is_said_once(roomy) -> None:

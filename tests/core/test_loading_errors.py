@@ -146,11 +146,17 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "odd config": (change_config(hidden_size="x"), "its configuration cannot be read.*hidden_size"),
     "unknown kind": (change_config(model_type="none"), "its configuration cannot be read.*none"),
     "generation config": (lambda folder: (folder / "generation_config.json").write_text("["), "generation_config.json"),
+    "listed generation config": (writing("generation_config.json", b"[]"), "generation_config.json is damaged"),
+    "odd end": (writing("generation_config.json", b'{"eos_token_id": "x"}'), "has eos_token_id 'x'; accepted is"),
+    "odd ends": (writing("generation_config.json", b'{"eos_token_id": [1, null]}'), "json has eos_token_id"),
     "no weights": (without("model.safetensors"), "its weights cannot be read"),
     "truncated weights": (halve_weights, "its weights cannot be read"),
     "empty weights": (writing("model.safetensors", b""), "its weights cannot be read"),
     "a tensor missing": (lose_tensor, "its weights cannot be read: 1 of them are in no file: model.norm.weight"),
-    "other sizes": (change_config(intermediate_size=41), "its weights cannot be read"),
+    "other sizes": (
+        change_config(intermediate_size=41),
+        "its weights cannot be read: some of them have other sizes than the configuration says",
+    ),
     "more layers": (change_config(num_hidden_layers=4), r"its weights cannot be read: \d+ of them are in no file"),
     "missing shard": (writing("model.safetensors.index.json", INDEX), "its weights cannot be read.*00001-of-00002"),
     "damaged index": (writing("model.safetensors.index.json", b"{"), "its weights cannot be read"),
@@ -171,7 +177,8 @@ def test_a_folder_s_parts_are_named(folder: Path) -> None:
     assert "no file 'x.gguf' (gguf_file)" in failure(folder, gguf_file="x.gguf")
     assert "it is a file; accepted is a folder" in failure(folder / "config.json")
     (folder / "x.gguf").write_bytes(b"nothing of the kind")
-    assert "cannot be read" in failure(folder / "x.gguf")
+    assert "'x.gguf' is no GGUF file" in failure(folder / "x.gguf")
+    assert "'x.gguf' is no GGUF file" in failure(folder, gguf_file="x.gguf")
     without("config.json")(folder)
     assert "gguf_file may be 'x.gguf'" in failure(folder)
 

@@ -16,6 +16,7 @@ from semsharekv_integrations.config import MOST_STOP_STRINGS, SamplingConfig
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.request import GenerateOptions
 from tiny_models import EngineMaker
+from tool_templates import tool
 
 TEXT = "The mayor of Velmar is Anna Kelsen."
 LONE = "a lone \ud800 surrogate"
@@ -48,6 +49,8 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("stop", {"stop": [f"{n}" for n in range(100_000)]}),
     *(("json_schema", {"json_schema": schema}) for schema in ("{}", [], 3, nested(5000), CIRCULAR)),
     ("tools[0].function.parameters", {"tools": [TOOL]}),
+    *(("tools[0].function", {"tools": [odd]}) for odd in (tool(LONE), tool("a", LONE), tool("a", x={"const": LONE}))),
+    ("tools[0].function", {"tools": [tool("a", x={"enum": {1}})]}),
     ("options", {"max_tokens": 3}),
 ]
 
@@ -144,6 +147,9 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (EngineConfig, ""),
     (SamplingConfig, ""),
 )
+BAD_CONFIGS += [
+    ("config", lambda given=given: SemShareEngine.from_pretrained("x", given)) for given in (3, {}, "exact")
+]
 BAD_CONFIGS += [
     (prefix + name, lambda kind=kind, name=name: kind(**{name: object()}))
     for kind, prefix in KINDS

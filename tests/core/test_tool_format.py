@@ -233,6 +233,10 @@ class TestRendering:
             ({"role": "assistant", "tool_calls": ["x"]}, r"tool_calls\[0\] is 'x'"),
             (calling("c", "", {}), r"tool_calls\[0\].function.name is ''"),
             (calling("c", "a", "{"), r"tool_calls\[0\].function.arguments is no JSON"),
+            (
+                calling("c", "a", {"x": {1}}),
+                r"tool_calls\[0\].function.arguments is .*; accepted is what JSON can hold",
+            ),
             (calling("c", "a", "[]"), r"tool_calls\[0\].function.arguments is \[\]"),
             (calling(7, "a", {}), r"tool_calls\[0\].id is 7"),
         ],

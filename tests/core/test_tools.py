@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from semsharekv_integrations import EngineConfig, Generation, PromptError, ReuseConfig, SemShareEngine, ToolCall
 from semsharekv_integrations.model.tool_format import ToolFormat
 from tiny_models import make_model
-from tool_templates import TOOLS, calling, tool, tool_tokenizer
+from tool_templates import NEWS, TOOLS, calling, tool, tool_tokenizer
 
 ASK = [{"role": "user", "content": "What happened in Prorna?"}]
 FLOOD = ("get_news", {"town": "Prorna"})
@@ -167,6 +168,13 @@ def test_the_turn_behind_a_reply_with_tools_is_what_the_template_says() -> None:
     ends = speaker.tokenizer.encode("\n", add_special_tokens=False)
     assert first.text == "flood" and second.report.prompt_tokens == len(plain)
     assert second.report.prefix_tokens >= first.report.prompt_tokens - len(ends)
+
+
+def test_arguments_may_be_named_as_an_object_or_none(make_engine) -> None:
+    with_none = copy.deepcopy(NEWS)
+    with_none["function"]["parameters"]["type"] = ["object", "null"]
+    found = [make_engine().generate(ASK, tools=[one], tool_choice="any", seed=1) for one in (NEWS, with_none)]
+    assert found[0].token_ids == found[1].token_ids or found[0].tool_calls == found[1].tool_calls
 
 
 @pytest.mark.parametrize(
