@@ -55,7 +55,8 @@ def documents_in(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
 def in_artifacts(messages: Iterable[BaseMessage]) -> list[Named]:
     """The documents that tools returned beside their messages."""
     artifacts = [message.artifact for message in messages if isinstance(message, ToolMessage)]
-    return [named(document) for document in documents_in(artifacts, MAX_DEPTH + 1)]
+    found = documents_in(artifacts, MAX_DEPTH + 1)
+    return [named(document) for document in found if document.page_content.strip()]
 
 
 def in_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:

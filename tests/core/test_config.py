@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -33,9 +34,8 @@ def reused(engine: SemShareEngine) -> int:
 
 
 def reused_later(engine: SemShareEngine) -> int:
-    engine.store._clock = lambda: 0.0
     engine.generate(PROMPT, max_new_tokens=2)
-    engine.store._clock = lambda: 100.0
+    engine.store._entries._clock = lambda: time.monotonic() + 100.0
     return engine.generate(PROMPT, max_new_tokens=2).report.reused_tokens
 
 
@@ -216,7 +216,9 @@ def test_no_setting_was_overlooked() -> None:
     for config in (ReuseConfig, StoreConfig, AuditConfig, SamplingConfig):
         assert set(BAD[config]) == {field.name for field in fields(config)}
     known = {*EFFECTS, *((SamplingConfig, name) for name in OPTION_EFFECTS), (EngineConfig, "max_context_tokens")}
-    known |= {(EngineConfig, name) for name in (*SECTIONS.values(), "max_batch_size")}  # the last: see test_batching
+    known |= {
+        (EngineConfig, name) for name in (*SECTIONS.values(), "max_batch_size", "max_calls")
+    }  # the last two: see test_calls
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
     elsewhere = {
         "namespace",

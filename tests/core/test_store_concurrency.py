@@ -328,6 +328,12 @@ TEXTS = {
     "flood": "A flood hit the old town of Prorna in May , and the mayor said that many people were affected .",
     "fire": "The report from Velmar names a fire at the bridge , which was closed on Monday for repairs .",
 }
+
+
+def standing_in(prompt: str) -> dict[str, str]:
+    return {name: text for name, text in TEXTS.items() if text in prompt}
+
+
 PROMPTS = [f"{text} {question}" for text in TEXTS.values() for question in ("Who?", "When was it?", "Why?")]
 
 
@@ -346,7 +352,7 @@ class Customer:
         namespace = self.rng.choice("ab")
         if chore == "ask":
             prompt = self.rng.choice(PROMPTS)
-            self.see(prompt, self.engine.generate(prompt, documents=TEXTS, **self.options()))
+            self.see(prompt, self.engine.generate(prompt, documents=standing_in(prompt), **self.options()))
         elif chore == "warm":
             self.engine.warm(TEXTS, namespace=namespace, pinned=self.rng.random() < 0.3)
         elif chore == "forget":
@@ -361,7 +367,7 @@ class Customer:
 
     async def ask(self) -> None:
         prompt = self.rng.choice(PROMPTS)
-        self.see(prompt, await self.engine.agenerate(prompt, documents=TEXTS, **self.options()))
+        self.see(prompt, await self.engine.agenerate(prompt, documents=standing_in(prompt), **self.options()))
         self.counts["ask as a task"] += 1
 
     def see(self, prompt: str, generation: Any) -> None:

@@ -81,5 +81,5 @@ def test_all_but_the_middleware_needs_langchain_core_alone(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "langchain.agents.middleware", None)
     monkeypatch.delitem(sys.modules, "semsharekv_integrations.langchain.middleware")
     exec("from semsharekv_integrations.langchain import *", {})
-    with pytest.raises(ImportError, match=r"semsharekv-integrations\[agents\]"):
+    with pytest.raises(ImportError, match=r"pip install -e .*\[agents\]"):
         _ = ours.SemShareKVMiddleware

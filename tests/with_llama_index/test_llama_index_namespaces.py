@@ -58,7 +58,7 @@ def test_names_are_checked(llm: SemShareKVLLM) -> None:
         llm.scoped(namespace="")
     with pytest.raises(ValueError, match="namespace is ''; accepted is a non-empty string"):
         llm.note([], namespace="")
-    with pytest.raises(ValueError, match="session is 5; accepted is None or a string"):
+    with pytest.raises(ValueError, match="session is 5; accepted is a non-empty string"):
         llm.scoped(session=5)  # type: ignore[arg-type]
 
 
