@@ -12,7 +12,7 @@ import numpy as np
 
 MOST_NESTED = 64  # mappings and sequences in each other, of what a caller gives
 MOST_SHOWN_CHARS = 400  # of a value in an error
-IN_UTF8 = " of valid Unicode, without lone surrogates"
+IN_UTF8 = " without lone surrogates, which no text in Unicode has"
 
 
 def require(ok: bool, name: str, value: object, accepted: str) -> None:
