@@ -240,7 +240,7 @@ class SemShareEngine(Identified):
         shown = tqdm(texts.items(), "computing KV", leave=False) if progress else texts.items()
         for key, text in shown:
             request = Request.of(text, {"documents": {key: text}, "namespace": namespace})
-            rendered = parts.renderer.render(text, request.documents, namespace, window=self.context_window)
+            rendered = parts.renderer.render(text, request.documents, window=self.context_window)
             stored += self._calls.carry_out(partial(self._warm, parts, request, rendered, labels))
         return stored
 

@@ -66,7 +66,7 @@ class Judge:
     @torch.inference_mode()
     def gives(self, prompt: Prompt, answer: str) -> bool:
         """Whether greedy decoding of ``prompt`` ends in exactly ``answer``."""
-        prompt_ids = self.renderer.render(prompt, {}, "evaluation").token_ids
+        prompt_ids = self.renderer.render(prompt, {}).token_ids
         space = " " if isinstance(prompt, str) and not prompt[-1].isspace() else ""
         answer_ids = [*self.tokenizer.encode(space + answer, add_special_tokens=False), self.tokenizer.eos_token_id]
         ids: TokenIds = np.concatenate([prompt_ids, np.array(answer_ids, dtype=np.int64)])

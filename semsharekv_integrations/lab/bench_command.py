@@ -169,7 +169,7 @@ class BenchRun:
         self.seconds = 0.0
         self._origin = origin(recorded_command())
         renderer = PromptRenderer(subject.tokenizer)
-        self._count = lambda prompt: len(renderer.render(prompt, {}, "bench").token_ids)
+        self._count = lambda prompt: len(renderer.render(prompt, {}).token_ids)
         self._window = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.scenarios = [self._scenario(name, length) for length in plan.lengths for name in plan.scenarios]
 

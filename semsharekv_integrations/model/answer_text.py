@@ -105,7 +105,7 @@ class AnswerTexts:
         """
         by_name = {tool["function"]["name"]: tool for tool in tools}
         special = [text for text in stop if any(token in text for token in self._special.values())]
-        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer), self._special)
+        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer), self._special, stop)
         constraint = self._held_to_calls(tool_format, by_name, choice)
         return CallingText(stream, constraint, ToolCallParser(tool_format, by_name), stop)
 

@@ -60,6 +60,7 @@ class TextStream:
         stop: strings that end the text.
         marks: special tokens that are part of the text.
         special: the special tokens by id, if they are known already.
+        token_stop: strings that end the text where they name a special token or half of one; ``stop`` if None.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class TextStream:
         stop: Sequence[str],
         marks: Collection[int] = frozenset(),
         special: Mapping[int, str] | None = None,
+        token_stop: Sequence[str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks
         self._special = special_tokens(tokenizer) if special is None else special
         silent = {token: id_ for id_, token in self._special.items() if id_ not in marks}
-        with_tokens, self._markers = _with_markers(stop, silent)
+        with_tokens, self._markers = _with_markers(stop if token_stop is None else token_stop, silent)
         self._stop = StopStrings(stop)
         self._token_stop = StopStrings(with_tokens)
         self._endings = {id_ for id_, marker in self._markers.items() if marker in with_tokens}
@@ -124,11 +126,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _with_markers(stop: Sequence[str], special: Mapping[str, int]) -> tuple[list[str], dict[int, str]]:
-    """The stop strings that name special tokens, with one character for each of these; and the characters, by id."""
-    named = sorted((token for token in special if any(token in text for text in stop)), key=len, reverse=True)
+    """The stop strings that name special tokens, with one character for each of these; and the characters, by id.
+
+    A special token that begins or ends with a stop string is one itself, as it is to transformers.
+    """
+    halved = {token for token in special if any(token.startswith(text) or token.endswith(text) for text in stop)}
+    named = sorted(halved.union(token for token in special if any(token in text for text in stop)), key=len)[::-1]
     if not named:
         return [], {}
     markers = {token: chr(_FIRST_MARKER + at) for at, token in enumerate(named)}
     pattern = re.compile("|".join(map(re.escape, named)))
     found = [pattern.sub(lambda match: markers[match[0]], text) for text in stop if pattern.search(text)]
+    found += [markers[token] for token in named if token in halved and markers[token] not in found]
     return found, {special[token]: marker for token, marker in markers.items()}

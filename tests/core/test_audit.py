@@ -103,7 +103,7 @@ def test_approximate_reuse_is_held_against_a_full_prefill(
     assert audit is not None and audit.tokens == compared == min(tokens, len(generation.token_ids))
     assert generation.report.identical_tokens + generation.report.fuzzy_tokens > 10
     assert audit.kl_divergence > 1e-4, "borrowed KV is not that of a full prefill"
-    ids = engine._ready().renderer.render(SECOND, {}, "default").token_ids
+    ids = engine._ready().renderer.render(SECOND, {}).token_ids
     steps = [
         adapter.prefill(np.concatenate([ids, np.array(generation.token_ids[:count], dtype=np.int64)])).logits
         for count in range(compared)

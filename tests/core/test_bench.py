@@ -36,7 +36,7 @@ def subject(tokenizer: PreTrainedTokenizerBase) -> Subject:
 @pytest.fixture(scope="module")
 def built(tokenizer: PreTrainedTokenizerBase) -> Builder:
     renderer = PromptRenderer(tokenizer)
-    return lambda name, length: build(name, length, 3, lambda prompt: len(renderer.render(prompt, {}, "x").token_ids))
+    return lambda name, length: build(name, length, 3, lambda prompt: len(renderer.render(prompt, {}).token_ids))
 
 
 def bench_of(subject: Subject, *names: str) -> SpeedBench:
@@ -47,7 +47,7 @@ def bench_of(subject: Subject, *names: str) -> SpeedBench:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_prompts_have_about_the_length_asked_for(name: str, length: int, built: Builder, subject: Subject) -> None:
     scenario = built(name, length)
-    tokens = PromptRenderer(subject.tokenizer).render(scenario.target.prompt, scenario.target.documents, "x")
+    tokens = PromptRenderer(subject.tokenizer).render(scenario.target.prompt, scenario.target.documents)
     assert scenario.prompt_tokens == len(tokens.token_ids) and (scenario.name, scenario.length) == (name, length)
     assert 0 <= length - scenario.prompt_tokens < 90
     assert len(tokens.segments) == len(scenario.target.documents) >= 2, "every document stands in the prompt"

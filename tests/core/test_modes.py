@@ -116,7 +116,7 @@ def test_moved_tokens_have_their_exact_kv_at_the_first_layer(make_engine: Engine
     engine = make_engine(model=model, reuse=of("identical", **EAGER))
     engine.generate(FIRST, **TOKENS)
     parts = engine._ready()
-    rendered = parts.renderer.render(SECOND, {}, "default")
+    rendered = parts.renderer.render(SECOND, {})
     plan = parts.planner.plan(rendered, "default", None, False)
     assert any((borrowing.targets != borrowing.sources).any() for borrowing in plan.borrowings)
     outcome = parts.execute(plan, Stopwatch())

@@ -43,7 +43,7 @@ def text_of(renderer: PromptRenderer, rendered: Rendered, mask: np.ndarray) -> s
 
 class TestQuestion:
     def question(self, renderer: PromptRenderer, prompt: Prompt, documents: Mapping[str, str]) -> str:
-        rendered = renderer.render(prompt, documents, "default")
+        rendered = renderer.render(prompt, documents)
         return text_of(renderer, rendered, question_of(rendered, TAIL))
 
     @pytest.mark.parametrize("before", [True, False])
@@ -118,7 +118,7 @@ class Fixture:
 
     def prompt(self, start: str = "Read this .", names: tuple[str, ...] = ("flood", "fire")) -> Rendered:
         text = "\n\n".join([start, *(DOCUMENTS[name] for name in names), QUESTION])
-        return self.renderer.render(text, DOCUMENTS, "a")
+        return self.renderer.render(text, DOCUMENTS)
 
     def plan(
         self, rendered: Rendered, namespace: str = "a", session: str | None = None, suspended: bool = False
@@ -225,7 +225,7 @@ def test_documents_inside_of_each_other_borrow_no_token_twice(renderer: PromptRe
     fixture.keep(fixture.prompt("Another line ."))
     text = DOCUMENTS["flood"].replace("many people", "some of us")
     documents = {"whole": text, "same": text, "part": text[30:]}
-    rendered = renderer.render(f"News today\n\n{text}\n\n{QUESTION}", documents, "a")
+    rendered = renderer.render(f"News today\n\n{text}\n\n{QUESTION}", documents)
     plan = fixture.plan(rendered)
     assert plan.fuzzy.any()
     targets = np.concatenate([borrowing.targets for borrowing in plan.borrowings])
@@ -239,8 +239,8 @@ def test_guarded_tokens_are_borrowed_from_the_same_token_alone(renderer: PromptR
     for guarded in (True, False):
         rules: dict[str, Any] = {**EAGER, "min_similarity": 0.01, "min_token_similarity": 0.0, "min_run_tokens": 99}
         fixture = Fixture(renderer, "semantic", **rules, guard_facts=guarded)
-        kept = fixture.keep(renderer.render(f"Old .\n\n{stored}\n\nWhat ?", {}, "a"))
-        rendered = renderer.render(f"New line .\n\n{edited}\n\nWhat about it now ?", {}, "a")
+        kept = fixture.keep(renderer.render(f"Old .\n\n{stored}\n\nWhat ?", {}))
+        rendered = renderer.render(f"New line .\n\n{edited}\n\nWhat about it now ?", {})
         plan = fixture.plan(rendered)
         pairs = [
             (rendered.token_ids[target], kept.token_ids[source])
@@ -264,8 +264,8 @@ def test_similar_tokens_are_borrowed_where_that_computes_less(
     plans = []
     for mode in ("semantic", "identical"):
         fixture = Fixture(renderer, mode, **rules, min_run_tokens=40)
-        fixture.keep(renderer.render("\n\n".join(["Old .", *documents.values(), QUESTION]), documents, "a"))
-        plans.append(fixture.plan(renderer.render("\n\n".join([*reworded.values(), QUESTION]), reworded, "a")))
+        fixture.keep(renderer.render("\n\n".join(["Old .", *documents.values(), QUESTION]), documents))
+        plans.append(fixture.plan(renderer.render("\n\n".join([*reworded.values(), QUESTION]), reworded)))
     semantic, identical = plans
     assert identical.borrowed.any() and not identical.fuzzy.any()
     assert semantic.fuzzy.any() == worth

@@ -33,7 +33,7 @@ def with_template(tokenizer, template: str | None):
 
 
 def ids(renderer: PromptRenderer, prompt) -> list[int]:
-    return list(renderer.render(prompt, {}, "default").token_ids)
+    return list(renderer.render(prompt, {}).token_ids)
 
 
 def test_text_is_tokenized_as_the_tokenizer_does(renderer, tokenizer) -> None:
@@ -70,7 +70,7 @@ def test_a_last_assistant_message_is_continued(renderer, tokenizer) -> None:
 )
 def test_malformed_prompts_are_refused(renderer, prompt, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        renderer.render(prompt, {}, "default")
+        renderer.render(prompt, {})
 
 
 def test_an_empty_text_is_the_start_token_or_refused(renderer, tokenizer) -> None:
@@ -78,7 +78,7 @@ def test_an_empty_text_is_the_start_token_or_refused(renderer, tokenizer) -> Non
     without = copy.deepcopy(tokenizer)
     without._tokenizer.post_processor = None
     with pytest.raises(PromptError, match="prompt is empty"):
-        PromptRenderer(without).render("", {}, "default")
+        PromptRenderer(without).render("", {})
 
 
 def test_errors_leave_the_engine_usable(make_engine: EngineMaker) -> None:
@@ -161,10 +161,10 @@ class TestChatTemplateKwargs:
 class TestSegments:
     def test_a_document_is_found_where_it_stands(self, renderer, tokenizer) -> None:
         text = "A flood hit Prorna in May."
-        rendered = renderer.render([SYSTEM, {"role": "user", "content": f"News: {text} Really?"}], {"d": text}, "x")
+        rendered = renderer.render([SYSTEM, {"role": "user", "content": f"News: {text} Really?"}], {"d": text})
         (segment,) = rendered.segments
         assert tokenizer.decode(rendered.token_ids[segment.start : segment.stop]).strip() == text
-        (whole,) = renderer.render(text, {"d": text}, "x").segments
+        (whole,) = renderer.render(text, {"d": text}).segments
         assert (whole.start, whole.stop) == (1, len(tokenizer(text).input_ids))  # without the start token
 
     def test_special_tokens_behind_the_text_do_not_matter(self, tokenizer) -> None:
@@ -172,14 +172,14 @@ class TestSegments:
         ending._tokenizer.post_processor = TemplateProcessing(
             single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 0), ("<|end|>", 1)]
         )
-        rendered = PromptRenderer(ending).render("News: a flood hit.", {"d": "flood hit."}, "x")
+        rendered = PromptRenderer(ending).render("News: a flood hit.", {"d": "flood hit."})
         assert rendered.token_ids[-1] == 1
         (segment,) = rendered.segments
         found = tokenizer.decode(rendered.token_ids[segment.start : segment.stop], skip_special_tokens=True)
         assert found == " flood hit."
 
     def test_what_is_not_there_is_left_out(self, renderer) -> None:
-        assert not renderer.render("A flood.", {"d": "A fire.", "e": " "}, "x").segments
+        assert not renderer.render("A flood.", {"d": "A fire.", "e": " "}).segments
 
     def test_a_tokenizer_without_offsets_finds_none_and_forget_still_works(self, make_engine, tokenizer) -> None:
         engine = make_engine()

@@ -184,7 +184,7 @@ def test_the_document_asked_for_is_kept_whole(make_engine: EngineMaker) -> None:
     prompt = "\n\n".join([documents["Prorna"], filler, documents["Velmar"], filler, "Who came in Velmar ?"])
     engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.2))
     parts = engine._ready()
-    rendered = parts.renderer.render(prompt, documents, "default")
+    rendered = parts.renderer.render(prompt, documents)
     whole = parts.adapter.prefill(rendered.token_ids)
     short = parts._shortened(parts._retainer, rendered, whole.cache)
     (asked,) = [segment for segment in rendered.segments if segment.document_id == "Velmar"]

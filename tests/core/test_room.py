@@ -21,7 +21,7 @@ def test_only_what_is_too_long_is_refused(tokenizer, parts: list[str]) -> None:
     renderer = PromptRenderer(tokenizer)
     size = len(tokenizer(text, verbose=False).input_ids)
     try:
-        found = renderer.render(text, {}, "x", window=WINDOW)
+        found = renderer.render(text, {}, window=WINDOW)
     except ContextWindowError:
         assert size >= WINDOW
     else:

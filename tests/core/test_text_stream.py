@@ -6,10 +6,11 @@ import copy
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StopStringCriteria
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
@@ -140,12 +141,23 @@ def test_stop_strings_may_name_any_special_token(said: list[str], stops: list[li
     text += stream.finish()
     visible = [piece for piece in said if len(piece) == 1]
     named = [at for at in range(len(said) + 1) if any("".join(said[:at]).endswith(one) for one in stop)]
+    named += [at for at, piece in enumerate(said) if any(piece.startswith(one) for one in stop)]
     shown = [at for at in range(len(visible) + 1) if any("".join(visible[:at]).endswith(one) for one in stop)]
     assert stream.stopped == bool(named or shown)
     assert "".join(visible).startswith(text) and not any(one in text for one in stop)
     assert "<|" not in text or "<|" in "".join(visible)
     if not stream.stopped:
         assert text == "".join(visible)
+
+
+@pytest.mark.parametrize("half", ["<|", "<|eot", "id|>", "|>", "<|eot_id|"])
+def test_half_of_a_special_token_stops_as_it_does_in_transformers(half: str) -> None:
+    token_ids = [WITH_ADDED.convert_tokens_to_ids(piece) for piece in ("a", "<|eot_id|>", "b")]
+    criterion = StopStringCriteria(WITH_ADDED, half)
+    theirs = [bool(criterion(torch.tensor([token_ids[:at]]), None)) for at in range(1, 4)]
+    stream = TextStream(WITH_ADDED, [half])
+    said = [(stream.push(token_id), stream.stopped) for token_id in token_ids[: theirs.index(True) + 1]]
+    assert "".join(text for text, _ in said) == "a" and [stopped for _, stopped in said] == [False, True]
 
 
 def test_every_special_token_stops_every_way_of_calling(monkeypatch) -> None:
