@@ -14,6 +14,7 @@ from random import Random
 import torch
 
 from semsharekv_integrations.config import AuditConfig
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.report import AuditResult
 
 MOST_NAMESPACES = 10_000  # whose outcomes are kept, those audited latest
@@ -30,7 +31,7 @@ class Auditor:
         self.config = config
         self._rng = rng or Random()
         self._latest: OrderedDict[bytes, deque[bool]] = OrderedDict()  # by digest: no name outlives its KV
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
 
     def draws(self) -> bool:
         """Whether this call is audited."""

@@ -85,8 +85,8 @@ class Call(Generic[T]):
         self.items = None
         self.context = contextvars.Context()
         self.has_ended = True
-        for listener in self.listeners:
-            listener.put(None)
+        while self.listeners:  # more may come meanwhile
+            self.listeners.popleft().put(None)
 
 
 def current_call() -> Call[Any] | None:

@@ -24,7 +24,8 @@ from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.threads import carried_out, start_thread
 
 T = TypeVar("T")
-LINGER_S = 0.1  # that a thread waits for more to do; so long may it hold up the interpreter's exit
+LOOK_S = 0.1  # after which an idle thread looks about; so long may it hold up the interpreter's exit
+LINGER_S = 30.0  # that the last one waits for more to do: what libraries keep for a thread takes long to make anew
 
 _SERVED = threading.local()  # ``calls``: whose thread this is
 
@@ -41,6 +42,7 @@ class Calls:
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._is_dismissed = False
         self.go_on_in_child()
         tell_of_forks(self)
 
@@ -117,29 +119,40 @@ class Calls:
         """What ``work`` returns. It is carried out whole, even if a signal's handler raises in the caller."""
         return work() if self.serves_here else carried_out(work)
 
+    def dismiss(self) -> None:
+        """No thread waits any longer for more to do than it has to. Takes no lock, so may be called anywhere."""
+        self._is_dismissed = True
+
     def _serve(self, starting: list[bool]) -> None:
         here = threading.current_thread()
         self._threads.add(here)
         starting.append(True)
         _SERVED.calls = self
+        idle_since = perf_counter()
         while True:
             alive = threading.main_thread().is_alive()
             try:
-                call = self._ready.get(timeout=LINGER_S if alive else LINGER_S / 10)
+                call = self._ready.get(timeout=LOOK_S if alive else LOOK_S / 10)
             except Empty:
                 self._schedule()
-                if self._retires(here):
+                if self._retires(here, lingers=alive and perf_counter() - idle_since < LINGER_S):
                     return
                 continue
-            if call is not None:
+            if call is None:
+                call = self._schedule(drives=True)
+            while call is not None:
                 self._drive(call)
-            del call
-            self._schedule()
+                call = self._schedule(drives=True)
+            idle_since = perf_counter()
 
-    def _retires(self, here: threading.Thread) -> bool:
-        """Whether the thread is not needed, which then counts no more; one stays for calls that are not ended."""
+    def _retires(self, here: threading.Thread, *, lingers: bool) -> bool:
+        """Whether the thread is not needed, which then counts no more; one stays for calls that are not ended.
+
+        The last one stays for those to come as well, if it ``lingers``.
+        """
         with self._lock:
-            if not self._ready.empty() or ((self._begun or self._line) and len(self._threads) == 1):
+            is_needed = self._begun or self._line or (lingers and not self._is_dismissed)
+            if not self._ready.empty() or (is_needed and len(self._threads) == 1):
                 return False
             self._threads.discard(here)
             if self._mail and not self._threads:  # it came in between
@@ -147,8 +160,12 @@ class Calls:
                 return False
             return True
 
-    def _schedule(self) -> None:
-        """Read the mail, begin calls if there is room, and have threads drive those that go on."""
+    def _schedule(self, *, drives: bool = False) -> Call[Any] | None:
+        """Read the mail, begin calls if there is room, and have threads drive those that go on.
+
+        One that ``drives`` gets the first of them to drive itself, so that a thread that computed before is preferred.
+        """
+        own: Call[Any] | None = None
         with self._lock:
             new: list[Call[Any]] = []
             while self._mail:
@@ -166,8 +183,12 @@ class Calls:
                 goes_on = call.is_wanted or call.runs_ahead or call.is_left or self._line or not call.is_read
                 if goes_on and not call.is_driven:
                     call.is_driven = True
-                    self._ready.put(call)
+                    if drives and own is None:
+                        own = call
+                    else:
+                        self._ready.put(call)
             self._employ()
+        return own
 
     def _begin(self, new: list[Call[Any]]) -> None:
         """Begin with the first in line, if one may."""

@@ -97,6 +97,11 @@ def is_json(value: object) -> bool:
         return False
 
 
+def plain(text: str) -> str:
+    """The characters of ``text``, which may be of a class of its own, such as a member of an enumeration."""
+    return str.__str__(text)
+
+
 def is_share(value: object) -> bool:
     """Whether ``value`` is a number from 0 to 1."""
     return is_number(value) and 0 <= value <= 1  # type: ignore[operator]

@@ -24,7 +24,8 @@ from semsharekv_integrations.calls import Calls
 from semsharekv_integrations.concurrency import Turns, all_of_streams, raising
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.flow import Flow
-from semsharekv_integrations.given import check_scope, check_warming, checked_config, checked_path, checked_prompts
+from semsharekv_integrations.forks import free_in_children, hold_at_forks
+from semsharekv_integrations.given import check_warming, checked_config, checked_path, checked_prompts, checked_scope
 from semsharekv_integrations.identity import Identified
 from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
@@ -45,6 +46,7 @@ from semsharekv_integrations.request import (
 )
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.streams import Stream, read_async
+from semsharekv_integrations.under_way import Since
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,9 +104,10 @@ class SemShareEngine(Identified):
         self._observers = Observers(log_call)
         self._source = source
         self._parts: ModelParts | None = None
-        self._loading = threading.RLock()
-        self._lock = threading.Lock()
+        self._loading = free_in_children(threading.RLock())
+        self._lock = hold_at_forks(threading.Lock())
         self._calls = Calls(self.config.calls_in_flight)
+        weakref.finalize(self, self._calls.dismiss)
         self._turns = Turns()
         self._memory = Memory(self.config, self._store)
         self._flow = Flow(self._calls, self._turns, self._memory, self.auditor, self._observers)
@@ -193,7 +196,7 @@ class SemShareEngine(Identified):
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
-        begin = partial(self._run, Request.of(checked_prompt(prompt), options))
+        begin = partial(self._run, Request.of(checked_prompt(prompt), options), self._memory.under_way.begin())
         async with aclosing(read_async(self._calls, begin, _is_last)) as chunks:
             return last_of(iter([chunk async for chunk in chunks]))
 
@@ -201,7 +204,7 @@ class SemShareEngine(Identified):
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[GenerationChunk, None]:
         """As ``stream``, without blocking the event loop; the call goes on whether or not it is read."""
-        begin = partial(self._run, Request.of(checked_prompt(prompt), options))
+        begin = partial(self._run, Request.of(checked_prompt(prompt), options), self._memory.under_way.begin())
         async with aclosing(read_async(self._calls, begin, _is_told)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -249,14 +252,18 @@ class SemShareEngine(Identified):
             return self._memory.warm(parts.current(), request, rendered, **labels)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
-        """Drop every entry of ``namespace`` in which the document stands; how many there were."""
+        """Drop every entry of ``namespace`` in which the document stands; how many. Calls under way leave none.
+
+        Raises:
+            StoreWriteError: if some of it could not be removed from the store's directory.
+        """
         named = checked_name("document_id", document_id), checked_namespace(namespace)
         self._calls.settle()
         return self._calls.carry_out(partial(self._memory.forget, self._parts, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
-        """Drop the entries of one session or namespace, or everything; how many there were."""
-        check_scope(namespace, session)
+        """Drop the entries of one session or namespace, or all; how many. Calls under way leave none. Raises as ``forget``."""
+        namespace, session = checked_scope(namespace, session)
         self._calls.settle()
         return self._calls.carry_out(partial(self._clear, namespace, session))
 
@@ -274,8 +281,7 @@ class SemShareEngine(Identified):
     def observe(self, callback: Callable[[ReuseReport], None]) -> None:
         """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
 
-        It runs before the last chunk is out, in the thread that computes, so it should be quick. What it raises is
-        logged.
+        It runs before the last chunk is out, in the thread that computes: it should be quick. Its errors are logged.
         """
         self._observers.add(callback)
 
@@ -302,15 +308,15 @@ class SemShareEngine(Identified):
     def _begun(
         self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
     ) -> Stream[GenerationChunk]:
-        request = Request.of(checked_prompt(prompt), options)
+        request, since = Request.of(checked_prompt(prompt), options), self._memory.under_way.begin()
 
         def begin() -> Generator[GenerationChunk, None, None]:
-            return self._flow.run(request, self._ready(), self.context_window)  # an interruption ends the loading
+            return self._flow.run(request, self._ready(), self.context_window, since)  # interrupted, loading ends
 
         return Stream(self._calls, begin, shows)
 
-    def _run(self, request: Request) -> Generator[GenerationChunk, None, None]:
-        yield from self._flow.run(request, self._ready(), self.context_window)
+    def _run(self, request: Request, since: Since) -> Generator[GenerationChunk, None, None]:
+        yield from self._flow.run(request, self._ready(), self.context_window, since)
 
 
 def _is_told(chunk: GenerationChunk) -> bool:

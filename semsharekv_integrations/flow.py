@@ -13,12 +13,14 @@ from semsharekv_integrations.call import CallLeft, check_wanted, current_call
 from semsharekv_integrations.calls import Calls
 from semsharekv_integrations.concurrency import Turns
 from semsharekv_integrations.core.plan import ReusePlan
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers
 from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.parts import ModelParts
 from semsharekv_integrations.request import Request
+from semsharekv_integrations.under_way import Since
 
 COUNTS = ("requests", "prompt_tokens", "reused_tokens", "output_tokens")
 
@@ -40,7 +42,7 @@ class Flow:
         self._memory = memory
         self._auditor = auditor
         self._observers = observers
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
         self._counts: Counter[str] = Counter()
 
     def counts(self) -> dict[str, float]:
@@ -49,9 +51,12 @@ class Flow:
             return {name: self._counts[name] for name in COUNTS}
 
     def run(
-        self, request: Request, parts: ModelParts, context_window: int | None
+        self, request: Request, parts: ModelParts, context_window: int | None, since: Since
     ) -> Generator[GenerationChunk, None, None]:
-        """One prompt's flow. Every phase is timed; loading the model is not part of it."""
+        """One prompt's flow. Every phase is timed; loading the model is not part of it.
+
+        What was forgotten ``since`` then is not stored.
+        """
         answer, call = Answer(), current_call()
         if call is not None and call.waited_s:
             answer.watch.count_before("wait", call.waited_s)
@@ -75,15 +80,15 @@ class Flow:
             plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
             outcome = parts.execute(plan, answer.watch)
             if self._calls.others_run:
-                self._memory.keep(parts, request, rendered, plan, outcome)
+                self._memory.keep(parts, request, rendered, plan, outcome, since)
         report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
         try:
             yield from parts.decode(rendered, outcome.prefill, request.sampling, text, answer)
         except CallLeft:
-            self._finish(parts, request, rendered, plan, outcome, answer)
+            self._finish(parts, request, rendered, plan, outcome, since, answer)
             raise
         with answer.watch.phase("remember"):
-            self._finish(parts, request, rendered, plan, outcome, answer)
+            self._finish(parts, request, rendered, plan, outcome, since, answer)
         with answer.watch.phase("audit"):
             audit = parts.audit(self._auditor, request.namespace, rendered, answer.completed(report), answer)
         report = replace(answer.completed(report), audit=audit)
@@ -97,6 +102,7 @@ class Flow:
         rendered: Rendered,
         plan: ReusePlan,
         outcome: Outcome,
+        since: Since,
         answer: Answer,
     ) -> None:
         """Count the call, and remember what it said and its KV, as far as that is exact and whole."""
@@ -107,4 +113,4 @@ class Flow:
                 reused_tokens=int((~outcome.computed).sum()),
                 output_tokens=len(answer.token_ids),
             )
-        self._memory.keep(parts, request, rendered, plan, outcome, answer.token_ids)
+        self._memory.keep(parts, request, rendered, plan, outcome, since, answer.token_ids)

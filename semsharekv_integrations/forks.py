@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from time import monotonic
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
@@ -35,14 +36,23 @@ class Forked(Protocol):
 
 _locks: WeakSet[Lock] = WeakSet()
 _told: WeakSet[Forked] = WeakSet()
-_known = threading.RLock()  # which guards both
+_known = threading.RLock()  # which guards these
+_free: WeakSet[Lock] = WeakSet()
 _held: list[Lock] = []  # while a fork is under way
+_not_held: list[Lock] = []  # which nobody let go
 
 
 def hold_at_forks(lock: _Lock) -> _Lock:
     """``lock``, which is held from now on while the process forks; no thread may hold it for long."""
     with _known:
         _locks.add(lock)
+    return lock
+
+
+def free_in_children(lock: _Lock) -> _Lock:
+    """``lock``, which is free in every child, unless the thread that forks has it; others may hold it for long."""
+    with _known:
+        _free.add(lock)
     return lock
 
 
@@ -54,19 +64,46 @@ def tell_of_forks(one: Forked) -> None:
 
 def _before() -> None:
     _known.acquire()
-    _held.extend(lock for lock in list(_locks) if lock.acquire(timeout=LONGEST_WAIT_S))
+    until = monotonic() + LONGEST_WAIT_S
+    locks = list(_locks)
+    while (taken := _first_taken(locks)) is not None:
+        for lock in locks[: locks.index(taken)]:  # whoever has the one that is taken may wait for these
+            lock.release()
+        has_time = taken.acquire(timeout=max(0.0, until - monotonic()))
+        if not has_time:
+            _held.extend(lock for lock in locks if lock.acquire(blocking=False))
+            _not_held.extend(lock for lock in locks if lock not in _held)
+            return
+        taken.release()
+    _held.extend(locks)
+
+
+def _first_taken(locks: list[Lock]) -> Lock | None:
+    """Take all, or those before the first that is not free."""
+    return next((lock for lock in locks if not lock.acquire(blocking=False)), None)
 
 
 def _release() -> None:
     while _held:
         _held.pop().release()
+    _not_held.clear()
     _known.release()
 
 
 def _go_on() -> None:
+    for lock in [*_not_held, *_free]:
+        renew = getattr(lock, "_at_fork_reinit", None)
+        if renew is not None and not _is_own(lock):
+            renew()
     _release()
     for one in list(_told):
         one.go_on_in_child()
+
+
+def _is_own(lock: Lock) -> bool:
+    """Whether the running thread has it, which goes on in the child."""
+    is_owned = getattr(lock, "_is_owned", None)
+    return is_owned is not None and is_owned()
 
 
 if hasattr(os, "register_at_fork"):

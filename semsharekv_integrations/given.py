@@ -31,12 +31,11 @@ def checked_prompts(prompts: object) -> Iterable[Prompt]:
     return cast(Iterable[Prompt], prompts)
 
 
-def check_scope(namespace: object, session: object) -> None:
-    """Raise ``ValueError`` unless these are names or None, and a session has a namespace."""
+def checked_scope(namespace: object, session: object) -> tuple[str | None, str | None]:
+    """Names or None; a session has a namespace."""
     require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
-    for field, name in (("namespace", namespace), ("session", session)):
-        if name is not None:
-            checked_name(field, name)
+    named = None if namespace is None else checked_name("namespace", namespace)
+    return named, None if session is None else checked_name("session", session)
 
 
 def check_warming(documents: object, pinned: object, ttl_s: object, progress: object) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from semsharekv_integrations.core.pooling import whitening
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import Reference, Segment, TokenIds
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class SegmentIndex:
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
-        self._lock = threading.RLock()
+        self._lock = hold_at_forks(threading.RLock())
         self._namespaces: dict[str, _Namespace] = {}
 
     def sync(self, references: Sequence[Reference], namespace: str) -> None:

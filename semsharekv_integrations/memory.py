@@ -15,6 +15,7 @@ import numpy as np
 
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import UNPLACED, Reference, Rendered, Span, TokenIds
 from semsharekv_integrations.matching import segments_of
 from semsharekv_integrations.model.selective import Outcome
@@ -24,6 +25,7 @@ from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.request import Request, document_id
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.standing import has_form
+from semsharekv_integrations.under_way import Forgotten, Since, UnderWay
 
 MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named
 
@@ -33,7 +35,7 @@ class KnownTexts:
 
     def __init__(self) -> None:
         self._texts: dict[str, OrderedDict[str, str]] = {}
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
 
     def note(self, namespace: str, documents: Mapping[str, str]) -> None:
         """Texts by id; one that is known under the same id is replaced."""
@@ -82,6 +84,8 @@ class Memory:
 
     def __init__(self, config: EngineConfig, store: KVStore) -> None:
         self.known = KnownTexts()
+        self.under_way = UnderWay()
+        self._lock = hold_at_forks(threading.Lock())  # so that nothing is kept while something is forgotten
         self._parts: ModelParts | None = None
         self._is_off = config.reuse.mode == "off"
         self._store = store
@@ -105,15 +109,22 @@ class Memory:
         rendered: Rendered,
         plan: ReusePlan,
         outcome: Outcome,
+        since: Since,
         answered: Sequence[int] = (),
     ) -> bool:
-        """Store the KV of a prompt and of what was ``answered``, as far as there is any; whether all of it is there."""
+        """Store the KV of a prompt and of what was ``answered``, as far as there is any; whether all of it is there.
+
+        Nothing is stored of a call in which something stands that was forgotten ``since`` it began.
+        """
         token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
         spans = request.document_spans(rendered, plan.prefix)
         borrowed = plan.document_spans()
         named = {key: text for key, text in request.documents.items() if not _is_nameless(key, text)}
-        self.known.note(request.namespace, named)
-        stored = self._put(parts, token_ids, rendered, outcome, request.namespace, spans, request.session, borrowed)
+        with self._lock:
+            if self._is_forgotten(parts, request, token_ids, {*spans, *borrowed, *request.documents}, since):
+                return False
+            self.known.note(request.namespace, named)
+            stored = self._put(parts, token_ids, rendered, outcome, request.namespace, spans, request.session, borrowed)
         self.settle(*([request.namespace] if named else []))
         return stored
 
@@ -129,33 +140,60 @@ class Memory:
             labels: those of ``Reference``.
         """
         (key,) = request.documents
-        is_known = self.known.of([request.namespace]).get(key) == request.documents[key]
-        self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
-        self.known.note(request.namespace, request.documents)
+        former = self.known.of([request.namespace]).get(key)
+        is_known = former == request.documents[key]
+        with self._lock:
+            texts = [] if former is None else [parts.renderer.tokens_of(former)]
+            forms = [] if is_known else self._store.forms_of(key, request.namespace, texts)
+            dropped = self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
+            if dropped or not (is_known or former is None):
+                self.under_way.tell(Forgotten(request.namespace, document_id=key, forms=forms))
+        since = self.under_way.begin()
         outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
         spans = request.document_spans(rendered, None)
-        stored = self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, spans, None, **labels)
+        with self._lock:
+            if self._is_forgotten(parts, request, rendered.token_ids, request.documents, since):
+                return False
+            self.known.note(request.namespace, request.documents)
+            stored = self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, spans, None, **labels)
         self.settle(request.namespace)
         return stored
 
     def forget(self, parts: ModelParts | None, document_id: str, namespace: str) -> int:
-        """Drop every entry of ``namespace`` in which the document stands, and its text; how many entries."""
+        """Drop every entry of ``namespace`` in which the document stands, and its text; how many entries.
+
+        Raises:
+            StoreWriteError: if some of it could not be removed from the disk.
+        """
         if parts is None:  # nothing is stored before there is a model
+            with self._lock:
+                self.under_way.tell(Forgotten(namespace, document_id=document_id))
             return 0
-        text = self.known.of([namespace]).get(document_id)
-        tokens = [] if text is None else [parts.renderer.tokens_of(text)]
-        self.known.forget(namespace, document_id)
-        text_of = parts.renderer.text_of
-        dropped = self._store.forget(namespace, document_id=document_id, tokens=tokens, text_of=text_of)
+        with self._lock:
+            text = self.known.of([namespace]).get(document_id)
+            tokens = [] if text is None else [parts.renderer.tokens_of(text)]
+            text_of = parts.renderer.text_of
+            forms = self._store.forms_of(document_id, namespace, tokens)
+            self.under_way.tell(Forgotten(namespace, document_id=document_id, forms=forms))
+            self.known.forget(namespace, document_id)
+            dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=text_of)
         self.settle()
+        self._store.require_gone()
         return dropped
 
     def clear(self, namespace: str | None, session: str | None) -> int:
-        """Drop the entries of one session or namespace, or everything; how many there were."""
-        if session is None:
-            self.known.forget(namespace)
-        dropped = self._store.clear() if namespace is None else self._store.forget(namespace, session=session)
+        """Drop the entries of one session or namespace, or everything; how many there were.
+
+        Raises:
+            StoreWriteError: if some of it could not be removed from the disk.
+        """
+        with self._lock:
+            self.under_way.tell(Forgotten(namespace, session))
+            if session is None:
+                self.known.forget(namespace)
+            dropped = self._store.clear() if namespace is None else self._store.forget(namespace, session=session)
         self.settle()
+        self._store.require_gone()
         return dropped
 
     def settle(self, *namespaces: str) -> None:
@@ -167,6 +205,13 @@ class Memory:
             for index in self._parts.indexes() if self._parts is not None else ():
                 index.keep_only(name, {reference.id for reference in references})
 
+    def _is_forgotten(
+        self, parts: ModelParts, request: Request, token_ids: TokenIds, names: Collection[str], since: Since
+    ) -> bool:
+        """Whether something of a call was forgotten since it began; asked with the lock held."""
+        asked = (request.namespace, request.session, names, token_ids, parts.renderer.text_of)
+        return any(forgotten.covers(*asked) for forgotten in since.forgotten())
+
     def _stands(self, text: str, references: Sequence[Reference]) -> bool:
         """Whether a document that no entry names stands in one of them all the same."""
         if self._parts is None or not references:
@@ -175,8 +220,11 @@ class Memory:
         form = renderer.tokens_of(text)
         return any(has_form(reference.token_ids, form, renderer.text_of) for reference in references)
 
-    def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> None:
-        """Drop the entries that have other tokens where the document stands, and those that do not say where."""
+    def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> int:
+        """Drop the entries that have other tokens where the document stands, and those that do not say where.
+
+        How many there were.
+        """
         tokens = [rendered.token_ids[s.start : s.stop] for s in rendered.segments if s.document_id == key]
 
         def is_current(reference: Reference) -> bool:
@@ -187,7 +235,7 @@ class Memory:
             inner = slice(1, len(there) - 1)  # tokens at its edges may be shared with what is beside it
             return bool(np.array_equal(there[inner], tokens[0][inner]))
 
-        self._store.forget(namespace, document_id=key, spare=is_current)
+        return self._store.forget(namespace, document_id=key, spare=is_current)
 
     def _put(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_json, is_utf8, nesting, require, shown
+from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_json, is_utf8, nesting, plain, require, shown
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
@@ -271,7 +271,7 @@ def checked_namespace(namespace: object) -> str:
 def checked_name(field: str, name: object) -> str:
     """A name that is a non-empty string, and can be written down as UTF-8."""
     require(isinstance(name, str) and bool(name) and is_utf8(name), field, name, f"a non-empty string{IN_UTF8}")
-    return str(name)
+    return plain(cast(str, name))
 
 
 def document_texts(documents: object) -> dict[str, str]:
@@ -282,7 +282,7 @@ def document_texts(documents: object) -> dict[str, str]:
         for key in documents:
             named = isinstance(key, str) and bool(key) and is_utf8(key)
             require(named, "documents", key, f"ids that are non-empty strings{IN_UTF8}")
-        return {key: _checked_text(f"documents[{shown(key)}]", text) for key, text in documents.items()}
+        return {plain(key): _checked_text(f"documents[{shown(key)}]", text) for key, text in documents.items()}
     a_list = isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray))
     require(a_list, "documents", documents, _DOCUMENTS)
     return {document_id(text): text for text in cast(Sequence[Any], documents)}
@@ -291,7 +291,7 @@ def document_texts(documents: object) -> dict[str, str]:
 def _checked_text(field: str, text: object) -> str:
     accepted = isinstance(text, str) and bool(text.strip()) and is_utf8(text)
     require(accepted, field, text, f"a text that is not blank{IN_UTF8}")
-    return str(text)
+    return plain(cast(str, text))
 
 
 def document_id(text: object) -> str:

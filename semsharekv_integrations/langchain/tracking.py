@@ -16,6 +16,7 @@ from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager, C
 from langchain_core.documents import Document
 
 from semsharekv_integrations.checks import is_whole, require
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.langchain.documents import Named, documents_in, named
 
 
@@ -44,7 +45,7 @@ class DocumentTracker(BaseCallbackHandler):
         self._max_runs, self._max_documents = max_runs, max_documents
         self._texts: OrderedDict[UUID | None, dict[str, str]] = OrderedDict()  # of each tree: ids by text
         self._root_of: dict[UUID, UUID] = {}  # of runs that are under way
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
 
     def __deepcopy__(self, memo: object) -> DocumentTracker:
         return self  # what is copied with it hears of the same runs

@@ -18,6 +18,7 @@ from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from semsharekv_integrations.checks import require
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.request import DocumentNotes, Documents, document_id
 
 CONTEXT_ARGUMENTS = ("context_str", "context_msg", "context")
@@ -62,7 +63,7 @@ class NodeNotes:
 
     def __init__(self) -> None:
         self._nodes: OrderedDict[tuple[str, str], NodeText] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
 
     def __deepcopy__(self, memo: object) -> NodeNotes:
         with self._lock:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.checks import is_whole, require
 from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.forks import free_in_children
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
 from semsharekv_integrations.model.embeddings import embeddings_of, has_embeddings_elsewhere, input_device
@@ -59,7 +60,7 @@ class ModelAdapter:
         self.config = model.config.get_text_config(decoder=True)
         self.mode = mode
         self.watch = watch or StateWatch(model)
-        self._lock = _LOCKS.setdefault(model, threading.RLock())
+        self._lock = _LOCKS.setdefault(model, free_in_children(threading.RLock()))
         require_decoder(model.config, type(model).__name__)
         require_no_prompt_learning(model)
         if not model.can_generate():

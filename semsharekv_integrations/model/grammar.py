@@ -21,6 +21,7 @@ from llguidance.hf import from_tokenizer
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 from semsharekv_integrations.errors import SemShareError, UnsupportedModelError
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.model.call_grammar import CallGrammar
 from semsharekv_integrations.model.held_schema import ANY_OBJECT, HeldSchemas
 from semsharekv_integrations.model.tool_format import Tool, ToolFormat
@@ -107,7 +108,7 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._end_ids = list(end_ids)
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
         self._wrapped: LLTokenizer | str | None = None
         self._schemas = HeldSchemas(self._fault_of)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.model.call_grammar import STYLE, closed
 
 ANY_OBJECT: dict[str, Any] = {"type": "object", "x-guidance": STYLE}
@@ -37,7 +38,7 @@ class HeldSchemas:
     def __init__(self, fault_of: Callable[[Mapping[str, Any]], str]) -> None:
         self._fault_of = fault_of
         self._judged: dict[str, HeldSchema] = {}
-        self._lock = threading.Lock()
+        self._lock = hold_at_forks(threading.Lock())
 
     def of(self, name: str, schema: Mapping[str, Any]) -> HeldSchema:
         """As much of ``schema`` as can be held to, or None; ``name`` is what the warning calls it.

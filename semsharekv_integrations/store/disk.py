@@ -164,30 +164,35 @@ class DiskShelf:
             if self._owes:
                 self.record()
 
-    def compact(self, nodes: Iterable[Node], namespace: str) -> None:
-        """Write files anew of which ``nodes``, all of a namespace, need only a part: what is forgotten goes with it."""
+    def compact(self, nodes: Iterable[Node], namespace: str) -> bool:
+        """Write files anew of which ``nodes``, all of a namespace, need only a part: what is forgotten goes with it.
+
+        Whether that went well.
+        """
         if self._directory is None:
-            return
+            return True
         by_file: defaultdict[str, list[Node]] = defaultdict(list)
         for node in nodes:
             if node.on_disk is not None:
                 by_file[node.on_disk.file].append(node)
-        for file, needed in by_file.items():
-            if sum(len(node.token_ids) for node in needed) < self._directory.file_tokens(file):
-                self._write_anew(needed, namespace)
+        partly = [needed for file, needed in by_file.items() if _num_tokens(needed) < self._directory.file_tokens(file)]
+        written = [self._write_anew(needed, namespace) for needed in partly]
+        return all(written)
 
     def sweep(self) -> None:
         """Delete some of the files that nothing needs any more."""
         if self._directory is not None:
             self._directory.sweep()
 
-    def scrub(self, *, whole: bool) -> None:
-        """Delete what still names forgotten tokens and documents: see ``KVDirectory.scrub``."""
+    def scrub(self, *, whole: bool) -> bool:
+        """Delete what still names forgotten tokens and documents: see ``KVDirectory.scrub``. Whether nothing does."""
         try:
             if self._directory is not None:
                 self._directory.scrub(whole=whole)
         except StoreWriteError:
             self._write_failed()
+            return False
+        return not self._owes
 
     def fit(self) -> None:
         """Bring what was found within the bound; pinned nodes go last, but they go."""
@@ -267,8 +272,8 @@ class DiskShelf:
                 self.drop([victim], sorted(victim.entries))
         return True
 
-    def _write_anew(self, nodes: Sequence[Node], namespace: str) -> None:
-        """Move nodes to one new file; they stay in the old one if that fails."""
+    def _write_anew(self, nodes: Sequence[Node], namespace: str) -> bool:
+        """Move nodes to one new file; whether that went well, else they stay in the old one."""
         assert self._directory is not None
         num_tokens = [len(node.token_ids) for node in nodes]
         try:
@@ -278,7 +283,7 @@ class DiskShelf:
             file = self._directory.write(whole, sum(num_tokens))
         except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
             self._write_failed()
-            return
+            return False
         former = [node.on_disk for node in nodes]
         for node, stop in zip(nodes, accumulate(num_tokens), strict=True):
             node.on_disk = FileRange(file, stop - len(node.token_ids))
@@ -287,14 +292,19 @@ class DiskShelf:
                 node.on_disk = place
             self._nodes |= {node.id: _record(node, namespace) for node in nodes}
             self._directory.discard(file)
-            return
+            return False
         num_bytes = self._directory.file_bytes(file)
         for node, own_tokens in zip(nodes, num_tokens, strict=True):
             self.tier.shrink(node, num_bytes * own_tokens // sum(num_tokens))
+        return True
 
     def _write_failed(self) -> None:
         self._counts["write_failed"] += 1
         log_trouble("write_failed")
+
+
+def _num_tokens(nodes: Iterable[Node]) -> int:
+    return sum(len(node.token_ids) for node in nodes)
 
 
 def _record(node: Node, namespace: str) -> NodeRecord:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
 from semsharekv_integrations.store.deadlines import Deadlines
@@ -51,6 +52,7 @@ class Entries:
         self.by_key: dict[str, Entry] = {}
         self.counts: Counter[str] = Counter()
         self.lost: set[str] = set()  # namespaces that lost entries since somebody looked
+        self.leaves_on_disk = False  # whether what was removed last could not be removed from there
         self._ttl_s = config.ttl_s
         self._clock = clock
         self._wall_clock = wall_clock
@@ -99,6 +101,20 @@ class Entries:
     def names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
         """The spaces of a namespace, of one state or of every one."""
         return [namespace, *self._later.get(namespace, ())] if state is None else [space_name(namespace, state)]
+
+    def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
+        """The ordinary entry of this id in the first of ``namespaces`` that has it."""
+        names = (name for namespace in namespaces for name in self.names(namespace, state))
+        spaces = (self.spaces[name] for name in names if name in self.spaces)
+        return next((space.ordinary[reference_id] for space in spaces if reference_id in space.ordinary), None)
+
+    def require_gone(self) -> None:
+        """Raise ``StoreWriteError`` if what was removed last still lies on disk."""
+        if self.leaves_on_disk:
+            raise StoreWriteError(
+                "the store's directory could not be written: what is forgotten is gone from memory, but some of it "
+                "still lies there; when there is room, forget it again"
+            )
 
     def space(self, name: SpaceName) -> Space:
         """The one of this name, made if there is none."""
@@ -155,23 +171,23 @@ class Entries:
             self.counts["expired"] += len(expired)
             self.remove_all(expired, at_once=False)
 
-    def remove_all(self, entries: Sequence[Entry], *, at_once: bool = True) -> int:
+    def remove_all(self, entries: Sequence[Entry], purged: Iterable[SpaceName] = (), *, at_once: bool = True) -> int:
         """As ``remove`` for each, in one change of the catalog, leaving nothing of them on disk; how many.
 
-        If not ``at_once``, calls to come delete what files are left.
+        If not ``at_once``, calls to come delete what files are left. The spaces ``purged`` are left without a trace of
+        what was removed before, either.
         """
         with self.shelves.disk.gathering():
             for entry in entries:
                 self.remove(entry)
-        self.tidy({entry.reference.space for entry in entries}, whole=at_once)
+        for name in self.spaces.keys() & set(purged):
+            self.spaces[name].purge()
+        is_gone = True
+        for name in self.spaces.keys() & {*purged, *(entry.reference.space for entry in entries)}:
+            if isinstance(name, str):  # all others lie in memory alone
+                is_gone &= self.shelves.disk.compact(self.spaces[name].tree.nodes(), name)
+        self.leaves_on_disk = not (self.shelves.disk.scrub(whole=at_once) and is_gone)
         return len(entries)
-
-    def tidy(self, names: Iterable[SpaceName], *, whole: bool = True) -> None:
-        """Leave nothing on disk of what was removed from spaces, beside what their other entries need."""
-        for name in names:
-            if name in self.spaces and isinstance(name, str):  # all others lie in memory alone
-                self.shelves.disk.compact(self.spaces[name].tree.nodes(), name)
-        self.shelves.disk.scrub(whole=whole)
 
     def loaded(self, entry: Entry, path: list[Node]) -> Reference | None:
         """``entry`` with the KV of ``path``, which it begins with. Counts as a use.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from semsharekv_integrations.checks import plain
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
@@ -26,7 +27,7 @@ from semsharekv_integrations.store.labels import Entry, at_state, joined, requir
 from semsharekv_integrations.store.packed import packed_if_room
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.space import Space, begins_with, gaps
-from semsharekv_integrations.store.standing import entries_with
+from semsharekv_integrations.store.standing import entries_with, forms_of
 from semsharekv_integrations.threads import do_when_free
 
 
@@ -102,7 +103,7 @@ class KVStore:
     def readable(self, namespace: str) -> list[str]:
         """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""
         shared = self.config.shared_namespace
-        return [namespace] if shared in (None, namespace) else [namespace, str(shared)]
+        return [namespace] if shared in (None, namespace) else [namespace, plain(shared)]
 
     def longest_prefix(
         self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
@@ -230,12 +231,22 @@ class KVStore:
             if session is not None:
                 found = [entry for entry in found if entry.reference.session == session]
             doomed = [entry for entry in found if spare is None or not spare(entry.reference)]
-            return self._entries.remove_all(doomed)
+            return self._entries.remove_all(doomed, self._entries.names(namespace))
+
+    def forms_of(self, document_id: str, namespace: str, tokens: Sequence[TokenIds]) -> list[TokenIds]:
+        """The tokens of a document: those given, and those that entries have where they say that it stands."""
+        with self._lock:
+            return forms_of(document_id, self._entries.of(namespace), tokens)
 
     def clear(self) -> int:
         """Drop every entry of every namespace; how many there were."""
         with self._lock:
             return self._entries.remove_all(self._entries.of(None))
+
+    def require_gone(self) -> None:
+        """Raise ``StoreWriteError`` if what was forgotten last still lies on disk, which could not be written."""
+        with self._lock:
+            self._entries.require_gone()
 
     def left_since(self, *namespaces: str) -> dict[str, list[Reference]]:
         """What is left in the namespaces that lost entries since this was asked last, and in those named."""
@@ -256,10 +267,8 @@ class KVStore:
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
         with self._lock:
             self._entries.expire()
-            names = (name for each in self.readable(namespace) for name in self._entries.names(each, self._state))
-            spaces = [self._entries.spaces.get(name) for name in names]
-            found = [space.ordinary[reference_id] for space in spaces if space and reference_id in space.ordinary]
-            return self._entries.loaded(found[0], found[0].node.path()) if found else None
+            entry = self._entries.find(reference_id, self.readable(namespace), self._state)
+            return self._entries.loaded(entry, entry.node.path()) if entry is not None else None
 
     def _space(self, namespace: str) -> SpaceName:
         return space_name(namespace, self._state or "")

@@ -104,6 +104,11 @@ class RunIndex:
         if self.num_windows > 2 * self._num_live_windows or self._next_number > 64 + 2 * len(self._sources):
             self._purge()
 
+    def purge(self) -> None:
+        """Keep nothing of what was removed."""
+        if self._next_number > len(self._sources):
+            self._purge()
+
     def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
         """Runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
 

@@ -71,6 +71,11 @@ class Space:
             self._runs.remove(entry.reference.id)
         return self.tree.prune(entry.node)
 
+    def purge(self) -> None:
+        """Keep nothing of the tokens of entries that were removed."""
+        if self._runs is not None:
+            self._runs.purge()
+
     def label(self, entry: Entry) -> None:
         """Tell the nodes which documents end in them: a prompt that goes on behind them has these, too."""
         spans = entry.reference.spans.items()

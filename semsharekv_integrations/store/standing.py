@@ -27,19 +27,24 @@ def entries_with(
         text_of: the text of tokens; without it a document whose ends are cut otherwise in an entry is found there by
             its name alone.
     """
-    named = [entry for entry in entries if document_id in entry.reference.document_starts]
-    forms = {ids.tobytes(): ids for ids in (*tokens, *_forms(document_id, named)) if len(ids) >= SHORTEST_TOKENS}
-    carrying = {entry.key for entry in named}
+    carrying = {entry.key for entry in entries if document_id in entry.reference.document_starts}
+    forms = forms_of(document_id, entries, tokens)
     return [
         entry
         for entry in entries
-        if entry.key in carrying or any(has_form(entry.reference.token_ids, ids, text_of) for ids in forms.values())
+        if entry.key in carrying or any(has_form(entry.reference.token_ids, ids, text_of) for ids in forms)
     ]
 
 
-def _forms(document_id: str, named: Iterable[Entry]) -> Iterator[TokenIds]:
+def forms_of(document_id: str, entries: Iterable[Entry], tokens: Iterable[TokenIds] = ()) -> list[TokenIds]:
+    """The document's tokens, each form once: ``tokens``, and what entries have where they say that it stands."""
+    found = (*tokens, *_forms(document_id, entries))
+    return list({ids.tobytes(): ids for ids in found if len(ids) >= SHORTEST_TOKENS}.values())
+
+
+def _forms(document_id: str, entries: Iterable[Entry]) -> Iterator[TokenIds]:
     """The document's tokens where its entries say that it stands whole."""
-    for reference in (entry.reference for entry in named):
+    for reference in (e.reference for e in entries if document_id in e.reference.document_starts):
         span = reference.spans[document_id]
         if document_id in reference.document_stops and span.start != UNPLACED and not reference.is_tainted:
             yield reference.token_ids[span.start : span.stop]

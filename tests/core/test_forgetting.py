@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import enum
+import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
+from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import Reference
+from semsharekv_integrations.store.run_index import RunIndex
 from tiny_models import EngineMaker
 
 TOWNS = ("Velmar", "Osteck", "Karna", "Prorna", "Belsen", "Tolmark")
@@ -148,3 +153,113 @@ def test_labels_of_earlier_versions_are_read(make_engine: EngineMaker, tmp_path:
     assert set(reference.document_starts) == {"v", "inherited"}
     assert reference.spans["v"].stop > 10 and np.array_equal(reference.token_ids, reference.token_ids)
     assert again.forget("inherited") == 1
+
+
+TEXT = "The mayor of Velmar is Anna Kelsen, and shops in Velmar stay shut for 12 days."
+HOT = {"max_new_tokens": 30, "temperature": 3.0, "seed": 3}
+WAYS: dict[str, Callable[[SemShareEngine], object]] = {
+    "document": lambda engine: engine.forget("a"),
+    "new text of the document": lambda engine: engine.warm({"a": "There is no news."}),
+    "session": lambda engine: engine.clear("default", session="s"),
+    "namespace": lambda engine: engine.clear("default"),
+    "everything": lambda engine: engine.clear(),
+}
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("mode", REUSE)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_call_brings_back_what_was_forgotten_while_it_ran(
+    make_engine: EngineMaker, way: str, mode: str, is_named: bool
+) -> None:
+    """Whether it began to compute or not; what it has nothing of is kept."""
+    engine = make_engine(reuse=REUSE[mode])
+    engine.warm({"a": TEXT})
+    asked: dict[str, Any] = {"documents": {"a": TEXT} if is_named else None, "session": "s"}
+    running = engine.stream(f"{TEXT}\n\nWho?", **asked, **HOT)
+    next(running)
+    left = engine.stream(f"{TEXT}\n\nWhen?", **asked, **HOT)
+    next(left)
+    waiting = engine.stream(f"Read. {TEXT}\n\nWhy?", **asked, **HOT)
+    other = engine.stream("Of other things.", namespace="other", **HOT)
+    WAYS[way](engine)
+    assert list(running)[-1].generation is not None
+    left.close()
+    assert list(waiting)[-1].generation is not None
+    if way != "everything":
+        list(other)
+        assert len(texts_of(engine, "other")) == 1
+    found = [reference for reference in entries_of(engine) if way != "session" or reference.session == "s"]
+    assert not [reference for reference in found if TEXT in engine.tokenizer.decode(reference.token_ids)]
+    assert way == "session" or TEXT not in engine._memory.known.of(["default"]).values()
+    engine.generate(f"{TEXT}\n\nWho?", **asked, **TOKENS)
+    assert [text for text in texts_of(engine) if TEXT in text], "a later call is another matter"
+    engine.store.check()
+
+
+@pytest.mark.parametrize("is_gone_before", [True, False])
+def test_no_hash_of_forgotten_tokens_stays(make_engine: EngineMaker, is_gone_before: bool) -> None:
+    engine = make_engine(reuse=REUSE["identical"])
+    for name in ("Velmar", "Osteck", "Karna"):
+        engine.generate(f"{DOCUMENTS[name]}\n\nWho?", documents={name: DOCUMENTS[name]}, **TOKENS)
+    engine.generate(f"Read. {DOCUMENTS['Osteck']}\n\nWho?", **TOKENS)
+    (space,) = engine.store._entries.spaces.values()
+    if is_gone_before:  # as eviction does
+        key = next(key for key, entry in space.ordinary.items() if "Velmar" in entry.reference.document_starts)
+        engine.store._entries.remove(space.ordinary[key])
+    engine.forget("Velmar")
+    left = [reference.token_ids for reference in engine.store.references()]
+    assert space._runs is not None and len(left) == 3
+    afresh = RunIndex(space._runs.min_run_tokens)
+    afresh.add_all((str(number), ids) for number, ids in enumerate(left))
+    assert space._runs.num_windows == afresh.num_windows
+    engine.store.check()
+
+
+def test_what_the_disk_keeps_is_not_said_to_be_forgotten(
+    make_engine: EngineMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StoreConfig(directory=tmp_path)
+    engine = make_engine(store=store)
+    for name in ("Velmar", "Osteck"):
+        engine.warm({name: DOCUMENTS[name]})
+
+    def fail(*arguments: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    for act in (lambda: engine.forget("Velmar"), lambda: engine.clear("other"), lambda: engine.forget("Velmar")):
+        with monkeypatch.context() as patch:
+            patch.setattr("semsharekv_integrations.store.catalog.Catalog.change", fail)
+            with pytest.raises(StoreWriteError, match="some of it still lies there"):
+                act()
+        assert not [text for text in texts_of(engine) if DOCUMENTS["Velmar"] in text], "in memory it is gone"
+    assert engine.forget("Velmar") == 0
+    assert not any(b"Velmar" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    engine.close()
+    again = make_engine(store=store)
+    assert list(again.store.references()[0].document_starts) == ["Osteck"]
+    again.close()
+
+
+def test_names_may_be_members_of_enumerations(make_engine: EngineMaker) -> None:
+    """Which are texts that print and hash as something else."""
+
+    class Name(str, enum.Enum):  # noqa: UP042 - a StrEnum prints as its value
+        TENANT = "tenant"
+        DOCUMENT = "document"
+        SESSION = "session"
+
+    engine = make_engine("exact", store=StoreConfig(shared_namespace=Name.TENANT))
+    scope: dict[str, Any] = {"namespace": Name.TENANT, "session": Name.SESSION}
+    for _ in range(3):
+        engine.generate(f"{TEXT} Who?", documents={Name.DOCUMENT: TEXT}, **scope, **TOKENS)
+        assert [reference.namespace for reference in engine.store.references("tenant")] == ["tenant"]
+        assert engine.generate(f"{TEXT} Who?", namespace="other", **TOKENS).report.prefix_tokens > 0
+        for drop in (
+            lambda: engine.forget(Name.DOCUMENT, Name.TENANT),
+            lambda: engine.clear(Name.TENANT),
+            lambda: engine.clear(**scope),
+            lambda: engine.forget("document", "tenant"),
+        ):
+            engine.generate(f"{TEXT} Who?", documents={Name.DOCUMENT: TEXT}, **scope, **TOKENS)
+            assert drop() == 1

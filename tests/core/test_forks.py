@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all, reference
 from semsharekv_integrations import forks
@@ -19,6 +22,7 @@ from semsharekv_integrations.errors import StoreLockedError, StoreWriteError
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import KVDirectory
 from stored_kv import entry, fill, records
+from tiny_models import EngineMaker
 
 IN_MEMORY, ON_DISK = (7, 7, 7), (1, 2, 3, 4)
 
@@ -240,3 +244,81 @@ def test_a_child_that_ends_as_scripts_do(tmp_path: Path, way: str) -> None:
     again = opened(config_of(directory=tmp_path))
     assert len(again.references()) == 2 and not any(again.stats()[f"disk_{name}"] for name in ("damaged", "orphans"))
     again.close()
+
+
+def test_a_child_computes_while_its_parents_threads_are_in_the_middle(
+    make_engine: EngineMaker, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a forward pass, which may take longer than a fork may wait, and in what takes any of the other locks."""
+    monkeypatch.setattr(forks, "LONGEST_WAIT_S", 0.01)
+    engine, parent = make_engine("semantic"), os.getpid()
+    asked = {"documents": {"a": "The mayor of Velmar."}, "max_new_tokens": 3}
+    prompt = "The mayor of Velmar. Who?"
+    wanted = engine.generate(prompt, **asked).token_ids
+    inside, go = threading.Event(), threading.Event()
+    forward = llama.forward
+
+    def held(*args: Any, **options: Any) -> Any:
+        if os.getpid() == parent:
+            inside.set()
+            go.wait(60)
+        return forward(*args, **options)
+
+    def use() -> None:
+        signal.alarm(30)  # which ends a child that hangs
+        assert engine.generate(prompt, **asked).token_ids == wanted
+        assert engine.forget("a") > 0
+        engine.stats()
+
+    monkeypatch.setattr(llama, "forward", held)
+    with ExitStack() as locks:
+        thread = threading.Thread(target=engine.generate, args=["Another"], kwargs={"max_new_tokens": 1})
+        thread.start()
+        assert inside.wait(60)
+        for lock in (engine._memory._lock, engine._memory.known._lock, engine.auditor._lock, engine._flow._lock):
+            locks.enter_context(held_elsewhere(lock))
+        in_child(use)
+    go.set()
+    thread.join()
+    assert engine.generate(prompt, **asked).token_ids == wanted
+
+
+@contextmanager
+def held_elsewhere(lock: Any) -> Iterator[None]:
+    """Inside, another thread has the lock."""
+    has, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            has.set()
+            go.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has.wait(60)
+    try:
+        yield
+    finally:
+        go.set()
+        thread.join()
+
+
+def test_a_fork_waits_for_locks_in_whatever_order_others_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has one may wait for another that the fork has already."""
+    first, second = threading.Lock(), threading.Lock()
+    monkeypatch.setattr(forks, "_locks", {first: None, second: None})
+    has, steps = threading.Event(), list[str]()
+
+    def work() -> None:
+        with second:
+            has.set()
+            with first:
+                steps.append("done")
+
+    first.acquire()
+    thread = threading.Thread(target=work)
+    thread.start()
+    has.wait(60)
+    first.release()
+    in_child(lambda: (steps == ["done"] and not first.locked() and not second.locked()) or os._exit(1))
+    thread.join()

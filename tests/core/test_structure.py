@@ -23,7 +23,7 @@ LAYERS = (
     {"given", "memory", "identity"},
     {"parts"},
     {"answer", "concurrency", "request", "planner"},
-    {"matching", "remember"},
+    {"matching", "remember", "under_way"},
     {"model", "store", "audit", "index"},
     {"core"},
     {"streams"},
