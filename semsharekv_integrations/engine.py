@@ -262,7 +262,7 @@ class SemShareEngine(Identified):
         return self._calls.carry_out(partial(self._memory.forget, self._parts, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
-        """Drop the entries of one session or namespace, or all; how many. Calls under way leave none. Raises as ``forget``."""
+        """Drop the entries of one session or namespace, or all; how many. As ``forget`` for calls and errors."""
         namespace, session = checked_scope(namespace, session)
         self._calls.settle()
         return self._calls.carry_out(partial(self._clear, namespace, session))

@@ -220,8 +220,8 @@ class KVStore:
     ) -> int:
         """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
-        They may be of any state of the model. The ones that ``spare`` is true of stay. What several entries share goes
-        with the last of them. How many entries there were. For ``tokens`` and ``text_of`` see ``entries_with``.
+        They may be of any state of the model. The ones that ``spare`` is true of stay. How many entries went. For
+        ``tokens`` and ``text_of`` see ``entries_with``.
         """
         with self._lock:
             self._entries.expire()  # so that the count does not tell what others did since
@@ -245,8 +245,7 @@ class KVStore:
 
     def require_gone(self) -> None:
         """Raise ``StoreWriteError`` if what was forgotten last still lies on disk, which could not be written."""
-        with self._lock:
-            self._entries.require_gone()
+        self._entries.require_gone()
 
     def left_since(self, *namespaces: str) -> dict[str, list[Reference]]:
         """What is left in the namespaces that lost entries since this was asked last, and in those named."""

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
+from semsharekv_integrations.call import Call
 from semsharekv_integrations.model.batching import SharedDecoding
 from tiny_models import EngineMaker
 
@@ -332,6 +334,66 @@ def test_the_bound_is_checked() -> None:
     with pytest.raises(ValueError, match="max_calls is 0; accepted is None or 1 or more calls"):
         EngineConfig(max_calls=0)
     assert EngineConfig(max_batch_size=12).calls_in_flight == 12
+
+
+def computing(engine: SemShareEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads in which each prefill and decode step is computed from now on."""
+    found: list[int] = []
+    adapter = engine._ready().adapter
+    for name in ("prefill", "decode_step"):
+        compute = getattr(adapter, name)
+
+        def noted(*arguments: Any, compute: Callable[..., Any] = compute) -> Any:
+            found.append(threading.get_ident())
+            return compute(*arguments)
+
+        monkeypatch.setattr(adapter, name, noted)
+    return found
+
+
+def wait_for_end_of(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_one_thread_computes_call_after_call(make_engine: EngineMaker, monkeypatch) -> None:
+    """What libraries keep for a thread, such as plans and teams, takes long to make anew."""
+    engine = make_engine()
+    found = computing(engine, monkeypatch)
+    for prompt in PROMPTS[:4]:
+        engine.generate(prompt, max_new_tokens=3)
+        others = [t for t in engine._calls._threads.copy() if t.ident != found[0]]
+        wait_for_end_of(others)  # which leave as they are idle
+        assert found[0] in {thread.ident for thread in engine._calls._threads}
+    assert set(found) == {found[0]}
+
+
+def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    engine.generate(PROMPTS[0], max_new_tokens=3)
+    threads, known = list(engine._calls._threads), weakref.ref(engine)
+    assert threads
+    del engine
+    gc.collect()
+    assert known() is None
+    wait_for_end_of(threads)
+
+
+def test_a_call_ends_while_others_begin_to_wait_for_that() -> None:
+    """Each of them is told, whenever it came."""
+    call: Call[int] = Call((number for number in range(1)), bool, lambda item: None)
+    heard: list[int] = []
+
+    class Listener:
+        def put(self, nothing: None) -> None:
+            heard.append(len(heard))
+            if len(heard) < 4:
+                call.listeners.append(Listener())  # type: ignore[arg-type]
+
+    call.listeners.append(Listener())  # type: ignore[arg-type]
+    call.end()
+    assert heard == [0, 1, 2, 3]
 
 
 SCRIPT = """
