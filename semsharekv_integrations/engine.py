@@ -69,8 +69,8 @@ class SemShareEngine(Identified):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig | None = None
     ) -> None:
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._begin(GivenModel(model, tokenizer), config, name)
+        source = GivenModel(model, tokenizer)
+        self._begin(source, config, getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._ready()
 
     @classmethod
@@ -244,6 +244,7 @@ class SemShareEngine(Identified):
         for key, text in shown:
             request = Request.of(text, {"documents": {key: text}, "namespace": namespace})
             rendered = parts.renderer.render(text, request.documents, window=self.context_window)
+            parts.require_known(rendered)
             stored += self._calls.carry_out(partial(self._warm, parts, request, rendered, labels))
         return stored
 

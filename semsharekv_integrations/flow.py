@@ -70,6 +70,7 @@ class Flow:
                 request.chat_template_kwargs,
                 context_window,
             )
+            parts.require_known(rendered)
             request.require_documents(rendered)
             request = request.fitted(len(rendered.token_ids), context_window)
             text = parts.begin_text(request)

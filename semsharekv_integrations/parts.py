@@ -21,7 +21,7 @@ from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
 from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.core.relevance import relevance, relevant_tokens
-from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.errors import PromptError, UnsupportedModelError
 from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.kv import GenerationChunk, Rendered
 from semsharekv_integrations.matching import FuzzyMatcher
@@ -169,6 +169,14 @@ class ModelParts:
             StoreFileError: if the file is damaged, or of another model or state.
         """
         return sum(map(self.store.put, read_references(path, self.fingerprint(), self.adapter.device)))
+
+    def require_known(self, rendered: Rendered) -> None:
+        """Raise ``PromptError`` for a token that the model has no embedding for, as its tokenizer is another's."""
+        highest, size = int(rendered.token_ids.max()), self.adapter.config.vocab_size
+        if highest >= size:
+            piece = self.tokenizer.convert_ids_to_tokens(highest)
+            accepted = f"tokens below {size}: the model has no more, so the tokenizer is not this model's"
+            raise PromptError(f"prompt has token {highest} ({piece!r}); accepted is {accepted}")
 
     def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
         """The prefill that ``plan`` describes."""

@@ -58,11 +58,16 @@ class GivenModel:
     """A model and a tokenizer that are in memory already.
 
     Raises:
+        ValueError: if they are something else.
         UnsupportedVersionError: if transformers has a version that was not tested.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         require_tested_transformers()
+        is_model = isinstance(model, torch.nn.Module) and hasattr(model, "config")
+        require(is_model, "model", type(model).__name__, "a loaded transformers model; from_pretrained takes names")
+        is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
+        require(is_tokenizer, "tokenizer", type(tokenizer).__name__, "a transformers tokenizer, such as a processor's")
         self._model = model
         self.config: PreTrainedConfig = model.config
         self.tokenizer = tokenizer

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from semsharekv_integrations import AuditConfig, EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.config import MOST_STOP_STRINGS, SamplingConfig
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.request import GenerateOptions
-from tiny_models import EngineMaker
+from tiny_models import EngineMaker, make_model
 from tool_templates import tool
 
 TEXT = "The mayor of Velmar is Anna Kelsen."
@@ -224,3 +225,21 @@ def test_a_name_that_cannot_be_written_fails_alone(make_engine: EngineMaker, tmp
 def test_every_option_is_tried() -> None:
     tried = {name for _, options in BAD_OPTIONS for name in options}
     assert GenerateOptions.__annotations__.keys() - tried <= {"tool_choice", "chat_template_kwargs"}
+
+
+@pytest.mark.parametrize("given", [None, 3, "gpt2", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_or_no_tokenizer_is_refused_by_name(llama, tokenizer, given: Any) -> None:
+    with pytest.raises(ValueError, match=f"model is '{type(given).__name__}'; accepted is a loaded transformers model"):
+        SemShareEngine(given, tokenizer)
+    with pytest.raises(
+        ValueError, match=f"tokenizer is '{type(given).__name__}'; accepted is a transformers tokenizer"
+    ):
+        SemShareEngine(llama, given)
+
+
+def test_a_tokenizer_of_another_model_is_told_by_its_tokens(tokenizer) -> None:
+    small = SemShareEngine(make_model("llama", 40), tokenizer, EngineConfig())
+    for call in [*calls_of(small), lambda text: small.warm([text])]:
+        with pytest.raises(PromptError, match=r"prompt has token \d+ \(.*\); accepted is tokens below 40"):
+            call(TEXT)
+    assert small.stats()["store_entries"] == 0
