@@ -208,7 +208,7 @@ def _checked_tool(field: str, tool: object) -> Tool:
     require(of_object, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
     _check_nesting(f"{field}.function.parameters", parameters)
     require(is_json(function), f"{field}.function", function, f"what JSON can hold{IN_UTF8}")
-    schema = {"properties": {}} | dict(parameters or {}) | {"type": "object"}
+    schema: dict[str, Any] = {"properties": {}, **(parameters or {}), "type": "object"}
     return {"type": "function", "function": function | {"description": description or "", "parameters": schema}}
 
 
