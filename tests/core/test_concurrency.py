@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
+from typing import Any
 
 import pytest
 
@@ -24,31 +25,37 @@ PROMPTS = [
 LONG = {"max_new_tokens": 400, "temperature": 3.0, "seed": 4}  # hot enough to meet no end token soon
 
 
+PATIENCE_S = 60.0  # after which a test says that something hangs
+
+
 async def wait_until(done: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if done():
-            return
+    """Until threads that have nothing more to do are gone, of which nobody is told."""
+    until = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < until, "it never happened"
         await asyncio.sleep(0.01)
-    pytest.fail("it never happened")
 
 
-@pytest.fixture
-def steps(monkeypatch) -> Callable[[SemShareEngine], list[float]]:
-    """Record the time of every decode step of an engine."""
+class Steps:
+    """The decode steps of an engine: after a few of them it waits to be let go."""
 
-    def record(engine: SemShareEngine) -> list[float]:
-        times: list[float] = []
+    def __init__(self, engine: SemShareEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.reached, self.go = threading.Event(), threading.Event()
         adapter = engine._ready().adapter
         step = adapter.decode_step
 
-        def timed(*args):
-            times.append(time.perf_counter())
-            return step(*args)
+        def counted(*arguments: Any) -> Any:
+            self.count += 1
+            if self.count == 4:
+                self.reached.set()
+                assert self.go.wait(PATIENCE_S)
+            return step(*arguments)
 
-        monkeypatch.setattr(adapter, "decode_step", timed)
-        return times
+        monkeypatch.setattr(adapter, "decode_step", counted)
 
-    return record
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, PATIENCE_S)
 
 
 def break_decoding(engine: SemShareEngine, monkeypatch, after: int) -> None:
@@ -76,31 +83,31 @@ def test_threads_get_what_one_after_another_gets(make_engine: EngineMaker, optio
 
 def test_forward_passes_take_turns(make_engine: EngineMaker, llama, monkeypatch) -> None:
     """Some models keep state in their modules, such as the frequencies of their rope."""
-    engine, running, most = make_engine(), [], []
-    forward = llama.forward
+    engine, owned = make_engine(), []
+    lock, forward = engine._ready().adapter._lock, llama.forward
 
     def watched(*args, **kwargs):
-        running.append(1)
-        time.sleep(0.002)
-        most.append(len(running))
-        output = forward(*args, **kwargs)
-        running.pop()
-        return output
+        owned.append(lock._is_owned())
+        return forward(*args, **kwargs)
 
     monkeypatch.setattr(llama, "forward", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda p: engine.generate(p, max_new_tokens=4), PROMPTS))
-    assert set(most) == {1}
+    assert len(owned) >= len(PROMPTS) and all(owned), "by whoever computes, so one at a time"
 
 
 def test_the_weights_are_loaded_once(llama, tokenizer) -> None:
-    loads = []
+    loads: list[int] = []
+    everybody = threading.Barrier(4)
 
     class Slow(GivenModel):
         def load(self):
             loads.append(1)
-            time.sleep(0.05)
             return super().load()
+
+    def generate(prompt: str) -> None:
+        everybody.wait(PATIENCE_S)
+        engine.generate(prompt, max_new_tokens=1)
 
     engine = SemShareEngine.from_pretrained("unused")
     engine._source = Slow(llama, tokenizer)
@@ -108,7 +115,7 @@ def test_the_weights_are_loaded_once(llama, tokenizer) -> None:
     assert engine.tokenizer is tokenizer
     assert not engine.is_loaded and not loads
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda p: engine.generate(p, max_new_tokens=1), PROMPTS))
+        list(pool.map(generate, PROMPTS[:4]))
     assert loads == [1] and engine.is_loaded
 
 
@@ -126,48 +133,61 @@ async def test_the_event_loop_runs_on(make_engine: EngineMaker, monkeypatch) -> 
     engine = make_engine()
     adapter = engine._ready().adapter
     prefill = adapter.prefill
-    monkeypatch.setattr(adapter, "prefill", lambda *args: (time.sleep(0.3), prefill(*args))[1])
-    task, ticks = asyncio.create_task(engine.agenerate(PROMPTS[0], max_new_tokens=3)), 0
-    while not task.done():
-        await asyncio.sleep(0.01)
-        ticks += 1
-    assert ticks >= 10
+    go = threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        assert go.wait(PATIENCE_S), "the loop stood still"
+        return prefill(*arguments)
+
+    monkeypatch.setattr(adapter, "prefill", held)
+    task = asyncio.create_task(engine.agenerate(PROMPTS[0], max_new_tokens=3))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    assert (await task).token_ids
 
 
-async def test_cancelling_a_task_ends_its_generation(make_engine: EngineMaker, steps) -> None:
+async def test_cancelling_a_task_ends_its_generation(make_engine: EngineMaker, monkeypatch) -> None:
     engine, threads = make_engine(), threading.active_count() + 1  # one stays for calls to come
-    times = steps(engine)
+    steps = Steps(engine, monkeypatch)
     task = asyncio.create_task(engine.agenerate(PROMPTS[0], **LONG))
-    await wait_until(lambda: len(times) > 3)
+    await steps.wait()
     task.cancel()
+    await asyncio.sleep(0)  # in which it leaves the call
+    steps.go.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     await wait_until(lambda: threading.active_count() <= threads)
-    assert len(times) < LONG["max_new_tokens"] - 100
+    assert steps.count <= 5
     assert_consistent(engine, make_engine("off"))
 
 
-async def test_tokens_without_text_can_be_cancelled(make_engine: EngineMaker, steps, monkeypatch) -> None:
+async def test_tokens_without_text_can_be_cancelled(make_engine: EngineMaker, monkeypatch) -> None:
     """A model that says nothing but special tokens gives the consumer no chunk to stop at."""
     engine, threads = make_engine(), threading.active_count() + 1  # one stays for calls to come
-    times = steps(engine)
+    steps = Steps(engine, monkeypatch)
     monkeypatch.setattr("semsharekv_integrations.model.text.TextStream.push", lambda self, token_id: "")
     task = asyncio.create_task(engine.agenerate(PROMPTS[0], **LONG))
-    await wait_until(lambda: len(times) > 3)
+    await steps.wait()
     task.cancel()
+    await asyncio.sleep(0)  # in which it leaves the call
+    steps.go.set()
     await wait_until(lambda: threading.active_count() <= threads)
-    assert len(times) < LONG["max_new_tokens"] - 100
+    assert steps.count <= 5
 
 
-async def test_closing_an_async_stream_ends_it(make_engine: EngineMaker, steps) -> None:
+async def test_closing_an_async_stream_ends_it(make_engine: EngineMaker, monkeypatch) -> None:
     engine, threads = make_engine(), threading.active_count() + 1  # one stays for calls to come
-    times = steps(engine)
+    steps = Steps(engine, monkeypatch)
     async with aclosing(engine.astream(PROMPTS[0], **LONG)) as chunks:
         async for chunk in chunks:
             assert chunk.text
+            await steps.wait()
             break
+    steps.go.set()
     await wait_until(lambda: threading.active_count() <= threads)
-    assert len(times) < LONG["max_new_tokens"] - 100
+    assert steps.count <= 5
     assert_consistent(engine, make_engine("off"))
 
 
