@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,21 +17,30 @@ from semsharekv_integrations.llama_index import SemShareKVLLM
 
 PROMPT = "What did the mayor say about the flood ?"
 MESSAGES = [ChatMessage(role="user", content=PROMPT)]
-FORWARD_S = 0.02
+PATIENCE_S = 60.0  # after which a test says that something hangs
 MANY_TOKENS = 200
 
 
+class Passes:
+    """Counts forward passes; one of them waits to be let go."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.held_at: int | None = None
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def begin(self, *_: object) -> None:
+        self.count += 1
+        if self.count == self.held_at:
+            self.reached.set()
+            assert self.go.wait(PATIENCE_S), "nobody else went on"
+
+
 @pytest.fixture
-def forwards(llama: PreTrainedModel) -> Iterator[list[float]]:
-    """Makes every forward pass slow, and records when each began."""
-    times: list[float] = []
-
-    def wait(*_: object) -> None:
-        times.append(time.perf_counter())
-        time.sleep(FORWARD_S)
-
-    hook = llama.register_forward_pre_hook(wait)
-    yield times
+def passes(llama: PreTrainedModel) -> Iterator[Passes]:
+    found = Passes()
+    hook = llama.register_forward_pre_hook(found.begin)
+    yield found
     hook.remove()
 
 
@@ -48,58 +57,55 @@ CALLS: dict[str, Callable[[SemShareKVLLM], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_the_event_loop_runs_on(llm: SemShareKVLLM, forwards: list[float], call: str) -> None:
-    gaps: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            began = time.perf_counter()
-            await asyncio.sleep(0.001)
-            gaps.append(time.perf_counter() - began)
-
-    ticker = asyncio.create_task(tick())
-    response = await CALLS[call](llm)
-    ticker.cancel()
-    assert response.raw["usage"]["completion_tokens"] == len(forwards) == 12
-    assert len(gaps) > 2 * len(forwards), "the loop turned while the model computed"
+async def test_the_event_loop_runs_on(llm: SemShareKVLLM, passes: Passes, call: str) -> None:
+    passes.held_at = 6
+    task = asyncio.ensure_future(CALLS[call](llm))
+    assert await asyncio.to_thread(passes.reached.wait, PATIENCE_S)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done() and passes.count == 6, "the loop turned while the model computed"
+    passes.go.set()
+    assert (await task).raw["usage"]["completion_tokens"] == 12
 
 
 @pytest.mark.parametrize("call", ["stream_chat", "stream_complete"])
-def test_closing_a_stream_cancels_it(llm: SemShareKVLLM, forwards: list[float], call: str) -> None:
+def test_closing_a_stream_cancels_it(llm: SemShareKVLLM, passes: Passes, call: str) -> None:
     stream = getattr(llm, call)(MESSAGES if call == "stream_chat" else PROMPT, max_tokens=MANY_TOKENS)
     next(stream)
     stream.close()
-    done = len(forwards)
-    time.sleep(3 * FORWARD_S)
-    assert done == len(forwards) < 10
     assert llm.engine.stats()["requests"] == 1, "what was computed is kept"
+    assert passes.count < 10
 
 
-async def _stays(forwards: list[float]) -> bool:
-    """Whether the forward passes stop, soon and far from the end."""
-    await asyncio.sleep(5 * FORWARD_S)
-    done = len(forwards)
-    await asyncio.sleep(5 * FORWARD_S)
-    return done == len(forwards) < MANY_TOKENS / 2
+async def _ended(llm: SemShareKVLLM) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while llm.engine._calls._begun:
+            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("call", ["astream_chat", "astream_complete"])
-async def test_closing_an_async_stream_cancels_it(llm: SemShareKVLLM, forwards: list[float], call: str) -> None:
+async def test_closing_an_async_stream_cancels_it(llm: SemShareKVLLM, passes: Passes, call: str) -> None:
+    passes.held_at = 12
     stream = await getattr(llm, call)(MESSAGES if call == "astream_chat" else PROMPT, max_tokens=MANY_TOKENS)
     await anext(stream)
     await stream.aclose()
-    assert await _stays(forwards)
+    passes.go.set()
+    await _ended(llm)
+    assert passes.count <= 13
 
 
 @pytest.mark.parametrize("call", ["achat", "acomplete"])
-async def test_cancelling_a_task_cancels_its_call(llm: SemShareKVLLM, forwards: list[float], call: str) -> None:
+async def test_cancelling_a_task_cancels_its_call(llm: SemShareKVLLM, passes: Passes, call: str) -> None:
+    passes.held_at = 6
     prompt = MESSAGES if call == "achat" else PROMPT
     task = asyncio.create_task(getattr(llm, call)(prompt, max_tokens=MANY_TOKENS))
-    await asyncio.sleep(3 * FORWARD_S)
+    assert await asyncio.to_thread(passes.reached.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await _stays(forwards)
+    passes.go.set()
+    await _ended(llm)
+    assert passes.count <= 7
 
 
 async def test_calls_at_once_give_what_calls_in_turn_give(make_engine: Callable[..., SemShareEngine]) -> None:
