@@ -65,6 +65,7 @@ class Flow:
             rendered = parts.renderer.render(
                 request.prompt,
                 request.documents,
+                request.namespace,
                 request.tools,
                 hints,
                 request.chat_template_kwargs,

@@ -49,16 +49,18 @@ class PromptRenderer:
         self,
         prompt: Prompt,
         documents: Mapping[str, str],
+        namespace: str = "default",
         tools: Sequence[Tool] = (),
         hints: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         window: int | None = None,
     ) -> Rendered:
-        """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it, whosever prompt it is.
+        """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
 
         Args:
             prompt: text, or messages.
             documents: texts by id.
+            namespace: whose prompt it is; on purpose, nothing depends on it.
             tools: shown to the model, as its template does it or in the system message.
             hints: more texts that may stand there: they count where no named one does, the longest of those that
                 overlap.

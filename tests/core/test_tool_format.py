@@ -188,7 +188,7 @@ class TestRendering:
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_the_question_is_the_last_user_turn(self, name: str) -> None:
         tokenizer = tool_tokenizer(name)
-        rendered = PromptRenderer(tokenizer).render([ASK, TURN, RESULT], {}, TOOLS)
+        rendered = PromptRenderer(tokenizer).render([ASK, TURN, RESULT], {}, tools=TOOLS)
         assert rendered.question is not None
         found = tokenizer.decode(rendered.token_ids[slice(*rendered.question)])
         assert found.strip().removeprefix("<|user|>").strip() == ASK["content"]
@@ -247,7 +247,7 @@ class TestRendering:
 
     def test_text_prompts_take_no_tools(self) -> None:
         with pytest.raises(PromptError, match="prompt is text; accepted with tools"):
-            PromptRenderer(tool_tokenizer("tagged")).render("News?", {}, TOOLS)
+            PromptRenderer(tool_tokenizer("tagged")).render("News?", {}, tools=TOOLS)
 
 
 def test_marks_are_decoded_and_other_special_tokens_are_not() -> None:

@@ -136,7 +136,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[torch.
     """Prompt and answer in tokens, and the same with -1 in place of the prompt."""
     renderer = PromptRenderer(tokenizer)
     tools = openai_tools(dialogue.tools)
-    prompt = renderer.render(engine_messages([HumanMessage(dialogue.question)]), {}, tools).token_ids
+    prompt = renderer.render(engine_messages([HumanMessage(dialogue.question)]), {}, tools=tools).token_ids
     said = dialogue.answer
     text = said if isinstance(said, str) else renderer.tool_format.text_of([said])
     answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
