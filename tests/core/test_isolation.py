@@ -471,10 +471,11 @@ class TestTheSegmentIndex:
 
 # Methods that look for nothing, and those that administrators use on all namespaces at once.
 NO_QUERIES = {"open", "close", "abandon", "put", "stats", "check", "clear", "of_state", "go_on_in_child", "left_since"}
+NO_QUERIES |= {"require_gone"}
 ADMINISTRATIVE = {"references", "fetch_all"}
 HOUSEKEEPING = {"left_since"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {
-    KVStore: {"readable", "longest_prefix", "identical_runs", "fetch", "forget"},
+    KVStore: {"readable", "longest_prefix", "identical_runs", "fetch", "forget", "forms_of"},
     SegmentIndex: {"sync", "nearest", "forget", "keep_only"},
 }
 

@@ -188,7 +188,7 @@ class TestInspect:
             assert run(command, tmp_path / missing) == 2
             captured = capsys.readouterr()
             assert captured.out == "" and f"{tmp_path / missing} cannot be read" in " ".join(captured.err.split())
-            assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+            assert captured.err.startswith("error:") and "Traceback" not in captured.err
 
     def test_a_directory_in_use_is_listed_as_it_is(self, capsys: Captured, directory: Path) -> None:
         store, _ = opened_at(directory)
