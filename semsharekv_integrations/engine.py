@@ -46,6 +46,7 @@ from semsharekv_integrations.request import (
 )
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.streams import Stream, read_async
+from semsharekv_integrations.under_way import Since
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -314,6 +315,9 @@ class SemShareEngine(Identified):
             return self._flow.run(request, self._ready(), self.context_window, since)  # interrupted, loading ends
 
         return Stream(self._calls, begin, shows)
+
+    def _run(self, request: Request, since: Since) -> Generator[GenerationChunk, None, None]:
+        yield from self._flow.run(request, self._ready(), self.context_window, since)
 
 
 def _is_told(chunk: GenerationChunk) -> bool:

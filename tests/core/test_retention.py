@@ -241,7 +241,7 @@ def test_stored_references_are_whole(make_engine: EngineMaker) -> None:
 def test_the_first_token_waits_for_no_retention(make_engine: EngineMaker) -> None:
     engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.3))
     request, since = Request.of(PROMPT, {"max_new_tokens": 9}), engine._memory.under_way.begin()
-    chunks = engine._flow.run(request, engine._ready(), engine.context_window, since)
+    chunks = engine._run(request, since)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._ready()._retainer, "shortened", None)
         next(chunks)
