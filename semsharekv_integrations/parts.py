@@ -230,10 +230,10 @@ class ModelParts:
 
         Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
         """
-        if not self.hold():  # a full prefill would be one of another state
-            return None
         risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
         if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
+            return None
+        if not self.hold():  # a full prefill would be one of another state
             return None
         reused = torch.cat(answer.first_logits)  # [N, V]
         answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)
