@@ -230,7 +230,8 @@ class Gate:
 
 
 def bounded(llama: Any, tokenizer: Any, **settings: Any) -> SemShareEngine:
-    return SemShareEngine(llama, tokenizer, EngineConfig(**settings))
+    """Calls decode each by itself, as the probe of batches would enter a gate as well."""
+    return SemShareEngine(llama, tokenizer, EngineConfig(**{"max_batch_size": 1, **settings}))
 
 
 async def test_calls_beyond_the_bound_wait_in_line_without_kv_or_threads(
