@@ -55,7 +55,6 @@ class Calls:
         self._begun: dict[Call[Any], None] = {}
         self._leaving: deque[Call[Any]] = deque()  # left between two items
         self._groups: set[int] = set()
-        self._driver: threading.Thread | None = None  # which computed last
         self._threads: set[threading.Thread] = set()
         self._starting: list[list[bool]] = []  # the first of them, until it is there, which it marks
 
@@ -142,7 +141,6 @@ class Calls:
             if call is None:
                 call = self._schedule(drives=True)
             while call is not None:
-                self._driver = here
                 self._drive(call)
                 call = self._schedule(drives=True)
             idle_since = perf_counter()
@@ -150,12 +148,11 @@ class Calls:
     def _retires(self, here: threading.Thread, *, lingers: bool) -> bool:
         """Whether the thread is not needed, which then counts no more; one stays for calls that are not ended.
 
-        The one that computed last stays for those to come as well, if it ``lingers``.
+        The last one stays for those to come as well, if it ``lingers``.
         """
         with self._lock:
             is_needed = self._begun or self._line or (lingers and not self._is_dismissed)
-            stays = len(self._threads) == 1 or here is self._driver
-            if not self._ready.empty() or (is_needed and stays):
+            if not self._ready.empty() or (is_needed and len(self._threads) == 1):
                 return False
             self._threads.discard(here)
             if self._mail and not self._threads:  # it came in between
