@@ -10,67 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.lab.world import WORDS, Document
 
 Message = dict[str, str]
 Layout = Literal["system", "user", "turns", "completion"]
 LAYOUTS: tuple[Layout, ...] = ("system", "user", "turns", "completion")
 
-SYSTEM_WRAPS = (
-    "{docs}",
-    "Answer the question based only on the following context:\n\n{docs}",
-    "You are a helpful assistant. Use these documents:\n\n{docs}",
-    "Use the context information below to assist the user.\n--------------------\n{docs}\n--------------------\n",
-    "The following is a friendly conversation between a user and an AI assistant.\n"
-    "The assistant is talkative and provides lots of specific details from its context.\n"
-    "If the assistant does not know the answer to a question, it truthfully says it does not know.\n\n"
-    "Here are the relevant documents for the context:\n\n{docs}\n\n"
-    "Instruction: Based on the above documents, provide a detailed answer for the user question below.\n"
-    'Answer "don\'t know" if not present in the document.',
-    "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer "
-    "the question. If you don't know the answer, just say that you don't know. "
-    "Use three sentences maximum and keep the answer concise.\n\n{docs}",
-)
-USER_WRAPS = (
-    "{docs}\n\n{question}",
-    "{docs}\n\nQuestion: {question}",
-    "Context information is below.\n---------------------\n{docs}\n---------------------\n"
-    "Given the context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer: ",
-    "Answer the question based only on the following context:\n{docs}\n\nQuestion: {question}",
-    "Documents:\n\n{docs}\n\nNow answer: {question}",
-)
-COMPLETION_WRAPS = (
-    "{docs}\n\nQuestion: {question}\nAnswer:",
-    "Context information is below.\n---------------------\n{docs}\n---------------------\n"
-    "Given the context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer: ",
-    "Use the following pieces of context to answer the question at the end. If you don't know the answer, just say "
-    "that you don't know, don't try to make up an answer.\n\n{docs}\n\nQuestion: {question}\nHelpful Answer:",
-    "Answer the question based only on the following context:\n\n{docs}\n\nQuestion: {question}\nAnswer:",
-)
-SUMMARY_WRAPS = (
-    'Write a concise summary of the following:\n\n\n"{docs}"\n\n\nCONCISE SUMMARY:',
-    "{docs}\n\nQuestion: Summarize the documents.\nAnswer:",
-    "Write a concise summary of the following:\n\n{docs}\n\nSummary:",
-    "Context information from multiple sources is below.\n---------------------\n{docs}\n---------------------\n"
-    "Given the information from multiple sources and not prior knowledge, answer the query.\n"
-    "Query: Summarize the documents.\nAnswer: ",
-)
-SUMMARY_REQUESTS = (
-    "Summarize the documents.",
-    "Write a summary.",
-    "Give me a concise summary.",
-    "What are the main facts?",
-)
-PLAIN_SYSTEMS = (
-    "You are a helpful assistant.",
-    "You answer questions about the news.",
-    "You are an expert Q&A system that is trusted around the world.\n"
-    "Always answer the query using the provided context information, and not prior knowledge.\n"
-    "Some rules to follow:\n1. Never directly reference the given context in your answer.\n"
-    "2. Avoid statements like 'Based on the context, ...' or 'The context information ...' or anything along "
-    "those lines.",
-    "Today is 14 March. You are a helpful assistant.",
-)
+_WRAPS = {name: tuple(wordings) for name, wordings in WORDS["wraps"].items()}
+SYSTEM_WRAPS, USER_WRAPS, COMPLETION_WRAPS = _WRAPS["system"], _WRAPS["user"], _WRAPS["completion"]
+SUMMARY_WRAPS, SUMMARY_REQUESTS, PLAIN_SYSTEMS = _WRAPS["summary"], _WRAPS["summary_requests"], _WRAPS["plain_systems"]
 
 
 def join(documents: Sequence[Document]) -> str:
