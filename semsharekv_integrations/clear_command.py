@@ -12,8 +12,8 @@ from rich.console import Console
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.directory import directories
 from semsharekv_integrations.store.disk import DISK
-from semsharekv_integrations.store.peeking import directories
 
 _UNUSABLE = ("damaged", "foreign", "vanished", "orphans")
 

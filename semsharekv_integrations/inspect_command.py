@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from semsharekv_integrations.errors import StoreFileError
+from semsharekv_integrations.store.directory import PeekedEntry, directories, peek
 from semsharekv_integrations.store.disk import DISK
-from semsharekv_integrations.store.peeking import PeekedEntry, directories, peek
 from semsharekv_integrations.terminal import fold_error, print_table
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")

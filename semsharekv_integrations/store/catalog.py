@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.store.private import open_private, require_plain
-from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord
-from semsharekv_integrations.store.soundness import is_sound
+from semsharekv_integrations.store.files import open_private, require_plain
+from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, is_sound
 
 FORMAT_VERSION = 1
 CATALOG = "catalog.sqlite"

@@ -1,4 +1,4 @@
-"""The disk tier of the KV store: one directory for each model, in it a catalog and KV files, safe against crashes.
+"""The KV of one model on disk: a directory with a catalog and KV files, safe against crashes.
 
 A KV file is written whole before the catalog names it, and deleted after the catalog has forgotten it. So what a crash
 leaves is a file that nothing names, which the next opening deletes. What is found damaged on disk is dropped, together
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,12 +26,17 @@ from semsharekv_integrations.store.catalog import (
     Catalog,
     UnusableCatalogError,
     forget_set_aside,
+    look_into,
     open_catalog,
     set_aside,
 )
-from semsharekv_integrations.store.files import KVFiles
-from semsharekv_integrations.store.locking import DirectoryLock, TakenError
-from semsharekv_integrations.store.private import make_private_directory
+from semsharekv_integrations.store.files import (
+    DirectoryLock,
+    KVFiles,
+    TakenError,
+    make_private_directory,
+    require_directory,
+)
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, fits, rooted, sound
 
 __all__ = ["EntryRecord", "KVDirectory", "NodeRecord"]
@@ -281,3 +287,56 @@ class KVDirectory:
         for file in unused:
             self._on_disk.remove(file)
         return kept
+
+
+class PeekedEntry(NamedTuple):
+    """An entry on disk, with the tokens of its whole path and the bytes of their KV, those shared with others too."""
+
+    entry: EntryRecord
+    num_tokens: int
+    num_bytes: int
+
+
+class Peeked(NamedTuple):
+    """What a look from outside finds: the sound entries, and how many records are damaged or lack what they need."""
+
+    entries: list[PeekedEntry]
+    num_unusable: int
+
+
+def directories(path: Path) -> list[Path]:
+    """The directories of single models under ``path``, by their names, which are fingerprints.
+
+    Raises:
+        StoreFileError: if ``path`` is missing, or cannot be read.
+    """
+    try:
+        found = [child for child in Path(path).iterdir() if FINGERPRINT.fullmatch(child.name)]
+        return sorted(child for child in found if any(os.path.lexists(child / name) for name in (CATALOG, LOCK)))
+    except OSError as error:
+        raise StoreFileError(f"{path} cannot be read: {error}") from error
+
+
+def peek(path: Path) -> Peeked:
+    """What is in ``path``, a directory of a single model.
+
+    Takes no lock and changes nothing; another process may have it open, and write.
+
+    Raises:
+        StoreFileError: if it cannot be read.
+    """
+    fingerprint = path.absolute().name
+    try:
+        require_directory(path)
+        found = look_into(path, fingerprint)
+        kept = sound(found, KVFiles(path, fingerprint, Counter()).sizes())
+    except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
+        raise StoreFileError(f"{path} cannot be read: {error}") from error
+    files = {file.id: file for file in kept.files}
+    totals: dict[str | None, tuple[int, int]] = {None: (0, 0)}
+    for node in kept.nodes:
+        num_tokens, num_bytes = totals[node.parent]
+        file, own_tokens = files[node.file], len(node.token_ids)
+        totals[node.id] = num_tokens + own_tokens, num_bytes + file.num_bytes * own_tokens // file.num_tokens
+    entries = [PeekedEntry(entry, *totals[entry.node]) for entry in kept.entries]
+    return Peeked(entries, found.num_damaged + found.num_records - kept.num_records)

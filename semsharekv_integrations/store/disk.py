@@ -15,17 +15,17 @@ import torch
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.logs import log_trouble
+from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, memory_errors
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory, NodeRecord
+from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import TOKEN_DIM
-from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV, memory_errors
 from semsharekv_integrations.store.radix import FileRange, Node
-from semsharekv_integrations.store.tiers import Tier
 
 DISK = "disk"
 _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
 
 
-class DiskShelf:
+class DiskTier:
     """KV of nodes in files; without a directory it keeps nothing. Not safe to use from several threads by itself.
 
     Args:

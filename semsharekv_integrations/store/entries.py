@@ -1,28 +1,138 @@
-"""The entries of a store: in their namespace, on the shelves, with a deadline, and out again.
+"""The entries of a store: in their namespace, in the tiers, with a deadline, and out again.
 
-What every other part leaves to it: an entry is in all of these places or in none.
+Keeps them consistent: an entry is in all of these structures or in none.
 """
 
 from __future__ import annotations
 
+import gc
+import heapq
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
+import numpy as np
 import torch
 
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
-from semsharekv_integrations.store.deadlines import Deadlines
 from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
-from semsharekv_integrations.store.labels import Entry, record_of, shortened
-from semsharekv_integrations.store.radix import Node
-from semsharekv_integrations.store.reopening import entries_on_disk, uncollected
-from semsharekv_integrations.store.shelves import Shelves, Unreadable
-from semsharekv_integrations.store.space import Space
+from semsharekv_integrations.store.disk import DiskTier
+from semsharekv_integrations.store.namespace import Entry, Namespace, record_of, reference_of, shortened
+from semsharekv_integrations.store.radix import FileRange, Node
+from semsharekv_integrations.store.records import NodeRecord
+from semsharekv_integrations.store.tiers import Tiers, Unreadable
+
+
+class Deadlines:
+    """At most one deadline for each key. Nothing keeps a key that was dropped."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, tuple[float, int]] = {}  # with the number of the time
+        self._keys: dict[int, str] = {}  # by number
+        self._heap: list[tuple[float, int]] = []  # those that no key has are stale
+        self._numbers = count()
+
+    def set(self, key: str, time_s: float) -> None:
+        """``key`` is due at ``time_s``, or when it was due before, if that is earlier."""
+        before_s, former = self._times.get(key, (float("inf"), -1))
+        if time_s < before_s:
+            self._keys.pop(former, None)
+            number = next(self._numbers)
+            self._times[key], self._keys[number] = (time_s, number), key
+            heapq.heappush(self._heap, (time_s, number))
+
+    def drop(self, key: str) -> None:
+        """``key`` is never due, until it is set again."""
+        _, number = self._times.pop(key, (0.0, -1))
+        self._keys.pop(number, None)
+        if len(self._heap) > 64 + 2 * len(self._times):
+            self._heap = list(self._times.values())
+            heapq.heapify(self._heap)
+
+    def due(self, now_s: float) -> list[str]:
+        """The keys whose time has come; they have no deadline any more."""
+        found = []
+        while self._heap and self._heap[0][0] <= now_s:
+            _, number = heapq.heappop(self._heap)
+            key = self._keys.pop(number, None)
+            if key is not None:
+                del self._times[key]
+                found.append(key)
+        return found
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Without looking for garbage inside: what is opened is all needed, and looking through it takes as long again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def entries_on_disk(
+    directory: KVDirectory, disk: DiskTier, space_of: Callable[[str], Namespace]
+) -> list[tuple[Entry, float]]:
+    """Every stored entry, its nodes in their trees and on the disk shelf, with the wall clock's time of its last use.
+
+    Least recently used ones first. What does not fit together is removed from the directory.
+    """
+    parts, records = directory.nodes(), directory.entries()
+    nodes = _nodes_on_disk(parts, space_of)
+    found: list[tuple[Entry, float]] = []
+    for record in sorted(records, key=lambda record: record.used_s):
+        node, _ = nodes.get(record.node, (None, None))
+        if node is None:
+            continue
+        path = node.path()
+        ids = np.concatenate([step.token_ids for step in path]) if len(path) > 1 else node.token_ids
+        try:
+            found.append((Entry(reference_of(record, ids), node, 0.0, record.hits), record.used_s))
+        except (ValueError, KeyError, TypeError):
+            continue
+        for step in path:
+            step.hits += record.hits
+    file_tokens: Counter[str] = Counter()
+    for node, place in nodes.values():
+        file_tokens[place.file] += len(node.token_ids)
+    for entry, _ in found:  # after all hits are known, which rank the nodes
+        for step in reversed(entry.node.path()):
+            if step.on_disk is None:
+                place = nodes[step.id][1]
+                disk.adopt(step, place, file_tokens[place.file])
+    for node, _ in nodes.values():
+        if node.on_disk is None and node.parent is not None:
+            del node.parent.children[int(node.token_ids[0])]
+    disk.record(
+        gone_nodes=[part.id for part in parts if part.id not in nodes or nodes[part.id][0].on_disk is None],
+        gone_entries={record.id for record in records} - {entry.key for entry, _ in found},
+    )
+    return found
+
+
+def _nodes_on_disk(
+    parts: Sequence[NodeRecord], space_of: Callable[[str], Namespace]
+) -> dict[str, tuple[Node, FileRange]]:
+    """The nodes that fit together, in their trees, by id, and where their KV is; parents before children."""
+    nodes: dict[str, tuple[Node, FileRange]] = {}
+    for part in parts:
+        tree = space_of(part.namespace).tree
+        parent = tree.root if part.parent is None else nodes[part.parent][0] if part.parent in nodes else None
+        if parent is None or int(part.token_ids[0]) in parent.children:
+            continue
+        node = tree.attach(parent, part.token_ids, part.id)
+        nodes[part.id] = node, FileRange(part.file, part.first)
+    return nodes
+
 
 _COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
 _MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
@@ -46,8 +156,8 @@ class Entries:
         min_run_tokens: int | None,
     ) -> None:
         self.lock = hold_at_forks(threading.Lock())  # for those who call
-        self.shelves = Shelves(config, self._lose)
-        self.spaces: dict[SpaceName, Space] = {}  # by ``Reference.space``; none is empty
+        self.shelves = Tiers(config, self._lose)
+        self.spaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
         self._later: dict[str, dict[SpaceName, None]] = {}  # those of states other than the first, by namespace
         self.by_key: dict[str, Entry] = {}
         self.counts: Counter[str] = Counter()
@@ -62,7 +172,7 @@ class Entries:
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
         """Take up what lies in ``directory`` and has not expired, within the bound; how many entries."""
         began = self._wall_clock() - self._clock()
-        with uncollected():
+        with gc_paused():
             self.shelves.disk.attach(directory, dtype, device)
             found = entries_on_disk(directory, self.shelves.disk, self.space)
         empty = [name for name, space in self.spaces.items() if not (space.tree.root.children or space.tainted)]
@@ -116,7 +226,7 @@ class Entries:
                 "still lies there; when there is room, forget it again"
             )
 
-    def space(self, name: SpaceName) -> Space:
+    def space(self, name: SpaceName) -> Namespace:
         """The one of this name, made if there is none."""
         namespace = name if isinstance(name, str) else name[0]
 
@@ -124,7 +234,7 @@ class Entries:
             self.shelves.split(upper, lower, namespace)
 
         if name not in self.spaces:
-            self.spaces[name] = Space(self._min_run_tokens, divided)
+            self.spaces[name] = Namespace(self._min_run_tokens, divided)
             if name != namespace:
                 self._later.setdefault(namespace, {})[name] = None
         return self.spaces[name]

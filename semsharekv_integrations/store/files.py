@@ -1,7 +1,9 @@
 """KV files of one directory: safetensors, written whole or not at all, memory-mapped when read, and checked.
 
 A file says in its header whose it is: format version, model fingerprint, its own id and its number of tokens; a digest
-covers the header and all tensors. It finds damage, not forgery. Knows nothing about what the tensors mean.
+covers the header and all tensors. It finds damage, not forgery. No link is followed, and what somebody else could have
+planted is refused: in a place where others may write, a name can be a link to a file of yours. One process at a time
+holds a directory, by a lock that ends with the process. Knows nothing about what the tensors mean.
 """
 
 from __future__ import annotations
@@ -10,20 +12,263 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from semsharekv_integrations.checks import is_whole
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
-from semsharekv_integrations.store.private import is_own_directory
 from semsharekv_integrations.store.records import FileRecord
-from semsharekv_integrations.store.verified import DamageError, verified_metadata
+
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def make_private_directory(path: Path) -> None:
+    """Make a directory that only its owner may enter, and likewise those above it that are missing.
+
+    Raises:
+        OSError: naming the path, if that fails, if ``path`` or the directory that it lies in is a link or belongs to
+            another user, or if another user has made a link of one above, or if this system knows no owners of files.
+    """
+    if not hasattr(os, "geteuid"):
+        raise OSError(f"{path} needs a system on which files have owners (Linux, macOS); keep KV in memory here")
+    for above in path.parents[1:]:
+        if above.is_symlink() and not _is_trusted(above.lstat()):
+            raise OSError(f"{above} is a link that another user has made; accepted are links of your own")
+    _make(path.parent)
+    require_directory(path.parent)
+    if not _is_trusted(path.parent.stat()):
+        raise OSError(f"{path.parent} belongs to {_name(path.parent.stat())}; accepted is a directory of your own")
+    path.mkdir(mode=0o700, exist_ok=True)
+    require_directory(path)
+    _require_own(path, path.stat())
+    path.chmod(0o700)
+
+
+def _make(path: Path) -> None:
+    if not os.path.lexists(path):
+        _make(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def require_directory(path: Path) -> None:
+    """Raise ``OSError`` unless ``path`` is a directory, and no link to one."""
+    if (kind := _kind_of(path.lstat())) != "a directory":
+        raise OSError(f"{path} is {kind}; accepted is a directory, and no link to one")
+
+
+def require_plain(path: Path, *, own: bool = True) -> None:
+    """Raise ``OSError`` unless ``path`` is missing, or a plain file: yours, under one name alone, if ``own``."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if (kind := _kind_of(found)) is not None:
+        raise OSError(f"{path} is {kind}; accepted is a plain file")
+    if own:
+        _require_own(path, found)
+        if found.st_nlink > 1:
+            raise OSError(f"{path} is a file that has another name as well; accepted is one without hard links")
+
+
+def open_private(path: Path) -> int:
+    """A handle of a plain file that only its owner may read or write; an empty one is made if there is none.
+
+    Raises:
+        OSError: naming the path, if it is anything else.
+    """
+    require_plain(path)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(handle, 0o600)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def is_own_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory of yours, now; not where its disk cannot be reached."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _require_own(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise OSError(f"{path} belongs to {_name(found)}; accepted is what belongs to you")
+
+
+def _is_trusted(found: os.stat_result) -> bool:
+    """Whether it belongs to you, or to the administrator."""
+    return found.st_uid in (0, os.geteuid())
+
+
+def _name(found: os.stat_result) -> str:
+    return f"another user (number {found.st_uid})"
+
+
+def _kind_of(found: os.stat_result) -> str | None:
+    """What it is, or None for a plain file."""
+    return next((name for matches, name in _KINDS if matches(found.st_mode)), None)
+
+
+_ATTEMPTS = 10  # until the file that was locked is the one that has the name: others may delete it meanwhile
+
+
+class TakenError(Exception):
+    """Another process holds the lock."""
+
+
+class DirectoryLock:
+    """An exclusive lock on the file ``path``, taken at once or not at all.
+
+    Raises:
+        TakenError: if another process, or another lock of this one, holds it.
+        OSError: if the file cannot be opened, or its disk knows no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._owner = os.getpid()
+        self._handle: int | None = None
+        for _ in range(_ATTEMPTS):
+            handle = open_private(path)
+            try:
+                _take(handle)
+                if _is_named(handle, path):
+                    self._handle = handle
+                    return
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+        raise TakenError(f"{path} is being replaced")
+
+    def release(self) -> None:
+        """Let others take it; in a child that was forked, only close its handle. May be called again."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        try:
+            if os.getpid() == self._owner:
+                _free(handle)
+        finally:
+            os.close(handle)
+
+
+def _take(handle: int) -> None:
+    import fcntl  # where there is none, stores in memory work
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TakenError from error
+
+
+def _free(handle: int) -> None:
+    import fcntl
+
+    with suppress(OSError):  # which closing the handle does in any case
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+_LENGTH_BYTES = 8  # of the header's length, before the header
+_AT_ONCE_BYTES = 2**20
+_DTYPES = {
+    "BOOL": "torch.bool",
+    "U8": "torch.uint8",
+    "I8": "torch.int8",
+    "I16": "torch.int16",
+    "I32": "torch.int32",
+    "I64": "torch.int64",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
+    "F32": "torch.float32",
+    "F64": "torch.float64",
+    "F8_E4M3": "torch.float8_e4m3fn",
+    "F8_E5M2": "torch.float8_e5m2",
+}
+
+
+class DamageError(Exception):
+    """The bytes of a file are not those that were written."""
+
+
+def verified_metadata(path: Path, num_bytes: int) -> dict[str, str]:
+    """The metadata of the file, after its size and its digest were found right.
+
+    Raises:
+        DamageError: if they are not, or it is no file.
+        OSError: if it cannot be read.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DamageError("it is no file")
+    if found.st_size != num_bytes:
+        raise DamageError(f"it has {found.st_size} bytes in place of {num_bytes}")
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(handle, "rb") as file:
+        try:
+            metadata, digest = _read(file, num_bytes)
+            wanted = metadata["digest"]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise DamageError(f"its header is none: {error}") from error
+    if digest != wanted:
+        raise DamageError("its digest is wrong")
+    return metadata
+
+
+def _read(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
+    """The metadata, and the digest of what is there: see ``files.tensor_digest``."""
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    first = _LENGTH_BYTES + length
+    if first > num_bytes:
+        raise ValueError(f"it would have {length} bytes")
+    header: dict[str, Any] = json.loads(file.read(length))
+    metadata = header.pop("__metadata__")
+    digest = hashlib.blake2b(metadata["semsharekv"].encode(), digest_size=16)
+    for name, about in sorted(header.items()):
+        digest.update(f"{name} {_DTYPES[about['dtype']]} {tuple(about['shape'])}".encode())
+        start, stop = about["data_offsets"]
+        if not (is_whole(start, 0) and is_whole(stop, start) and first + stop <= num_bytes):
+            raise ValueError(f"{name} would lie at {start} to {stop}")
+        for part in _parts(file, first + start, stop - start):
+            digest.update(part)
+    return metadata, digest.hexdigest()
+
+
+def _parts(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
+    file.seek(start)
+    while num_bytes:
+        part = file.read(min(num_bytes, _AT_ONCE_BYTES))
+        if not part:
+            raise ValueError("the file ends before its tensors do")
+        num_bytes -= len(part)
+        yield part
+
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"

@@ -20,13 +20,20 @@ from semsharekv_integrations.checks import plain
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
+from semsharekv_integrations.store.codec import packed_if_room
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
-from semsharekv_integrations.store.labels import Entry, at_state, joined, require_writable
-from semsharekv_integrations.store.packed import packed_if_room
+from semsharekv_integrations.store.namespace import (
+    Entry,
+    Namespace,
+    at_state,
+    begins_with,
+    gaps,
+    joined,
+    require_writable,
+)
 from semsharekv_integrations.store.radix import Node
-from semsharekv_integrations.store.space import Space, begins_with, gaps
 from semsharekv_integrations.store.standing import entries_with, forms_of
 from semsharekv_integrations.threads import do_when_free
 
@@ -272,7 +279,7 @@ class KVStore:
     def _space(self, namespace: str) -> SpaceName:
         return space_name(namespace, self._state or "")
 
-    def _put_new(self, space: Space, reference: Reference) -> bool:
+    def _put_new(self, space: Namespace, reference: Reference) -> bool:
         """An entry that no other one contains."""
         layers, reference = reference.layers, replace(reference, layers=())
         entry = Entry(reference, space.tree.insert(reference.token_ids), self._clock())

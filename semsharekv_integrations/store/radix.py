@@ -17,7 +17,7 @@ from semsharekv_integrations.core.prefix import common_prefix_tokens
 from semsharekv_integrations.kv import Span, TokenIds, standing_within
 
 if TYPE_CHECKING:
-    from semsharekv_integrations.store.packed import PackedKV
+    from semsharekv_integrations.store.codec import PackedKV
 
 
 class FileRange(NamedTuple):

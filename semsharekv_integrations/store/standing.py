@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from semsharekv_integrations.kv import UNPLACED, TokenIds
-from semsharekv_integrations.store.labels import Entry
+from semsharekv_integrations.store.namespace import Entry
 
 SHORTEST_TOKENS = 8  # a shorter document may stand anywhere by chance: only its name counts
 EDGE_TOKENS = 4  # at each end that may be cut otherwise, depending on what stands beside them

@@ -15,7 +15,7 @@ from semsharekv_integrations import StoreConfig, StoreFileError
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.store import KVStore, codec
-from semsharekv_integrations.store.labels import reference_id
+from semsharekv_integrations.store.namespace import reference_id
 from tiny_models import EngineMaker, make_model
 
 PROMPTS = ["Report on Prorna in the Daily Courier.", "What happened in Velmar?"]

@@ -19,8 +19,7 @@ import torch
 from semsharekv_integrations import StoreFileError
 from semsharekv_integrations.errors import StoreLockedError, StoreWriteError
 from semsharekv_integrations.store import catalog, files
-from semsharekv_integrations.store.directory import COUNTS, KVDirectory
-from semsharekv_integrations.store.peeking import directories, peek
+from semsharekv_integrations.store.directory import COUNTS, KVDirectory, directories, peek
 from stored_kv import FINGERPRINT, entry, fill, kv_files, node, records, tensors
 
 NOTHING = dict.fromkeys(COUNTS, 0)

@@ -20,7 +20,7 @@ from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all,
 from semsharekv_integrations import inspect_command
 from semsharekv_integrations.kv import Segment
 from semsharekv_integrations.store.catalog import _TABLES, CATALOG, _digest
-from semsharekv_integrations.store.peeking import peek
+from semsharekv_integrations.store.directory import peek
 
 PROMPTS = [(1, 2, 3, 4, 5), (1, 2, 3, 6), (9, 9, 9)]
 COLUMNS = {table.name: [part.split()[0] for part in table.columns.split(", ")] for table in _TABLES}

@@ -15,7 +15,7 @@ import pytest
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import Reference
-from semsharekv_integrations.store.run_index import RunIndex
+from semsharekv_integrations.store.runs import RunIndex
 from tiny_models import EngineMaker
 
 TOWNS = ("Velmar", "Osteck", "Karna", "Prorna", "Belsen", "Tolmark")

@@ -25,8 +25,9 @@ from semsharekv_integrations.index import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.report import Stopwatch
-from semsharekv_integrations.store import KVStore, radix, space
-from semsharekv_integrations.store.labels import reference_id
+from semsharekv_integrations.store import KVStore, radix
+from semsharekv_integrations.store import namespace as space
+from semsharekv_integrations.store.namespace import reference_id
 from tiny_models import EngineMaker
 
 PACKAGE = str(Path(semsharekv_integrations.__file__).parent)

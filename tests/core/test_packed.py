@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semsharekv_integrations.kv import LayerKV
-from semsharekv_integrations.store.packed import OUT_OF_MEMORY, PackedKV
+from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

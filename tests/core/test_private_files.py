@@ -13,9 +13,8 @@ import pytest
 
 from kept_prompts import config_of, lookup, opened, reference
 from semsharekv_integrations import StoreConfig, StoreFileError
-from semsharekv_integrations.store import private
-from semsharekv_integrations.store.directory import KVDirectory
-from semsharekv_integrations.store.peeking import peek
+from semsharekv_integrations.store import files as private
+from semsharekv_integrations.store.directory import KVDirectory, peek
 from stored_kv import FINGERPRINT, fill, kv_files, records
 from tiny_models import EngineMaker
 

@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semsharekv_integrations.core import runs
 from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.core.runs import common_extension_tokens, window_hashes, windows_by_hash
-from semsharekv_integrations.store import run_index
-from semsharekv_integrations.store.run_index import MAX_CANDIDATES, IndexedRun, RunIndex
+from semsharekv_integrations.store import runs
+from semsharekv_integrations.store import runs as run_index
+from semsharekv_integrations.store.runs import (
+    MAX_CANDIDATES,
+    IndexedRun,
+    RunIndex,
+    common_extension_tokens,
+    window_hashes,
+    windows_by_hash,
+)
 
 Tokens = list[int]
 MIN = 3

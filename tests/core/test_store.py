@@ -29,7 +29,7 @@ from kept_prompts import (
 from semsharekv_integrations import StoreConfig
 from semsharekv_integrations.kv import UNPLACED, Run, Segment
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.packed import PackedKV
+from semsharekv_integrations.store.codec import PackedKV
 
 
 def test_tensors_are_shaped_as_the_legend_says() -> None:

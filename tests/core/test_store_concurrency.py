@@ -25,9 +25,8 @@ import torch
 from semsharekv_integrations import SemShareEngine, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.codec import read_references, write_references
-from semsharekv_integrations.store.labels import reference_id
-from semsharekv_integrations.store.packed import PackedKV
+from semsharekv_integrations.store.codec import PackedKV, read_references, write_references
+from semsharekv_integrations.store.namespace import reference_id
 from semsharekv_integrations.store.radix import Node
 from tiny_models import EngineMaker
 

@@ -31,8 +31,8 @@ from semsharekv_integrations.errors import StoreFileError, StoreLockedError, Sto
 from semsharekv_integrations.kv import UNPLACED, Segment
 from semsharekv_integrations.store import KVStore, files
 from semsharekv_integrations.store.catalog import Catalog
+from semsharekv_integrations.store.codec import PackedKV
 from semsharekv_integrations.store.directory import MOST_REMOVED, EntryRecord, KVDirectory
-from semsharekv_integrations.store.packed import PackedKV
 from stored_kv import kv_files
 from tiny_models import EngineMaker, make_model
 

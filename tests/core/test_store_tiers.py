@@ -21,9 +21,9 @@ from kept_prompts import (
 )
 from semsharekv_integrations.kv import Segment
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.packed import PackedKV
+from semsharekv_integrations.store.codec import PackedKV
+from semsharekv_integrations.store.eviction import COSTLY_POSITION, MOST_HITS, NOVEL_SHARE, Tier
 from semsharekv_integrations.store.radix import Node
-from semsharekv_integrations.store.tiers import COSTLY_POSITION, MOST_HITS, NOVEL_SHARE, Tier
 
 POPULAR = [(n, n, n, n) for n in range(1, 5)]
 

@@ -17,9 +17,9 @@ import torch
 
 from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all, reference, runs_of
 from semsharekv_integrations import StoreConfig, StoreFileError
-from semsharekv_integrations.store import KVStore, catalog, codec, files, verified
-from semsharekv_integrations.store.directory import COUNTS, KVDirectory
-from semsharekv_integrations.store.peeking import peek
+from semsharekv_integrations.store import KVStore, catalog, codec, files
+from semsharekv_integrations.store import files as verified
+from semsharekv_integrations.store.directory import COUNTS, KVDirectory, peek
 from stored_kv import kv_files, tensors
 from tiny_models import EngineMaker
 
