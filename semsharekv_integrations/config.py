@@ -231,14 +231,16 @@ class EngineConfig:
         return max(8, self.max_batch_size) if self.max_calls is None else self.max_calls
 
 
-def _check_stop(stop: object) -> None:
-    """Raise ``ValueError`` unless ``stop`` are some strings that text may hold."""
-    require(isinstance(stop, tuple), "stop", stop, "a tuple of strings")
-    strings = cast(tuple[object, ...], stop)
-    require(len(strings) <= MOST_STOP_STRINGS, "stop", f"{len(strings)} strings", f"up to {MOST_STOP_STRINGS}")
+def checked_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
+    """A tuple of strings that text may hold; ``or_else`` is what else an error says is accepted."""
+    require(isinstance(stop, tuple), "stop", stop, f"{or_else}a tuple of strings")
+    strings = cast(tuple[str, ...], stop)
+    few = len(strings) <= MOST_STOP_STRINGS
+    require(few, "stop", f"{len(strings)} strings", f"{or_else}up to {MOST_STOP_STRINGS} strings")
     for string in strings:
         fits = isinstance(string, str) and 0 < len(string) <= MOST_STOP_CHARS and is_utf8(string)
-        require(fits, "stop", string, f"strings of 1 to {MOST_STOP_CHARS} characters{IN_UTF8}")
+        require(fits, "stop", string, f"{or_else}strings of 1 to {MOST_STOP_CHARS} characters{IN_UTF8}")
+    return strings
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         require(is_whole(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "1 or more")
-        _check_stop(self.stop)
+        checked_stop(self.stop)
         require(is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
         require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.top_k is None or is_whole(self.top_k, 1), "top_k", self.top_k, "None or 1 or more")

@@ -65,7 +65,6 @@ class Flow:
             rendered = parts.renderer.render(
                 request.prompt,
                 request.documents,
-                request.namespace,
                 request.tools,
                 hints,
                 request.chat_template_kwargs,

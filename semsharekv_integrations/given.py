@@ -9,7 +9,7 @@ from typing import Any, cast
 from semsharekv_integrations.checks import check_lifetime, is_path, require
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.model.prompt import Prompt
-from semsharekv_integrations.request import checked_name
+from semsharekv_integrations.request import DOCUMENTS, checked_name_or_none
 
 
 def checked_config(config: object) -> EngineConfig:
@@ -34,13 +34,12 @@ def checked_prompts(prompts: object) -> Iterable[Prompt]:
 def checked_scope(namespace: object, session: object) -> tuple[str | None, str | None]:
     """Names or None; a session has a namespace."""
     require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
-    named = None if namespace is None else checked_name("namespace", namespace)
-    return named, None if session is None else checked_name("session", session)
+    return checked_name_or_none("namespace", namespace), checked_name_or_none("session", session)
 
 
 def check_warming(documents: object, pinned: object, ttl_s: object, progress: object) -> None:
     """Raise ``ValueError`` unless there are documents, and the rest is of its type; the texts are not looked at."""
-    require(documents is not None, "documents", documents, "texts in a list, or texts by id in a dict")
+    require(documents is not None, "documents", documents, DOCUMENTS)
     check_lifetime("ttl_s", ttl_s)
     for name, value in (("pinned", pinned), ("progress", progress)):
         require(isinstance(value, bool), name, value, "True or False")

@@ -73,8 +73,10 @@ class ReuseRules:
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         for name, least in (("min_run_tokens", 2), ("boundary_tokens", 0), ("edit_tokens", 0), ("full_layers", 0)):
-            require(is_whole(getattr(self, name), least), f"reuse.{name}", getattr(self, name), f"{least} or more")
-        require(is_whole(self.tail_tokens, 1), "reuse.tail_tokens", self.tail_tokens, "1 or more")
+            require(
+                is_whole(getattr(self, name), least), f"reuse.{name}", getattr(self, name), f"None or {least} or more"
+            )
+        require(is_whole(self.tail_tokens, 1), "reuse.tail_tokens", self.tail_tokens, "None or 1 or more")
         for name in (
             "attention_ratio",
             "relevance_ratio",
@@ -83,12 +85,12 @@ class ReuseRules:
             "max_compute_ratio",
             "min_token_similarity",
         ):
-            require(is_share(getattr(self, name)), f"reuse.{name}", getattr(self, name), "0 to 1")
+            require(is_share(getattr(self, name)), f"reuse.{name}", getattr(self, name), "None or 0 to 1")
         for name in ("fuzzy", "guard_facts", "rotate_keys"):
-            require(isinstance(getattr(self, name), bool), f"reuse.{name}", getattr(self, name), "True or False")
+            require(isinstance(getattr(self, name), bool), f"reuse.{name}", getattr(self, name), "None, True or False")
         for name in ("max_deviation", "retention_final_share"):
             value = getattr(self, name)
-            require(is_number(value) and value > 0, f"reuse.{name}", value, "above 0")
+            require(is_number(value) and value > 0, f"reuse.{name}", value, "None or above 0")
         needs_layer = self.deviation_ratio > 0 or self.fuzzy
         require(
             not needs_layer or self.full_layers > 0,
@@ -102,7 +104,7 @@ class ReuseRules:
                 value is None or (is_share(value) and value > 0), f"reuse.{name}", value, "None, or above 0 up to 1"
             )
         bits = self.lsh_bits
-        require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "0 or 8 or more")
+        require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "None, 0, or 8 or more")
 
     def for_identical_tokens(self) -> ReuseRules:
         """The rules where no different token is borrowed: no full layers, and so no deviation to choose by."""

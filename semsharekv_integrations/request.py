@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
 from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_json, is_utf8, nesting, plain, require, shown
-from semsharekv_integrations.config import SamplingConfig
+from semsharekv_integrations.config import SamplingConfig, checked_stop
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
 from semsharekv_integrations.model.chat_text import RENDERING_OPTIONS
@@ -17,7 +17,8 @@ from semsharekv_integrations.model.room import require_room
 from semsharekv_integrations.model.tool_format import Tool
 
 _CHOICES = ("auto", "none", "any")
-_DOCUMENTS = "texts in a list, or texts by id in a dict"
+DOCUMENTS = "texts in a list, or texts by id in a dict"
+_NAME = f"a non-empty string{IN_UTF8}"
 Documents = Sequence[str] | Mapping[str, str]
 
 
@@ -106,16 +107,16 @@ class Request:
         unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
         require(not unknown, "options", unknown, ", ".join(GenerateOptions.__annotations__))
         rest = dict(options)
-        namespace, session = checked_namespace(rest.pop("namespace", "default")), rest.pop("session", None)
+        namespace = checked_namespace(rest.pop("namespace", "default"))
+        session = checked_name_or_none("session", rest.pop("session", None))
         given = rest.pop("documents", None)
-        documents = document_texts(given)
+        documents = {} if given is None else document_texts(given, f"None, {DOCUMENTS}")
         noted = given if isinstance(given, DocumentNotes) else DocumentNotes({}, documents)
         tools = _checked_tools(rest.pop("tools", None))
         choice = _checked_choice(rest.pop("tool_choice", None), tools)
         schema = _checked_schema(rest.pop("json_schema", None), tools, choice)
         variables = _checked_variables(rest.pop("chat_template_kwargs", None))
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
-        session = None if session is None else checked_name("session", session)
         asked = (prompt, sampling, namespace, documents, session, tools, choice, schema, variables)
         return cls(*asked, noted.required, noted.groups)
 
@@ -178,7 +179,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
         return ()
     several = isinstance(stop, Sequence) and not isinstance(stop, (bytes, bytearray))
     require(several, "stop", stop, "None, a string or a sequence of strings")
-    return (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+    return checked_stop((stop,) if isinstance(stop, str) else tuple(stop), "None, or ")  # type: ignore[arg-type]
 
 
 def _checked_tools(tools: object) -> tuple[Tool, ...]:
@@ -202,10 +203,10 @@ def _checked_tool(field: str, tool: object) -> Tool:
     named = isinstance(name, str) and bool(name) and name not in _CHOICES
     require(named, f"{field}.function.name", name, f"a non-empty string other than {', '.join(_CHOICES)}")
     described = description is None or isinstance(description, str)
-    require(described, f"{field}.function.description", description, "a string or none")
+    require(described, f"{field}.function.description", description, "None or a string")
     kinds = parameters.get("type", "object") if isinstance(parameters, Mapping) else "object" if not parameters else ""
     of_object = kinds == "object" or (isinstance(kinds, list) and "object" in kinds)
-    require(of_object, f"{field}.function.parameters", parameters, "the JSON schema of an object, or none")
+    require(of_object, f"{field}.function.parameters", parameters, "None or the JSON schema of an object")
     _check_nesting(f"{field}.function.parameters", parameters)
     require(is_json(function), f"{field}.function", function, f"what JSON can hold{IN_UTF8}")
     schema: dict[str, Any] = {"properties": {}, **(parameters or {}), "type": "object"}
@@ -215,7 +216,7 @@ def _checked_tool(field: str, tool: object) -> Tool:
 def _checked_choice(choice: object, tools: Sequence[Tool]) -> str:
     names = [tool["function"]["name"] for tool in tools]
     accepted = (*_CHOICES, *names) if tools else ("auto", "none")
-    require(choice is None or choice in accepted, "tool_choice", choice, ", ".join(accepted))
+    require(choice is None or choice in accepted, "tool_choice", choice, ", ".join(("None", *accepted)))
     return "auto" if choice is None else str(choice)
 
 
@@ -229,7 +230,7 @@ def _checked_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mappi
 
 
 def _check_nesting(field: str, schema: object) -> None:
-    accepted = f"a schema of up to {MOST_NESTED} mappings and lists in each other"
+    accepted = f"None or a schema of up to {MOST_NESTED} mappings and lists in each other"
     require(nesting(schema) <= MOST_NESTED, field, schema, accepted)
 
 
@@ -270,21 +271,29 @@ def checked_namespace(namespace: object) -> str:
 
 def checked_name(field: str, name: object) -> str:
     """A name that is a non-empty string, and can be written down as UTF-8."""
-    require(isinstance(name, str) and bool(name) and is_utf8(name), field, name, f"a non-empty string{IN_UTF8}")
+    require(_is_name(name), field, name, _NAME)
     return plain(cast(str, name))
 
 
-def document_texts(documents: object) -> dict[str, str]:
+def checked_name_or_none(field: str, name: object) -> str | None:
+    """As ``checked_name``, where None is a choice too."""
+    require(name is None or _is_name(name), field, name, f"None or {_NAME}")
+    return None if name is None else plain(cast(str, name))
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name) and is_utf8(name)
+
+
+def document_texts(documents: object, accepted: str = DOCUMENTS) -> dict[str, str]:
     """Texts by id; a text given without one gets a digest of itself."""
-    if documents is None:
-        return {}
     if isinstance(documents, Mapping):
         for key in documents:
             named = isinstance(key, str) and bool(key) and is_utf8(key)
             require(named, "documents", key, f"ids that are non-empty strings{IN_UTF8}")
         return {plain(key): _checked_text(f"documents[{shown(key)}]", text) for key, text in documents.items()}
     a_list = isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray))
-    require(a_list, "documents", documents, _DOCUMENTS)
+    require(a_list, "documents", documents, accepted)
     return {document_id(text): text for text in cast(Sequence[Any], documents)}
 
 
@@ -296,6 +305,6 @@ def _checked_text(field: str, text: object) -> str:
 
 def document_id(text: object) -> str:
     """The id of a document that was given none: a digest of its text, 12 hexadecimal digits."""
-    require(isinstance(text, str), "documents", text, _DOCUMENTS)
+    require(isinstance(text, str), "documents", text, DOCUMENTS)
     _checked_text("documents", text)
     return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()

@@ -130,7 +130,7 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
 def _of_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a given engine fills in; those given beside it must say the same."""
     engine = given["engine"]
-    require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "a SemShareEngine")
+    require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
     own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
     for name, value in own.items():
         require(given.get(name, value) == value, name, given.get(name), f"{value!r}, that of the engine, or nothing")
@@ -148,12 +148,12 @@ def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
     name, config = given.get("model"), given.get("config", EngineConfig())
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
     require(isinstance(name, str) and bool(name), "model", name, _UNNAMED)
-    require(isinstance(config, EngineConfig), "config", config, "an EngineConfig")
+    require(isinstance(config, EngineConfig), "config", config, "None or an EngineConfig")
     if "mode" in given:
-        require(given["mode"] in MODE_SETTINGS, "mode", given["mode"], " or ".join(map(repr, MODE_SETTINGS)))
+        require(given["mode"] in MODE_SETTINGS, "mode", given["mode"], " or ".join(map(repr, (None, *MODE_SETTINGS))))
         config = replace(config, reuse=replace(config.reuse, mode=given["mode"]))
     options = given.get("model_kwargs", {})
-    require(isinstance(options, Mapping), "model_kwargs", options, "a dict")
+    require(isinstance(options, Mapping), "model_kwargs", options, "None or a dict")
     arguments = arguments_of(given.get("device"), given.get("dtype", "auto"), options)
     engine = SemShareEngine.from_pretrained(str(name), config, **arguments)
     return {"engine": engine, "model": name, "mode": config.reuse.mode, "config": config}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.langchain.calls import configured
 from semsharekv_integrations.langchain.documents import in_artifacts, in_marked_blocks, with_found
-from semsharekv_integrations.request import GenerateOptions, Request
+from semsharekv_integrations.request import GenerateOptions, Request, checked_name_or_none
 
 _OTHER_NAMES = {
     "max_new_tokens": "max_tokens",
@@ -80,6 +80,7 @@ class SamplingFields(BaseModel):
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
+        checked_name_or_none("namespace", self.namespace)
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         Request.of("", self._sampling_options())
         return self

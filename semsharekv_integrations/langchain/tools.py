@@ -21,7 +21,7 @@ from semsharekv_integrations.request import GenerateOptions
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 _OPENAI_CHOICES = {"required": "any", True: "any", False: "none"}
-_CHOICES = "'auto', 'none', 'any', 'required', True, False, a tool's name, or a dict that names one"
+_CHOICES = "None, 'auto', 'none', 'any', 'required', True, False, a tool's name, or a dict that names one"
 
 
 def openai_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -37,8 +37,9 @@ def engine_choice(choice: Any) -> str | None:
     """
     if isinstance(choice, Mapping):
         function = choice.get("function", choice)
-        choice = function.get("name", choice.get("type")) if isinstance(function, Mapping) else None
-        require(isinstance(choice, str), "tool_choice", choice, _CHOICES)
+        name = function.get("name", choice.get("type")) if isinstance(function, Mapping) else None
+        require(isinstance(name, str), "tool_choice", choice, _CHOICES)
+        choice = name
     require(choice is None or isinstance(choice, str | bool), "tool_choice", choice, _CHOICES)
     return _OPENAI_CHOICES.get(choice, choice)
 
@@ -73,7 +74,7 @@ class ChatOptions(CallOptions):
         if not self.tools or schema is None or choice == "none":
             tools = self.tools or None
             return GenerateOptions(tools=tools, tool_choice=choice if tools else None, json_schema=schema)
-        require(choice in (None, "auto"), "tool_choice", choice, "'auto' or 'none' beside an answer format")
+        require(choice in (None, "auto"), "tool_choice", choice, "None, 'auto' or 'none' beside an answer format")
         answer = {"name": self.answer_tool, "description": "Give the final answer.", "parameters": schema}
         return GenerateOptions(tools=[*self.tools, {"type": "function", "function": answer}], tool_choice="any")
 
@@ -93,7 +94,7 @@ class ChatOptions(CallOptions):
         given = self.response_format.get("json_schema")
         if kind == "json_schema" and isinstance(given, Mapping) and isinstance(given.get("schema"), Mapping):
             return dict(given["schema"])
-        accepted = "type 'text', 'json_object', or 'json_schema' with json_schema.schema"
+        accepted = "None, or type 'text', 'json_object', or 'json_schema' with json_schema.schema"
         require(kind in ("text", "json_object"), "response_format", self.response_format, accepted)
         return {"type": "object"} if kind == "json_object" else None
 

@@ -11,6 +11,7 @@ from semsharekv_integrations.checks import check_lifetime, require
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.documents import engine_documents
+from semsharekv_integrations.request import checked_name_or_none
 
 
 class SemShareKVWarmer(BaseDocumentTransformer):
@@ -48,7 +49,7 @@ class SemShareKVWarmer(BaseDocumentTransformer):
         check_lifetime("ttl_s", ttl_s)
         self.engine = model.engine if isinstance(model, LocalModel) else model
         own = model.kv_namespace if isinstance(model, LocalModel) else "default"
-        self.namespace = own if namespace is None else namespace
+        self.namespace = checked_name_or_none("namespace", namespace) or own
         self.pinned, self.ttl_s, self.progress = pinned, ttl_s, progress
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:

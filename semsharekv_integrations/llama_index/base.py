@@ -38,7 +38,7 @@ from semsharekv_integrations.llama_index.options import (
     under_own_names,
 )
 from semsharekv_integrations.modes import MODE_SETTINGS, ModeSetting
-from semsharekv_integrations.request import GenerateOptions, Request, checked_namespace
+from semsharekv_integrations.request import GenerateOptions, Request, checked_name_or_none
 
 
 class EngineLLM(FunctionCallingLLM):
@@ -88,7 +88,7 @@ class EngineLLM(FunctionCallingLLM):
     @field_validator("mode", mode="before")
     @classmethod
     def _checked_mode(cls, mode: Any) -> Any:
-        require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, MODE_SETTINGS)))
+        require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, (None, *MODE_SETTINGS))))
         return mode
 
     @field_validator("device", "dtype", mode="before")
@@ -103,6 +103,7 @@ class EngineLLM(FunctionCallingLLM):
 
     def _check_fields(self) -> None:
         """Refuse bad fields now rather than at the first call."""
+        checked_name_or_none("namespace", self.namespace)
         Request.of("", self._options({}, ""))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class EngineLLM(FunctionCallingLLM):
             nodes: with or without scores.
             namespace: whose prompts, or None for this object's.
         """
-        self._nodes.add(self.kv_namespace if namespace is None else checked_namespace(namespace), nodes)
+        self._nodes.add(checked_name_or_none("namespace", namespace) or self.kv_namespace, nodes)
 
     @property
     def metadata(self) -> LLMMetadata:

@@ -107,7 +107,7 @@ class SemShareKVLLM(SchemaLLM):
     ) -> None:
         fields = {"model": os.fspath(model) if isinstance(model, os.PathLike) else model, **fields}
         if engine is not None:
-            require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "a SemShareEngine")
+            require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
             own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
             _require_agreement(own, fields)
             fields |= own

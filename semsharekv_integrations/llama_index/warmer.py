@@ -19,6 +19,7 @@ from semsharekv_integrations.llama_index.base import EngineLLM
 from semsharekv_integrations.llama_index.documents import NodeText
 from semsharekv_integrations.llama_index.postprocessor import settings_llm
 from semsharekv_integrations.logs import log_trouble
+from semsharekv_integrations.request import checked_name_or_none
 
 
 class SemShareKVWarmer(TransformComponent):
@@ -66,7 +67,7 @@ class SemShareKVWarmer(TransformComponent):
 
     @property
     def _namespace(self) -> str:
-        return self.llm.kv_namespace if self.namespace is None else self.namespace
+        return checked_name_or_none("namespace", self.namespace) or self.llm.kv_namespace
 
     @classmethod
     def class_name(cls) -> str:

@@ -183,7 +183,9 @@ class ModelFiles:
         if not isinstance(found, dict):
             raise self.failure(f"its {_GENERATION} is damaged: it holds no object")
         if ends is not None and not all(is_whole(end, -1) for end in (ends if isinstance(ends, list) else [ends])):
-            raise self.failure(f"its {_GENERATION} has eos_token_id {shown(ends)}; accepted is a token id or a list")
+            raise self.failure(
+                f"its {_GENERATION} has eos_token_id {shown(ends)}; accepted is null, a token id or a list of them"
+            )
 
     def _has(self, filename: str) -> bool:
         return (self._folder / filename).is_file()

@@ -49,7 +49,6 @@ class PromptRenderer:
         self,
         prompt: Prompt,
         documents: Mapping[str, str],
-        namespace: str = "default",
         tools: Sequence[Tool] = (),
         hints: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
@@ -60,7 +59,6 @@ class PromptRenderer:
         Args:
             prompt: text, or messages.
             documents: texts by id.
-            namespace: whose prompt it is; on purpose, nothing depends on it.
             tools: shown to the model, as its template does it or in the system message.
             hints: more texts that may stand there: they count where no named one does, the longest of those that
                 overlap.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,70 @@ def test_every_setting_refuses_another_type(field: str, make: Callable[[], Any])
     with pytest.raises(ValueError, match="accepted is") as refusal:
         make()
     assert str(refusal.value).startswith(field) or field.removeprefix("reuse.") in str(refusal.value)
+
+
+def accepted_of(call: Callable[[Any], Any]) -> str:
+    """What the error of ``call`` says is accepted, when it is given what no field takes."""
+    with pytest.raises(ValueError, match="; accepted is ") as refusal:
+        call(object())
+    return str(refusal.value).partition("; accepted is ")[2]
+
+
+def is_refused(call: Callable[[Any], Any]) -> bool:
+    try:
+        call(None)
+    except ValueError:
+        return True
+    return False
+
+
+def assert_told_of_none(call: Callable[[Any], Any], field: str) -> None:
+    """An error says that None is accepted exactly where it is."""
+    assert ("None" in accepted_of(call)) != is_refused(call), (field, accepted_of(call))
+
+
+@pytest.mark.parametrize("field", GenerateOptions.__annotations__)
+def test_errors_of_options_say_where_none_is_accepted(make_engine: EngineMaker, field: str) -> None:
+    engine = make_engine("off")
+    assert_told_of_none(lambda value: engine.generate(TEXT, **{"max_new_tokens": 1, field: value}), field)
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, name) for kind, _ in KINDS for name in kind.__dataclass_fields__])
+def test_errors_of_settings_say_where_none_is_accepted(kind: Any, field: str) -> None:
+    mode = {"mode": "semantic"} if kind is ReuseConfig and field != "mode" else {}
+    assert_told_of_none(lambda value: kind(**mode, **{field: value}), field)
+
+
+NONE_OR_NOT: dict[str, Callable[[SemShareEngine, Any], Any]] = {
+    "clear": lambda engine, value: engine.clear(value),
+    "session of clear": lambda engine, value: engine.clear("n", value),
+    "forget": lambda engine, value: engine.forget(value),
+    "namespace of forget": lambda engine, value: engine.forget("d", value),
+    "warm": lambda engine, value: engine.warm(value),
+    "namespace of warm": lambda engine, value: engine.warm([TEXT], value),
+    "pinned": lambda engine, value: engine.warm([TEXT], pinned=value),
+    "ttl_s": lambda engine, value: engine.warm([TEXT], ttl_s=value),
+    "progress": lambda engine, value: engine.warm([TEXT], progress=value),
+    "description": lambda engine, value: engine.generate([HELLO], tools=[tool("a", value)]),
+    "parameters": lambda engine, value: engine.generate([HELLO], tools=[with_parameters(value)]),
+    "config": lambda engine, value: SemShareEngine.from_pretrained("semsharekv/reference", value),
+    "device": lambda engine, value: SemShareEngine.from_pretrained("semsharekv/reference", device=value),
+    "dtype": lambda engine, value: SemShareEngine.from_pretrained("semsharekv/reference", dtype=value),
+    "save": lambda engine, value: engine.save(value),
+    "observe": lambda engine, value: engine.observe(value),
+    "prompts": lambda engine, value: engine.generate_batch(value),
+}
+HELLO = {"role": "user", "content": TEXT}
+
+
+def with_parameters(value: Any) -> Any:
+    return {"type": "function", "function": {"name": "a", "parameters": value}}
+
+
+@pytest.mark.parametrize("call", NONE_OR_NOT)
+def test_errors_of_other_calls_say_where_none_is_accepted(make_engine: EngineMaker, call: str) -> None:
+    engine = make_engine()
+    assert_told_of_none(partial(NONE_OR_NOT[call], engine), call)
 
 
 def test_numpys_numbers_are_as_good_as_pythons(make_engine: EngineMaker) -> None:

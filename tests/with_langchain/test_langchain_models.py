@@ -163,7 +163,7 @@ async def test_unknown_options_are_refused(model: Model, option: dict[str, Any])
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"top_p": 2}, "top_p is 2"),
         ({"namespace": ""}, "namespace is ''"),
-        ({"documents": "one text"}, "documents is 'one text'; accepted is texts in a list"),
+        ({"documents": "one text"}, "documents is 'one text'; accepted is None, texts in a list"),
         ({"documents": [Document("a", id="1"), Document("b", id="1")]}, "two texts with the id '1'"),
     ],
 )

@@ -191,7 +191,7 @@ def test_images_and_sounds_are_refused(llm: SemShareKVLLM, block: Any) -> None:
         ({"max_new_tokens": "x"}, "max_tokens is 'x'; accepted is an integer"),
         ({"max_tokens": 3, "max_new_tokens": 3}, "max_tokens is 3; accepted is nothing beside max_new_tokens"),
         ({"namespace": ""}, "namespace is ''"),
-        ({"documents": "text"}, "documents is 'text'; accepted is texts in a list"),
+        ({"documents": "text"}, "documents is 'text'; accepted is None, texts in a list"),
         ({"documents": [TextNode(text="x"), 5]}, "documents is 5; accepted is"),
         ({"documents": [TextNode(text=t, id_="a") for t in "xy"]}, "documents is \"two texts with the id 'a'\""),
     ],

@@ -116,15 +116,15 @@ def test_device_dtype_and_model_kwargs_reach_the_loader(model_path: Path) -> Non
     [
         (
             {"mode": "fast"},
-            "mode is 'fast'; accepted is 'auto' or 'off' or 'exact' or 'identical' or 'semantic' or 'paper'",
+            "mode is 'fast'; accepted is None or 'auto' or 'off' or 'exact' or 'identical' or 'semantic' or 'paper'",
         ),
         ({"temperature": -0.5}, "temperature is -0.5; accepted is 0 or more"),
         ({"top_p": 0.0}, "top_p is 0.0; accepted is above 0, up to 1"),
         ({"top_k": 0}, "top_k is 0; accepted is None or 1 or more"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; accepted is"),
         ({"max_tokens": 0}, "max_tokens is 0; accepted is an integer of 1 or more"),
-        ({"stop": [""]}, "stop is .* accepted is strings of 1 to"),
-        ({"namespace": ""}, "namespace is ''; accepted is a non-empty string"),
+        ({"stop": [""]}, "stop is .* accepted is None, or strings of 1 to"),
+        ({"namespace": ""}, "namespace is ''; accepted is None or a non-empty string"),
         ({"model": None}, "model is None; accepted is a path or hub id, unless engine= is given"),
         ({"temprature": 1}, "temprature"),
     ],

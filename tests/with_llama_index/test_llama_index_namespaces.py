@@ -54,11 +54,11 @@ def test_a_private_name_is_not_handed_on(model_path: Path) -> None:
 
 
 def test_names_are_checked(llm: SemShareKVLLM) -> None:
-    with pytest.raises(ValueError, match="namespace is ''; accepted is a non-empty string"):
+    with pytest.raises(ValueError, match="namespace is ''; accepted is None or a non-empty string"):
         llm.scoped(namespace="")
-    with pytest.raises(ValueError, match="namespace is ''; accepted is a non-empty string"):
+    with pytest.raises(ValueError, match="namespace is ''; accepted is None or a non-empty string"):
         llm.note([], namespace="")
-    with pytest.raises(ValueError, match="session is 5; accepted is a non-empty string"):
+    with pytest.raises(ValueError, match="session is 5; accepted is None or a non-empty string"):
         llm.scoped(session=5)  # type: ignore[arg-type]
 
 
