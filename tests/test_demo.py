@@ -55,10 +55,13 @@ def test_repeated_runs_find_what_the_first_one_found() -> None:
     """Each has a namespace of its own, so the median is over calls alike."""
     engine = SemShareEngine.from_pretrained("semsharekv/reference", EngineConfig(reuse=ReuseConfig(mode="exact")))
     reports: list[Any] = []
+    told: list[tuple[str, int]] = []
     calls = []
     engine.observe(reports.append)
-    for call in flow.Demo(engine, articles.make_world_news(2, 7), runs=3).run():
+    demo = flow.Demo(engine, articles.make_world_news(2, 7), tell=lambda _, answer: told.append((answer, len(reports))))
+    for call in demo.run():
         calls.append(call)
+        assert told.pop() == (call.answer, 1) and not told, "told before the runs that only take times"
         first, *again = reports
         assert len(again) == 2
         assert [r.recomputed_tokens for r in again] == [first.recomputed_tokens] * 2
@@ -77,10 +80,11 @@ def test_it_prints_at_once_and_within_80_columns(
     assert max(map(len, lines)) <= 80 and captured.err == ""
     assert lines[:2] == ["Loading semsharekv/reference ...", models.NO_REAL_MODEL]
     start = lines.index(table.HEADER)
-    rows = [line for line in lines[start:] if line.lstrip()[:1].isdigit()]
+    rows = [line for line in lines[start:] if line.endswith((" yes", " no"))]
+    assert lines[start + 1] == parts.PARTS["chain"].title
     assert len(rows) == 7 and "of one run." in captured.out
-    tokens, computed = (sum(int(row.split()[i].replace(",", "")) for row in rows) for i in (0, 2))
-    same = sum(" yes " in row for row in rows)
+    tokens, computed = (sum(int(row.split()[i].replace(",", "")) for row in rows) for i in (-6, -4))
+    same = sum(row.endswith(" yes") for row in rows)
     said = f"Over 7 calls the model read {tokens:,} prompt tokens, computed {computed:,} of them, and the answers were"
     assert f"{said} those of a full prefill in {same} of 7." in " ".join(captured.out.split())
 
@@ -93,9 +97,10 @@ def call(answer: str, tokens: int = 99_999, ttft_s: float = 0.1) -> Call:
 @pytest.mark.parametrize("answer", ["", "x" * 500, "two\nlines\tand \x1b[2J more", "words " * 50, "Ж" * 80])
 @pytest.mark.parametrize("ttft_s", [1e-9, 3.333, 1e6])
 def test_every_line_fits(answer: str, ttft_s: float) -> None:
-    line = table.line(call(answer, ttft_s=ttft_s))
-    assert len(line) <= 80 and line.isprintable()
-    assert line.startswith("99,999       0   99,999")
+    done = call(answer, ttft_s=ttft_s)
+    line = table.begin_line(answer) + table.end_line(done)
+    assert len(line) == len(table.HEADER) == 80 and line.isprintable()
+    assert line[-42:].startswith("99,999       0   99,999")
 
 
 def test_the_sentence_boasts_of_no_gain_that_is_none() -> None:

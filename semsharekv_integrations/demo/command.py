@@ -13,6 +13,8 @@ from semsharekv_integrations.demo import models
 from semsharekv_integrations.engine_arguments import add_engine_arguments, load_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from semsharekv_integrations.demo.articles import Script
     from semsharekv_integrations.demo.flow import Call
     from semsharekv_integrations.engine import SemShareEngine
@@ -44,17 +46,20 @@ def run(args: argparse.Namespace) -> int:
     args.model = choice.name
     engine = _loaded(args, choice)
     script = _script(args, choice)
+    from semsharekv_integrations.demo import table
     from semsharekv_integrations.demo.flow import Demo
 
-    demo = Demo(engine, script, args.runs, args.seed)
-    demo.warm_up()
-    if not args.json:
+    if args.json:
+        demo = Demo(engine, script, args.runs, args.seed)
+    else:
         _say(*_introduction(args, choice, engine, script))
+        demo = Demo(engine, script, args.runs, args.seed, _answer_teller())
+    demo.warm_up()
     calls = []
     for call in demo.run():
         calls.append(call)
         if not args.json:
-            _show(call, is_first=len(calls) == 1 or calls[-2].scenario != call.scenario)
+            _say(table.end_line(call))
     _finish(args, calls)
     promised = engine.mode in ("off", "exact")  # the same text; other modes only come close
     return 0 if not promised or all(call.same_as_off for call in calls) else 1
@@ -101,10 +106,20 @@ def _introduction(args: argparse.Namespace, choice: models.Choice, engine: SemSh
     return ["", fill(about.replace("torch.", ""), table.COLUMNS), "", table.HEADER]
 
 
-def _show(call: Call, *, is_first: bool) -> None:
+def _answer_teller() -> Callable[[str, str], None]:
+    """What prints answers as they come, each part's below its title, and leaves their lines open for the figures."""
     from semsharekv_integrations.demo import table
 
-    _say(*([call.scenario] if is_first else []), table.line(call))
+    told: set[str] = set()
+
+    def tell(part: str, answer: str) -> None:
+        if part not in told:
+            _say(part)
+        told.add(part)
+        sys.stdout.write(table.begin_line(answer))
+        sys.stdout.flush()
+
+    return tell
 
 
 def _finish(args: argparse.Namespace, calls: list[Call]) -> None:

@@ -7,7 +7,7 @@ order at each call of chain and query engine, and in mode ``semantic`` also rewo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
 from statistics import median
@@ -64,13 +64,22 @@ class Demo:
         script: what is read and asked.
         runs: how often each call is timed, at least 1.
         seed: of the order of the articles.
+        tell: is given each call's part and answer when there is one, before the runs that only take its times.
     """
 
-    def __init__(self, engine: SemShareEngine, script: Script, runs: int = 3, seed: int = 7) -> None:
+    def __init__(
+        self,
+        engine: SemShareEngine,
+        script: Script,
+        runs: int = 3,
+        seed: int = 7,
+        tell: Callable[[str, str], object] = lambda _part, _answer: None,
+    ) -> None:
         off = SemShareEngine(engine.model, engine.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
         self._reusing, self._full = _Timed(engine), _Timed(off)
         self._script = script
         self._runs = runs
+        self._tell = tell
         self._mode = engine.mode
         self._rng = Random(seed)
 
@@ -100,6 +109,7 @@ class Demo:
         """One call in all its runs; repeated ones say a word only, unless a later turn continues what they say."""
         again = asked if part.is_chat else asked._replace(max_tokens=1)
         answer, report = self._reusing.answer(askers[0], asked)
+        self._tell(part.title, answer)
         full_answer, full_report = self._full.answer(in_full, asked)
         seconds, full_seconds = [report["ttft_s"]], [full_report["ttft_s"]]
         for ask in askers[1:]:

@@ -8,17 +8,22 @@ from textwrap import shorten
 from semsharekv_integrations.demo.flow import Call
 
 COLUMNS = 80
-HEADER = "tokens  reused computed  with    off  same  answer"
-_ROOM = COLUMNS - HEADER.index("answer")
+_FIGURES = "  tokens  reused computed  with    off  same"
+_ROOM = COLUMNS - len(_FIGURES)
+HEADER = f"{'answer':<{_ROOM}}{_FIGURES}"
 
 
-def line(call: Call) -> str:
-    """One call."""
+def begin_line(answer: str) -> str:
+    """What is known of a call when the model has answered."""
+    return f"{shorten_text(answer, _ROOM):<{_ROOM}}"
+
+
+def end_line(call: Call) -> str:
+    """The rest, known when all runs are done."""
     tokens, computed = call.report["prompt_tokens"], call.report["recomputed_tokens"]
-    counts = f"{tokens:>6,} {tokens - computed:>7,} {computed:>8,}"
+    counts = f"{tokens:>8,} {tokens - computed:>7,} {computed:>8,}"
     same = "yes" if call.same_as_off else "no"
-    answer = shorten_text(call.answer, _ROOM)
-    return f"{counts} {_seconds(call.ttft_s):>5} {_seconds(call.off_ttft_s):>6} {same:>5}  {answer}"
+    return f"{counts} {_seconds(call.ttft_s):>5} {_seconds(call.off_ttft_s):>6} {same:>5}"
 
 
 def shorten_text(text: str, room: int) -> str:

@@ -1,0 +1,73 @@
+"""A GGUF file, once converted: the same model and tokenizer as transformers reads from the file itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from semsharekv_integrations.model.gguf import convert
+from semsharekv_integrations.model.loading import NamedModel
+
+gguf = pytest.importorskip("gguf")
+LAYERS, HEADS, HIDDEN, WORDS = 2, 2, 64, ["<|end|>", "a", "b", "c", "ab", "abc"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A Llama with random quantized weights, and a vocabulary of its own."""
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3] + [1] * (len(WORDS) - 1))
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_eos_token_id(0)
+    rng = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        kind = gguf.GGMLQuantizationType.F32 if len(shape) == 1 else gguf.GGMLQuantizationType.Q4_1
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+
+    add("token_embd", len(WORDS), HIDDEN)
+    add("output_norm", HIDDEN)
+    for layer in range(LAYERS):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            add(f"blk.{layer}.{name}", HIDDEN, HIDDEN)
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{name}", HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "tiny.gguf"
+
+
+def test_converting_keeps_every_bit_reads_the_file_once_and_leaves_gguf_as_it_was(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = NamedModel(str(path), "cpu", torch.bfloat16, {})
+    weights, tokenizer = plain.load().state_dict(), plain.tokenizer
+    opened: list[Any] = []
+    read = gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: (opened.append(given), read(*given))[1])
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    convert(path, tmp_path / "converted")
+    assert len(opened) == 1 and before == (gguf.GGUFReader, gguf.get_tensor_name_map)
+    source = NamedModel(tmp_path / "converted", "cpu", "auto", {})
+    converted = source.load().state_dict()
+    assert converted.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(converted[name], weight), name
+    assert source.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert source.tokenizer("abcab").input_ids == tokenizer("abcab").input_ids == [5, 4]
