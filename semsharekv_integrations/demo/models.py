@@ -47,7 +47,7 @@ def choose(given: str | None) -> Choice:
         return Choice(str(folder), title)
     if util.find_spec("gguf") is None:
         return Choice(SHIPPED, SHIPPED, notes=(f"{_PACKAGE} is installed, but not what reads it: pip install gguf",))
-    note = f"First time: it is converted, which takes half a minute, and kept in\n{_short(folder)}"
+    note = f"First time: it is converted, which takes ten seconds, and kept in\n{_short(folder)}"
     return Choice(str(folder), title, gguf, (note,))
 
 
