@@ -7,6 +7,7 @@ the meaning they have in transformers, while the prefill and the loop are ours.
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
@@ -55,8 +56,8 @@ class Decoder:
         self._ids = torch.from_numpy(prompt_ids)[None].to(adapter.device)  # [B, T]
         self._prepared = self._prepare(sampling)
         self._greedy = sampling.temperature == 0
-        self._random = torch.Generator(device=adapter.device)
-        self._random.seed() if sampling.seed is None else self._random.manual_seed(sampling.seed)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed  # torch's own needs a file handle
+        self._random = torch.Generator(device=adapter.device).manual_seed(seed)
 
     def tokens(
         self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None

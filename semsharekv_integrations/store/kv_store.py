@@ -163,7 +163,8 @@ class KVStore:
     def put(self, reference: Reference) -> bool:
         """Keep ``reference``; whether it, or a longer entry that contains it, is in the store afterwards.
 
-        Entries that are a prefix of it are replaced by it, their labels joined to its own. A tainted one replaces that
+        Entries that are a prefix of it are replaced by it, their labels joined to its own; one that lies on disk stays
+        where this one could not be written there. A tainted one replaces that
         of its session instead, and is never pinned. Refused, and counted, if there is no room beside pinned entries, if
         it is tainted and without a session, or if it is rounded and this store keeps KV as it is; nothing changes then.
 
@@ -296,7 +297,9 @@ class KVStore:
             entry.hits = max(entry.hits, other.hits)
         self._entries.relabelled(entry, reference)
         for other in absorbed:
-            self._entries.remove(other)
+            other.stays = node.on_disk is None and other.node.on_disk is not None  # else the disk would have neither
+            if not other.stays:
+                self._entries.remove(other)
         return True
 
     def _put_tainted(self, reference: Reference) -> bool:

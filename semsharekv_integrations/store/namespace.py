@@ -27,12 +27,14 @@ class Entry:
         node: the node that it ends with.
         last_used_s: by the store's clock.
         hits: number of times it was found.
+        stays: whether it stays though another entry begins with it, which could not be written to disk as it was.
     """
 
     reference: Reference
     node: Node
     last_used_s: float
     hits: float = 0.0
+    stays: bool = False
 
     @property
     def key(self) -> str:
@@ -238,9 +240,10 @@ class Namespace:
         return next((entry for entry in found if entry.reference.pinned or not reference.pinned), None)
 
     def contained_in(self, entry: Entry) -> list[Entry]:
-        """The other entries that ``entry`` begins with; pinned ones are left to stand by themselves."""
+        """The other entries that ``entry`` begins with; pinned ones, and those that stay, stand by themselves."""
         found = [self.ordinary[key] for node in entry.node.path() for key in node.entries if key != entry.key]
-        return [other for other in found if not other.reference.pinned]
+        is_on_disk = entry.node.on_disk is not None
+        return [other for other in found if not other.reference.pinned and (is_on_disk or not other.stays)]
 
     def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
         """Runs of ``token_ids`` [T] anywhere in ordinary entries, by reference id: see ``RunIndex.runs``."""

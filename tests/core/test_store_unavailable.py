@@ -17,6 +17,7 @@ import torch
 
 from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all, reference, runs_of
 from semsharekv_integrations import StoreConfig, StoreFileError
+from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.store import KVStore, catalog, codec, files
 from semsharekv_integrations.store import files as verified
 from semsharekv_integrations.store.directory import COUNTS, KVDirectory, peek
@@ -191,6 +192,65 @@ def test_a_process_without_handles_loses_nothing(tmp_path: Path, spare: int) -> 
     assert [lookup(store, tokens) for tokens in PROMPTS] == [5, 4, 3]
     store.close()
     assert_all_there(opened(config_of(0, directory=tmp_path / "two")), tmp_path / "two")
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOSPC, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("max_tokens", [0, 3, 1000])
+def test_what_lies_on_disk_stays_when_what_goes_on_from_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int, error: int
+) -> None:
+    """However long the longer prompt stays in memory: a restart finds the shorter one, with its own labels."""
+    clock = Clock()
+    with closing(opened(config_of(directory=tmp_path), clock)) as store:
+        put_all(store, clock, PROMPTS, document_starts={"d": 0})
+    store = opened(config_of(max_tokens, directory=tmp_path), clock)
+    with monkeypatch.context() as patch:
+        patch.setattr(KVDirectory, "write", raising(StoreWriteError(os.strerror(error))))
+        for tokens in PROMPTS:
+            store.put(reference((*tokens, 7), document_starts={"e": 1}))
+            store.check()
+        longer = [lookup(store, (*tokens, 7)) for tokens in PROMPTS]
+        assert all(len(tokens) <= found for found, tokens in zip(longer, PROMPTS, strict=True))
+        assert max_tokens < 1000 or longer == [6, 5, 4]
+    store.close()
+    again = opened(config_of(0, directory=tmp_path), clock)
+    assert_all_there(again, tmp_path)
+    again = opened(config_of(0, directory=tmp_path), clock)
+    assert again.forget("a", document_id="d") == 3 and not again.references()
+    again.close()
+
+
+def test_forgetting_reaches_both_where_the_longer_one_is_in_memory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = opened(config_of(directory=tmp_path), clock)
+    put_all(store, clock, PROMPTS, document_starts={"d": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(KVDirectory, "write", raising(StoreWriteError("no room")))
+        assert store.put(reference((*PROMPTS[0], 7)))
+    assert store.forget("a", document_id="d") == 4 and not store.references()
+    store.check()
+    store.close()
+    assert not opened(config_of(directory=tmp_path), clock).references()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_calls_go_on_in_a_process_without_handles(
+    make_engine: EngineMaker, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    engine = make_engine(store=StoreConfig(directory=tmp_path))
+    prompts = [f"News {n} from Velmar. " * 3 for n in range(3)]
+    before = [engine.generate(prompt, max_new_tokens=3, **options).token_ids for prompt in prompts]
+    with out_of_handles(0):
+        meanwhile = [engine.generate(prompt, max_new_tokens=4, **options).token_ids for prompt in prompts]
+    is_random = options.get("temperature") and "seed" not in options
+    assert is_random or [found[:3] for found in meanwhile] == before
+    engine.store.check()
+    engine.close()
+    again = make_engine(store=StoreConfig(directory=tmp_path))
+    assert all(again.generate(prompt, max_new_tokens=1).report.prefix_tokens > 9 for prompt in prompts)
+    again.close()
 
 
 def sqlite_error(code: int, text: str) -> sqlite3.OperationalError:
