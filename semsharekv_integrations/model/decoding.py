@@ -125,7 +125,7 @@ class Decoder:
             num_beams=1,
             num_return_sequences=1,
             cache_implementation=None,
-            use_cache=True,
+            use_cache=False,  # generate would make one, which nobody needs
             stop_strings=None,
             temperature=None if greedy else sampling.temperature,
             top_p=None if greedy else sampling.top_p,
