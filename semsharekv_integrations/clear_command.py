@@ -12,7 +12,7 @@ from rich.console import Console
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.directory import directories
+from semsharekv_integrations.store.directory import find_directories
 from semsharekv_integrations.store.disk import DISK
 
 _UNUSABLE = ("damaged", "foreign", "vanished", "orphans")
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         alone = getattr(args, name) is not None and args.namespace is None
         require(not alone, "namespace", None, f"a string where a {name} is given")
     with ExitStack() as opened:
-        stores = [_opened(args.directory, path.name, opened) for path in directories(args.directory)]
+        stores = [_opened(args.directory, path.name, opened) for path in find_directories(args.directory)]
         removed = sum(_cleared(args, store) for store in stores)
         unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
     console = Console(highlight=False, markup=False)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from semsharekv_integrations.errors import StoreFileError
-from semsharekv_integrations.store.directory import PeekedEntry, directories, peek
+from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
 from semsharekv_integrations.terminal import fold_error, print_table
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """
     found: dict[str, list[PeekedEntry]] = {}
     troubles: list[str] = []
-    for path in directories(args.directory):
+    for path in find_directories(args.directory):
         try:
             peeked = peek(path)
         except StoreFileError as error:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from semsharekv_integrations.store.directory import EntryRecord, KVDirectory, NodeRecord
+from semsharekv_integrations.store.directory import KVDirectory
+from semsharekv_integrations.store.records import EntryRecord, NodeRecord
 
 FINGERPRINT = "ab12"
 Records = dict[str, tuple[Any, ...]]
@@ -41,8 +42,9 @@ def fill(directory: KVDirectory) -> None:
 
 def records(directory: KVDirectory) -> Records:
     """All nodes and entries by kind and id, comparable by ``==``."""
-    nodes = {f"node {n.id}": (*n[:3], tuple(n.token_ids.tolist()), *n[4:]) for n in directory.nodes()}
-    return nodes | {f"entry {e.id}": (*e[:3], str(dict(e.labels)), *e[4:]) for e in directory.entries()}
+    found = directory.contents()
+    nodes = {f"node {n.id}": (*n[:3], tuple(n.token_ids.tolist()), *n[4:]) for n in found.nodes}
+    return nodes | {f"entry {e.id}": (*e[:3], str(dict(e.labels)), *e[4:]) for e in found.entries}
 
 
 def kv_files(path: Path) -> set[str]:

@@ -121,6 +121,19 @@ class Catalog:
                 self._db.execute(f"DELETE FROM {table.name}")
             self._insert(contents)
 
+    def read(self) -> Contents:
+        """All that there is."""
+        return _read(self._db, self._fingerprint)
+
+    def files_of(self, nodes: Iterable[str]) -> Iterator[str]:
+        """Ids of the files in which those of ``nodes`` lie that are there, once for each.
+
+        Raises:
+            sqlite3.Error: if it cannot be read.
+        """
+        for id in nodes:
+            yield from (file for (file,) in self._db.execute("SELECT file FROM nodes WHERE id = ?", (id,)))
+
     def empty_log(self) -> None:
         """Move what the log has into the catalog: until then the log still has rows that were deleted.
 

@@ -1,8 +1,9 @@
 """The KV of one model on disk: a directory with a catalog and KV files, safe against crashes.
 
-A KV file is written whole before the catalog names it, and deleted after the catalog has forgotten it. So what a crash
-leaves is a file that nothing names, which the next opening deletes. What is found damaged on disk is dropped, together
-with what hangs on it, and counted; it is never a wrong answer. Knows nothing about matching, eviction or expiry.
+The catalog alone says what is there; nothing is kept beside it but how many nodes each file has. A KV file is written
+whole before the catalog names it, and deleted after the catalog has forgotten it, so a crash leaves at worst a file
+that nothing names, which the next opening deletes. What is damaged on disk is dropped, together with what hangs on it,
+and counted; it is never a wrong answer. Knows nothing about matching, eviction or expiry.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ from semsharekv_integrations.store.files import (
     make_private_directory,
     require_directory,
 )
-from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, fits, rooted, sound
-
-__all__ = ["EntryRecord", "KVDirectory", "NodeRecord"]
+from semsharekv_integrations.store.records import (
+    Contents,
+    EntryRecord,
+    FileRecord,
+    NodeRecord,
+    fits,
+    keep_rooted,
+    keep_sound,
+)
 
 LOCK = "lock"
 MOST_REMOVED = 100  # files deleted with one change: thousands that expire together must not delay a call
@@ -90,21 +97,20 @@ class KVDirectory:
         except BaseException:
             self._resources.close()
             raise
+        self._found: Contents | None = kept  # until the first change
         self._files = {file.id: file for file in kept.files}  # those in use, and those written but not recorded yet
-        self._nodes = {node.id: node for node in kept.nodes}
-        self._entries = {entry.id: entry for entry in kept.entries}
-        self._uses = Counter(node.file for node in kept.nodes)  # nodes of each file in use
-        self._num_bytes = sum(file.num_bytes for file in kept.files)
+        self._uses = Counter(node.file for node in kept.nodes)  # number of nodes of each file in use
         self._is_open = True
+        self.num_bytes = sum(file.num_bytes for file in kept.files)  # of files in use, without the catalog
+
         tell_of_forks(self)
 
-    def nodes(self) -> list[NodeRecord]:
-        """All nodes, parents before children."""
-        return rooted(self._nodes.values())
-
-    def entries(self) -> list[EntryRecord]:
-        """All entries."""
-        return list(self._entries.values())
+    def contents(self) -> Contents:
+        """All records, parents before children."""
+        if self._found is not None:
+            return self._found
+        found = self._catalog.read()
+        return found._replace(nodes=keep_rooted(found.nodes))
 
     def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
         """Write a new KV file, with the tokens at dim 2 of every tensor, and return its id.
@@ -126,37 +132,18 @@ class KVDirectory:
             self._on_disk.remove(file)
 
     def read(self, file: str) -> dict[str, torch.Tensor]:
-        """Tensors on the CPU that are private maps of the file: bytes are read when touched.
+        """As ``KVFiles.read``, which counts what is wrong; to drop the nodes that lie in it is up to the caller."""
+        return self._on_disk.read(self.file(file))
 
-        The digest is verified, which touches all of them, the first time that a file is read.
-
-        Raises:
-            UnavailableFileError: if the system cannot read it now. It is counted; the file may be whole.
-            StoreFileError: if the file is missing, damaged, or another than the one written. It is counted; to drop
-                the nodes that lie in it is up to the caller.
-        """
-        return self._on_disk.read(self._known(file))
-
-    def file_bytes(self, file: str) -> int:
-        """Size on disk of a file in use, or of one just written.
+    def file(self, file: str) -> FileRecord:
+        """What is known of a file in use, or of one just written.
 
         Raises:
             StoreFileError: if it is neither.
         """
-        return self._known(file).num_bytes
-
-    def file_tokens(self, file: str) -> int:
-        """Tokens that have KV in a file in use, or in one just written.
-
-        Raises:
-            StoreFileError: if it is neither.
-        """
-        return self._known(file).num_tokens
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on disk of all files in use; the catalog is not counted."""
-        return self._num_bytes
+        if file not in self._files:
+            raise StoreFileError(f"{self.path} has no KV file {file!r}")
+        return self._files[file]
 
     def record(
         self,
@@ -166,37 +153,28 @@ class KVDirectory:
         gone_nodes: Iterable[str] = (),
         gone_entries: Iterable[str] = (),
     ) -> None:
-        """Forget the gone, then insert or replace the others, all or nothing; then delete many of the files out of use.
+        """Forget the gone, then insert or replace the others, in one transaction; then delete files out of use.
 
         Raises:
             StoreWriteError: if the catalog cannot be written; nothing has changed.
             ValueError: if a node does not lie in a file that was written.
         """
-        put_nodes, put_entries = {node.id: node for node in nodes}, {entry.id: entry for entry in entries}
-        for node in put_nodes.values():
+        put, gone_nodes = {node.id: node for node in nodes}, set(gone_nodes)
+        for node in put.values():
             if node.file not in self._files or not fits(node, self._files[node.file]):
                 raise ValueError(f"node {node.id} has {len(node.token_ids)} tokens that file {node.file} does not have")
-        gone_nodes, gone_entries = set(gone_nodes), set(gone_entries)
-        replaced = [self._nodes[id] for id in gone_nodes | put_nodes.keys() if id in self._nodes]
-        uses = Counter(node.file for node in put_nodes.values())
-        uses.subtract(node.file for node in replaced)
-        begun = [self._files[file] for file in uses if not self._uses[file]]
-        ended = [self._files[file] for file, more in uses.items() if not self._uses[file] + more]
-        gone = {"files": [file.id for file in ended], "nodes": gone_nodes, "entries": gone_entries}
-        put = Contents(begun, list(put_nodes.values()), list(put_entries.values()))
+        more = Counter(node.file for node in put.values())
         try:
-            self._catalog.change(gone, put)
+            more.subtract(file for file in self._catalog.files_of(gone_nodes | put.keys()) if file in self._files)
+            begun = [self._files[file] for file in more if not self._uses[file]]
+            ended = [self._files[file] for file in more if not self._uses[file] + more[file]]
+            gone = {"files": [file.id for file in ended], "nodes": gone_nodes, "entries": gone_entries}
+            self._catalog.change(gone, Contents(begun, list(put.values()), list(entries)))
         except (sqlite3.Error, UnicodeEncodeError) as error:
-            self._counts["write_failed"] += 1
-            raise StoreWriteError(f"{self.path / CATALOG} could not be written: {error}") from error
-        for id in gone_nodes:
-            self._nodes.pop(id, None)
-        for id in gone_entries:
-            self._entries.pop(id, None)
-        self._nodes |= put_nodes
-        self._entries |= put_entries
-        self._uses.update(uses)
-        self._num_bytes += sum(file.num_bytes for file in begun) - sum(file.num_bytes for file in ended)
+            raise self._write_failed(f"{self.path / CATALOG} could not be written: {error}") from error
+        self._found = None
+        self._uses.update(more)
+        self.num_bytes += sum(file.num_bytes for file in begun) - sum(file.num_bytes for file in ended)
         for file in ended:
             del self._uses[file.id], self._files[file.id]
         self._on_disk.remove(*(file.id for file in ended), most=MOST_REMOVED)
@@ -218,8 +196,7 @@ class KVDirectory:
             forget_set_aside(self.path)
             self._catalog.empty_log()
         except (OSError, sqlite3.Error) as error:
-            self._counts["write_failed"] += 1
-            raise StoreWriteError(f"{self.path} still names what is forgotten: {error}") from error
+            raise self._write_failed(f"{self.path} still names what is forgotten: {error}") from error
 
     def counts(self) -> dict[str, int]:
         """What went wrong since opening.
@@ -234,18 +211,17 @@ class KVDirectory:
 
     def check(self) -> None:
         """The law: every node lies in a file, every file in use is on disk as recorded, and their bytes are exact."""
-        assert self._uses == Counter(node.file for node in self._nodes.values()), "uses of files"
-        assert all(fits(node, self._files[node.file]) for node in self._nodes.values()), "nodes outside of their files"
-        sizes = self._on_disk.sizes()
+        found, sizes = self._catalog.read(), self._on_disk.sizes()
+        assert self._uses == Counter(node.file for node in found.nodes), "uses of files"
+        assert found.num_damaged == 0 and {file.id: file for file in found.files} == self._in_use(), "files recorded"
+        assert all(fits(node, self._files[node.file]) for node in found.nodes), "nodes outside of their files"
         assert {id: file.num_bytes for id, file in self._files.items()}.items() <= sizes.items(), "files on disk"
-        assert self._num_bytes == sum(sizes[file] for file in self._uses), "bytes of files in use"
+        assert self.num_bytes == sum(sizes[file] for file in self._uses), "bytes of files in use"
 
     def close(self) -> None:
         """Delete what was written and not recorded, and let other processes in. May be called again."""
-        for file in self._files.keys() - self._uses.keys() if self._is_open else ():
-            self.discard(file)
         if self._is_open:
-            self._on_disk.remove()
+            self._on_disk.remove(*(self._files.keys() - self._in_use().keys()))
         self._is_open = False
         self._resources.close()
 
@@ -258,10 +234,12 @@ class KVDirectory:
             self._catalog.abandon()
             self._lock.release()
 
-    def _known(self, file: str) -> FileRecord:
-        if file not in self._files:
-            raise StoreFileError(f"{self.path} has no KV file {file!r}")
-        return self._files[file]
+    def _in_use(self) -> dict[str, FileRecord]:
+        return {id: file for id, file in self._files.items() if self._uses[id]}
+
+    def _write_failed(self, reason: str) -> StoreWriteError:
+        self._counts["write_failed"] += 1
+        return StoreWriteError(reason)
 
     def _open_catalog(self) -> tuple[Catalog, Contents]:
         try:
@@ -274,7 +252,7 @@ class KVDirectory:
     def _keep(self, found: Contents) -> Contents:
         """What of ``found`` is sound; all else is deleted, from the catalog and from the disk, and counted."""
         sizes = self._on_disk.sizes()
-        kept = sound(found, sizes)
+        kept = keep_sound(found, sizes)
         missing = [file.id for file in found.files if file.id not in sizes]
         resized = [file.id for file in found.files if sizes.get(file.id, file.num_bytes) != file.num_bytes]
         unused = sizes.keys() - {file.id for file in kept.files}
@@ -284,8 +262,7 @@ class KVDirectory:
         self._counts["orphans"] += len(unused - set(resized)) + self._on_disk.remove_temporaries()
         if found.num_damaged or found.num_records != kept.num_records:
             self._catalog.replace(kept)
-        for file in unused:
-            self._on_disk.remove(file)
+        self._on_disk.remove(*unused)
         return kept
 
 
@@ -304,7 +281,7 @@ class Peeked(NamedTuple):
     num_unusable: int
 
 
-def directories(path: Path) -> list[Path]:
+def find_directories(path: Path) -> list[Path]:
     """The directories of single models under ``path``, by their names, which are fingerprints.
 
     Raises:
@@ -329,7 +306,7 @@ def peek(path: Path) -> Peeked:
     try:
         require_directory(path)
         found = look_into(path, fingerprint)
-        kept = sound(found, KVFiles(path, fingerprint, Counter()).sizes())
+        kept = keep_sound(found, KVFiles(path, fingerprint, Counter()).sizes())
     except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error
     files = {file.id: file for file in kept.files}

@@ -1,13 +1,13 @@
-"""The lowest shelf: KV in the files of a directory, bounded, and a catalog that says what prompts need it.
+"""The lowest tier: KV in the files of a directory, bounded, and a catalog that says what prompts need it.
 
-What the catalog could not be told, because the disk is full, it is told with the next change, or when it is closed.
+All that one call changes is one transaction of the catalog, at its end; KV that is written, or gives room to other KV,
+is a transaction of its own before. A change that the catalog refuses (disk full) is owed: it waits for the next one.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -16,10 +16,11 @@ from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, memory_errors
-from semsharekv_integrations.store.directory import EntryRecord, KVDirectory, NodeRecord
+from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import TOKEN_DIM
 from semsharekv_integrations.store.radix import FileRange, Node
+from semsharekv_integrations.store.records import EntryRecord, NodeRecord
 
 DISK = "disk"
 _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
@@ -40,11 +41,9 @@ class DiskTier:
         self._counts = counts
         self._give_up = give_up
         self._home = (torch.float32, torch.device("cpu"))
-        self._is_gathering = False
-        self._nodes: dict[str, NodeRecord] = {}  # these four: what the catalog is still to be told
-        self._entries: dict[str, EntryRecord] = {}
-        self._gone_nodes: set[str] = set()
-        self._gone_entries: set[str] = set()
+        self._nodes: dict[str, NodeRecord | None] = {}  # not in the catalog yet, by id; None is gone
+        self._entries: dict[str, EntryRecord | None] = {}
+        self._has_news = False  # since the catalog was told, or refused to be
 
     def attach(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> None:
         """Keep KV in ``directory`` from now on; what is read from it goes to ``device`` as ``dtype``."""
@@ -79,22 +78,17 @@ class DiskTier:
                 on_host = {name: tensor.contiguous().cpu() for name, tensor in packed.tensors.items()}
             file = self._directory.write(on_host, packed.num_tokens)
         except (StoreWriteError, *OUT_OF_MEMORY):
-            self._write_failed()
+            self._note_failure()
             return False
-        node.on_disk = FileRange(file, 0)
-        if not self.record(nodes=[(node, namespace)]):
-            del self._nodes[node.id]
-            node.on_disk = None
-            self._directory.discard(file)
+        if not self._move([node], [FileRange(file, 0)], namespace):
             return False
-        self.tier.add(node, self._directory.file_bytes(file))
+        self.tier.add(node, self._directory.file(file).num_bytes)
         return True
 
-    def drop(self, nodes: Sequence[Node], keys: Sequence[str]) -> None:
+    def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
         """Nodes, and entries, are no longer here."""
         gone = [node for node in nodes if node.on_disk is not None]
-        if gone or keys:
-            self.record(gone_nodes=[node.id for node in gone], gone_entries=keys)
+        self.forget((node.id for node in gone), keys)
         for node in gone:
             self.tier.remove(node)
             node.on_disk = None
@@ -109,63 +103,51 @@ class DiskTier:
         share = size * len(upper.token_ids) // (len(upper.token_ids) + len(lower.token_ids))
         self.tier.shrink(lower, size - share)
         self.tier.add(upper, share)
-        self.record(nodes=[(upper, namespace), (lower, namespace)])
+        self._put([upper, lower], namespace)
 
     def adopt(self, node: Node, place: FileRange, file_tokens: int) -> None:
         """``node`` was found in a file, in which nodes with so many tokens in all were found."""
         assert self._directory is not None
         node.on_disk = place
-        self.tier.add(node, self._directory.file_bytes(place.file) * len(node.token_ids) // file_tokens)
+        self.tier.add(node, self._directory.file(place.file).num_bytes * len(node.token_ids) // file_tokens)
 
-    def record(
-        self,
-        *,
-        nodes: Iterable[tuple[Node, str]] = (),
-        entries: Iterable[EntryRecord] = (),
-        gone_nodes: Iterable[str] = (),
-        gone_entries: Iterable[str] = (),
-    ) -> bool:
-        """Tell the catalog, if there is one; whether that went well. Nodes come with their namespace."""
-        if self._directory is None:
-            return False
-        for known, gone, ids in (
-            (self._nodes, self._gone_nodes, list(gone_nodes)),
-            (self._entries, self._gone_entries, list(gone_entries)),
-        ):
-            gone.update(ids)
-            for id in ids:
-                known.pop(id, None)
-        self._nodes |= {node.id: _record(node, namespace) for node, namespace in nodes}
-        self._entries |= {entry.id: entry for entry in entries}
-        if self._is_gathering:
-            return True
+    def put_entry(self, entry: EntryRecord) -> None:
+        """The catalog, if there is one, has ``entry`` after the next ``commit``."""
+        if self._directory is not None:
+            self._entries[entry.id] = entry
+            self._has_news = True
+
+    def forget(self, nodes: Iterable[str], entries: Iterable[str]) -> None:
+        """The catalog has none of these ids after the next ``commit``."""
+        if self._directory is not None:
+            self._nodes |= dict.fromkeys(nodes)
+            self._entries |= dict.fromkeys(entries)
+            self._has_news = True
+
+    def commit(self, *, retry: bool = True) -> bool:
+        """Tell the catalog all that changed, in one transaction; whether it knows everything now.
+
+        Unless ``retry``, what it refused before waits until something else has changed.
+        """
+        if self._directory is None or not self._owes or not (retry or self._has_news):
+            return not self._owes
+        self._has_news = False
         try:
             self._directory.record(
-                nodes=self._nodes.values(),
-                entries=self._entries.values(),
-                gone_nodes=self._gone_nodes,
-                gone_entries=self._gone_entries,
+                nodes=[node for node in self._nodes.values() if node is not None],
+                entries=[entry for entry in self._entries.values() if entry is not None],
+                gone_nodes=[id for id, node in self._nodes.items() if node is None],
+                gone_entries=[id for id, entry in self._entries.items() if entry is None],
             )
         except StoreWriteError:
-            self._write_failed()
+            self._note_failure()
             return False
-        for told in (self._nodes, self._entries, self._gone_nodes, self._gone_entries):
-            told.clear()
+        self._nodes.clear()
+        self._entries.clear()
         return True
 
-    @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Tell the catalog at the end, in one change, of all that goes meanwhile; nothing may be written meanwhile."""
-        self._is_gathering = True
-        try:
-            yield
-        finally:
-            self._is_gathering = False
-            if self._owes:
-                self.record()
-
-    def compact(self, nodes: Iterable[Node], namespace: str) -> bool:
-        """Write files anew of which ``nodes``, all of a namespace, need only a part: what is forgotten goes with it.
+    def purge(self, nodes: Iterable[Node], namespace: str) -> bool:
+        """Rewrite files of which ``nodes``, all of a namespace, need only a part, so that forgotten tokens leave them.
 
         Whether that went well.
         """
@@ -175,9 +157,9 @@ class DiskTier:
         for node in nodes:
             if node.on_disk is not None:
                 by_file[node.on_disk.file].append(node)
-        partly = [needed for file, needed in by_file.items() if _num_tokens(needed) < self._directory.file_tokens(file)]
-        written = [self._write_anew(needed, namespace) for needed in partly]
-        return all(written)
+        partly = [part for file, part in by_file.items() if _num_tokens(part) < self._directory.file(file).num_tokens]
+        rewritten = [self._rewrite(needed, namespace) for needed in partly]
+        return all(rewritten)
 
     def sweep(self) -> None:
         """Delete some of the files that nothing needs any more."""
@@ -190,7 +172,7 @@ class DiskTier:
             if self._directory is not None:
                 self._directory.scrub(whole=whole)
         except StoreWriteError:
-            self._write_failed()
+            self._note_failure()
             return False
         return not self._owes
 
@@ -202,12 +184,15 @@ class DiskTier:
             if least is None:
                 return
             self._give_up(least)
+            self.commit()
 
-    def close(self, entries: Sequence[EntryRecord]) -> None:
+    def close(self, entries: Iterable[EntryRecord]) -> None:
         """Write ``entries`` down once more, and let go of the directory; nothing is here afterwards."""
         if self._directory is None:
             return
-        self.record(entries=entries)
+        for entry in entries:
+            self.put_entry(entry)
+        self.commit()
         self._directory.close()
         self.abandon()
 
@@ -216,8 +201,8 @@ class DiskTier:
         for node in [node for node, _ in self.tier.sizes()]:
             self.tier.remove(node)
             node.on_disk = None
-        for untold in (self._nodes, self._entries, self._gone_nodes, self._gone_entries):
-            untold.clear()
+        self._nodes.clear()
+        self._entries.clear()
         self._directory = None
 
     @property
@@ -241,13 +226,14 @@ class DiskTier:
         if self._directory is None or self._owes:
             return
         assert self.num_bytes <= self.tier.max_bytes, "the bound of the disk tier"
-        written = {node.id: tuple(node.on_disk) for node in here if node.on_disk is not None}
-        assert {node.id: (node.file, node.first) for node in self._directory.nodes()} == written, "nodes written"
-        assert {entry.id for entry in self._directory.entries()} == keys, "entries written"
+        self._directory.check()
+        found = self._directory.contents()
+        assert sorted(map(_plain, found.nodes)) == sorted(_plain(_record(node, "")) for node in here), "nodes written"
+        assert {entry.id for entry in found.entries} == keys, "entries written"
 
     @property
     def _owes(self) -> bool:
-        return bool(self._nodes or self._entries or self._gone_nodes or self._gone_entries)
+        return bool(self._nodes or self._entries)
 
     def _make_room(self, num_bytes: int, protected: Collection[Node]) -> bool:
         """Whether so much fits, after what must go for it has gone; nothing goes if it does not fit in the end."""
@@ -256,23 +242,23 @@ class DiskTier:
             return True
         staying = {node.on_disk for node, _ in self.tier.sizes() if node.pins or node in protected}
         files = {place.file for place in staying if place is not None}
-        if sum(map(self._directory.file_bytes, files)) + num_bytes > self.tier.max_bytes:
+        if sum(self._directory.file(file).num_bytes for file in files) + num_bytes > self.tier.max_bytes:
             return False
-        while self.num_bytes + num_bytes > self.tier.max_bytes:
-            if self._owes and not self.record():
-                return False  # what goes would not make room
+        while self.commit():  # else what goes would not make room
+            if self.num_bytes + num_bytes <= self.tier.max_bytes:
+                return True
             victim = self.tier.victim(protected, num_bytes)
             if victim is None:
-                return False
+                break
             while (below := next((c for c in victim.children.values() if c.on_disk is not None), None)) is not None:
                 victim = below
             if victim.held is None:
                 self._give_up(victim)
             else:
                 self.drop([victim], sorted(victim.entries))
-        return True
+        return False
 
-    def _write_anew(self, nodes: Sequence[Node], namespace: str) -> bool:
+    def _rewrite(self, nodes: Sequence[Node], namespace: str) -> bool:
         """Move nodes to one new file; whether that went well, else they stay in the old one."""
         assert self._directory is not None
         num_tokens = [len(node.token_ids) for node in nodes]
@@ -282,23 +268,39 @@ class DiskTier:
                 whole = {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
             file = self._directory.write(whole, sum(num_tokens))
         except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
-            self._write_failed()
+            self._note_failure()
             return False
-        former = [node.on_disk for node in nodes]
-        for node, stop in zip(nodes, accumulate(num_tokens), strict=True):
-            node.on_disk = FileRange(file, stop - len(node.token_ids))
-        if not self.record(nodes=[(node, namespace) for node in nodes]):
-            for node, place in zip(nodes, former, strict=True):
-                node.on_disk = place
-            self._nodes |= {node.id: _record(node, namespace) for node in nodes}
-            self._directory.discard(file)
+        starts = accumulate(num_tokens[:-1], initial=0)
+        if not self._move(nodes, [FileRange(file, start) for start in starts], namespace):
             return False
-        num_bytes = self._directory.file_bytes(file)
+        num_bytes = self._directory.file(file).num_bytes
         for node, own_tokens in zip(nodes, num_tokens, strict=True):
             self.tier.shrink(node, num_bytes * own_tokens // sum(num_tokens))
         return True
 
-    def _write_failed(self) -> None:
+    def _move(self, nodes: Sequence[Node], places: Sequence[FileRange], namespace: str) -> bool:
+        """Have nodes lie in a new file, and the catalog told; if it cannot be, the file goes and they stay."""
+        assert self._directory is not None
+        former = [(node.on_disk, self._nodes.get(node.id)) for node in nodes]
+        for node, place in zip(nodes, places, strict=True):
+            node.on_disk = place
+        self._put(nodes, namespace)
+        if self.commit():
+            return True
+        for node, (place, owed) in zip(nodes, former, strict=True):
+            node.on_disk = place
+            del self._nodes[node.id]
+            if owed is not None:
+                self._nodes[node.id] = owed
+        self._directory.discard(places[0].file)
+        return False
+
+    def _put(self, nodes: Iterable[Node], namespace: str) -> None:
+        if self._directory is not None:
+            self._nodes |= {node.id: _record(node, namespace) for node in nodes}
+            self._has_news = True
+
+    def _note_failure(self) -> None:
         self._counts["write_failed"] += 1
         log_trouble("write_failed")
 
@@ -311,3 +313,8 @@ def _record(node: Node, namespace: str) -> NodeRecord:
     assert node.on_disk is not None
     parent = node.parent.id if node.parent is not None and len(node.parent.token_ids) else None
     return NodeRecord(node.id, parent, namespace, node.token_ids, node.on_disk.file, node.on_disk.first)
+
+
+def _plain(record: NodeRecord) -> tuple[str, ...]:
+    """What a node's place says, comparable."""
+    return record.id, str(record.parent), record.token_ids.tobytes().hex(), record.file, str(record.first)

@@ -21,11 +21,11 @@ from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
-from semsharekv_integrations.store.directory import EntryRecord, KVDirectory
+from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.disk import DiskTier
 from semsharekv_integrations.store.namespace import Entry, Namespace, record_of, reference_of, shortened
 from semsharekv_integrations.store.radix import FileRange, Node
-from semsharekv_integrations.store.records import NodeRecord
+from semsharekv_integrations.store.records import EntryRecord, NodeRecord
 from semsharekv_integrations.store.tiers import Tiers, Unreadable
 
 
@@ -86,10 +86,10 @@ def entries_on_disk(
 
     Least recently used ones first. What does not fit together is removed from the directory.
     """
-    parts, records = directory.nodes(), directory.entries()
-    nodes = _nodes_on_disk(parts, space_of)
+    contents = directory.contents()
+    nodes = _nodes_on_disk(contents.nodes, space_of)
     found: list[tuple[Entry, float]] = []
-    for record in sorted(records, key=lambda record: record.used_s):
+    for record in sorted(contents.entries, key=lambda record: record.used_s):
         node, _ = nodes.get(record.node, (None, None))
         if node is None:
             continue
@@ -112,10 +112,8 @@ def entries_on_disk(
     for node, _ in nodes.values():
         if node.on_disk is None and node.parent is not None:
             del node.parent.children[int(node.token_ids[0])]
-    disk.record(
-        gone_nodes=[part.id for part in parts if part.id not in nodes or nodes[part.id][0].on_disk is None],
-        gone_entries={record.id for record in records} - {entry.key for entry, _ in found},
-    )
+    gone = [part.id for part in contents.nodes if part.id not in nodes or nodes[part.id][0].on_disk is None]
+    disk.forget(gone, {record.id for record in contents.entries} - {entry.key for entry, _ in found})
     return found
 
 
@@ -182,6 +180,7 @@ class Entries:
             entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger
             self.keep(entry)
         self.expire()
+        self.shelves.disk.commit()
         self.shelves.disk.fit()
         return len(self.by_key)
 
@@ -253,7 +252,7 @@ class Entries:
         space.label(entry)
         self._limit(entry)
         if entry.node.on_disk is not None:
-            self.shelves.disk.record(entries=[self._record(entry)])
+            self.shelves.disk.put_entry(self._record(entry))
 
     def remove(self, entry: Entry) -> None:
         """Drop ``entry``, and the KV that no other entry needs."""
@@ -287,15 +286,15 @@ class Entries:
         If not ``at_once``, calls to come delete what files are left. The spaces ``purged`` are left without a trace of
         what was removed before, either.
         """
-        with self.shelves.disk.gathering():
-            for entry in entries:
-                self.remove(entry)
+        for entry in entries:
+            self.remove(entry)
+        self.shelves.disk.commit()
         for name in self.spaces.keys() & set(purged):
             self.spaces[name].purge()
         is_gone = True
         for name in self.spaces.keys() & {*purged, *(entry.reference.space for entry in entries)}:
             if isinstance(name, str):  # all others lie in memory alone
-                is_gone &= self.shelves.disk.compact(self.spaces[name].tree.nodes(), name)
+                is_gone &= self.shelves.disk.purge(self.spaces[name].tree.nodes(), name)
         self.leaves_on_disk = not (self.shelves.disk.scrub(whole=at_once) and is_gone)
         return len(entries)
 

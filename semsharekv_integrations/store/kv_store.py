@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -120,8 +121,7 @@ class KVStore:
         The shared namespace is read as well, and the tainted entry of ``session`` if it agrees for longer than the
         others. Counts as a use of the entry. None if no entry shares the first token.
         """
-        with self._lock:
-            self._entries.expire()
+        with self._working():
             while True:
                 spaces = [(name, self._entries.spaces.get(self._space(name))) for name in self.readable(namespace)]
                 found = [
@@ -151,8 +151,7 @@ class KVStore:
         of ``min_run_tokens`` that occurs in an entry starts inside a run. Where the namespace has nothing, the shared
         one is read. Counts as a use of the entries.
         """
-        with self._lock:
-            self._entries.expire()
+        with self._working():
             runs: list[Run] = []
             for name in self.readable(namespace):
                 for first, last in gaps(runs, start, stop):
@@ -172,8 +171,7 @@ class KVStore:
             ValueError: if what is known of it beside its KV cannot be written down; nothing changes.
         """
         require_writable(reference)
-        with self._lock:
-            self._entries.expire()
+        with self._working():
             if self._state is not None and reference.state != self._state:
                 reference = at_state(reference, self._state)
             if reference.rounded and self.config.kv_bits is None:
@@ -202,8 +200,7 @@ class KVStore:
 
     def references(self, namespace: str | None = None) -> list[Reference]:
         """The stored references of one namespace, or of all, oldest use first, without KV; no tainted ones."""
-        with self._lock:
-            self._entries.expire()
+        with self._working():
             entries = sorted(self._entries.of(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
@@ -231,8 +228,7 @@ class KVStore:
         They may be of any state of the model. The ones that ``spare`` is true of stay. How many entries went. For
         ``tokens`` and ``text_of`` see ``entries_with``.
         """
-        with self._lock:
-            self._entries.expire()  # so that the count does not tell what others did since
+        with self._working():  # what expired goes before, so that the count does not tell what others did since
             found = self._entries.of(namespace)
             if document_id is not None:
                 found = entries_with(document_id, found, tokens, text_of)
@@ -272,10 +268,19 @@ class KVStore:
             self._entries.check()
 
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        with self._lock:
-            self._entries.expire()
+        with self._working():
             entry = self._entries.find(reference_id, self.readable(namespace), self._state)
             return self._entries.loaded(entry, entry.node.path()) if entry is not None else None
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Hold the lock; what has expired goes first, and the catalog is told of all changes at the end, at once."""
+        with self._lock:
+            try:
+                self._entries.expire()
+                yield
+            finally:
+                self._entries.shelves.disk.commit(retry=False)
 
     def _space(self, namespace: str) -> SpaceName:
         return space_name(namespace, self._state or "")

@@ -13,8 +13,8 @@ import numpy as np
 from semsharekv_integrations.checks import IN_UTF8, is_utf8, require, shown
 from semsharekv_integrations.core.prefix import common_prefix_tokens
 from semsharekv_integrations.kv import UNPLACED, Reference, Run, Segment, SpaceName, Span, TokenIds, standing_within
-from semsharekv_integrations.store.directory import EntryRecord
 from semsharekv_integrations.store.radix import Node, RadixTree
+from semsharekv_integrations.store.records import EntryRecord
 from semsharekv_integrations.store.runs import BYTES_PER_WINDOW, IndexedRun, RunIndex
 
 

@@ -79,7 +79,7 @@ class Contents(NamedTuple):
         return len(self.files) + len(self.nodes) + len(self.entries)
 
 
-def sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
+def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
     """What of ``found`` can be used, given the bytes of the KV files that there are; parents stand before children.
 
     A file must have the bytes recorded, at least one for each token, a node its KV in such a file and a sound parent in
@@ -87,7 +87,7 @@ def sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
     no entry needs is left out, and so is a file that no node needs.
     """
     files = {f.id: f for f in found.files if sizes.get(f.id) == f.num_bytes >= f.num_tokens}
-    order = rooted(node for node in found.nodes if node.file in files and fits(node, files[node.file]))
+    order = keep_rooted(node for node in found.nodes if node.file in files and fits(node, files[node.file]))
     nodes = {node.id: node for node in order}
     stops: dict[str | None, int] = {None: 0}
     for node in order:
@@ -110,7 +110,7 @@ def sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
     return Contents([file for file in files.values() if file.id in used], kept, entries)
 
 
-def rooted(nodes: Iterable[NodeRecord]) -> list[NodeRecord]:
+def keep_rooted(nodes: Iterable[NodeRecord]) -> list[NodeRecord]:
     """The nodes whose ancestors are all there, in the same namespace; parents stand before children."""
     children: dict[str | None, list[NodeRecord]] = defaultdict(list)
     for node in nodes:

@@ -19,7 +19,7 @@ import torch
 from semsharekv_integrations import StoreFileError
 from semsharekv_integrations.errors import StoreLockedError, StoreWriteError
 from semsharekv_integrations.store import catalog, files
-from semsharekv_integrations.store.directory import COUNTS, KVDirectory, directories, peek
+from semsharekv_integrations.store.directory import COUNTS, KVDirectory, find_directories, peek
 from stored_kv import FINGERPRINT, entry, fill, kv_files, node, records, tensors
 
 NOTHING = dict.fromkeys(COUNTS, 0)
@@ -42,7 +42,7 @@ def test_records_are_there_again(directory: KVDirectory) -> None:
     before = records(directory)
     again = reopened(directory)
     assert records(again) == before and len(before) == 7 and again.counts() == NOTHING
-    assert again.entries()[0].labels["document_starts"] == {"é": 1}
+    assert again.contents().entries[0].labels["document_starts"] == {"é": 1}
     again.check()
     again.close()
 
@@ -63,7 +63,7 @@ def test_tensors_are_there_again(directory: KVDirectory, dtype: torch.dtype) -> 
 
 
 def test_what_is_read_is_a_private_map(directory: KVDirectory) -> None:
-    file = directory.nodes()[0].file
+    file = directory.contents().nodes[0].file
     directory.read(file)["0.keys"].zero_()
     kept = directory.read(file)
     assert kept["0.keys"].any()
@@ -72,15 +72,19 @@ def test_what_is_read_is_a_private_map(directory: KVDirectory) -> None:
 
 
 def test_parents_stand_before_children(directory: KVDirectory) -> None:
-    file = directory.nodes()[0].file
+    file = directory.contents().nodes[0].file
     # the first node is split: what was "r" has a new parent, which is recorded after it
     directory.record(nodes=[node("r", "q", [2, 3], file, 1), node("q", None, [1], file)])
-    for opened in (directory, again := reopened(directory)):
+
+    def assert_in_order(opened: KVDirectory) -> None:
         seen: set[str | None] = {None}
-        for found in opened.nodes():
+        for found in opened.contents().nodes:
             assert found.parent in seen
             seen.add(found.id)
         assert len(seen) == 6
+
+    assert_in_order(directory)
+    assert_in_order(again := reopened(directory))
     again.close()
 
 
@@ -88,9 +92,9 @@ def test_bytes_are_those_of_the_files_in_use(directory: KVDirectory) -> None:
     def on_disk() -> int:
         return sum(path.stat().st_size for path in directory.path.glob("*.safetensors"))
 
-    assert directory.num_bytes == on_disk() == sum(directory.file_bytes(file) for file in kv_files(directory.path))
+    assert directory.num_bytes == on_disk() == sum(directory.file(file).num_bytes for file in kv_files(directory.path))
     file = directory.write(tensors(2), 2)
-    assert directory.num_bytes == on_disk() - directory.file_bytes(file)
+    assert directory.num_bytes == on_disk() - directory.file(file).num_bytes
     directory.record(nodes=[node("v", None, [1], file), node("w", "v", [2], file, 1)], entries=[entry("e", "w")])
     assert directory.num_bytes == on_disk()
     directory.record(gone_nodes=["w", "not there"], gone_entries=["e"])
@@ -98,13 +102,13 @@ def test_bytes_are_those_of_the_files_in_use(directory: KVDirectory) -> None:
     directory.record(gone_nodes=["v"])
     assert file not in kv_files(directory.path) and directory.num_bytes == on_disk()
     with pytest.raises(StoreFileError, match=file):
-        directory.file_bytes(file)
+        directory.file(file)
     directory.check()
 
 
 def test_a_node_may_move_to_another_file(directory: KVDirectory) -> None:
-    old, new = directory.nodes()[-1].file, directory.write(tensors(3), 3)
-    moved = next(found for found in directory.nodes() if found.file == old)
+    old, new = directory.contents().nodes[-1].file, directory.write(tensors(3), 3)
+    moved = next(found for found in directory.contents().nodes if found.file == old)
     directory.record(nodes=[moved._replace(file=new, token_ids=moved.token_ids[:3], first=0)])
     assert old not in kv_files(directory.path) and new in kv_files(directory.path)
     directory.check()
@@ -113,7 +117,7 @@ def test_a_node_may_move_to_another_file(directory: KVDirectory) -> None:
 def test_what_was_written_and_not_recorded_goes(directory: KVDirectory) -> None:
     one, other = directory.write(tensors(2), 2), directory.write(tensors(2), 2)
     directory.discard(one)
-    directory.discard(directory.nodes()[0].file)  # in use: stays
+    directory.discard(directory.contents().nodes[0].file)  # in use: stays
     assert one not in kv_files(directory.path) and other in kv_files(directory.path)
     directory.check()
     again = reopened(directory)
@@ -228,12 +232,12 @@ def test_a_failed_opening_lets_go_of_the_lock(directory: KVDirectory, monkeypatc
             with pytest.raises(StoreFileError, match="broken disk"):
                 KVDirectory(directory.path.parent, FINGERPRINT)
     again = KVDirectory(directory.path.parent, FINGERPRINT)
-    assert len(again.nodes()) == 4
+    assert len(again.contents().nodes) == 4
     again.close()
 
 
 def test_opening_reads_no_kv(directory: KVDirectory, monkeypatch) -> None:
-    shared = directory.nodes()[0].file
+    shared = directory.contents().nodes[0].file
     many = [node(f"n{i}", f"n{i - 1}" if i % 10 else None, [i], shared, i % 6) for i in range(1000)]
     bare = {**entry("e", "n").labels, "segments": []}
     directory.record(nodes=many, entries=[entry(f"e{i}", f"n{i}")._replace(labels=bare) for i in range(1000)])
@@ -243,7 +247,7 @@ def test_opening_reads_no_kv(directory: KVDirectory, monkeypatch) -> None:
     monkeypatch.setattr(os, "open", lambda path, *args: opened.append(str(path)) or really_open(path, *args))
     monkeypatch.setattr(files, "safe_open", None)
     again = KVDirectory(directory.path.parent, FINGERPRINT)
-    assert len(again.nodes()) == len(again.entries()) + 1 == 1004
+    assert len(again.contents().nodes) == len(again.contents().entries) + 1 == 1004
     assert opened and not any(path.endswith(".safetensors") for path in opened)
     again.close()
 
@@ -251,11 +255,11 @@ def test_opening_reads_no_kv(directory: KVDirectory, monkeypatch) -> None:
 def test_a_look_from_outside(directory: KVDirectory) -> None:
     (directory.path.parent / "stray").mkdir()
     shutil.copytree(directory.path, directory.path.parent / "a copy")
-    assert directories(directory.path.parent) == [directory.path]
+    assert find_directories(directory.path.parent) == [directory.path]
     for missing in (directory.path / "none", directory.path / "lock"):
         with pytest.raises(StoreFileError, match=f"{missing.name} cannot be read"):
-            directories(missing)
-    size = {found.id: directory.file_bytes(found.file) for found in directory.nodes()}
+            find_directories(missing)
+    size = {found.id: directory.file(found.file).num_bytes for found in directory.contents().nodes}
 
     def look() -> dict[str, tuple[int, int]]:
         before = {path: path.stat().st_mtime_ns for path in directory.path.iterdir() if path.suffix != ".sqlite-shm"}

@@ -23,9 +23,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kept_prompts import Tokens, config_of, lookup, opened, reference
 from semsharekv_integrations import StoreFileError
 from semsharekv_integrations.errors import StoreWriteError
-from semsharekv_integrations.store import catalog, directory, files
+from semsharekv_integrations.store import KVStore, catalog, directory, files
 from semsharekv_integrations.store.directory import COUNTS, KVDirectory
 from semsharekv_integrations.store.records import FileRecord
 from stored_kv import FINGERPRINT, Records, entry, fill, kv_files, node, records, tensors
@@ -45,6 +46,8 @@ CALLS = {
 }
 CODE = {module.__file__ for module in (catalog, directory, files)}
 Flips = list[tuple[float, int]]
+Opening = Callable[[Path, str], Any]
+PROMPTS: list[Tokens] = [(1, 2, 3, 4), (1, 2, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +94,11 @@ def state_of(path: Path) -> tuple[Records, dict[str, int]]:
 
 def check(opened: KVDirectory) -> None:
     opened.check()
-    used = {found.file for found in opened.nodes()}
+    used = {found.file for found in opened.contents().nodes}
     assert kv_files(opened.path) == used
     assert opened.num_bytes == sum((opened.path / f"{file}.safetensors").stat().st_size for file in used)
-    nodes, needed = {found.id: found for found in opened.nodes()}, set()
-    for found in opened.entries():
+    nodes, needed = {found.id: found for found in opened.contents().nodes}, set()
+    for found in opened.contents().entries:
         above: str | None = found.node
         while above is not None:
             needed.add(above)
@@ -105,7 +108,7 @@ def check(opened: KVDirectory) -> None:
 
 def change(opened: KVDirectory) -> None:
     """A new file and node, a node that is split, one that goes with its entry and file."""
-    shared = next(found.file for found in opened.nodes() if found.id == "r")
+    shared = next(found.file for found in opened.contents().nodes if found.id == "r")
     file = opened.write(tensors(5), 5)
     nodes = [node("q", None, [1], shared), node("r", "q", [2, 3], shared, 1), node("v", "q", range(5), file)]
     opened.record(nodes=nodes, entries=[entry("ev", "v"), entry("es", "s", 9.0)], gone_nodes="u", gone_entries=["eu"])
@@ -116,7 +119,7 @@ def same_ids(monkeypatch) -> None:
     monkeypatch.setattr(directory.uuid, "uuid4", lambda: UUID(int=7))
 
 
-def killed_at(step: int, path: Path, run: Callable[[KVDirectory], Any] | None) -> bool:
+def killed_at(step: int, path: Path, run: Callable[[Any], Any] | None, opening: Opening = KVDirectory) -> bool:
     """Open ``path`` in another process and run, or just open it; whether it came so far as to kill itself at a step.
 
     A step is before one of our calls to the system or to SQLite.
@@ -133,9 +136,9 @@ def killed_at(step: int, path: Path, run: Callable[[KVDirectory], Any] | None) -
         try:
             if run is None:
                 sys.setprofile(trace)
-                KVDirectory(path, FINGERPRINT).close()
+                opening(path, FINGERPRINT).close()
             else:
-                opened = KVDirectory(path, FINGERPRINT)
+                opened = opening(path, FINGERPRINT)
                 sys.setprofile(trace)
                 run(opened)
             os._exit(0)
@@ -162,6 +165,39 @@ def test_killed_at_every_step_of_a_change(filled: Path, base: Path, written: Rec
         if not killed:
             break
     assert seen["old"] > 12 and seen["new"] > 1
+
+
+DEEDS: dict[str, tuple[Callable[[KVStore], object], set[Tokens]]] = {
+    "a longer prompt takes the place of one": (
+        lambda store: store.put(reference((1, 2, 3, 4, 5, 6), document_starts={"e": 1})),
+        {(1, 2, 3, 4, 5, 6), (1, 2, 7)},
+    ),
+    "one branches off": (lambda store: store.put(reference((1, 2, 3, 9))), {*PROMPTS, (1, 2, 3, 9)}),
+    "one is forgotten whose file others need": (lambda store: store.forget("a", document_id="d0"), {(1, 2, 7)}),
+    "all are forgotten": (lambda store: store.clear(), set()),
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_killed_at_every_step_of_what_a_store_does(tmp_path: Path, deed: str) -> None:
+    """All that it changes is there afterwards, or nothing: a prompt never beside the one whose place it took."""
+    with closing(opened(config_of(0, directory=tmp_path / "before"))) as store:
+        for n, tokens in enumerate(PROMPTS):
+            assert store.put(reference(tokens, document_starts={f"d{n}": 0}))
+    run, left = DEEDS[deed]
+    seen = Counter[bool]()
+    for step in count():
+        restore(tmp_path / "now", tmp_path / "before")
+        killed = killed_at(step, tmp_path / "now", run, lambda path, _: opened(config_of(0, directory=path)))
+        with closing(opened(config_of(0, directory=tmp_path / "now"))) as store:
+            store.check()
+            found = {tuple(kept.token_ids.tolist()) for kept in store.references()}
+            assert found in (set(PROMPTS), left), f"step {step}"
+            assert all(lookup(store, tokens) == len(tokens) for tokens in found)
+        seen[found == left] += 1
+        if not killed:
+            break
+    assert seen[False] > 2 and seen[True] > 0
 
 
 @pytest.mark.parametrize(("harm", "left"), [("drop", 5), ("spoil", 0)])
@@ -239,7 +275,7 @@ def test_files_of_another_model_or_in_anothers_place(filled: Path, tmp_path: Pat
     """They have the right size, and a right digest; what they say of themselves is what gives them away."""
     with closing(KVDirectory(tmp_path / "other", "cd34")) as opened:
         fill(opened)
-        theirs = {found.id: opened.path / f"{found.file}.safetensors" for found in opened.nodes()}
+        theirs = {found.id: opened.path / f"{found.file}.safetensors" for found in opened.contents().nodes}
     with closing(KVDirectory(filled, FINGERPRINT)) as opened:
         twin = opened.write(tensors(4, seed=9), 4)
         opened.record(nodes=[node("v", None, [5] * 4, twin)], entries=[entry("ev", "v")])
@@ -274,7 +310,7 @@ def test_orphans_are_deleted_and_strangers_left_alone(filled: Path, written: Rec
 def test_rows_that_do_not_fit_together(filled: Path, written: Records) -> None:
     """Dangling parents, entries without a node, circles, and namespaces that mix: never written by a sane caller."""
     with closing(KVDirectory(filled, FINGERPRINT)) as opened:
-        file = opened.nodes()[0].file
+        file = opened.contents().nodes[0].file
         opened.record(
             nodes=[
                 node("v", "missing", [1], file),

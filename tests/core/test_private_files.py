@@ -93,7 +93,7 @@ def test_links_and_others_in_place_of_kv(tmp_path: Path, precious: Path) -> None
     """They are damage: deleted themselves, never what they lead to; the same for what is left of writers."""
     with closing(KVDirectory(tmp_path / "base", FINGERPRINT)) as directory:
         fill(directory)
-        paths = [directory.path / f"{found.file}.safetensors" for found in directory.nodes()]
+        paths = [directory.path / f"{found.file}.safetensors" for found in directory.contents().nodes]
     first, second, third = dict.fromkeys(paths)
     copy = precious.parent / "copy"
     first.rename(copy)
@@ -113,7 +113,7 @@ def test_links_and_others_in_place_of_kv(tmp_path: Path, precious: Path) -> None
 def test_what_takes_the_place_of_kv_while_open_is_not_read(tmp_path: Path, kind: str) -> None:
     with closing(KVDirectory(tmp_path, FINGERPRINT)) as directory:
         fill(directory)
-        file = directory.nodes()[0].file
+        file = directory.contents().nodes[0].file
         path = directory.path / f"{file}.safetensors"
         path.rename(tmp_path / "kv")
         plant: dict[str, Callable[[], None]] = {

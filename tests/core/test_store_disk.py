@@ -32,7 +32,8 @@ from semsharekv_integrations.kv import UNPLACED, Segment
 from semsharekv_integrations.store import KVStore, files
 from semsharekv_integrations.store.catalog import Catalog
 from semsharekv_integrations.store.codec import PackedKV
-from semsharekv_integrations.store.directory import MOST_REMOVED, EntryRecord, KVDirectory
+from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
+from semsharekv_integrations.store.records import EntryRecord
 from stored_kv import kv_files
 from tiny_models import EngineMaker, make_model
 
@@ -569,13 +570,13 @@ def test_records_that_do_not_fit_together_are_left_out_and_deleted(tmp_path: Pat
     put_all(store, clock, [(1, 2, 3, 4), (1, 2, 5), (8, 8)])
     store.close()
     directory = KVDirectory(tmp_path, FINGERPRINT)
-    entries = {entry.id: entry for entry in directory.entries()}
+    entries = {entry.id: entry for entry in directory.contents().entries}
     kept = reference((1, 2, 3, 4)).id
     wrong = [
         EntryRecord("0" * 16, "a", entries.pop(reference((1, 2, 5)).id).node, entries[kept].labels, 0.0, 0.0),
         entries[reference((8, 8)).id]._replace(labels={"pinned": 3}),
     ]
-    twin = next(node for node in directory.nodes() if node.token_ids[0] == 1)
+    twin = next(node for node in directory.contents().nodes if node.token_ids[0] == 1)
     nodes = [twin._replace(id="twin"), twin._replace(id="child", parent="twin")]
     twin_entry = entries[kept]._replace(id="x", node="child")
     directory.record(nodes=nodes, entries=[*wrong, twin_entry], gone_entries=[reference((1, 2, 5)).id])
@@ -661,8 +662,9 @@ def test_check_sees_damage(tmp_path: Path) -> None:
         lambda store: setattr(node_of(store), "on_disk", node_of(store).on_disk._replace(first=1)),
         lambda store: setattr(node_of(store).parent, "on_disk", None),
         lambda store: setattr(store._entries.shelves.disk.tier, "max_bytes", 1),
-        lambda store: store._entries.shelves.disk._directory._entries.popitem(),
-        lambda store: store._entries.shelves.disk._directory._nodes.popitem(),
+        lambda store: lose_row(store, "entries"),
+        lambda store: lose_row(store, "nodes"),
+        lambda store: lose_row(store, "files"),
     ]
     for number, damage in enumerate(damages):
         store = opened_at(tmp_path / str(number), Clock())
@@ -670,6 +672,11 @@ def test_check_sees_damage(tmp_path: Path) -> None:
         damage(store)
         with pytest.raises(AssertionError):
             store.check()
+
+
+def lose_row(store: KVStore, table: str) -> None:
+    catalog = store._entries.shelves.disk._directory._catalog  # type: ignore[union-attr]
+    catalog._db.execute(f"DELETE FROM {table} WHERE id = (SELECT max(id) FROM {table})")
 
 
 def node_of(store: KVStore) -> Any:
