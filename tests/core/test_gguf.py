@@ -60,7 +60,12 @@ def test_converting_keeps_every_bit_reads_the_file_once_and_leaves_gguf_as_it_wa
     weights, tokenizer = plain.load().state_dict(), plain.tokenizer
     opened: list[Any] = []
     read = gguf.GGUFReader.__init__
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: (opened.append(given), read(*given))[1])
+
+    def open_file(*given: Any) -> None:
+        opened.append(given)
+        read(*given)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", open_file)
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     convert(path, tmp_path / "converted")
     assert len(opened) == 1 and before == (gguf.GGUFReader, gguf.get_tensor_name_map)
