@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 from test_parity import FIRST, engine_of, plain_tokens
-from transformers import AutoModelForCausalLM, BertConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
@@ -55,6 +63,16 @@ def test_models_without_a_cache_argument_are_refused(tokenizer) -> None:
     model = make_model("rwkv", len(tokenizer), attention_hidden_size=32)
     with pytest.raises(UnsupportedModelError, match="RwkvForCausalLM takes no KV cache: none of past_key_values"):
         engine_of(model, tokenizer, "off")
+
+
+@pytest.mark.parametrize("mode", ["off", "exact"])
+def test_a_cache_argument_that_is_something_else_is_no_kv_cache(mode: str, tokenizer) -> None:
+    """XLM's ``cache`` is a dictionary of its own, by whatever name other models of that transformers take KV."""
+    config = XLMConfig(vocab_size=len(tokenizer), emb_dim=16, n_layers=2, n_heads=2, causal=True)
+    model = XLMWithLMHeadModel(config).eval()
+    assert "cache" in inspect.signature(model.forward).parameters
+    with pytest.raises(UnsupportedModelError, match="XLMWithLMHeadModel takes no KV cache: none of past_key_values"):
+        engine_of(model, tokenizer, mode)
 
 
 def test_attention_that_looks_ahead_cannot_continue_from_a_prefix(tokenizer) -> None:
