@@ -3,6 +3,9 @@
 Threads of a ``Calls`` compute, so many at once; callers only read what comes of it. A signal, such as Ctrl-C, and the
 garbage collector can thus stop a caller at any point, but nothing half-way: what they do to a call is to put it into
 a queue, without a lock. Calls beyond the bound wait in line without a thread, and nothing of them is computed.
+
+An idle thread waits for a bell of its own, not for a queue that it has together with others: one that wakes up and
+finds that another took what came goes on to wait, and ``SimpleQueue.get`` then forgets its timeout (Python 3.11).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -50,13 +53,13 @@ class Calls:
         """Begin without calls or threads; those of a parent stay with it."""
         self._lock = threading.Lock()  # of the threads that compute; no caller ever takes it
         self._mail: deque[Call[Any]] = deque()  # calls that want something
-        self._ready: SimpleQueue[Call[Any] | None] = SimpleQueue()  # calls to drive; None to look at the mail
+        self._idle: deque[threading.Lock] = deque()  # the bells of idle threads, last that of who computed last
         self._line: dict[Call[Any], None] = {}
         self._begun: dict[Call[Any], None] = {}
         self._leaving: deque[Call[Any]] = deque()  # left between two items
         self._groups: set[int] = set()
         self._threads: set[threading.Thread] = set()
-        self._starting: list[list[bool]] = []  # the first of them, until it is there, which it marks
+        self._starting: list[bool] = [True]  # empty until the first of them is there
 
     @property
     def serves_here(self) -> bool:
@@ -88,11 +91,11 @@ class Calls:
     def ask(self, call: Call[Any]) -> None:
         """Say that a call is wanted."""
         self._mail.append(call)
-        self._ready.put(None)
-        if not self._threads and all(self._starting):
+        self._wake_one()
+        if not self._threads and self._starting:
             starting: list[bool] = []
             start_thread(partial(self._serve, starting))
-            self._starting = [starting]  # only now, as an interruption may come in between
+            self._starting = starting  # only now, as an interruption may come in between
 
     def leave(self, call: Call[Any]) -> None:
         """Say that nobody wants more of a call. Takes no lock and waits for nothing, so may be called anywhere."""
@@ -102,7 +105,7 @@ class Calls:
         if call.has_begun and not call.is_driven:
             self._leaving.append(call)
         self._mail.append(call)
-        self._ready.put(None)
+        self._wake_one()
 
     def settle(self) -> None:
         """Wait until calls that were left between two items are gone; what they leave behind is in place then."""
@@ -123,72 +126,87 @@ class Calls:
         """No thread waits any longer for more to do than it has to. Takes no lock, so may be called anywhere."""
         self._is_dismissed = True
 
+    def _wake_one(self) -> None:
+        """Wake the thread that computed last, if one is idle; those that are not look about when they are done."""
+        with suppress(IndexError):
+            self._idle.pop().release()
+
     def _serve(self, starting: list[bool]) -> None:
         here = threading.current_thread()
         self._threads.add(here)
         starting.append(True)
         _SERVED.calls = self
-        idle_since = perf_counter()
+        has_computed, idle_since = False, perf_counter()
         while True:
-            alive = threading.main_thread().is_alive()
-            try:
-                call = self._ready.get(timeout=LOOK_S if alive else LOOK_S / 10)
-            except Empty:
-                self._schedule()
-                if self._retires(here, lingers=alive and perf_counter() - idle_since < LINGER_S):
+            bell = threading.Lock()
+            bell.acquire()
+            (self._idle.append if has_computed else self._idle.appendleft)(bell)
+            call = self._next(bell)  # only now: whatever comes later finds the bell
+            if call is None:
+                alive = threading.main_thread().is_alive()
+                lingers = alive and perf_counter() - idle_since < LINGER_S
+                is_rung = bell.acquire(timeout=LOOK_S if alive else LOOK_S / 10)
+                if not is_rung and self._retires(here, bell, lingers=lingers):
                     return
                 continue
-            if call is None:
-                call = self._schedule(drives=True)
             while call is not None:
                 self._drive(call)
-                call = self._schedule(drives=True)
-            idle_since = perf_counter()
+                call = self._next(bell)
+            has_computed, idle_since = True, perf_counter()
 
-    def _retires(self, here: threading.Thread, *, lingers: bool) -> bool:
-        """Whether the thread is not needed, which then counts no more; one stays for calls that are not ended.
+    def _retires(self, here: threading.Thread, bell: threading.Lock, *, lingers: bool) -> bool:
+        """Whether a thread that nobody woke is not needed, which then counts no more.
 
-        The last one stays for those to come as well, if it ``lingers``.
+        Of several that are idle, the one that computed last stays: for calls that are not ended, and for those to come
+        as well, if it ``lingers``.
         """
         with self._lock:
-            is_needed = self._begun or self._line or (lingers and not self._is_dismissed)
-            if not self._ready.empty() or (is_needed and len(self._threads) == 1):
+            try:
+                is_last = self._idle[-1] is bell
+                self._idle.remove(bell)
+            except (IndexError, ValueError):  # somebody wakes it at this moment
+                return False
+            if is_last and (self._begun or self._line or (lingers and not self._is_dismissed)):
                 return False
             self._threads.discard(here)
-            if self._mail and not self._threads:  # it came in between
+            if self._mail:  # it came in between
                 self._threads.add(here)
                 return False
             return True
 
-    def _schedule(self, *, drives: bool = False) -> Call[Any] | None:
-        """Read the mail, begin calls if there is room, and have threads drive those that go on.
-
-        One that ``drives`` gets the first of them to drive itself, so that a thread that computed before is preferred.
-        """
-        own: Call[Any] | None = None
+    def _next(self, bell: threading.Lock) -> Call[Any] | None:
+        """The call that the thread with this bell is to drive, if there is one; others are woken for what is left."""
         with self._lock:
-            new: list[Call[Any]] = []
-            while self._mail:
-                call = self._mail.popleft()
-                if call.has_ended or call in self._begun:
-                    continue
-                if not call.is_left:
-                    self._line[call] = None
-                    new.append(call)
-                else:
-                    self._line.pop(call, None)
-                    self._end(call, End(CancelledError()))
-            self._begin(new)
-            for call in self._begun:
-                goes_on = call.is_wanted or call.runs_ahead or call.is_left or self._line or not call.is_read
-                if goes_on and not call.is_driven:
-                    call.is_driven = True
-                    if drives and own is None:
-                        own = call
-                    else:
-                        self._ready.put(call)
-            self._employ()
-        return own
+            ready = self._ready()
+            if not ready:
+                return None
+            with suppress(ValueError):
+                self._idle.remove(bell)
+            ready[0].is_driven = True
+            if len(ready) > 1 or self._mail:
+                self._wake_one()
+            return ready[0]
+
+    def _ready(self) -> list[Call[Any]]:
+        """Read the mail and begin calls if there is room; those that go on and that no thread drives."""
+        new: list[Call[Any]] = []
+        while self._mail:
+            call = self._mail.popleft()
+            if call.has_ended or call in self._begun:
+                continue
+            if not call.is_left:
+                self._line[call] = None
+                new.append(call)
+            else:
+                self._line.pop(call, None)
+                self._end(call, End(CancelledError()))
+        self._begin(new)
+        ready = [call for call in self._begun if not call.is_driven and self._goes_on(call)]
+        self._employ(sum(call.is_driven for call in self._begun) + len(ready))
+        return ready
+
+    def _goes_on(self, call: Call[Any]) -> bool:
+        return bool(call.is_wanted or call.runs_ahead or call.is_left or self._line or not call.is_read)
 
     def _begin(self, new: list[Call[Any]]) -> None:
         """Begin with the first in line, if one may."""
@@ -203,10 +221,9 @@ class Calls:
             call.waited_s = 0.0 if call in new else perf_counter() - call.asked_at
             self._begun[call] = None
 
-    def _employ(self) -> None:
+    def _employ(self, driving: int) -> None:
         """As many threads as calls to drive, and one to look at the mail, within the bound."""
-        wanted = min(self._most, 1 + sum(call.is_driven for call in self._begun))
-        while len(self._threads) < wanted:
+        while len(self._threads) < min(self._most, 1 + driving):
             thread = threading.Thread(target=self._serve, args=([],), name="semsharekv")
             self._threads.add(thread)
             try:
@@ -234,10 +251,10 @@ class Calls:
                 call.is_wanted = False
                 call.deliver(item)
             del item
-            if self._mail or (is_first and self._line):
-                self._schedule()
             with self._lock:
-                if not (call.is_wanted or call.runs_ahead or call.is_left or self._line):
+                if (self._mail or (is_first and self._line)) and self._ready():
+                    self._wake_one()
+                if not self._goes_on(call):
                     call.is_driven = False
                     return
         self._let_go(call)

@@ -337,10 +337,37 @@ def test_the_bound_is_checked() -> None:
     assert EngineConfig(max_batch_size=12).calls_in_flight == 12
 
 
+def computing(engine: SemShareEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads in which each prefill and decode step is computed from now on."""
+    found: list[int] = []
+    adapter = engine._ready().adapter
+    for name in ("prefill", "decode_step"):
+        compute = getattr(adapter, name)
+
+        def noted(*arguments: Any, compute: Callable[..., Any] = compute) -> Any:
+            found.append(threading.get_ident())
+            return compute(*arguments)
+
+        monkeypatch.setattr(adapter, name, noted)
+    return found
+
+
 def wait_for_end_of(threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_one_thread_computes_call_after_call(make_engine: EngineMaker, monkeypatch) -> None:
+    """What libraries keep for a thread, such as plans and teams, takes long to make anew."""
+    engine = make_engine()
+    found = computing(engine, monkeypatch)
+    for prompt in PROMPTS[:4]:
+        engine.generate(prompt, max_new_tokens=3)
+        others = [t for t in engine._calls._threads.copy() if t.ident != found[0]]
+        wait_for_end_of(others)  # which leave as they are idle
+        assert found[0] in {thread.ident for thread in engine._calls._threads}
+    assert set(found) == {found[0]}
 
 
 def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: EngineMaker) -> None:
