@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from semsharekv_integrations.answer import Answer, report_of
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.call import CallLeft, check_wanted, current_call
 from semsharekv_integrations.calls import Calls
 from semsharekv_integrations.concurrency import Turns
-from semsharekv_integrations.core.plan import ReusePlan
 from semsharekv_integrations.forks import hold_at_forks
-from semsharekv_integrations.kv import GenerationChunk, Rendered
+from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.logs import Observers
 from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.selective import Outcome
@@ -80,32 +80,24 @@ class Flow:
             parts = parts.current()
             plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
             outcome = parts.execute(plan, answer.watch)
+            keep = partial(self._memory.keep, parts, request, rendered, plan, outcome, since)
             if self._calls.others_run:
-                self._memory.keep(parts, request, rendered, plan, outcome, since)
+                keep()
         report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
         try:
             yield from parts.decode(rendered, outcome.prefill, request.sampling, text, answer)
         except CallLeft:
-            self._finish(parts, request, rendered, plan, outcome, since, answer)
+            self._finish(outcome, answer, keep)
             raise
         with answer.watch.phase("remember"):
-            self._finish(parts, request, rendered, plan, outcome, since, answer)
+            self._finish(outcome, answer, keep)
         with answer.watch.phase("audit"):
             audit = parts.audit(self._auditor, request.namespace, rendered, answer.completed(report), answer)
         report = replace(answer.completed(report), audit=audit)
         self._observers.tell(report)
         yield GenerationChunk("", answer.generation(report))
 
-    def _finish(
-        self,
-        parts: ModelParts,
-        request: Request,
-        rendered: Rendered,
-        plan: ReusePlan,
-        outcome: Outcome,
-        since: Since,
-        answer: Answer,
-    ) -> None:
+    def _finish(self, outcome: Outcome, answer: Answer, keep: Callable[[Sequence[int]], object]) -> None:
         """Count the call, and remember what it said and its KV, as far as that is exact and whole."""
         with self._lock:
             self._counts.update(
@@ -114,4 +106,4 @@ class Flow:
                 reused_tokens=int((~outcome.computed).sum()),
                 output_tokens=len(answer.token_ids),
             )
-        self._memory.keep(parts, request, rendered, plan, outcome, since, answer.token_ids)
+        keep(answer.token_ids)
