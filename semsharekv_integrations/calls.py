@@ -102,7 +102,8 @@ class Calls:
         if call.has_ended or call.is_left:
             return
         call.is_left = True
-        if call.has_begun and not call.is_driven:
+        is_computed = call.is_driven and (call.is_wanted or call.runs_ahead)
+        if call.has_begun and not is_computed:  # also while its thread has yet to see that its reader wants no more
             self._leaving.append(call)
         self._mail.append(call)
         self._wake_one()

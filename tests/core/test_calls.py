@@ -50,6 +50,16 @@ LOCKS: dict[str, Callable[[SemShareEngine], AbstractContextManager[Any]]] = {
 }
 
 
+@contextmanager
+def collecting_here_alone() -> Iterator[None]:
+    """While another thread collects garbage, to ask for it does nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("name", LOCKS)
 def test_the_garbage_collector_may_end_a_stream_inside_of_any_lock(make_engine: EngineMaker, name: str) -> None:
     engine = make_engine()
@@ -61,7 +71,7 @@ def test_the_garbage_collector_may_end_a_stream_inside_of_any_lock(make_engine: 
         cycle: list[Any] = [stream]
         cycle.append(cycle)
         del stream
-        with lock:
+        with lock, collecting_here_alone():
             del cycle
             gc.collect()
 
@@ -85,6 +95,33 @@ def test_an_engine_that_is_collected_while_its_store_is_at_work_waits_for_nothin
         store._entries.check()
     again = make_engine(store=StoreConfig(directory=tmp_path / "other"))
     assert again.generate(PROMPTS[0], max_new_tokens=2).token_ids
+
+
+def test_a_stream_that_is_closed_while_its_thread_has_just_delivered_is_ended_before_counts(
+    make_engine: EngineMaker,
+) -> None:
+    engine, go = make_engine(), threading.Event()
+    stream = engine.stream(PROMPTS[0], **LONG)
+    came = stream._came
+
+    class Held:
+        """Its thread is held when the first item is there."""
+
+        get, empty = came.get, came.empty
+
+        def put(self, item: Any) -> None:
+            came.put(item)
+            assert go.wait(PATIENCE_S)
+
+    stream._came = Held()  # type: ignore[assignment]
+    next(stream)
+    stream.close()
+    with ThreadPoolExecutor(1) as pool:
+        counts = pool.submit(engine.stats)
+        while not stream._call.listeners and not counts.done():
+            pass
+        go.set()
+    assert counts.result()["requests"] == 1
 
 
 class Interruption:
@@ -368,16 +405,6 @@ def test_one_thread_computes_call_after_call(make_engine: EngineMaker, monkeypat
         wait_for_end_of(others)  # which leave as they are idle
         assert found[0] in {thread.ident for thread in engine._calls._threads}
     assert set(found) == {found[0]}
-
-
-@contextmanager
-def collecting_here_alone() -> Iterator[None]:
-    """While another thread collects garbage, to ask for it does nothing."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: EngineMaker) -> None:
