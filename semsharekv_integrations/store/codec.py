@@ -26,7 +26,7 @@ from semsharekv_integrations.checks import is_whole
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
 from semsharekv_integrations.logs import log_trouble
-from semsharekv_integrations.store.files import tensor_digest
+from semsharekv_integrations.store.files import digest_tensors
 from semsharekv_integrations.store.namespace import reference_id, stops_of
 from semsharekv_integrations.store.records import EntryRecord, is_sound
 
@@ -169,7 +169,7 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
     header = json.dumps(
         {"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": [_header(r) for r in references]}
     )
-    metadata = {"semsharekv": header, "digest": tensor_digest(header, sorted(tensors.items()))}
+    metadata = {"semsharekv": header, "digest": digest_tensors(header, sorted(tensors.items()))}
     try:
         _write(path, tensors, metadata)
     except (OSError, SafetensorError, ValueError) as error:
@@ -208,7 +208,7 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
             _require_same(
                 path,
                 "digest",
-                tensor_digest(metadata["semsharekv"], ((name, tensor.cpu()) for name, tensor in named)),
+                digest_tensors(metadata["semsharekv"], ((name, tensor.cpu()) for name, tensor in named)),
                 metadata["digest"],
             )
             return [_read(file, n, entry) for n, entry in enumerate(header["entries"])]

@@ -14,7 +14,7 @@ import sqlite3
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +32,9 @@ from semsharekv_integrations.store.catalog import (
     set_aside,
 )
 from semsharekv_integrations.store.files import (
-    DirectoryLock,
     KVFiles,
-    TakenError,
     make_private_directory,
+    open_private,
     require_directory,
 )
 from semsharekv_integrations.store.records import (
@@ -52,6 +51,7 @@ LOCK = "lock"
 MOST_REMOVED = 100  # files deleted with one change: thousands that expire together must not delay a call
 COUNTS = ("damaged", "foreign", "vanished", "unavailable", "orphans", "write_failed")
 FINGERPRINT = re.compile(r"[0-9a-f]+")
+_LOCK_ATTEMPTS = 10  # until the file that was locked is the one that has the name: others may delete it meanwhile
 _inherited: set[str] = set()  # what was open when this process was forked: SQLite believes that it still is
 
 
@@ -211,7 +211,7 @@ class KVDirectory:
 
     def check(self) -> None:
         """The law: every node lies in a file, every file in use is on disk as recorded, and their bytes are exact."""
-        found, sizes = self._catalog.read(), self._on_disk.sizes()
+        found, sizes = self._catalog.read(), self._on_disk.measure()
         assert self._uses == Counter(node.file for node in found.nodes), "uses of files"
         assert found.num_damaged == 0 and {file.id: file for file in found.files} == self._in_use(), "files recorded"
         assert all(fits(node, self._files[node.file]) for node in found.nodes), "nodes outside of their files"
@@ -251,7 +251,7 @@ class KVDirectory:
 
     def _keep(self, found: Contents) -> Contents:
         """What of ``found`` is sound; all else is deleted, from the catalog and from the disk, and counted."""
-        sizes = self._on_disk.sizes()
+        sizes = self._on_disk.measure()
         kept = keep_sound(found, sizes)
         missing = [file.id for file in found.files if file.id not in sizes]
         resized = [file.id for file in found.files if sizes.get(file.id, file.num_bytes) != file.num_bytes]
@@ -264,6 +264,56 @@ class KVDirectory:
             self._catalog.replace(kept)
         self._on_disk.remove(*unused)
         return kept
+
+
+class TakenError(Exception):
+    """Another process holds the lock."""
+
+
+class DirectoryLock:
+    """An exclusive lock on the file ``path``, taken at once or not at all.
+
+    A child that was forked has its handle as well. It closes that, which leaves the lock to the parent.
+
+    Raises:
+        TakenError: if another process, or another lock of this one, holds it.
+        OSError: if the file cannot be opened, or its disk knows no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import fcntl  # where there is none, stores in memory work
+
+        self._owner = os.getpid()
+        for _ in range(_LOCK_ATTEMPTS):
+            handle = open_private(path)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                        self._handle: int | None = handle
+                        return
+            except BlockingIOError as error:
+                os.close(handle)
+                raise TakenError from error
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+        raise TakenError(f"{path} is being replaced")
+
+    def release(self) -> None:
+        """Let others take it; in a child that was forked, only close its handle. May be called again."""
+        import fcntl
+
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        try:
+            if os.getpid() == self._owner:
+                with suppress(OSError):  # which closing the handle does in any case
+                    fcntl.flock(handle, fcntl.LOCK_UN)
+        finally:
+            os.close(handle)
 
 
 class PeekedEntry(NamedTuple):
@@ -306,7 +356,7 @@ def peek(path: Path) -> Peeked:
     try:
         require_directory(path)
         found = look_into(path, fingerprint)
-        kept = keep_sound(found, KVFiles(path, fingerprint, Counter()).sizes())
+        kept = keep_sound(found, KVFiles(path, fingerprint, Counter()).measure())
     except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error
     files = {file.id: file for file in kept.files}

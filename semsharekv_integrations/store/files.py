@@ -2,8 +2,8 @@
 
 A file says in its header whose it is: format version, model fingerprint, its own id and its number of tokens; a digest
 covers the header and all tensors. It finds damage, not forgery. No link is followed, and what somebody else could have
-planted is refused: in a place where others may write, a name can be a link to a file of yours. One process at a time
-holds a directory, by a lock that ends with the process. Knows nothing about what the tensors mean.
+planted is refused: in a place where others may write, a name can be a link to a file of yours. Knows nothing about
+what the tensors mean.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,14 +27,254 @@ from semsharekv_integrations.checks import is_whole
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.store.records import FileRecord
 
-_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (stat.S_ISLNK, "a link"),
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+TEMPORARY = ".tmp"  # what a temporary begins with: ours, and those that safetensors puts beside it
+TOKEN_DIM = 2
+_NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
+_LENGTH_BYTES = 8  # of the header's length, before the header
+_AT_ONCE_BYTES = 2**20
+_DTYPES = {
+    "BOOL": "torch.bool",
+    "U8": "torch.uint8",
+    "I8": "torch.int8",
+    "I16": "torch.int16",
+    "I32": "torch.int32",
+    "I64": "torch.int64",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
+    "F32": "torch.float32",
+    "F64": "torch.float64",
+    "F8_E4M3": "torch.float8_e4m3fn",
+    "F8_E5M2": "torch.float8_e5m2",
+}
+_KINDS = {  # but for plain files
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class UnavailableFileError(StoreFileError):
+    """The system cannot read a KV file now: it is out of handles or memory, or the disk fails or is away."""
+
+
+class DamageError(Exception):
+    """The bytes of a file are not those that were written."""
+
+
+class KVFiles:
+    """The KV files in ``path``. ``counts`` is told of whatever is found wrong."""
+
+    def __init__(self, path: Path, fingerprint: str, counts: Counter[str]) -> None:
+        self.path = path
+        self._fingerprint = fingerprint
+        self._counts = counts
+        self._verified: set[str] = set()
+        self._doomed: list[str] = []  # files that are still to be deleted
+
+    def write(self, file: str, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
+        """Write a temporary, then rename it: after a crash the file is there whole or not at all.
+
+        Raises:
+            StoreWriteError: if it cannot be written; nothing is left of it.
+            ValueError: if a tensor has another number of tokens.
+        """
+        for name, tensor in tensors.items():
+            if tensor.ndim <= TOKEN_DIM or tensor.shape[TOKEN_DIM] != num_tokens:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, without {num_tokens} at dim 2")
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = json.dumps(self._make_header(file, num_tokens))
+        metadata = {"semsharekv": header, "digest": digest_tensors(header, sorted(on_cpu.items()))}
+        temporary, path = self.path / f"{TEMPORARY}{file}", self._locate(file)
+        try:
+            if not is_own_directory(self.path):
+                raise OSError("its directory is not in its place")
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            save_file(on_cpu, temporary, metadata=metadata)
+            os.chmod(temporary, 0o600)
+            _sync(temporary)
+            num_bytes = temporary.stat().st_size
+            os.replace(temporary, path)
+            _sync(self.path)
+        except BaseException as error:
+            self._remove(temporary)
+            self._remove(path)
+            if isinstance(error, (OSError, SafetensorError)):
+                self._counts["write_failed"] += 1
+                raise StoreWriteError(f"{path} could not be written: {error}") from error
+            raise
+        return FileRecord(file, num_tokens, num_bytes)
+
+    def read(self, record: FileRecord) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU that are private maps of the file: bytes are read when touched.
+
+        The first time that a file is read its digest is verified, which reads all of them.
+
+        Raises:
+            UnavailableFileError: if the system cannot read it now, which says nothing about the file.
+            StoreFileError: if the file is missing, damaged, or another than the one recorded.
+        """
+        path = self._locate(record.id)
+        if record.id not in self._verified or _measure(path) != record.num_bytes:
+            self._verify(record)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+        except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # safetensors takes some for others
+            self._verify(record)  # it was verified before, and may have been harmed since
+            raise self._note_unavailable(path, error) from error
+
+    def _verify(self, record: FileRecord) -> None:
+        """Raise as ``read`` does, and count it, unless the file is the one recorded."""
+        path = self._locate(record.id)
+        self._verified.discard(record.id)
+        try:
+            header = json.loads(verify_metadata(path, record.num_bytes)["semsharekv"])
+            for name, wanted in self._make_header(record.id, record.num_tokens).items():
+                if header[name] != wanted:
+                    self._counts["foreign"] += 1
+                    raise StoreFileError(f"{path} has {name} {header[name]!r}; accepted is {wanted!r}")
+        except (DamageError, KeyError, TypeError, ValueError) as error:
+            self._counts["damaged"] += 1
+            raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
+        except FileNotFoundError as error:
+            if not is_own_directory(self.path):
+                raise self._note_unavailable(path, error) from error
+            self._counts["vanished"] += 1
+            raise StoreFileError(f"{path} is missing") from error
+        except (OSError, MemoryError) as error:
+            raise self._note_unavailable(path, error) from error
+        self._verified.add(record.id)
+
+    def measure(self) -> dict[str, int]:
+        """Bytes of every KV file on disk; none is opened."""
+        found: dict[str, int] = {}
+        with os.scandir(self.path) as items:
+            for item in items:
+                if _NAME.fullmatch(item.name):
+                    with suppress(FileNotFoundError):  # its owner may have deleted it meanwhile
+                        found[item.name.removesuffix(SUFFIX)] = item.stat(follow_symlinks=False).st_size
+        return found
+
+    def remove(self, *files: str, most: int | None = None) -> None:
+        """Delete KV files, and those that are still to be deleted: ``most`` of them now, the others the next time.
+
+        One that cannot be deleted is left to the next opening.
+        """
+        self._verified.difference_update(files)
+        self._doomed += files
+        now = self._doomed[:most]
+        del self._doomed[:most]
+        for file in now:
+            self._remove(self._locate(file))
+
+    def remove_temporaries(self) -> int:
+        """Delete what writers that were killed have left, and tell how many there were."""
+        names = [name for name in os.listdir(self.path) if name.startswith(TEMPORARY)]
+        for name in names:
+            self._remove(self.path / name)
+        return len(names)
+
+    def _locate(self, file: str) -> Path:
+        return self.path / f"{file}{SUFFIX}"
+
+    def _make_header(self, file: str, num_tokens: int) -> dict[str, Any]:
+        return {"version": FORMAT_VERSION, "fingerprint": self._fingerprint, "file": file, "num_tokens": num_tokens}
+
+    def _note_unavailable(self, path: Path, error: BaseException) -> UnavailableFileError:
+        self._counts["unavailable"] += 1
+        return UnavailableFileError(f"{path} cannot be read now: {error}")
+
+    def _remove(self, path: Path) -> None:
+        if is_own_directory(self.path):  # and no link in its place
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def digest_tensors(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Of the header and of every tensor's name, dtype, shape and bytes, in the order given."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def verify_metadata(path: Path, num_bytes: int) -> dict[str, str]:
+    """The metadata of a KV file, after plain reads found its size and its digest right.
+
+    A map of the file would hide what is wrong with the disk: a page that cannot be read ends the process. Plain reads
+    tell the one from the other: bytes that differ are damage, an error of the system says nothing about them.
+
+    Raises:
+        DamageError: if they are not right, or it is no file.
+        OSError: if it cannot be read.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DamageError("it is no file")
+    if found.st_size != num_bytes:
+        raise DamageError(f"it has {found.st_size} bytes in place of {num_bytes}")
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(handle, "rb") as file:
+        try:
+            metadata, digest = _digest_file(file, num_bytes)
+            wanted = metadata["digest"]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise DamageError(f"its header is none: {error}") from error
+    if digest != wanted:
+        raise DamageError("its digest is wrong")
+    return metadata
+
+
+def _digest_file(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
+    """The metadata, and the digest of what is there: see ``digest_tensors``."""
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    first = _LENGTH_BYTES + length
+    if first > num_bytes:
+        raise ValueError(f"it would have {length} bytes")
+    header: dict[str, Any] = json.loads(file.read(length))
+    metadata = header.pop("__metadata__")
+    digest = hashlib.blake2b(metadata["semsharekv"].encode(), digest_size=16)
+    for name, about in sorted(header.items()):
+        digest.update(f"{name} {_DTYPES[about['dtype']]} {tuple(about['shape'])}".encode())
+        start, stop = about["data_offsets"]
+        if not (is_whole(start, 0) and is_whole(stop, start) and first + stop <= num_bytes):
+            raise ValueError(f"{name} would lie at {start} to {stop}")
+        for part in _read_parts(file, first + start, stop - start):
+            digest.update(part)
+    return metadata, digest.hexdigest()
+
+
+def _read_parts(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
+    file.seek(start)
+    while num_bytes:
+        part = file.read(min(num_bytes, _AT_ONCE_BYTES))
+        if not part:
+            raise ValueError("the file ends before its tensors do")
+        num_bytes -= len(part)
+        yield part
+
+
+def _measure(path: Path) -> int | None:
+    """Bytes of a file, or None if they cannot be told."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return None
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def make_private_directory(path: Path) -> None:
@@ -51,8 +291,9 @@ def make_private_directory(path: Path) -> None:
             raise OSError(f"{above} is a link that another user has made; accepted are links of your own")
     _make(path.parent)
     require_directory(path.parent)
-    if not _is_trusted(path.parent.stat()):
-        raise OSError(f"{path.parent} belongs to {_name(path.parent.stat())}; accepted is a directory of your own")
+    if not _is_trusted(found := path.parent.stat()):
+        whose = f"another user (number {found.st_uid})"
+        raise OSError(f"{path.parent} belongs to {whose}; accepted is a directory of your own")
     path.mkdir(mode=0o700, exist_ok=True)
     require_directory(path)
     _require_own(path, path.stat())
@@ -67,7 +308,7 @@ def _make(path: Path) -> None:
 
 def require_directory(path: Path) -> None:
     """Raise ``OSError`` unless ``path`` is a directory, and no link to one."""
-    if (kind := _kind_of(path.lstat())) != "a directory":
+    if (kind := _KINDS.get(stat.S_IFMT(path.lstat().st_mode))) != "a directory":
         raise OSError(f"{path} is {kind}; accepted is a directory, and no link to one")
 
 
@@ -77,7 +318,7 @@ def require_plain(path: Path, *, own: bool = True) -> None:
         found = path.lstat()
     except FileNotFoundError:
         return
-    if (kind := _kind_of(found)) is not None:
+    if (kind := _KINDS.get(stat.S_IFMT(found.st_mode))) is not None:
         raise OSError(f"{path} is {kind}; accepted is a plain file")
     if own:
         _require_own(path, found)
@@ -112,330 +353,9 @@ def is_own_directory(path: Path) -> bool:
 
 def _require_own(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid():
-        raise OSError(f"{path} belongs to {_name(found)}; accepted is what belongs to you")
+        raise OSError(f"{path} belongs to another user (number {found.st_uid}); accepted is what belongs to you")
 
 
 def _is_trusted(found: os.stat_result) -> bool:
     """Whether it belongs to you, or to the administrator."""
     return found.st_uid in (0, os.geteuid())
-
-
-def _name(found: os.stat_result) -> str:
-    return f"another user (number {found.st_uid})"
-
-
-def _kind_of(found: os.stat_result) -> str | None:
-    """What it is, or None for a plain file."""
-    return next((name for matches, name in _KINDS if matches(found.st_mode)), None)
-
-
-_ATTEMPTS = 10  # until the file that was locked is the one that has the name: others may delete it meanwhile
-
-
-class TakenError(Exception):
-    """Another process holds the lock."""
-
-
-class DirectoryLock:
-    """An exclusive lock on the file ``path``, taken at once or not at all.
-
-    Raises:
-        TakenError: if another process, or another lock of this one, holds it.
-        OSError: if the file cannot be opened, or its disk knows no locks.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._owner = os.getpid()
-        self._handle: int | None = None
-        for _ in range(_ATTEMPTS):
-            handle = open_private(path)
-            try:
-                _take(handle)
-                if _is_named(handle, path):
-                    self._handle = handle
-                    return
-            except BaseException:
-                os.close(handle)
-                raise
-            os.close(handle)
-        raise TakenError(f"{path} is being replaced")
-
-    def release(self) -> None:
-        """Let others take it; in a child that was forked, only close its handle. May be called again."""
-        handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        try:
-            if os.getpid() == self._owner:
-                _free(handle)
-        finally:
-            os.close(handle)
-
-
-def _take(handle: int) -> None:
-    import fcntl  # where there is none, stores in memory work
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TakenError from error
-
-
-def _free(handle: int) -> None:
-    import fcntl
-
-    with suppress(OSError):  # which closing the handle does in any case
-        fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-def _is_named(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-_LENGTH_BYTES = 8  # of the header's length, before the header
-_AT_ONCE_BYTES = 2**20
-_DTYPES = {
-    "BOOL": "torch.bool",
-    "U8": "torch.uint8",
-    "I8": "torch.int8",
-    "I16": "torch.int16",
-    "I32": "torch.int32",
-    "I64": "torch.int64",
-    "F16": "torch.float16",
-    "BF16": "torch.bfloat16",
-    "F32": "torch.float32",
-    "F64": "torch.float64",
-    "F8_E4M3": "torch.float8_e4m3fn",
-    "F8_E5M2": "torch.float8_e5m2",
-}
-
-
-class DamageError(Exception):
-    """The bytes of a file are not those that were written."""
-
-
-def verified_metadata(path: Path, num_bytes: int) -> dict[str, str]:
-    """The metadata of the file, after its size and its digest were found right.
-
-    Raises:
-        DamageError: if they are not, or it is no file.
-        OSError: if it cannot be read.
-    """
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise DamageError("it is no file")
-    if found.st_size != num_bytes:
-        raise DamageError(f"it has {found.st_size} bytes in place of {num_bytes}")
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(handle, "rb") as file:
-        try:
-            metadata, digest = _read(file, num_bytes)
-            wanted = metadata["digest"]
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise DamageError(f"its header is none: {error}") from error
-    if digest != wanted:
-        raise DamageError("its digest is wrong")
-    return metadata
-
-
-def _read(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
-    """The metadata, and the digest of what is there: see ``files.tensor_digest``."""
-    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    first = _LENGTH_BYTES + length
-    if first > num_bytes:
-        raise ValueError(f"it would have {length} bytes")
-    header: dict[str, Any] = json.loads(file.read(length))
-    metadata = header.pop("__metadata__")
-    digest = hashlib.blake2b(metadata["semsharekv"].encode(), digest_size=16)
-    for name, about in sorted(header.items()):
-        digest.update(f"{name} {_DTYPES[about['dtype']]} {tuple(about['shape'])}".encode())
-        start, stop = about["data_offsets"]
-        if not (is_whole(start, 0) and is_whole(stop, start) and first + stop <= num_bytes):
-            raise ValueError(f"{name} would lie at {start} to {stop}")
-        for part in _parts(file, first + start, stop - start):
-            digest.update(part)
-    return metadata, digest.hexdigest()
-
-
-def _parts(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
-    file.seek(start)
-    while num_bytes:
-        part = file.read(min(num_bytes, _AT_ONCE_BYTES))
-        if not part:
-            raise ValueError("the file ends before its tensors do")
-        num_bytes -= len(part)
-        yield part
-
-
-FORMAT_VERSION = 1
-SUFFIX = ".safetensors"
-TEMPORARY = ".tmp"  # what a temporary begins with: ours, and those that safetensors puts beside it
-TOKEN_DIM = 2
-_NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
-
-
-class UnavailableFileError(StoreFileError):
-    """The system cannot read a KV file now: it is out of handles or memory, or the disk fails or is away."""
-
-
-class KVFiles:
-    """The KV files in ``path``. ``counts`` is told of whatever is found wrong."""
-
-    def __init__(self, path: Path, fingerprint: str, counts: Counter[str]) -> None:
-        self.path = path
-        self._fingerprint = fingerprint
-        self._counts = counts
-        self._verified: set[str] = set()
-        self._doomed: list[str] = []  # files that are still to be deleted
-
-    def write(self, file: str, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
-        """Write a temporary, then rename it: after a crash the file is there whole or not at all.
-
-        Raises:
-            StoreWriteError: if it cannot be written; nothing is left of it.
-            ValueError: if a tensor has another number of tokens.
-        """
-        for name, tensor in tensors.items():
-            if tensor.ndim <= TOKEN_DIM or tensor.shape[TOKEN_DIM] != num_tokens:
-                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, without {num_tokens} at dim 2")
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        header = json.dumps(self._header(file, num_tokens))
-        metadata = {"semsharekv": header, "digest": tensor_digest(header, sorted(on_cpu.items()))}
-        temporary, path = self.path / f"{TEMPORARY}{file}", self._path(file)
-        try:
-            if not is_own_directory(self.path):
-                raise OSError("its directory is not in its place")
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            save_file(on_cpu, temporary, metadata=metadata)
-            os.chmod(temporary, 0o600)
-            _sync(temporary)
-            num_bytes = temporary.stat().st_size
-            os.replace(temporary, path)
-            _sync(self.path)
-        except BaseException as error:
-            self._remove(temporary)
-            self._remove(path)
-            if isinstance(error, (OSError, SafetensorError)):
-                self._counts["write_failed"] += 1
-                raise StoreWriteError(f"{path} could not be written: {error}") from error
-            raise
-        return FileRecord(file, num_tokens, num_bytes)
-
-    def read(self, record: FileRecord) -> dict[str, torch.Tensor]:
-        """Tensors on the CPU that are private maps of the file: bytes are read when touched.
-
-        The first time that a file is read its digest is verified, which reads all of them.
-
-        Raises:
-            UnavailableFileError: if the system cannot read it now, which says nothing about the file.
-            StoreFileError: if the file is missing, damaged, or another than the one recorded.
-        """
-        path = self._path(record.id)
-        if record.id not in self._verified or _size_of(path) != record.num_bytes:
-            self._verify(record)
-        try:
-            with safe_open(path, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
-        except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # safetensors takes some for others
-            self._verify(record)  # it was verified before, and may have been harmed since
-            raise self._unavailable(path, error) from error
-
-    def _verify(self, record: FileRecord) -> None:
-        """Raise as ``read`` does, and count it, unless the file is the one recorded."""
-        path = self._path(record.id)
-        self._verified.discard(record.id)
-        try:
-            header = json.loads(verified_metadata(path, record.num_bytes)["semsharekv"])
-            for name, wanted in self._header(record.id, record.num_tokens).items():
-                if header[name] != wanted:
-                    self._counts["foreign"] += 1
-                    raise StoreFileError(f"{path} has {name} {header[name]!r}; accepted is {wanted!r}")
-        except (DamageError, KeyError, TypeError, ValueError) as error:
-            self._counts["damaged"] += 1
-            raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
-        except FileNotFoundError as error:
-            if not is_own_directory(self.path):
-                raise self._unavailable(path, error) from error
-            self._counts["vanished"] += 1
-            raise StoreFileError(f"{path} is missing") from error
-        except (OSError, MemoryError) as error:
-            raise self._unavailable(path, error) from error
-        self._verified.add(record.id)
-
-    def _unavailable(self, path: Path, error: BaseException) -> UnavailableFileError:
-        self._counts["unavailable"] += 1
-        return UnavailableFileError(f"{path} cannot be read now: {error}")
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every KV file on disk; none is opened."""
-        found: dict[str, int] = {}
-        with os.scandir(self.path) as items:
-            for item in items:
-                if _NAME.fullmatch(item.name):
-                    with suppress(FileNotFoundError):  # its owner may have deleted it meanwhile
-                        found[item.name.removesuffix(SUFFIX)] = item.stat(follow_symlinks=False).st_size
-        return found
-
-    def remove(self, *files: str, most: int | None = None) -> None:
-        """Delete KV files, and those that are still to be deleted: ``most`` of them now, the others the next time.
-
-        One that cannot be deleted is left to the next opening.
-        """
-        self._verified.difference_update(files)
-        self._doomed += files
-        now = self._doomed[:most]
-        del self._doomed[:most]
-        for file in now:
-            self._remove(self._path(file))
-
-    def remove_temporaries(self) -> int:
-        """Delete what writers that were killed have left, and tell how many there were."""
-        names = [name for name in os.listdir(self.path) if name.startswith(TEMPORARY)]
-        for name in names:
-            self._remove(self.path / name)
-        return len(names)
-
-    def _path(self, file: str) -> Path:
-        return self.path / f"{file}{SUFFIX}"
-
-    def _header(self, file: str, num_tokens: int) -> dict[str, Any]:
-        return {
-            "version": FORMAT_VERSION,
-            "fingerprint": self._fingerprint,
-            "file": file,
-            "num_tokens": num_tokens,
-        }
-
-    def _remove(self, path: Path) -> None:
-        if is_own_directory(self.path):  # and no link in its place
-            with suppress(OSError):
-                os.unlink(path)
-
-
-def tensor_digest(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of the header and of every tensor's name, dtype, shape and bytes, in the order given."""
-    digest = hashlib.blake2b(header.encode(), digest_size=16)
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _size_of(path: Path) -> int | None:
-    """Bytes of a file, or None if they cannot be told."""
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return None
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -226,7 +226,7 @@ def test_a_path_that_cannot_be_used(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_failed_opening_lets_go_of_the_lock(directory: KVDirectory, monkeypatch) -> None:
     directory.close()
-    for module, name in ((catalog, "_read"), (files.KVFiles, "sizes")):
+    for module, name in ((catalog, "_read"), (files.KVFiles, "measure")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, lambda *_: (_ for _ in ()).throw(OSError("broken disk")))
             with pytest.raises(StoreFileError, match="broken disk"):

@@ -19,7 +19,6 @@ from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all,
 from semsharekv_integrations import StoreConfig, StoreFileError
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.store import KVStore, catalog, codec, files
-from semsharekv_integrations.store import files as verified
 from semsharekv_integrations.store.directory import COUNTS, KVDirectory, peek
 from stored_kv import kv_files, tensors
 from tiny_models import EngineMaker
@@ -62,8 +61,8 @@ TROUBLES: dict[str, Trouble] = {
         f"open {errno.errorcode[number]}": no_kv_file(system_error(number))
         for number in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
     },
-    "read EIO": lambda patch: patch.setattr(verified, "_parts", raising(system_error(errno.EIO))),
-    "read without memory": lambda patch: patch.setattr(verified, "_parts", raising(MemoryError())),
+    "read EIO": lambda patch: patch.setattr(files, "_read_parts", raising(system_error(errno.EIO))),
+    "read without memory": lambda patch: patch.setattr(files, "_read_parts", raising(MemoryError())),
     "map: missing": no_map(FileNotFoundError("No such file or directory")),
     "map: runtime": no_map(RuntimeError("unable to mmap 128 bytes: Cannot allocate memory (12)")),
     "map: memory": no_map(MemoryError("Cannot allocate memory")),
