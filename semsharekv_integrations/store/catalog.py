@@ -27,21 +27,9 @@ CATALOG = "catalog.sqlite"
 DAMAGED = "catalog.damaged"
 _LOG = f"{CATALOG}-wal"
 _SIDECARS = (_LOG, f"{CATALOG}-shm", f"{CATALOG}-journal")
+_TRANSIENT = "ABORT AUTH BUSY CANTOPEN FULL INTERRUPT IOERR LOCKED NOLFS NOMEM PERM PROTOCOL"
 # What says something about the disk or other processes, not about the bytes of the catalog.
-_SURROUNDINGS = {
-    sqlite3.SQLITE_ABORT,
-    sqlite3.SQLITE_AUTH,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_INTERRUPT,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_NOLFS,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_PROTOCOL,
-}
+_SURROUNDINGS = {getattr(sqlite3, f"SQLITE_{name}") for name in _TRANSIENT.split()}
 _PAGE_ERROR = re.compile(r"error code=(\d+)")  # by which a check says that it could not read a page
 
 
@@ -56,43 +44,35 @@ class UnusableCatalogError(Exception):
 class _Table(NamedTuple):
     name: str
     columns: str
-    row: Callable[[Any], tuple[Any, ...]]
-    record: Callable[..., Any]
+    pack: Callable[[Any], tuple[Any, ...]]  # a record to a row
+    unpack: Callable[..., Any]
 
 
-def _node_row(node: NodeRecord) -> tuple[Any, ...]:
+def _pack_node(node: NodeRecord) -> tuple[Any, ...]:
     token_ids = node.token_ids.astype("<i4")  # half the bytes to write and to read
     assert np.array_equal(token_ids, node.token_ids), "token ids of more than 32 bits"
     return node.id, node.parent, node.namespace, token_ids.tobytes(), node.file, int(node.first)
 
 
-def _node(id: str, parent: str | None, namespace: str, token_ids: bytes, file: str, first: int) -> NodeRecord:
+def _unpack_node(id: str, parent: str | None, namespace: str, token_ids: bytes, file: str, first: int) -> NodeRecord:
     return NodeRecord(id, parent, namespace, np.frombuffer(token_ids, "<i4").astype(np.int64), file, first)
 
 
-def _entry_row(entry: EntryRecord) -> tuple[Any, ...]:
-    labels = json.dumps(dict(entry.labels))
-    return entry.id, entry.namespace, entry.node, labels, float(entry.hits), float(entry.used_s)
+def _pack_entry(entry: EntryRecord) -> tuple[Any, ...]:
+    return (*entry[:3], json.dumps(dict(entry.labels)), float(entry.hits), float(entry.used_s))
 
 
-def _entry(id: str, namespace: str, node: str, labels: str, hits: float, used_s: float) -> EntryRecord:
+def _unpack_entry(id: str, namespace: str, node: str, labels: str, hits: float, used_s: float) -> EntryRecord:
     return EntryRecord(id, namespace, node, json.loads(labels), hits, used_s)
 
 
+_FILES = "id TEXT PRIMARY KEY, num_tokens INTEGER, num_bytes INTEGER"
+_NODES = "id TEXT PRIMARY KEY, parent TEXT, namespace TEXT, token_ids BLOB, file TEXT, first INTEGER"
+_ENTRIES = "id TEXT PRIMARY KEY, namespace TEXT, node TEXT, labels TEXT, hits REAL, used_s REAL"
 _TABLES = (  # in the order of Contents
-    _Table("files", "id TEXT PRIMARY KEY, num_tokens INTEGER, num_bytes INTEGER", tuple, FileRecord),
-    _Table(
-        "nodes",
-        "id TEXT PRIMARY KEY, parent TEXT, namespace TEXT, token_ids BLOB, file TEXT, first INTEGER",
-        _node_row,
-        _node,
-    ),
-    _Table(
-        "entries",
-        "id TEXT PRIMARY KEY, namespace TEXT, node TEXT, labels TEXT, hits REAL, used_s REAL",
-        _entry_row,
-        _entry,
-    ),
+    _Table("files", _FILES, tuple, FileRecord),
+    _Table("nodes", _NODES, _pack_node, _unpack_node),
+    _Table("entries", _ENTRIES, _pack_entry, _unpack_entry),
 )
 
 
@@ -109,14 +89,14 @@ class Catalog:
         Raises:
             sqlite3.Error, UnicodeEncodeError: if that fails; the catalog is as before.
         """
-        with self._transaction():
+        with self._transact():
             for table, ids in gone.items():
                 self._db.executemany(f"DELETE FROM {table} WHERE id = ?", [(id,) for id in ids])
             self._insert(put)
 
     def replace(self, contents: Contents) -> None:
         """Make ``contents`` all that there is, in one transaction."""
-        with self._transaction():
+        with self._transact():
             for table in _TABLES:
                 self._db.execute(f"DELETE FROM {table.name}")
             self._insert(contents)
@@ -125,7 +105,7 @@ class Catalog:
         """All that there is."""
         return _read(self._db, self._fingerprint)
 
-    def files_of(self, nodes: Iterable[str]) -> Iterator[str]:
+    def find_files(self, nodes: Iterable[str]) -> Iterator[str]:
         """Ids of the files in which those of ``nodes`` lie that are there, once for each.
 
         Raises:
@@ -161,16 +141,13 @@ class Catalog:
     def _insert(self, contents: Contents) -> None:
         kinds: tuple[Sequence[Any], ...] = (contents.files, contents.nodes, contents.entries)
         for table, records in zip(_TABLES, kinds, strict=True):
-            rows = (self._row(table, record) for record in records)
+            packed = map(table.pack, records)
+            rows = ((*values, _digest(self._fingerprint, table.name, values)) for values in packed)
             places = ", ".join("?" * (table.columns.count(",") + 2))
             self._db.executemany(f"INSERT OR REPLACE INTO {table.name} VALUES ({places})", rows)
 
-    def _row(self, table: _Table, record: Any) -> tuple[Any, ...]:
-        values = table.row(record)
-        return (*values, _digest(self._fingerprint, table.name, values))
-
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transact(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -222,7 +199,7 @@ def look_into(path: Path, fingerprint: str) -> Contents:
     mode = "mode=ro" if path.joinpath(_LOG).exists() else "mode=ro&immutable=1"
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)) as database:
         database.execute("BEGIN")
-        _require_version(_version(database))
+        _require_version(database)
         return _read(database, fingerprint)
 
 
@@ -241,11 +218,11 @@ def _create_tables(database: sqlite3.Connection) -> None:
     """In an empty database; in another they must be there, and it must be one that can be written."""
     found = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
     wanted = [f"CREATE TABLE {t.name} ({t.columns}, digest BLOB) WITHOUT ROWID" for t in _TABLES]
-    version = _version(database)
+    (version,) = database.execute("PRAGMA user_version").fetchone()
     if not found and not version:
         database.executescript(f"BEGIN; {'; '.join(wanted)}; PRAGMA user_version = {FORMAT_VERSION}; COMMIT;")
         return
-    _require_version(version)
+    _require_version(database)
     if found != wanted:
         raise UnusableCatalogError("its tables are not those of a catalog")
     database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # fails if it cannot be written
@@ -272,23 +249,20 @@ def _tells_of_surroundings(code: int) -> bool:
     return code & 0xFF in _SURROUNDINGS or (code & 0xFF == sqlite3.SQLITE_READONLY != code)
 
 
-def _version(database: sqlite3.Connection) -> int:
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    return version
-
-
-def _require_version(found: int) -> None:
+def _require_version(database: sqlite3.Connection) -> None:
+    (found,) = database.execute("PRAGMA user_version").fetchone()
     if found != FORMAT_VERSION:
         raise UnusableCatalogError(f"it has version {found}; accepted is {FORMAT_VERSION}", foreign=True)
 
 
 def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
-    database.text_factory = _decode
+    # What was not written as text fails the digest.
+    database.text_factory = lambda text: text.decode(errors="replace")
     found: dict[str, dict[str, Any]] = {table.name: {} for table in _TABLES}
     num_damaged = 0
     for table in _TABLES:
         for *values, digest in database.execute(f"SELECT * FROM {table.name}"):
-            record = _record(table, values) if _digest(fingerprint, table.name, values) == digest else None
+            record = _unpack(table, values) if _digest(fingerprint, table.name, values) == digest else None
             if record is None or record.id in found[table.name]:
                 num_damaged += 1
             else:
@@ -297,17 +271,13 @@ def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
     return Contents(**kinds, num_damaged=num_damaged)
 
 
-def _record(table: _Table, values: Sequence[Any]) -> Any:
+def _unpack(table: _Table, values: Sequence[Any]) -> Any:
     """What a row says, or None if it says nothing that could have been written."""
     try:
-        record = table.record(*values)
+        record = table.unpack(*values)
         return record if is_sound(record) else None
     except (RecursionError, TypeError, ValueError):
         return None
-
-
-def _decode(text: bytes) -> str:
-    return text.decode(errors="replace")  # what was not written this way fails the digest
 
 
 def _digest(fingerprint: str, table: str, values: Sequence[Any]) -> bytes:

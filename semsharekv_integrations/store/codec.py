@@ -37,7 +37,7 @@ _HOST_IS_FULL = "DefaultCPUAllocator"  # in the plain RuntimeError by which torc
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
+def raise_memory_errors() -> Iterator[None]:
     """Raise one of ``OUT_OF_MEMORY`` for the host as for a device."""
     try:
         yield
@@ -63,14 +63,14 @@ class PackedKV:
     device: torch.device
 
     @classmethod
-    @memory_errors()
-    def of(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
+    @raise_memory_errors()
+    def pack(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
         """What ``layers`` have from token ``start`` on: the tensors themselves, or copies of a part, or packed."""
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(layers):
             for name, tensor in zip((_KEYS, _VALUES), layer, strict=True):
                 part = tensor[:, :, start:].clone() if start and bits is None else tensor[:, :, start:]
-                tensors |= _quantized(f"{index}.{name}", part) if bits == 8 else {f"{index}.{name}": part}
+                tensors |= _quantize(f"{index}.{name}", part) if bits == 8 else {f"{index}.{name}": part}
         return cls(tensors, layers[0].keys.dtype, layers[0].keys.device)
 
     @cached_property
@@ -95,25 +95,25 @@ class PackedKV:
 
     def layer(self, index: int) -> LayerKV:
         """Keys and values [B, H, N, D] as the model takes them."""
-        return LayerKV(self._tensor(f"{index}.{_KEYS}"), self._tensor(f"{index}.{_VALUES}"))
+        return LayerKV(self._unpack(f"{index}.{_KEYS}"), self._unpack(f"{index}.{_VALUES}"))
 
-    def part(self, start: int, stop: int) -> PackedKV:
+    def copy_part(self, start: int, stop: int) -> PackedKV:
         """Its tokens from ``start`` to ``stop`` (exclusive), copied, so that the rest may go."""
-        return self._changed(lambda tensor: tensor[:, :, start:stop].clone())
+        return self._change(lambda tensor: tensor[:, :, start:stop].clone())
 
-    def view(self, start: int, stop: int) -> PackedKV:
-        """As ``part``, not copied."""
-        return self._changed(lambda tensor: tensor[:, :, start:stop])
+    def view_part(self, start: int, stop: int) -> PackedKV:
+        """As ``copy_part``, not copied."""
+        return self._change(lambda tensor: tensor[:, :, start:stop])
 
-    def copied(self, device: torch.device) -> PackedKV:
+    def copy_to(self, device: torch.device) -> PackedKV:
         """A copy on ``device``, which needs no file to stay; pinned in host memory if the model is on CUDA."""
-        return self._changed(lambda tensor: self._pinned(tensor.to(device, copy=True)))
+        return self._change(lambda tensor: self._pin(tensor.to(device, copy=True)))
 
-    def moved(self, device: torch.device) -> PackedKV:
+    def move_to(self, device: torch.device) -> PackedKV:
         """On ``device``, if it is not there already; pinned likewise, so that it can return at full speed."""
-        return self._changed(lambda tensor: self._pinned(tensor.to(device)))
+        return self._change(lambda tensor: self._pin(tensor.to(device)))
 
-    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "cpu" or self.device.type != "cuda":
             return tensor
         try:
@@ -121,11 +121,11 @@ class PackedKV:
         except RuntimeError:  # no more memory can be pinned
             return tensor
 
-    @memory_errors()
-    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
+    @raise_memory_errors()
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
         return PackedKV({name: change(tensor) for name, tensor in self.tensors.items()}, self.dtype, self.device)
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _unpack(self, name: str) -> torch.Tensor:
         stored = self.tensors[name].to(self.device, non_blocking=True)
         scales = self.tensors.get(f"{name}.{_SCALES}")
         if scales is None:
@@ -133,16 +133,16 @@ class PackedKV:
         return (stored.float() * scales.to(self.device, non_blocking=True).float()).to(self.dtype)
 
 
-def packed_if_room(layers: Sequence[LayerKV], bits: int | None, start: int = 0) -> PackedKV | None:
-    """As ``PackedKV.of``; None if there is no memory for it."""
+def pack_if_room(layers: Sequence[LayerKV], bits: int | None, start: int = 0) -> PackedKV | None:
+    """As ``PackedKV.pack``; None if there is no memory for it."""
     try:
-        return PackedKV.of(layers, bits, start)
+        return PackedKV.pack(layers, bits, start)
     except OUT_OF_MEMORY:
         log_trouble("out_of_memory")
         return None
 
 
-def _quantized(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Eight-bit numbers [B, H, N, D] and what each head's token is to be multiplied by [B, H, N, 1]."""
     largest = tensor.float().abs().amax(dim=-1, keepdim=True)
     scales = (largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)

@@ -165,7 +165,7 @@ class KVDirectory:
                 raise ValueError(f"node {node.id} has {len(node.token_ids)} tokens that file {node.file} does not have")
         more = Counter(node.file for node in put.values())
         try:
-            more.subtract(file for file in self._catalog.files_of(gone_nodes | put.keys()) if file in self._files)
+            more.subtract(file for file in self._catalog.find_files(gone_nodes | put.keys()) if file in self._files)
             begun = [self._files[file] for file in more if not self._uses[file]]
             ended = [self._files[file] for file in more if not self._uses[file] + more[file]]
             gone = {"files": [file.id for file in ended], "nodes": gone_nodes, "entries": gone_entries}

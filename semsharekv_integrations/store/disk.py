@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 
-from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.logs import log_trouble
-from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, memory_errors
+from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, raise_memory_errors
 from semsharekv_integrations.store.directory import KVDirectory
-from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import TOKEN_DIM
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord
+
+if TYPE_CHECKING:
+    from semsharekv_integrations.store.tiers import Tier
 
 DISK = "disk"
 _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
@@ -30,13 +32,13 @@ class DiskTier:
     """KV of nodes in files; without a directory it keeps nothing. Not safe to use from several threads by itself.
 
     Args:
-        config: bounds.
+        tier: counts what lies here.
         counts: of troubles.
         give_up: loses the KV of a node, or of one behind it, that is in no other tier.
     """
 
-    def __init__(self, config: StoreConfig, counts: Counter[str], give_up: Callable[[Node], None]) -> None:
-        self.tier = Tier(DISK, config.disk_max_bytes, config.eviction)
+    def __init__(self, tier: Tier, counts: Counter[str], give_up: Callable[[Node], None]) -> None:
+        self.tier = tier
         self._directory: KVDirectory | None = None
         self._counts = counts
         self._give_up = give_up
@@ -63,7 +65,7 @@ class DiskTier:
         stop = first + len(node.token_ids)
         if whole.num_tokens < stop:
             raise StoreFileError(f"{file} has {whole.num_tokens} tokens, not {stop}")
-        return whole.view(first, stop)
+        return whole.view_part(first, stop)
 
     def save(self, node: Node, packed: PackedKV, namespace: str) -> bool:
         """Write a node, if there is a directory, room, and all that comes before it."""
@@ -74,9 +76,8 @@ class DiskTier:
             self._counts["disk_refused"] += 1
             return False
         try:
-            with memory_errors():
-                on_host = {name: tensor.contiguous().cpu() for name, tensor in packed.tensors.items()}
-            file = self._directory.write(on_host, packed.num_tokens)
+            with raise_memory_errors():
+                file = self._directory.write(packed.tensors, packed.num_tokens)
         except (StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return False
@@ -99,7 +100,7 @@ class DiskTier:
             return
         file, first = lower.on_disk
         upper.on_disk, lower.on_disk = lower.on_disk, FileRange(file, first + len(upper.token_ids))
-        size = self.tier.size_of(lower)
+        size = self.tier.sizes[lower]
         share = size * len(upper.token_ids) // (len(upper.token_ids) + len(lower.token_ids))
         self.tier.shrink(lower, size - share)
         self.tier.add(upper, share)
@@ -180,7 +181,7 @@ class DiskTier:
         """Bring what was found within the bound; pinned nodes go last, but they go."""
         self._make_room(0, ())
         while self.num_bytes > self.tier.max_bytes:
-            least = min((node for node, _ in self.tier.sizes()), key=lambda node: node.pins > 0, default=None)
+            least = min(self.tier.sizes, key=lambda node: node.pins > 0, default=None)
             if least is None:
                 return
             self._give_up(least)
@@ -198,7 +199,7 @@ class DiskTier:
 
     def abandon(self) -> None:
         """Let go of the directory as it is; nothing is here afterwards."""
-        for node in [node for node, _ in self.tier.sizes()]:
+        for node in list(self.tier.sizes):
             self.tier.remove(node)
             node.on_disk = None
         self._nodes.clear()
@@ -217,7 +218,7 @@ class DiskTier:
 
     def check(self, nodes: Collection[Node], keys: set[str]) -> None:
         """The law: of ``nodes`` and entries ``keys`` it has those that say so, and the catalog has no others."""
-        here = {node for node, _ in self.tier.sizes()}
+        here = set(self.tier.sizes)
         assert here == {node for node in nodes if node.on_disk is not None}, "nodes on disk"
         for node in here:
             parent = node.parent
@@ -240,14 +241,14 @@ class DiskTier:
         assert self._directory is not None
         if self.num_bytes + num_bytes <= self.tier.max_bytes:
             return True
-        staying = {node.on_disk for node, _ in self.tier.sizes() if node.pins or node in protected}
+        staying = {node.on_disk for node in self.tier.sizes if node.pins or node in protected}
         files = {place.file for place in staying if place is not None}
         if sum(self._directory.file(file).num_bytes for file in files) + num_bytes > self.tier.max_bytes:
             return False
         while self.commit():  # else what goes would not make room
             if self.num_bytes + num_bytes <= self.tier.max_bytes:
                 return True
-            victim = self.tier.victim(protected, num_bytes)
+            victim = self.tier.choose_victim(protected, num_bytes)
             if victim is None:
                 break
             while (below := next((c for c in victim.children.values() if c.on_disk is not None), None)) is not None:
@@ -263,10 +264,10 @@ class DiskTier:
         assert self._directory is not None
         num_tokens = [len(node.token_ids) for node in nodes]
         try:
-            with memory_errors():
+            with raise_memory_errors():
                 parts = [self.read(node).tensors for node in nodes]
                 whole = {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
-            file = self._directory.write(whole, sum(num_tokens))
+                file = self._directory.write(whole, sum(num_tokens))
         except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return False

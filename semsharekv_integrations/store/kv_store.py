@@ -21,7 +21,7 @@ from semsharekv_integrations.checks import plain
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
-from semsharekv_integrations.store.codec import packed_if_room
+from semsharekv_integrations.store.codec import pack_if_room
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
@@ -292,7 +292,7 @@ class KVStore:
         node = entry.node
         self._entries.keep(entry)
         if node.held is None and node.on_disk is None:
-            packed = packed_if_room(layers, self.config.kv_bits, node.start)
+            packed = pack_if_room(layers, self.config.kv_bits, node.start)
             owner = None if reference.state else reference.namespace  # None: not on disk
             if packed is None or not self._entries.shelves.place(node, packed, owner):
                 return self._refused(entry)
@@ -308,7 +308,7 @@ class KVStore:
         return True
 
     def _put_tainted(self, reference: Reference) -> bool:
-        packed = packed_if_room(reference.layers, self.config.kv_bits)
+        packed = pack_if_room(reference.layers, self.config.kv_bits)
         if reference.session is None or packed is None or not self._entries.shelves.could_hold(packed.num_bytes):
             return self._refused()
         entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())

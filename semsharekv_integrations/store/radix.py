@@ -18,6 +18,7 @@ from semsharekv_integrations.kv import Span, TokenIds, standing_within
 
 if TYPE_CHECKING:
     from semsharekv_integrations.store.codec import PackedKV
+    from semsharekv_integrations.store.tiers import Tier
 
 
 class FileRange(NamedTuple):
@@ -39,7 +40,7 @@ class Node:
         entries: keys of the entries that end with it.
         pins: number of pinned entries that need it.
         held: its KV in memory, or None.
-        tier: the name of the memory tier that counts ``held``, or None.
+        tier: the memory tier that counts ``held``, or None.
         on_disk: its KV on disk, or None.
         hits: number of times it was reused.
         documents: those of the caller's documents that end in it, so that all who have its tokens have them.
@@ -53,7 +54,7 @@ class Node:
     entries: set[str] = field(default_factory=set)
     pins: int = 0
     held: PackedKV | None = None
-    tier: str | None = None
+    tier: Tier | None = None
     on_disk: FileRange | None = None
     hits: float = 0.0
     documents: dict[str, Span] = field(default_factory=dict)

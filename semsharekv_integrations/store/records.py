@@ -13,8 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.checks import check_lifetime, is_number, is_whole
+from semsharekv_integrations.checks import is_number, is_whole
 from semsharekv_integrations.kv import UNPLACED, TokenIds
+
+_MOST_TOKENS = 2**31 - 1
+_MOST_BYTES = 2**62
+_LARGEST = 2.0**53  # up to which a float counts exactly
+_FILE_ID = re.compile(r"[0-9a-f]{32}")  # it becomes a file's name
 
 
 class FileRecord(NamedTuple):
@@ -82,9 +87,9 @@ class Contents(NamedTuple):
 def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
     """What of ``found`` can be used, given the bytes of the KV files that there are; parents stand before children.
 
-    A file must have the bytes recorded, at least one for each token, a node its KV in such a file and a sound parent in
-    its namespace, an entry a sound node in its namespace, and its segments within the tokens up to there. A node that
-    no entry needs is left out, and so is a file that no node needs.
+    A file must have the bytes recorded, at least one for each token; a node its KV in such a file, and a sound parent
+    in its namespace; an entry a sound node in its namespace, and its segments within the tokens up to there. Nodes that
+    no entry needs are left out, and so are files that no node needs.
     """
     files = {f.id: f for f in found.files if sizes.get(f.id) == f.num_bytes >= f.num_tokens}
     order = keep_rooted(node for node in found.nodes if node.file in files and fits(node, files[node.file]))
@@ -126,14 +131,6 @@ def fits(node: NodeRecord, file: FileRecord) -> bool:
     return 0 <= node.first < node.first + len(node.token_ids) <= file.num_tokens
 
 
-_MOST_TOKENS = 2**31 - 1
-_MOST_BYTES = 2**62
-_LARGEST = 2.0**53  # up to which a float counts exactly
-_FILE_ID = re.compile(r"[0-9a-f]{32}")  # it becomes a file's name
-
-_Rule = Callable[[Any], bool]
-
-
 def is_sound(record: FileRecord | NodeRecord | EntryRecord) -> bool:
     """Whether every field of ``record`` is of its type, and within its bounds."""
     return all(rule(getattr(record, name)) for name, rule in _RULES[type(record)].items())
@@ -151,27 +148,19 @@ def _is_file_id(value: object) -> bool:
     return isinstance(value, str) and _FILE_ID.fullmatch(value) is not None
 
 
-def _is_count(value: object) -> bool:
-    return is_whole(value, 1) and value <= _MOST_TOKENS  # type: ignore[operator]
+def _is_position(value: Any, least: int = 0) -> bool:
+    return is_whole(value, least) and value <= _MOST_TOKENS
 
 
-def _is_position(value: object) -> bool:
-    return is_whole(value, 0) and value <= _MOST_TOKENS  # type: ignore[operator]
-
-
-def _is_place(value: object) -> bool:
-    return (value == UNPLACED and is_whole(value, UNPLACED)) or _is_position(value)
-
-
-def _are_token_ids(value: Any) -> bool:
+def _has_token_ids(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 0 and bool((value >= 0).all())
 
 
-def _are_places(value: object) -> bool:
-    return isinstance(value, Mapping) and all(_is_text(key) and _is_place(place) for key, place in value.items())
+def _has_places(value: object) -> bool:
+    return isinstance(value, Mapping) and all(_is_text(key) and _is_position(at, UNPLACED) for key, at in value.items())
 
 
-def _are_segments(value: object) -> bool:
+def _has_segments(value: object) -> bool:
     return isinstance(value, list) and all(_is_segment(item) for item in value)
 
 
@@ -182,46 +171,37 @@ def _is_segment(value: object) -> bool:
     return _is_text(name) and _is_position(start) and _is_position(stop) and start <= stop
 
 
-def _is_lifetime(value: object) -> bool:
-    try:
-        check_lifetime("expires_after_s", value)
-    except ValueError:
-        return False
-    return True
-
-
-_LABELS: dict[str, _Rule] = {
-    "document_starts": _are_places,
-    "segments": _are_segments,
-    "session": lambda value: value is None or _is_text(value),
-    "pinned": lambda value: isinstance(value, bool),
-    "expires_after_s": _is_lifetime,
-}
-_LATER_LABELS: dict[str, _Rule] = {  # which earlier versions did not write
-    "document_stops": lambda value: value is None or _are_places(value),
-    "rounded": lambda value: isinstance(value, bool),
-    "state": _is_text,
-}
-
-
-def _are_labels(value: object) -> bool:
+def _has_labels(value: object) -> bool:
     if not isinstance(value, Mapping) or not all(name in value and rule(value[name]) for name, rule in _LABELS.items()):
         return False
     later = all(rule(value[name]) for name, rule in _LATER_LABELS.items() if name in value)
     return later and (value.get("document_stops") or {}).keys() <= value["document_starts"].keys()
 
 
-_RULES: dict[type, dict[str, _Rule]] = {
+_Rules = dict[str, Callable[[Any], bool]]
+_LABELS: _Rules = {
+    "document_starts": _has_places,
+    "segments": _has_segments,
+    "session": lambda value: value is None or _is_text(value),
+    "pinned": lambda value: isinstance(value, bool),
+    "expires_after_s": lambda value: value is None or (is_number(value) and value > 0),
+}
+_LATER_LABELS: _Rules = {  # which earlier versions did not write
+    "document_stops": lambda value: value is None or _has_places(value),
+    "rounded": lambda value: isinstance(value, bool),
+    "state": _is_text,
+}
+_RULES: dict[type, _Rules] = {
     FileRecord: {
         "id": _is_file_id,
-        "num_tokens": _is_count,
+        "num_tokens": lambda value: _is_position(value, 1),
         "num_bytes": lambda value: is_whole(value, 1) and value <= _MOST_BYTES,
     },
     NodeRecord: {
         "id": _is_id,
         "parent": lambda value: value is None or _is_id(value),
         "namespace": _is_text,
-        "token_ids": _are_token_ids,
+        "token_ids": _has_token_ids,
         "file": _is_file_id,
         "first": _is_position,
     },
@@ -229,7 +209,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "id": _is_id,
         "namespace": _is_text,
         "node": _is_id,
-        "labels": _are_labels,
+        "labels": _has_labels,
         "hits": lambda value: is_number(value) and 0 <= value <= _LARGEST,
         "used_s": lambda value: is_number(value) and abs(value) <= _LARGEST,
     },

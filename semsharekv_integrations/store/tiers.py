@@ -2,25 +2,35 @@
 
 A node is in one memory tier at most, and on disk as well where there is a directory: what memory gives up is still
 there. What no tier can keep is lost, and with it the entries that need it. Every bound holds after every step.
+
+What was reused before is proven, anything else novel. A full tier gives up the novel nodes first, least recently used
+first, down to a share of its room, so a stream of prompts that never come back flushes none that did. Proven nodes go
+by the compute that a byte of them saves: every use adds what it saved, and what is not used falls behind as others rise
+(greedy dual size frequency, Cherkasova 1998). All nodes of a model take the same bytes for a token, and a token saves
+the more, the more tokens it would attend to.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import count
+from typing import NamedTuple
 
 import torch
 
-from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.config import Eviction, StoreConfig
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV
-from semsharekv_integrations.store.disk import DiskTier
-from semsharekv_integrations.store.eviction import Tier
+from semsharekv_integrations.store.disk import DISK, DiskTier
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.radix import Node
 
-DEVICE, HOST = "device", "host"
+NOVEL_SHARE = 0.25  # of a full tier is for nodes that were never reused
+COSTLY_POSITION = 8192  # where attending to all before costs about as much as the rest of a layer
+MOST_HITS = 4.0  # so that what was once popular is outlived soon
 _CPU = torch.device("cpu")
 
 
@@ -30,6 +40,129 @@ class Unreadable(Exception):
     def __init__(self, node: Node) -> None:
         super().__init__()
         self.node = node
+
+
+class _Rank(NamedTuple):
+    """Where a proven node stands: the lowest goes first, of equals the one that fewest others need."""
+
+    priority: float
+    before_start: int
+    order: int
+
+
+class Tier:
+    """A bounded number of bytes in nodes; which nodes these are is told by its caller.
+
+    Args:
+        name: of the tier.
+        max_bytes: bound.
+        eviction: ``value`` as above, or ``lru``: least recently used first, whatever it was.
+    """
+
+    def __init__(self, name: str, max_bytes: int, eviction: Eviction = "value") -> None:
+        self.name = name
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.sizes: dict[Node, int] = {}  # bytes of every node that is here
+        self._eviction = eviction
+        self._novel: OrderedDict[Node, None] = OrderedDict()  # least recently used first
+        self._novel_bytes = 0
+        self._ranks: dict[Node, _Rank] = {}  # of the proven ones
+        self._by_order: dict[int, Node] = {}
+        self._proven: list[_Rank] = []  # a heap; ranks that no node has are stale, and keep none in memory
+        self._order = count()
+        self._clock = 0.0
+
+    def add(self, node: Node, num_bytes: int) -> None:
+        """Count ``node``, which is not here yet."""
+        assert node not in self.sizes
+        self.sizes[node] = num_bytes
+        self.num_bytes += num_bytes
+        self._rank(node)
+
+    def remove(self, node: Node) -> None:
+        """Count ``node`` no longer."""
+        num_bytes = self.sizes.pop(node)
+        self.num_bytes -= num_bytes
+        self._drop_rank(node, num_bytes)
+
+    def shrink(self, node: Node, num_bytes: int) -> None:
+        """``node`` has only ``num_bytes`` left; it was not used."""
+        freed = self.sizes[node] - num_bytes
+        self.sizes[node] = num_bytes
+        self.num_bytes -= freed
+        if node in self._novel:
+            self._novel_bytes -= freed
+
+    def use(self, node: Node) -> None:
+        """``node``, which is here, was used once more; its hits are counted already."""
+        self._drop_rank(node, self.sizes[node])
+        self._rank(node)
+
+    def can_hold(self, num_bytes: int, protected: Collection[Node]) -> bool:
+        """Whether so much fits beside what is pinned or ``protected``."""
+        missing = self.num_bytes + num_bytes - self.max_bytes
+        for node, size in self.sizes.items():
+            if missing <= 0:
+                return True
+            if not node.pins and node not in protected:
+                missing -= size
+        return missing <= 0
+
+    def choose_victim(self, protected: Collection[Node], novel_bytes: int) -> Node | None:
+        """What goes next, or None: never pinned, never ``protected``; ``novel_bytes`` are about to come."""
+        novel = next((node for node in self._novel if not node.pins and node not in protected), None)
+        crowded = self._novel_bytes + novel_bytes > NOVEL_SHARE * self.max_bytes
+        if novel is not None and (crowded or self._eviction == "lru"):
+            return novel
+        proven = self._find_least_proven(protected)
+        if proven is not None:
+            self._clock = max(self._clock, self._ranks[proven].priority)
+        return proven or novel
+
+    def check(self) -> None:
+        """The law: bytes are exact and bounded, and every node is ranked once."""
+        assert self.num_bytes == sum(self.sizes.values()) <= self.max_bytes, f"bytes of tier {self.name}"
+        assert self._novel_bytes == sum(self.sizes[node] for node in self._novel)
+        ranked = {self._by_order[rank.order] for rank in self._proven if rank.order in self._by_order}
+        assert {self._by_order[rank.order]: rank for rank in self._ranks.values()} == self._ranks, "orders of nodes"
+        assert ranked == set(self._ranks) and set(self.sizes) == ranked | set(self._novel), "unranked nodes"
+
+    def _rank(self, node: Node) -> None:
+        if node.hits == 0 or self._eviction == "lru":
+            self._novel[node] = None
+            self._novel_bytes += self.sizes[node]
+            return
+        worth = 1 + (node.start + node.stop) / 2 / COSTLY_POSITION
+        rank = _Rank(self._clock + min(node.hits, MOST_HITS) * worth, -node.start, next(self._order))
+        self._ranks[node], self._by_order[rank.order] = rank, node
+        heapq.heappush(self._proven, rank)
+        if len(self._proven) > 64 + 2 * len(self.sizes):
+            self._proven = list(self._ranks.values())
+            heapq.heapify(self._proven)
+
+    def _drop_rank(self, node: Node, num_bytes: int) -> None:
+        if node in self._novel:
+            del self._novel[node]
+            self._novel_bytes -= num_bytes
+        rank = self._ranks.pop(node, None)
+        if rank is not None:
+            del self._by_order[rank.order]
+
+    def _find_least_proven(self, protected: Collection[Node]) -> Node | None:
+        kept = []
+        found = None
+        while self._proven and found is None:
+            rank = heapq.heappop(self._proven)
+            node = self._by_order.get(rank.order)
+            if node is None:
+                continue
+            kept.append(rank)
+            if not node.pins and node not in protected:
+                found = node
+        for rank in kept:
+            heapq.heappush(self._proven, rank)
+        return found
 
 
 class Tiers:
@@ -44,9 +177,9 @@ class Tiers:
         self._lose = lose
         self._rounds = config.kv_bits is not None
         self.counts: Counter[str] = Counter()
-        self.device = Tier(DEVICE, config.max_bytes, config.eviction)
-        self.host = Tier(HOST, config.host_max_bytes, config.eviction)
-        self.disk = DiskTier(config, self.counts, self._give_up)
+        self.device = Tier("device", config.max_bytes, config.eviction)
+        self.host = Tier("host", config.host_max_bytes, config.eviction)
+        self.disk = DiskTier(Tier(DISK, config.disk_max_bytes, config.eviction), self.counts, self._give_up)
 
     def place(self, node: Node, packed: PackedKV, namespace: str | None) -> bool:
         """Keep the KV of a new node, in memory and, for a ``namespace``, on disk; whether there was room for it.
@@ -54,10 +187,9 @@ class Tiers:
         What must go for it is moved down or lost; nothing is, if there is no room. Counts as a use of what is before.
         """
         path = node.path()
-        tier = next((tier for tier in (self.device, self.host) if self._make_room(tier, packed.num_bytes, path)), None)
-        if tier is not None and (held := packed if tier is self.device else _moved(packed, _CPU)) is not None:
-            node.held = held
-            self._into(tier, node)
+        tier = next((tier for tier in self._memory() if self._make_room(tier, packed.num_bytes, path)), None)
+        if tier is not None and (held := packed if tier is self.device else _move(packed, _CPU)) is not None:
+            self._put_into(tier, node, held)
         saved = namespace is not None and self.disk.save(node, packed, namespace)
         self.touch(path)
         return node.held is not None or saved
@@ -65,54 +197,54 @@ class Tiers:
     def load(self, path: Sequence[Node], protected: Collection[Node]) -> list[PackedKV]:
         """The KV of nodes, ready for the model; what lay lower moves up if there is room. Counts as a use.
 
-        Nothing that is ``protected``, which includes ``path``, is lost for it.
+        Never evicts ``protected`` nodes; ``path`` must be among them.
 
         Raises:
             UnavailableFileError: if a file cannot be read now; nothing has to go.
             Unreadable: naming the first node that is damaged, vanished, rounded though this store keeps KV as it is, or
                 has no room after it could not be moved up.
         """
-        pieces = [self._raised(node, protected) for node in path]
+        pieces = [self._raise(node, protected) for node in path]
         for node in path:
             node.hits += 1
         self.touch(path)
         return pieces
 
     def touch(self, path: Sequence[Node]) -> None:
-        """The nodes are the most recent ones; of them the one that fewest others need is the least recent."""
+        """Make the nodes the most recent ones, and of them least recent the one that fewest others need."""
         for node in reversed(path):
-            for tier in (self.device, self.host, self.disk.tier):
-                if node in tier:
-                    tier.use(node)
+            if node.tier is not None:
+                node.tier.use(node)
+            if node.on_disk is not None:
+                self.disk.tier.use(node)
 
-    def drop(self, nodes: Sequence[Node], keys: Sequence[str]) -> None:
+    def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
         """Forget the KV of nodes that are no longer in their tree, and what is written of the entries ``keys``."""
         for node in nodes:
-            self._out_of_memory(node)
+            self._take_out(node)
         self.disk.drop(nodes, keys)
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """``upper`` has become the first tokens of what ``lower`` was: divide the KV."""
-        if lower.held is not None:
-            tier, whole, num_tokens = self._tier_of(lower), lower.held, len(upper.token_ids)
-            upper.held = _part(whole, 0, num_tokens)
-            lower.held = _part(whole, num_tokens, whole.num_tokens)
-            tier.shrink(lower, lower.held.num_bytes)
-            self._into(tier, upper)
+        """Divide the KV: ``upper`` has become the first tokens of what ``lower`` was."""
+        if lower.held is not None and lower.tier is not None:
+            whole, num_tokens = lower.held, len(upper.token_ids)
+            lower.held = _take_part(whole, num_tokens, whole.num_tokens)
+            lower.tier.shrink(lower, lower.held.num_bytes)
+            self._put_into(lower.tier, upper, _take_part(whole, 0, num_tokens))
         self.disk.split(upper, lower, namespace)
 
     def could_hold(self, num_bytes: int) -> bool:
         """Whether a memory tier has so much room beside what is pinned."""
-        return any(tier.can_hold(num_bytes, ()) for tier in (self.device, self.host))
+        return any(tier.can_hold(num_bytes, ()) for tier in self._memory())
 
     def check(self, nodes: Collection[Node], written: set[str]) -> None:
         """The law: tiers hold exactly what ``nodes``, which are all there are, say of themselves.
 
         The entries ``written`` are those in the catalog.
         """
-        for tier in (self.device, self.host):
-            held = {node: node.held.num_bytes for node in nodes if node.held is not None and node.tier == tier.name}
-            assert dict(tier.sizes()) == held, f"tier {tier.name} differs from its nodes"
+        for tier in self._memory():
+            held = {node: node.held.num_bytes for node in nodes if node.held is not None and node.tier is tier}
+            assert tier.sizes == held, f"tier {tier.name} differs from its nodes"
             tier.check()
         for node in nodes:
             assert node.held is not None or node.on_disk is not None, "a node without KV"
@@ -120,31 +252,34 @@ class Tiers:
             assert (node.held is None) == (node.tier is None)
         self.disk.check(nodes, written)
 
+    def _memory(self) -> Iterator[Tier]:
+        yield self.device
+        yield self.host
+
     def _make_room(self, tier: Tier, num_bytes: int, protected: Collection[Node], *, novel: bool = True) -> bool:
         """Whether so much fits into ``tier``, after what must go for it has gone."""
         if not tier.can_hold(num_bytes, protected):
             return False
         while tier.num_bytes + num_bytes > tier.max_bytes:
-            victim = tier.victim(protected, num_bytes if novel else 0)
+            victim = tier.choose_victim(protected, num_bytes if novel else 0)
             assert victim is not None, "what is neither pinned nor protected can go"
-            self._step_down(tier, victim, protected)
+            self._demote(tier, victim, protected)
         return True
 
-    def _step_down(self, tier: Tier, node: Node, protected: Collection[Node]) -> None:
+    def _demote(self, tier: Tier, node: Node, protected: Collection[Node]) -> None:
         """Take ``node`` out of ``tier``: to host memory or to the disk alone, else it is lost, its last child first."""
         assert node.held is not None
         packed, novel = node.held, node.hits == 0
         if tier is self.device and self._make_room(self.host, packed.num_bytes, protected, novel=novel):
             if node.held is None:  # went with what had to go from there
                 return
-            if (moved := _moved(packed, _CPU)) is not None:
-                self._out_of_memory(node)
-                node.held = moved
-                self._into(self.host, node)
+            if (moved := _move(packed, _CPU)) is not None:
+                self._take_out(node)
+                self._put_into(self.host, node, moved)
                 self.counts["demoted"] += 1
                 return
         if node.on_disk is not None:
-            self._out_of_memory(node)
+            self._take_out(node)
             self.counts["demoted"] += 1
         else:
             self._give_up(node)
@@ -156,37 +291,31 @@ class Tiers:
         self.counts["evicted"] += len(node.entries)
         self._lose(node)
 
-    def _raised(self, node: Node, protected: Collection[Node]) -> PackedKV:
+    def _raise(self, node: Node, protected: Collection[Node]) -> PackedKV:
         """Its KV, in the highest tier that has room."""
         packed = node.held or self._read(node)
         if packed.is_rounded and not self._rounds:  # another store wrote it, which takes it for good enough
             raise Unreadable(node)
-        for tier in (self.device, self.host):
-            if node.tier == tier.name:
+        for tier in self._memory():
+            if node.tier is tier:
                 return packed
             if tier.can_hold(packed.num_bytes, protected):
-                return self._moved_up(node, packed, tier, protected)
+                return self._promote(node, packed, tier, protected)
         return packed
 
-    def _moved_up(self, node: Node, packed: PackedKV, tier: Tier, protected: Collection[Node]) -> PackedKV:
+    def _promote(self, node: Node, packed: PackedKV, tier: Tier, protected: Collection[Node]) -> PackedKV:
         was_held = node.held is not None
-        self._out_of_memory(node)  # first, so that what must go from the device finds room on the host
+        self._take_out(node)  # first, so that what must go from the device finds room on the host
         self._make_room(tier, packed.num_bytes, protected, novel=False)
-        target = packed.device if tier is self.device else _CPU
-        raised = _moved(packed, target, copied=not was_held)
-        if raised is None:
-            self.counts["promotion_failed"] += 1
-            return self._left_below(node, packed, protected, was_held=was_held)
-        node.held = raised
-        self._into(tier, node)
-        self.counts["promoted"] += 1
-        return raised
-
-    def _left_below(self, node: Node, packed: PackedKV, protected: Collection[Node], *, was_held: bool) -> PackedKV:
-        """The KV of a node for which a tier had room and the machine no memory: it is served from where it was."""
+        raised = _move(packed, packed.device if tier is self.device else _CPU, copied=not was_held)
+        if raised is not None:
+            self._put_into(tier, node, raised)
+            self.counts["promoted"] += 1
+            return raised
+        # There was room in the tier, and none in the machine: it is served from where it was.
+        self.counts["promotion_failed"] += 1
         if was_held and self._make_room(self.host, packed.num_bytes, protected, novel=False):
-            node.held = packed
-            self._into(self.host, node)
+            self._put_into(self.host, node, packed)
         elif node.on_disk is None:
             raise Unreadable(node)
         return packed
@@ -201,32 +330,29 @@ class Tiers:
             log_trouble("unreadable_file")
             raise Unreadable(node) from None
 
-    def _into(self, tier: Tier, node: Node) -> None:
-        assert node.held is not None
-        node.tier = tier.name
-        tier.add(node, node.held.num_bytes)
+    def _put_into(self, tier: Tier, node: Node, packed: PackedKV) -> None:
+        node.held, node.tier = packed, tier
+        tier.add(node, packed.num_bytes)
 
-    def _out_of_memory(self, node: Node) -> None:
+    def _take_out(self, node: Node) -> None:
+        """Of memory."""
         if node.tier is not None:
-            self._tier_of(node).remove(node)
+            node.tier.remove(node)
         node.held = node.tier = None
 
-    def _tier_of(self, node: Node) -> Tier:
-        return {DEVICE: self.device, HOST: self.host}[str(node.tier)]
 
-
-def _moved(packed: PackedKV, device: torch.device, *, copied: bool = False) -> PackedKV | None:
+def _move(packed: PackedKV, device: torch.device, *, copied: bool = False) -> PackedKV | None:
     """``packed`` on ``device``, or None if there is no memory for it."""
     try:
-        return packed.copied(device) if copied else packed.moved(device)
+        return packed.copy_to(device) if copied else packed.move_to(device)
     except OUT_OF_MEMORY:
         log_trouble("out_of_memory")
         return None
 
 
-def _part(whole: PackedKV, start: int, stop: int) -> PackedKV:
+def _take_part(whole: PackedKV, start: int, stop: int) -> PackedKV:
     """Some tokens of ``whole``, copied if there is memory for it."""
     try:
-        return whole.part(start, stop)
+        return whole.copy_part(start, stop)
     except OUT_OF_MEMORY:
-        return whole.view(start, stop)
+        return whole.view_part(start, stop)

@@ -30,7 +30,7 @@ def assert_same(packed: PackedKV, layers: list[LayerKV], start: int = 0, stop: i
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unpacked_kv_is_the_models_own(dtype: torch.dtype) -> None:
     layers = layers_of(dtype=dtype)
-    packed = PackedKV.of(layers)
+    packed = PackedKV.pack(layers)
     assert_same(packed, layers)
     assert packed.layer(0).keys.data_ptr() == layers[0].keys.data_ptr(), "not copied"
     assert (packed.num_tokens, packed.num_layers) == (7, 3)
@@ -40,30 +40,30 @@ def test_unpacked_kv_is_the_models_own(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [None, 8])
 def test_parts_are_exact_and_free_what_they_leave(bits: int | None) -> None:
     layers = layers_of()
-    packed = PackedKV.of(layers, bits)
+    packed = PackedKV.pack(layers, bits)
     whole = [packed.layer(n) for n in range(3)]
     for start, stop in ((0, 3), (3, 7), (2, 5)):
-        assert_same(packed.part(start, stop), whole, start, stop)
-        assert_same(packed.view(start, stop), whole, start, stop)
-        for tensor in packed.part(start, stop).tensors.values():
+        assert_same(packed.copy_part(start, stop), whole, start, stop)
+        assert_same(packed.view_part(start, stop), whole, start, stop)
+        for tensor in packed.copy_part(start, stop).tensors.values():
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    assert packed.part(0, 3).num_bytes + packed.part(3, 7).num_bytes == packed.num_bytes
-    assert packed.view(0, 3).tensors["0.keys"].data_ptr() == packed.tensors["0.keys"].data_ptr()
+    assert packed.copy_part(0, 3).num_bytes + packed.copy_part(3, 7).num_bytes == packed.num_bytes
+    assert packed.view_part(0, 3).tensors["0.keys"].data_ptr() == packed.tensors["0.keys"].data_ptr()
 
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_what_is_taken_from_a_token_on_needs_no_more_memory_than_that(bits: int | None) -> None:
     layers = layers_of()
-    packed = PackedKV.of(layers, bits, start=4)
-    assert_same(packed, [PackedKV.of(layers, bits).layer(n) for n in range(3)], 4)
+    packed = PackedKV.pack(layers, bits, start=4)
+    assert_same(packed, [PackedKV.pack(layers, bits).layer(n) for n in range(3)], 4)
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in packed.tensors.values())
 
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_copies_are_exact_and_apart(bits: int | None) -> None:
-    packed = PackedKV.of(layers_of(), bits)
+    packed = PackedKV.pack(layers_of(), bits)
     whole = [packed.layer(n) for n in range(3)]
-    copied, moved = packed.copied(CPU), packed.moved(CPU)
+    copied, moved = packed.copy_to(CPU), packed.move_to(CPU)
     assert_same(copied, whole)
     assert_same(moved, whole)
     assert copied.tensors["0.keys"].data_ptr() != packed.tensors["0.keys"].data_ptr()
@@ -73,7 +73,7 @@ def test_copies_are_exact_and_apart(bits: int | None) -> None:
 @given(st.integers(0, 9), st.sampled_from(DTYPES), st.sampled_from([1e-30, 1e-3, 1.0, 1e3]))
 def test_eight_bits_are_off_by_half_a_step_at_most(seed: int, dtype: torch.dtype, size: float) -> None:
     layers = [LayerKV(*((tensor.float() * size).to(dtype) for tensor in layer)) for layer in layers_of(seed=seed)]
-    packed = PackedKV.of(layers, 8)
+    packed = PackedKV.pack(layers, 8)
     for index, layer in enumerate(layers):
         for found, wanted in zip(packed.layer(index), layer, strict=True):
             assert found.dtype == dtype and found.shape == wanted.shape and found.isfinite().all()
@@ -89,7 +89,7 @@ def test_eight_bits_of_one_token_do_not_depend_on_others() -> None:
     for layer in spiked:
         layer.keys[:, 0, 3] *= 1000
     for index in range(3):
-        one, other = PackedKV.of(layers, 8).layer(index).keys, PackedKV.of(spiked, 8).layer(index).keys
+        one, other = PackedKV.pack(layers, 8).layer(index).keys, PackedKV.pack(spiked, 8).layer(index).keys
         same = torch.ones(one.shape[:3], dtype=torch.bool)
         same[:, 0, 3] = False
         assert torch.equal(one[same], other[same]) and not torch.equal(one, other)
@@ -97,20 +97,20 @@ def test_eight_bits_of_one_token_do_not_depend_on_others() -> None:
 
 def test_eight_bits_take_about_half_the_bytes_of_half_precision() -> None:
     made = torch.zeros(2, 1, 4, 10, 128, dtype=torch.bfloat16)
-    plain, packed = (PackedKV.of([LayerKV(*made)], bits).num_bytes for bits in (None, 8))
+    plain, packed = (PackedKV.pack([LayerKV(*made)], bits).num_bytes for bits in (None, 8))
     assert packed == plain / 2 * (1 + 4 / 128)
 
 
 def test_zeros_stay_zeros() -> None:
     zeros = [LayerKV(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))]
-    assert not any(tensor.any() for tensor in PackedKV.of(zeros, 8).layer(0))
+    assert not any(tensor.any() for tensor in PackedKV.pack(zeros, 8).layer(0))
 
 
 CHANGES: dict[str, Callable[[list[LayerKV], PackedKV], object]] = {
-    "packing": lambda layers, _: PackedKV.of(layers, start=1),
-    "copying": lambda _, packed: packed.copied(CPU),
-    "moving": lambda _, packed: packed.moved(CPU),
-    "dividing": lambda _, packed: packed.part(0, 3),
+    "packing": lambda layers, _: PackedKV.pack(layers, start=1),
+    "copying": lambda _, packed: packed.copy_to(CPU),
+    "moving": lambda _, packed: packed.move_to(CPU),
+    "dividing": lambda _, packed: packed.copy_part(0, 3),
 }
 
 
@@ -118,7 +118,7 @@ CHANGES: dict[str, Callable[[list[LayerKV], PackedKV], object]] = {
 def test_a_full_host_is_out_of_memory_too(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch raises a plain error then, which only its text tells from others."""
     layers = layers_of()
-    packed = PackedKV.of(layers)
+    packed = PackedKV.pack(layers)
     with pytest.raises(RuntimeError) as full:
         torch.empty(2**50, dtype=torch.uint8)
     for error, wanted in ((full.value, OUT_OF_MEMORY), (RuntimeError("another"), RuntimeError)):

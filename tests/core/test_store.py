@@ -382,11 +382,11 @@ def test_without_memory_for_it_an_entry_is_refused(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> PackedKV:
         raise error
 
-    for name in ("of", "part"):
+    for name in ("pack", "copy_part"):
         with monkeypatch.context() as patch:
             patch.setattr(PackedKV, name, fail)
             stored = [store.put(reference((1, 2, 4))), store.put(tainted((5, 6)))]
-            assert stored == ([False, False] if name == "of" else [True, True])
+            assert stored == ([False, False] if name == "pack" else [True, True])
         store.check()
         assert lookup(store, (1, 2, 3)) == 3
     assert store.stats()["refused"] == 2
@@ -398,7 +398,7 @@ DAMAGES: dict[str, Callable[[KVStore], object]] = {
     "bytes": lambda store: setattr(store._entries.shelves.device, "num_bytes", 1),
     "bound": lambda store: setattr(store._entries.shelves.device, "max_bytes", 1),
     "KV gone": lambda store: setattr(node_of(store), "held", None),
-    "KV of fewer tokens": lambda store: setattr(node_of(store), "held", node_of(store).held.part(0, 1)),
+    "KV of fewer tokens": lambda store: setattr(node_of(store), "held", node_of(store).held.copy_part(0, 1)),
     "other tokens": lambda store: node_of(store).token_ids.__setitem__(0, 9),
     "pins": lambda store: setattr(node_of(store), "pins", 1),
     "documents": lambda store: node_of(store).documents.clear(),

@@ -190,7 +190,9 @@ def test_hits_and_last_use_survive(tmp_path: Path) -> None:
     ages = [clock.wall() - 1e9 - 8, clock.wall() - 1e9 - 2, clock.wall() - 1e9 - 3]
     assert [clock.now_s - entries[n].last_used_s for n in (1, 2, 3)] == pytest.approx(ages)
     disk = store._entries.shelves.disk.tier
-    assert disk.victim((), disk.max_bytes) is entries[2].node, "what was never reused goes first, and the oldest of it"
+    assert disk.choose_victim((), disk.max_bytes) is entries[2].node, (
+        "what was never reused goes first, and the oldest of it"
+    )
     assert entries[1].node.hits == 2 and entries[1].node not in disk._novel
 
 
@@ -695,7 +697,7 @@ def test_without_memory_what_is_on_disk_is_served_from_there_and_stays(
     put_all(store, clock, [(1, 2, 3), (4, 5)])
     store = reopened(store, clock)
     with monkeypatch.context() as patch:
-        patch.setattr(PackedKV, "copied", no_memory)
+        patch.setattr(PackedKV, "copy_to", no_memory)
         assert lookup(store, (1, 2, 3)) == 3
         store.check()
     assert store.stats()["promotion_failed"] == 1 and store.stats()["unreadable"] == store.stats()["misses"] == 0

@@ -22,8 +22,8 @@ from kept_prompts import (
 from semsharekv_integrations.kv import Segment
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import PackedKV
-from semsharekv_integrations.store.eviction import COSTLY_POSITION, MOST_HITS, NOVEL_SHARE, Tier
 from semsharekv_integrations.store.radix import Node
+from semsharekv_integrations.store.tiers import COSTLY_POSITION, MOST_HITS, NOVEL_SHARE, Tier
 
 POPULAR = [(n, n, n, n) for n in range(1, 5)]
 
@@ -41,7 +41,7 @@ def found(store: KVStore, wanted: list[Tokens]) -> int:
 
 def where(store: KVStore, tokens: Tokens) -> list[str | None]:
     """The memory tiers of the nodes of an entry."""
-    return [node.tier for node in store._entries.by_key[reference(tokens).id].node.path()]
+    return [node.tier and node.tier.name for node in store._entries.by_key[reference(tokens).id].node.path()]
 
 
 def use(store: KVStore, clock: Clock, wanted: list[Tokens], times: int = 1) -> None:
@@ -104,9 +104,9 @@ def test_later_tokens_are_worth_more() -> None:
     for node in (late, early):
         node.hits = 1
         tier.add(node, 1)
-    assert tier.victim((), 0) is early
+    assert tier.choose_victim((), 0) is early
     late.pins = 0
-    assert tier.victim([early], 0) is late
+    assert tier.choose_victim([early], 0) is late
 
 
 @pytest.mark.parametrize("eviction", ["value", "lru"])
@@ -151,12 +151,12 @@ def test_a_tier_knows_its_bytes_and_its_victims(eviction) -> None:
     tier.check()
     assert tier.num_bytes == 17
     gone = []
-    while (victim := tier.victim(nodes[4:], 20)) is not None:
+    while (victim := tier.choose_victim(nodes[4:], 20)) is not None:
         assert victim not in (nodes[0], nodes[4])
         gone.append(victim)
         tier.remove(victim)
         tier.check()
-    assert len(gone) == 3 and tier.num_bytes == 8 and tier.victim((), 0) is nodes[4]
+    assert len(gone) == 3 and tier.num_bytes == 8 and tier.choose_victim((), 0) is nodes[4]
     assert gone[0] is (nodes[1] if eviction == "lru" else nodes[2]), "novel ones go first, or old ones"
 
 
@@ -167,10 +167,10 @@ def test_novel_entries_have_their_share_beside_proven_ones() -> None:
     tier.add(proven, 70)
     tier.add(old, 10)
     share = int(NOVEL_SHARE * 100)
-    assert tier.victim((), share - 10) is proven, "the others have less than their share"
-    assert tier.victim((), share - 9) is old
+    assert tier.choose_victim((), share - 10) is proven, "the others have less than their share"
+    assert tier.choose_victim((), share - 9) is old
     tier.add(new, 20)
-    assert tier.victim((), 0) is old
+    assert tier.choose_victim((), 0) is old
 
 
 # Two tiers ------------------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_no_memory_to_raise_it_costs_nothing_that_is_stored(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedKV, "moved", fail)
+        patch.setattr(PackedKV, "move_to", fail)
         assert lookup(store, (1,) * 4) == 4, "served from the host"
         store.check()
         assert where(store, (1, 1, 1, 1, 5)) == ["host", "device"]
@@ -281,7 +281,7 @@ def test_no_memory_to_raise_it_costs_nothing_that_is_stored(
 def test_no_memory_to_raise_it_and_no_way_back_is_a_counted_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = without_memory()
     with monkeypatch.context() as patch:
-        patch.setattr(PackedKV, "moved", failing)
+        patch.setattr(PackedKV, "move_to", failing)
         patch.setattr(store._entries.shelves.host, "max_bytes", 0)
         assert lookup(store, (1,) * 4) == 0
         store.check()
@@ -294,7 +294,7 @@ def test_no_memory_to_raise_it_and_no_way_back_is_a_counted_miss(monkeypatch: py
 def test_no_memory_to_lower_it_is_an_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     store, clock = store_of(max_tokens=8, host_tokens=12)
     put_all(store, clock, prompts(1, 2))
-    monkeypatch.setattr(PackedKV, "moved", failing)
+    monkeypatch.setattr(PackedKV, "move_to", failing)
     put_all(store, clock, prompts(3, 2))
     assert found(store, prompts(3, 2)) == 2 and store.stats()["host_bytes"] == 0
     assert not store.put(reference((5,) * 9)), "the host alone has room for it"
