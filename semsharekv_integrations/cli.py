@@ -20,11 +20,11 @@ from semsharekv_integrations.terminal import HelpFormatter, fold_error
 _COMMANDS = {  # name: its module, and what it is for
     "demo": ("demo.command", "a summarization chain, a query engine and a chat, with their reuse"),
     "chat": ("chat", "a chat in the terminal that shows what was reused"),
-    "quality": ("lab.quality_command", "is the answer still right? every mode beside off"),
-    "bench": ("lab.bench_command", "how much time and memory did reuse save?"),
+    "bench": ("lab.command", "is the answer still right? what did reuse save?"),
     "inspect": ("inspect_command", "what a store's directory holds"),
     "clear": ("clear_command", "delete what a store's directory holds"),
 }
+_ALSO = {"bench": ("quality",)}  # names of before
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,9 +74,14 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="semsharekv", description="KV-cache reuse for local transformers models.")
+    parser = _Parser(
+        prog="semsharekv",
+        description="KV-cache reuse for local transformers models.",
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"semsharekv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, (module, text) in _COMMANDS.items():
-        commands.add_parser(name, help=text, loads=f"semsharekv_integrations.{module}", formatter_class=HelpFormatter)
+        loads, also = f"semsharekv_integrations.{module}", _ALSO.get(name, ())
+        commands.add_parser(name, aliases=also, help=text, loads=loads, formatter_class=HelpFormatter)
     return parser

@@ -15,7 +15,7 @@ import pytest
 from semsharekv_integrations import SemShareEngine, chat
 from semsharekv_integrations.cli import main
 
-COMMANDS = ("demo", "chat", "quality", "bench", "inspect", "clear")
+COMMANDS = ("demo", "chat", "bench", "quality", "inspect", "clear")
 CHAT = ("chat", "--max-new-tokens", "12")
 MAYOR = "The mayor of Velmar is Anna Kelsen. Who is the mayor of Velmar?"
 
@@ -28,7 +28,7 @@ def run(*arguments: str) -> int:
 
 
 def widest(text: str) -> int:
-    return max(map(len, text.splitlines()))
+    return max(map(len, text.splitlines()), default=0)
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def test_measurements_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None
     assert run("bench", *small, "--scenarios", "reordered") == 0
     captured = capsys.readouterr()
     assert widest(captured.out) <= 80 and widest(captured.err) <= 80
-    assert "reordered" in captured.out and "Aims" in captured.out
+    assert "reordered" in captured.out and "9000" in captured.out
 
 
 def test_what_is_stored_is_told_in_80_columns(

@@ -22,9 +22,9 @@ from rich.progress import track
 
 from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine
 from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.origin import origin, setting_of, write_whole
-from semsharekv_integrations.lab.presets import PRESETS, REFERENCE, load
-from semsharekv_integrations.lab.speed_figures import Spread
+from semsharekv_integrations.lab.figures import find_quartiles
+from semsharekv_integrations.lab.policies import PRESETS, REFERENCE, load_subject
+from semsharekv_integrations.lab.report import origin, setting_of, write_whole
 
 PROMPTS = 16
 COLUMNS = ("calls in one pass", "tokens a second", "times as fast", "answers", "prompt tokens reused")
@@ -52,10 +52,10 @@ def table(args: argparse.Namespace, model: SemShareEngine) -> list[str]:
     rows = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for size in dict.fromkeys(sizes):
         done = [(round_[size], round_[1]) for round_ in rounds]
-        rates = Spread.of(sum(len(a.token_ids) for a in answers) / seconds for (seconds, answers), _ in done)
-        ratios = Spread.of(alone[0] / seconds for (seconds, _), alone in done)
+        rates = find_quartiles([sum(len(a.token_ids) for a in answers) / seconds for (seconds, answers), _ in done])
+        ratios = find_quartiles([alone[0] / seconds for (seconds, _), alone in done])
         same = sum(a.token_ids == b.token_ids for (_, one), (_, two) in done for a, b in zip(one, two, strict=True))
-        reused = Spread.of(sum(a.report.reused_tokens for a in answers) for (_, answers), _ in done).value
+        reused = find_quartiles([sum(a.report.reused_tokens for a in answers) for (_, answers), _ in done]).value
         total = sum(answer.report.prompt_tokens for answer in done[0][0][1])
         rows.append(
             f"| {size} | {rates.value:.0f} [{rates.low:.0f}, {rates.high:.0f}] "
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=6)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    subject = load(args.preset, device="cpu", dtype="float32", seed=args.seed)
+    subject = load_subject(args.preset, device="cpu", dtype="float32", seed=args.seed)
     model = SemShareEngine(subject.model, subject.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
     rows = table(args, model)
     sizes = " ".join(map(str, args.sizes))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -30,9 +31,8 @@ from rich.progress import Progress
 from semsharekv_integrations import StoreConfig
 from semsharekv_integrations.config import EVICTIONS, Eviction
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
-from semsharekv_integrations.lab.extra import is_installed
-from semsharekv_integrations.lab.origin import origin, setting_of, write_whole
-from semsharekv_integrations.lab.speed_figures import Spread
+from semsharekv_integrations.lab.figures import Estimate, find_quartiles
+from semsharekv_integrations.lab.report import origin, setting_of, write_whole
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 from semsharekv_integrations.store import KVStore
@@ -149,9 +149,9 @@ class Bench:
             with self.timed(name if turn else "once before"):
                 call()
 
-    def spread(self, name: str) -> Spread:
+    def spread(self, name: str) -> Estimate:
         """Of the samples of one operation."""
-        return Spread.of(self.samples[name])
+        return find_quartiles(self.samples[name])
 
 
 def store_of(tokens: int, shape: Shape, **config: Any) -> KVStore:
@@ -360,7 +360,7 @@ def half_cost_tokens(model: Any) -> float:
     return projections / (2 * queries)
 
 
-def cell(spread: Spread) -> str:
+def cell(spread: Estimate) -> str:
     digits = 3 if spread.value < 1 else 1
     return f"{spread.value:.{digits}f} [{spread.low:.{digits}f}, {spread.high:.{digits}f}]"
 
@@ -395,7 +395,7 @@ def share_table(bench: Bench) -> Iterator[str]:
         prefill = bench.spread(f"prefill {length}")
         prefix, runs = (bench.spread(f"{name} saving {length}") for name in ("prefix", "runs"))
         misses = [bench.samples[f"{name} miss saving {length}"] for name in ("prefix", "runs")]
-        nothing = Spread.of(map(sum, zip(*misses, strict=True)))
+        nothing = find_quartiles([sum(times) for times in zip(*misses, strict=True)])
         cells = [part for took in (prefix, runs, nothing) for part in (cell(took), f"{took.value / prefill.value:.2%}")]
         yield f"| {length} | {cell(prefill)} | {' | '.join(cells)} |"
 
@@ -512,7 +512,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is None:
         Console(file=sys.stdout).print(Markdown(text))
         return
-    if is_installed("matplotlib"):
+    if find_spec("matplotlib"):
         image = args.out.with_name(f"{args.out.stem}-hits.png")
         plot(outcomes, image)
         text += f"\n\n![hit rates over time]({image.name})"

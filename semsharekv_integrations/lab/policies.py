@@ -1,37 +1,33 @@
-"""Policies: what is measured under which name, methods of the field in this engine, and ablations that damage KV.
+"""Policies: which settings are measured under which name, and the models that they are measured on.
 
-A method of the field is its rule for what is computed again, on the runs that this engine finds, re-rotated as this
-engine does it; none of them is the authors' own code. An ablation follows the same plan as the policy beside it, over
-KV that says nothing. What it still gets right, the tokens computed in the call got right by themselves.
+A preset is the shape of a known model with random weights: time and memory do not depend on their values. Its
+vocabulary is cut to the shipped tokenizer's, so embeddings and the output layer are smaller than the real model's.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
-from semsharekv_integrations.kv import LayerKV, Reference
+from semsharekv_integrations.kv import Reference
+from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 
 Corrupt = Callable[[Reference], Reference]
 
-FULL = "off"
+FULL, EXACT, RETAINED = "off", "exact", "retained"
 UNGUARDED = 1e9  # a ``max_deviation`` that no KV exceeds, so that no full prefill answers in its place
-RAW = ReuseConfig(
-    mode="identical",
-    boundary_tokens=0,
-    edit_tokens=0,
-    relevance_ratio=0.0,
-    attention_ratio=0.0,
-    max_deviation=UNGUARDED,
-    max_compute_ratio=1.0,
-)
+RETENTION_RATIO = 0.58  # of the KV is kept: the paper's 42% less memory
+UNBOUNDED = StoreConfig(max_bytes=2**62)
 
 
 class Policy(NamedTuple):
@@ -39,68 +35,53 @@ class Policy(NamedTuple):
 
     about: str
     reuse: ReuseConfig
-    store: StoreConfig = StoreConfig()
+    store: StoreConfig = UNBOUNDED
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         FULL: Policy("A full prefill.", ReuseConfig(mode="off")),
         "rerun": Policy("A second full prefill: what differs from the first one is noise.", ReuseConfig(mode="off")),
-        "exact": Policy("The longest exact prefix, as every serving engine reuses it.", ReuseConfig(mode="exact")),
+        EXACT: Policy("The longest exact prefix, as every serving engine reuses it.", ReuseConfig(mode="exact")),
         "identical": Policy("This package's mode of that name.", ReuseConfig(mode="identical")),
         "semantic": Policy("This package's mode of that name.", ReuseConfig(mode="semantic")),
+        RETAINED: Policy(
+            "As semantic, with 42% less KV kept for decoding.",
+            ReuseConfig(mode="semantic", retention_ratio=RETENTION_RATIO),
+        ),
         "packed": Policy(
-            "As identical, over KV that is stored in 8 bits.", ReuseConfig(mode="identical"), StoreConfig(kv_bits=8)
+            "As identical, over KV that is stored in 8 bits.",
+            ReuseConfig(mode="identical"),
+            replace(UNBOUNDED, kv_bits=8),
         ),
         "paper": Policy("SemShareKV as far as it is known (arXiv 2509.24832).", ReuseConfig(mode="paper")),
-        "raw": Policy(
-            "Identical runs with nothing computed again, as Prompt Cache reuses its modules (arXiv 2311.04934).", RAW
-        ),
-        "cacheblend": Policy(
-            "The first layer in full, then the 15% of the tokens that deviate most (CacheBlend, arXiv 2405.16444).",
-            replace(RAW, full_layers=1, deviation_ratio=0.15, final_share=1.0),
-        ),
-        "epic": Policy(
-            "The first 16 tokens of each run, where 16 to 32 is the method's range (EPIC, arXiv 2410.15332).",
-            replace(RAW, boundary_tokens=16, edit_tokens=16),
-        ),
-        "zeroed": Policy(
-            "As identical, over stored KV of zeros (ablation of SemShareKV).",
-            ReuseConfig(mode="identical", max_deviation=UNGUARDED),
-        ),
-        "random": Policy(
-            "As identical, over stored KV of noise with the mean and spread of the real one (ablation of SemShareKV).",
-            ReuseConfig(mode="identical", max_deviation=UNGUARDED),
-        ),
     }
 )
 SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "mode")
 
 
-def make_configs(names: Iterable[str], settings: Mapping[str, Any] | None = None) -> dict[str, EngineConfig]:
-    """Engine settings by policy.
+def make_configs(
+    names: Iterable[str], settings: Mapping[str, Any] | None = None, policies: Mapping[str, Policy] = POLICIES
+) -> dict[str, EngineConfig]:
+    """Engine settings by policy, over a store without bounds.
 
     Args:
-        names: of ``POLICIES``.
+        names: of ``policies``.
         settings: fields of ``ReuseConfig`` for every policy that reuses KV off the prefix.
+        policies: what there is.
 
     Raises:
         ValueError: for a name or setting that there is not, or what ``ReuseConfig`` refuses.
     """
-    names = list(names)
-    _require_known("policies", names, POLICIES)
-    configs = with_settings({name: POLICIES[name].reuse for name in names}, settings)
-    return {name: replace(config, store=POLICIES[name].store) for name, config in configs.items()}
-
-
-def with_settings(policies: Mapping[str, ReuseConfig], settings: Mapping[str, Any] | None) -> dict[str, EngineConfig]:
-    """Engine settings by policy; for ``settings`` and errors see ``make_configs``."""
-    settings = dict(settings or {})
+    names, settings = list(names), dict(settings or {})
+    _require_known("policies", names, policies)
     _require_known("settings", settings, SETTINGS)
-    return {
-        name: EngineConfig(reuse=replace(reuse, **settings) if reuse.is_approximate else reuse)
-        for name, reuse in policies.items()
-    }
+    configs = {}
+    for name in names:
+        reuse = policies[name].reuse
+        reuse = replace(reuse, **settings) if reuse.is_approximate else reuse
+        configs[name] = EngineConfig(reuse=reuse, store=policies[name].store)
+    return configs
 
 
 def _require_known(name: str, values: Iterable[str], known: Iterable[str]) -> None:
@@ -108,30 +89,72 @@ def _require_known(name: str, values: Iterable[str], known: Iterable[str]) -> No
     require(not unknown, name, ", ".join(unknown), ", ".join(known))
 
 
-def make_corruptions(names: Iterable[str], seed: int) -> dict[str, Corrupt]:
-    """The ablations among ``names``, with what each does to a stored reference."""
-    rng = torch.Generator().manual_seed(seed)
-    ablations: dict[str, Corrupt] = {"zeroed": zeroed, "random": partial(noised, rng=rng)}
-    return {name: ablations[name] for name in names if name in ablations}
+def drop_guard(config: EngineConfig) -> EngineConfig:
+    """``config`` without the deviation guard, since deviation of random weights means nothing."""
+    reuse = config.reuse
+    return replace(config, reuse=replace(reuse, max_deviation=UNGUARDED)) if reuse.is_approximate else config
 
 
-def zeroed(reference: Reference) -> Reference:
-    """With keys and values of zero."""
-    layers = tuple(LayerKV(torch.zeros_like(keys), torch.zeros_like(values)) for keys, values in reference.layers)
-    return replace(reference, layers=layers)
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on.
+
+    Attributes:
+        name: a path, hub id or preset.
+        model: with its weights, in evaluation mode.
+        tokenizer: the model's, or the shipped one.
+        is_random: whether the weights are random, so that no deviation and no answer means anything.
+        note: what a reader of the figures must know of it, perhaps nothing.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    is_random: bool = False
+    note: str = ""
 
 
-def noised(reference: Reference, rng: torch.Generator) -> Reference:
-    """With normally distributed keys and values that have the mean and standard deviation of each layer's own.
+SHAPES: Mapping[str, dict[str, Any]] = MappingProxyType(
+    tomllib.loads((files("semsharekv_integrations") / "assets" / "shapes.toml").read_text(encoding="utf-8"))
+)
+REFERENCE = "reference"
+PRESETS = (REFERENCE, *SHAPES)
+
+
+def load_subject(name: str, device: str | None, dtype: str, seed: int) -> Subject:
+    """A preset, or else a model of that name.
 
     Args:
-        reference: of any device and dtype.
-        rng: on the CPU, so that a seed means the same on every device.
+        name: one of ``PRESETS``, a folder or a hub id.
+        device: None for CUDA if there is one, else the CPU.
+        dtype: a torch dtype's name, or ``auto`` for the model's own; of a random one bfloat16 on CUDA, else float32,
+            since most CPUs compute bfloat16 many times slower.
+        seed: of random weights.
+
+    Raises:
+        ModelLoadError: if there is no such model.
+        ValueError: if there is no such dtype.
     """
-    layers = tuple(LayerKV(_noise_like(keys, rng), _noise_like(values, rng)) for keys, values in reference.layers)
-    return replace(reference, layers=layers)
+    if name in SHAPES:
+        return _make_random(name, device, dtype, seed)
+    source = NamedModel(REFERENCE_MODEL if name == REFERENCE else name, device, dtype, {})
+    return Subject(source.name, source.load(), source.tokenizer)
 
 
-def _noise_like(tensor: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(tensor.shape, generator=rng).to(tensor.device)  # [B, H, S, D]
-    return (noise * tensor.float().std() + tensor.float().mean()).to(tensor.dtype)
+def _make_random(name: str, device: str | None, dtype: str, seed: int) -> Subject:
+    shape = dict(SHAPES[name])
+    like, tokenizer = shape.pop("like"), NamedModel(REFERENCE_MODEL, None, "auto", {}).tokenizer
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    usual = torch.bfloat16 if place.type == "cuda" else torch.float32
+    kind = usual if dtype == "auto" else getattr(torch, dtype, None)
+    require(isinstance(kind, torch.dtype), "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(vocab_size=len(tokenizer), **ends, **shape)
+    torch.manual_seed(seed)
+    with place:
+        model = AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+    note = (
+        f"Random weights in the shape of {like}, with a vocabulary of {len(tokenizer)} tokens instead of its own. "
+        "The deviation guard is off, since deviation of random weights means nothing; answers mean nothing either."
+    )
+    return Subject(name, model, tokenizer, is_random=True, note=note)

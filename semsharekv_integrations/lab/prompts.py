@@ -48,14 +48,19 @@ def build(layout: Layout, documents: Sequence[Document], question: str, wrap: in
     """
     if layout == "completion":
         return _pick(COMPLETION_WRAPS, wrap).format(docs=join(documents), question=question)
+    return build_messages(layout, documents, question, wrap)
+
+
+def build_messages(layout: Layout, documents: Sequence[Document], question: str, wrap: int = 0) -> list[Message]:
+    """As ``build``, of a layout of messages."""
     if layout == "system":
         content = _pick(SYSTEM_WRAPS, wrap).format(docs=join(documents))
         return [_message("system", content), _message("user", question)]
+    system = _message("system", _pick(PLAIN_SYSTEMS, wrap))
     if layout == "user":
-        content = _pick(USER_WRAPS, wrap).format(docs=join(documents), question=question)
-        return [_message("system", _pick(PLAIN_SYSTEMS, wrap)), _message("user", content)]
+        return [system, _message("user", _pick(USER_WRAPS, wrap).format(docs=join(documents), question=question))]
     turns = [turn for document in documents for turn in document_turn(document)]
-    return [_message("system", _pick(PLAIN_SYSTEMS, wrap)), *turns, _message("user", question)]
+    return [system, *turns, _message("user", question)]
 
 
 def document_turn(document: Document) -> list[Message]:

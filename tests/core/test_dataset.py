@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from semsharekv_integrations.lab import dataset, prompts
+from semsharekv_integrations.lab import prompts
 from semsharekv_integrations.lab.dataset import Example, data_cases, read_examples, unlike_cases
+from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL
 
 GOOD: dict[str, Any] = {"documents": {"a": "One {odd} text.", "b": "Another text."}, "question": "What?"}
 
@@ -71,7 +72,7 @@ def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: prompts.Layo
         places = [text_of(query.prompt).index(text) for text in query.documents.values()]
         assert places == sorted(places)
     assert "What?" in text_of(target.prompt) and "What?" not in text_of(reference.prompt)
-    assert (case.workload, case.answer, case.values, case.stale) == ("data", "odd", ("odd",), None)
+    assert (case.scenario, case.answer, case.values, case.stale) == ("data", "odd", ("odd",), None)
 
 
 def test_what_was_stored_stands_in_the_reference(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_the_negative_control_shares_no_text(tmp_path: Path) -> None:
     other = {"documents": {"c": "A third text.", "d": "A fourth text."}, "question": "Which?"}
     same = {**GOOD, "question": "Who?"}
     cases = list(unlike_cases(read(tmp_path, GOOD, same, other), 0, ["completion"]))
-    assert [case.workload for case in cases] == [dataset.UNLIKE] * 3
+    assert [case.scenario for case in cases] == [NEGATIVE_CONTROL] * 3
     for case in cases:
         assert not set(case.references[0].documents.values()) & set(case.target.documents.values())
     assert not list(unlike_cases(read(tmp_path, GOOD, same), 0, ["completion"])), "there is no other one"

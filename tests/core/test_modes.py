@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from methods import zero_kv
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
-from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
+from semsharekv_integrations.lab.policies import UNGUARDED
 from semsharekv_integrations.report import Stopwatch
 from tiny_models import EngineMaker, make_model
 
@@ -338,7 +339,7 @@ class TestFallback:
             engine.generate(FIRST, **TOKENS)
             stored = engine.store.fetch_all()
             engine.clear()
-            assert all(engine.store.put(zeroed(reference)) for reference in stored)
+            assert all(engine.store.put(zero_kv(reference)) for reference in stored)
             generation = engine.generate(SECOND, documents=DOCUMENTS, **TOKENS)
             report = generation.report
             assert_counts(report)

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from methods import zero_kv
 from semsharekv_integrations.core.plan import Borrowing, ReusePlan, build_plan, prefix_plan
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
-from semsharekv_integrations.lab.policies import UNGUARDED, zeroed
+from semsharekv_integrations.lab.policies import UNGUARDED
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.gathered import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
@@ -177,7 +178,7 @@ def test_zeroed_kv_is_given_up_without_full_layers_too(architecture: str, prefix
     adapter, selective = selective_of(architecture)
     rules = replace(MODE_RULES["identical"], attention_ratio=0.2)
     plan = moved_plan(adapter, rules, prefix_tokens)
-    plan = replace(plan, borrowings=tuple(b._replace(reference=zeroed(b.reference)) for b in plan.borrowings))
+    plan = replace(plan, borrowings=tuple(b._replace(reference=zero_kv(b.reference)) for b in plan.borrowings))
     outcome, full = selective.run(plan), adapter.prefill(plan.token_ids)
     torch.testing.assert_close(outcome.prefill.logits, full.logits, atol=1e-4, rtol=1e-3)
     assert_same_cache(outcome.prefill.cache, full.cache)

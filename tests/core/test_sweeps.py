@@ -7,23 +7,30 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from transformers import PreTrainedModel
 
-from semsharekv_integrations.lab import metrics, quality_plots, sweeps, world
-from semsharekv_integrations.lab.probes import RecallProbe, SimilarityProbe
-from semsharekv_integrations.lab.quality import Bench, Outcome
-from semsharekv_integrations.lab.sentences import CHANGES, Change, changed, sentence_cases
-from semsharekv_integrations.lab.studies import CONTROL_POLICIES, Options, Study
+pytest.importorskip("matplotlib")
+
+import plots
+import sweeps
+from probes import RecallProbe, SimilarityProbe
+from semsharekv_integrations.lab import world
+from semsharekv_integrations.lab.bench import Bench, Study
+from semsharekv_integrations.lab.figures import Estimate, Outcome, Row, summarize
+from semsharekv_integrations.lab.policies import Subject
+from semsharekv_integrations.lab.scenarios import Scenario
 from semsharekv_integrations.matching import LONGEST_EXACT_TOKENS
+from semsharekv_integrations.report import ReuseReport
+from sentences import CHANGES, Change, change_sentences, sentence_cases
+from sweeps import CONTROL_POLICIES, Options
 from tiny_models import make_model
 
-OUTCOME = Outcome("x", "off", "off", 0, 2, 100, "x", True, True, None, False, 0, 1.0, 2.0, None)
+OUTCOME = Outcome("x", None, "off", 0, 1, ReuseReport("off", 100, ttft_s=2.0), "x", "x", True, True)
 SMALL = Options(cases=1, documents=(2, 3), quick=True)
 
 
 @pytest.fixture(scope="module")
-def long_llama(tokenizer) -> PreTrainedModel:
-    return make_model("llama", len(tokenizer), max_position_embeddings=4096)
+def subject(tokenizer) -> Subject:
+    return Subject("tiny", make_model("llama", len(tokenizer), max_position_embeddings=4096), tokenizer)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -32,7 +39,7 @@ def test_a_share_of_the_sentences_changes_and_the_kept_one_stays(change: Change,
     rng = Random(0)
     for document in world.make_documents(rng, 40):
         kind = rng.choice(sorted(document.facts))
-        new = changed(rng, document, change, share, kind)
+        new = change_sentences(rng, document, change, share, kind)
         stays = [sentence for sentence in document.sentences if sentence in new.sentences]
         count = min(round(share * len(document.sentences)), len(document.sentences) - 1)
         assert new.headline == document.headline and new.facts[kind] == document.facts[kind]
@@ -53,7 +60,7 @@ def test_a_share_of_the_sentences_changes_and_the_kept_one_stays(change: Change,
 def test_the_answer_stands_in_both_versions(change: Change) -> None:
     for case in sentence_cases(change, 0.5, 20, 0, (2, 4), ["completion", "system"]):
         seen, target = case.references[0].documents, case.target.documents
-        assert case.asked is not None and case.stale is None and case.workload == f"{change} 50%"
+        assert case.asked is not None and case.stale is None and case.scenario == f"{change} 50%"
         assert case.values[0] in seen[case.asked] and case.values[0] in target[case.asked]
         assert all(target[town] != seen[town] for town in target), "every document is another"
     with pytest.raises(ValueError, match=r"share is 1\.0; accepted is above 0 and below 1"):
@@ -62,57 +69,72 @@ def test_the_answer_stands_in_both_versions(change: Change) -> None:
         sentence_cases("moved", 0.5, 1, 0, (2, 4), ["system"])  # type: ignore[arg-type]
 
 
-def test_similarity_falls_with_the_share_of_sentences(llama, tokenizer) -> None:
-    probe, found = SimilarityProbe(llama, tokenizer), []
+def test_similarity_falls_with_the_share_of_sentences(subject: Subject) -> None:
+    probe, found = SimilarityProbe(subject), []
     for share in (0.1, 0.9):
         cases = list(sentence_cases("replaced", share, 8, 0, (2, 3), ["completion"]))
-        found.append([probe(case, OUTCOME).similarity or 0.0 for case in cases])
+        found.append([probe.measure(case)["similarity"] for case in cases])
     assert all(-1 <= value <= 1.001 for values in found for value in values)
     assert sum(found[0]) > sum(found[1])
-    assert probe(replace(cases[0], asked=None), OUTCOME).similarity is None
+    assert probe.measure(replace(cases[0], asked=None)) == {}
     same = replace(cases[0], target=cases[0].references[0])
-    assert probe(same, OUTCOME).similarity == pytest.approx(1)
+    assert probe.measure(same)["similarity"] == pytest.approx(1)
 
 
 def test_outcomes_are_put_in_bins_of_similarity() -> None:
     values = [("a", 0, 0.95), ("a", 1, 0.31), ("b", 0, 0.3), ("b", 1, 1.0), ("unlike", 0, None)]
-    outcomes = [replace(OUTCOME, workload=w, case=c, similarity=s) for w, c, s in values]
-    binned = sweeps.by_similarity(outcomes)
-    assert [o.workload for o in binned] == ["0.3 to 0.4", "0.3 to 0.4", "0.9 to 1.0", "0.9 to 1.0", "unlike"]
-    assert len({(o.workload, o.case) for o in binned}) == len(outcomes), "each case keeps a number of its own"
-    assert [row.cases for row in metrics.summarize(binned)] == [2, 2, 1]
+    outcomes = [
+        replace(OUTCOME, scenario=w, case=c, extra={} if s is None else {"similarity": s}) for w, c, s in values
+    ]
+    binned = sweeps.group_by_similarity(outcomes)
+    assert [o.scenario for o in binned] == ["0.3 to 0.4", "0.3 to 0.4", "0.9 to 1.0", "0.9 to 1.0", "unlike"]
+    assert len({(o.scenario, o.case) for o in binned}) == len(outcomes), "each case keeps a number of its own"
+    assert [row.cases for row in summarize(binned)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
-def test_every_sweep_has_its_controls_and_runs(name: str, long_llama, tokenizer, tmp_path: Path) -> None:
+def test_every_sweep_has_its_controls_and_runs(name: str, subject: Subject, tmp_path: Path) -> None:
     options = replace(SMALL, documents=(14, 14)) if name == "lsh" else SMALL
-    study = sweeps.SWEEPS[name](options, long_llama, tokenizer)
+    study, axis = sweeps.SWEEPS[name](options, subject)
     assert tuple(study.configs)[:3] == CONTROL_POLICIES
-    assert study.groups[-1].name.startswith("unlike")
+    assert study.scenarios[-1].name.startswith("unlike")
     few = {policy: study.configs[policy] for policy in ("off", list(study.configs)[-1])}
-    bench = Bench(long_llama, tokenizer, few, max_new_tokens=2)
-    (case,) = study.groups[0].cases
-    outcomes = [study.annotate(case, outcome) for outcome in bench.outcomes(0, case)]
-    rows = metrics.summarize(study.regroup(outcomes))
-    assert len(rows) == 2 and sweeps.about(name)
-    pytest.importorskip("matplotlib")
-    drawn = quality_plots.draw(fired(rows), study.title, study.axis, tmp_path / "x.md")
+    first = study.scenarios[0]
+    results = Bench(subject, replace(study, configs=few)).measure(
+        Scenario(first.name, first.cases, 1, max_new_tokens=2)
+    )
+    rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
+    assert len(rows) == 2 and not results.failures
+    assert ("similarity" in rows[0].figures) == (name in ("sentences", "similarity"))
+    assert ("lsh_recall" in rows[1].figures) == (name == "lsh")
+    drawn = plots.draw_answers(fired(rows), study.title, axis, tmp_path / "x.md")
     assert {path.name for path in drawn} >= {"x.agreement.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def fired(rows: list[metrics.Row]) -> list[metrics.Row]:
+def test_a_sweep_is_a_command_that_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "budget.md"
+    few = ["--quick", "--cases", "1", "--documents", "2", "2", "--max-new-tokens", "2", "--out", str(out)]
+    sweeps.main(["budget", *few])
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".md", ".json"}
+    assert "Quality against compute" in out.read_text() and "| relevance 0.1 |" in out.read_text()
+    with pytest.raises(SystemExit):
+        sweeps.main(["bits"])
+    assert "budget" in capsys.readouterr().out, "what there is"
+
+
+def fired(rows: list[Row]) -> list[Row]:
     """With a figure for every row, whether or not a random model reused anything."""
-    some = metrics.Estimate(0.5, 0.4, 0.6)
-    return [replace(row, agreement=some, compute_ratio=some, kv_kept_ratio=some) for row in rows]
+    some = dict.fromkeys(("agreement", "compute_ratio", "kv_kept_ratio"), Estimate(0.5, 0.4, 0.6))
+    return [replace(row, figures=some) for row in rows]
 
 
 def rules_of(study: Study, name: str):
     return study.configs[name].reuse.rules
 
 
-def test_retention_keeps_what_its_names_say(llama, tokenizer) -> None:
-    study = sweeps.retention(Options(cases=1, documents=(2, 2)), llama, tokenizer)
+def test_retention_keeps_what_its_names_say(subject: Subject) -> None:
+    study, _ = sweeps.sweep_retention(Options(cases=1, documents=(2, 2)), subject)
     assert len(study.configs) == 3 + len(sweeps.KEPT_RATIOS) * len(sweeps.FINAL_SHARES)
     rules = rules_of(study, "keeps 0.42, decaying")
     assert (rules.retention_ratio, rules.retention_final_share) == (0.42, 0.25)
@@ -120,7 +142,7 @@ def test_retention_keeps_what_its_names_say(llama, tokenizer) -> None:
 
 
 def test_each_signal_of_the_budget_stands_alone() -> None:
-    signals = sweeps.budget_policies(Options())
+    signals = sweeps.make_budget_policies(Options())
     for signal, configs in signals.items():
         for reuse in configs.values():
             rules = reuse.rules
@@ -138,23 +160,22 @@ def test_each_signal_of_the_budget_stands_alone() -> None:
     assert both.deviation_ratio + both.attention_ratio == pytest.approx(sweeps.SIGNAL_RATIOS[-1])
 
 
-def test_settings_reach_every_point(llama, tokenizer) -> None:
-    study = sweeps.budget(Options(cases=1, documents=(2, 2), settings={"min_run_tokens": 9}), llama, tokenizer)
+def test_settings_reach_every_point(subject: Subject) -> None:
+    study, _ = sweeps.sweep_budget(Options(cases=1, documents=(2, 2), settings={"min_run_tokens": 9}), subject)
     assert {rules_of(study, name).min_run_tokens for name in list(study.configs)[3:]} == {9}
 
 
-def test_long_documents_are_hashed_and_recall_grows_with_bits(llama, tokenizer) -> None:
+def test_long_documents_are_hashed_and_recall_grows_with_bits(subject: Subject) -> None:
     options = Options(cases=1, documents=(14, 14))
-    study = sweeps.lsh(replace(options, quick=True), llama, tokenizer)
-    (case,) = study.groups[0].cases
+    study, _ = sweeps.sweep_lsh(replace(options, quick=True), subject)
+    (case,) = study.scenarios[0].cases
     (text,) = case.target.documents.values()
     prompt = case.target.prompt
-    assert len(tokenizer.encode(text)) > LONGEST_EXACT_TOKENS
+    assert len(subject.tokenizer.encode(text)) > LONGEST_EXACT_TOKENS
     assert text in (prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt))
-    names = ("0 bits", "16 bits", "512 bits")
-    exact, few, many = (study.annotate(case, replace(OUTCOME, policy=name)).lsh_recall or 0.0 for name in names)
+    probe = RecallProbe(subject, study.configs)
+    exact, few, many = (probe.measure(case, name)["lsh_recall"] for name in ("0 bits", "16 bits", "512 bits"))
     assert exact == 1 and 0 < few < many <= 1
-    assert study.annotate(case, OUTCOME).lsh_recall is None
+    assert probe.measure(case, "off") == {}
     short = next(sweeps.long_cases(replace(options, documents=(2, 2)), alike=True))
-    hashing = replace(OUTCOME, policy="16 bits")
-    assert RecallProbe(llama, tokenizer, study.configs)(short, hashing) == hashing, "not hashed, so there is no recall"
+    assert probe.measure(short, "16 bits") == {}, "not hashed, so there is no recall"

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from semsharekv_integrations.checks import require
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.prompts import Layout
-from semsharekv_integrations.lab.workloads import Case, Scene, any_order, case_of_scene
+from semsharekv_integrations.lab.scenarios import Case, Scene, ask_about_scene, maybe_shuffle
 from semsharekv_integrations.lab.world import Document
 
 Change = Literal["removed", "replaced"]
@@ -47,10 +47,10 @@ def sentence_cases(
     """
     require(change in CHANGES, "change", change, " or ".join(map(repr, CHANGES)))
     require(0 < share < 1, "share", share, "above 0 and below 1")
-    return (_case(index, change, share, seed, num_documents, layouts) for index in range(num_cases))
+    return (_make_case(index, change, share, seed, num_documents, layouts) for index in range(num_cases))
 
 
-def _case(
+def _make_case(
     index: int, change: Change, share: float, seed: int, num_documents: tuple[int, int], layouts: Sequence[Layout]
 ) -> Case:
     rng = Random(f"sentences {seed} {index}")
@@ -58,17 +58,21 @@ def _case(
     place = rng.randrange(len(documents))
     kind = rng.choice(sorted(documents[place].facts))
     kept = {place: kind}
-    target = [changed(rng, document, change, share, kept.get(index)) for index, document in enumerate(documents)]
-    scene = Scene([documents], any_order(rng, target))
-    return case_of_scene(rng, group_name(change, share), scene, layouts, (target[place], kind))
+    target = [
+        change_sentences(rng, document, change, share, kept.get(index)) for index, document in enumerate(documents)
+    ]
+    scene = Scene([documents], maybe_shuffle(rng, target))
+    return ask_about_scene(rng, name_group(change, share), scene, layouts, (target[place], kind))
 
 
-def group_name(change: Change, share: float) -> str:
+def name_group(change: Change, share: float) -> str:
     """What the cases of one share are called, such as ``removed 30%``."""
     return f"{change} {share:.0%}"
 
 
-def changed(rng: Random, document: Document, change: Change, share: float, kept_kind: str | None = None) -> Document:
+def change_sentences(
+    rng: Random, document: Document, change: Change, share: float, kept_kind: str | None = None
+) -> Document:
     """``document`` with a share of its sentences removed, or replaced by others of their kind with other values.
 
     Args:
@@ -82,20 +86,20 @@ def changed(rng: Random, document: Document, change: Change, share: float, kept_
     free = [place for place, kind in enumerate(kinds) if kind is None or kind != kept_kind]
     count = min(round(share * len(kinds)), len(kinds) - 1)
     chosen = set(rng.sample(free, min(count, len(free))))
-    return _without(document, chosen) if change == "removed" else _with_others(rng, document, chosen)
+    return _remove(document, chosen) if change == "removed" else _replace(rng, document, chosen)
 
 
-def _without(document: Document, places: set[int]) -> Document:
+def _remove(document: Document, places: set[int]) -> Document:
     sentences = tuple(sentence for place, sentence in enumerate(document.sentences) if place not in places)
     stated = {sentence.kind for sentence in sentences}
-    return replace(document, sentences=sentences, facts=_only(document.facts, stated))
+    return replace(document, sentences=sentences, facts=_select(document.facts, stated))
 
 
-def _only(facts: Mapping[str, str], kinds: set[str | None]) -> Mapping[str, str]:
+def _select(facts: Mapping[str, str], kinds: set[str | None]) -> Mapping[str, str]:
     return MappingProxyType({kind: value for kind, value in facts.items() if kind in kinds})
 
 
-def _with_others(rng: Random, document: Document, places: set[int]) -> Document:
+def _replace(rng: Random, document: Document, places: set[int]) -> Document:
     """Other words for the chosen sentences, and other values for the facts that they state."""
     others = document.sentences
     while any(others[place] == document.sentences[place] for place in places):  # filler may be drawn again

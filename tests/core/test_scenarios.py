@@ -1,4 +1,4 @@
-"""Workloads: what is asked has one right answer in the target, and what would be stale stands in the references."""
+"""Drawn scenarios: the target states the right answer to what is asked, the references a stale one."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from semsharekv_integrations.lab import workloads, world
-from semsharekv_integrations.lab.workloads import Case, Query
+from semsharekv_integrations.lab import scenarios, world
+from semsharekv_integrations.lab.scenarios import Case, Query
 
 CASES = 25
 SIZES = (2, 5)
 CONTRADICTING = ("edited", "changed", "swapped")
-each_workload = pytest.mark.parametrize("workload", workloads.WORKLOADS)
-each_with_questions = pytest.mark.parametrize("workload", [name for name in workloads.WORKLOADS if name != "summaries"])
+each_scenario = pytest.mark.parametrize("name", scenarios.DRAWN)
 
 
-def cases(workload: str, seed: int = 0, sizes: tuple[int, int] = SIZES, num_cases: int = CASES) -> list[Case]:
-    return list(workloads.make_cases(workload, num_cases, seed, sizes))
+def cases(name: str, seed: int = 0, sizes: tuple[int, int] = SIZES, num_cases: int = CASES) -> list[Case]:
+    return list(scenarios.make_cases(name, num_cases, seed, sizes))
 
 
 def text_of(query: Query) -> str:
@@ -67,44 +66,44 @@ def wrong_cases(case: Case) -> Iterator[str]:
         yield "a document does not stand in its reference"
 
 
-@each_with_questions
-def test_the_documents_state_the_right_and_the_stale_answer(workload: str) -> None:
-    for case in cases(workload):
+@each_scenario
+def test_the_documents_state_the_right_and_the_stale_answer(name: str) -> None:
+    for case in cases(name):
         assert not list(wrong_cases(case)), case
-        assert (case.stale is not None) == (workload in CONTRADICTING)
+        assert (case.stale is not None) == (name in CONTRADICTING)
 
 
-@each_workload
-def test_a_case_depends_on_seed_and_index_alone(workload: str) -> None:
-    assert cases(workload, 3) == cases(workload, 3)
-    assert cases(workload, 3, num_cases=4) == cases(workload, 3)[:4]
-    assert cases(workload, 3) != cases(workload, 4)
-    assert len(set(map(str, cases(workload, 3)))) == CASES
+@each_scenario
+def test_a_case_depends_on_seed_and_index_alone(name: str) -> None:
+    assert cases(name, 3) == cases(name, 3)
+    assert cases(name, 3, num_cases=4) == cases(name, 3)[:4]
+    assert cases(name, 3) != cases(name, 4)
+    assert len(set(map(str, cases(name, 3)))) == CASES
 
 
-@each_with_questions
-def test_the_number_of_documents_keeps_its_range(workload: str) -> None:
-    assert {len(case.target.documents) for case in cases(workload, num_cases=60)} == set(range(2, 6))
-    assert {len(case.target.documents) for case in cases(workload, sizes=(3, 3))} == {3}
-    for sizes in ((1, 3), (4, 3), (2, workloads.MAX_DOCUMENTS + 1)):
+@each_scenario
+def test_the_number_of_documents_keeps_its_range(name: str) -> None:
+    assert {len(case.target.documents) for case in cases(name, num_cases=60)} == set(range(2, 6))
+    assert {len(case.target.documents) for case in cases(name, sizes=(3, 3))} == {3}
+    for sizes in ((1, 3), (4, 3), (2, scenarios.MAX_DOCUMENTS + 1)):
         with pytest.raises(ValueError, match="num_documents is"):
-            workloads.make_cases(workload, 1, 0, sizes)
+            scenarios.make_cases(name, 1, 0, sizes)
 
 
-@each_workload
-def test_no_document_of_the_target_stands_in_a_shared_prefix(workload: str) -> None:
-    for case in cases(workload):
+@each_scenario
+def test_no_document_of_the_target_stands_in_a_shared_prefix(name: str) -> None:
+    for case in cases(name):
         target = text_of(case.target)
         ends = [target.index(text) + len(text) for text in case.target.documents.values()]
         for reference in case.references:
             assert not text_of(reference).startswith(target[: min(ends)])
 
 
-@each_with_questions
-def test_the_question_differs_in_place_and_kind(workload: str) -> None:
+@each_scenario
+def test_the_question_differs_in_place_and_kind(name: str) -> None:
     asked = [
         (list(case.target.documents).index(question_of(case.target)[0]), question_of(case.target)[1])
-        for case in cases(workload, sizes=(4, 4), num_cases=80)
+        for case in cases(name, sizes=(4, 4), num_cases=80)
     ]
     assert {place for place, _ in asked} == set(range(4))
     assert len({kind for _, kind in asked}) >= 5
@@ -129,9 +128,9 @@ def test_half_of_the_shared_documents_are_known() -> None:
     assert {len(case.references) for case in found} == {1, 2}
 
 
-@pytest.mark.parametrize("workload", ["reworded", *CONTRADICTING])
-def test_other_words_or_facts_on_the_same_towns(workload: str) -> None:
-    for case in cases(workload, sizes=(4, 4)):
+@pytest.mark.parametrize("name", ["reworded", *CONTRADICTING])
+def test_other_words_or_facts_on_the_same_towns(name: str) -> None:
+    for case in cases(name, sizes=(4, 4)):
         seen, target = documents(case)
         assert seen.keys() == target.keys() and not seen.items() & target.items()
 
@@ -167,33 +166,20 @@ def test_templates_change_for_some_cases_and_stay_for_others() -> None:
     same = [opening(case.references[0]) == opening(case.target) for case in found]
     assert 0.35 < sum(same) / len(same) < 0.8
     assert {isinstance(case.target.prompt, str) for case in found} == {True, False}
-    plain = workloads.make_cases("changed", 10, 0, SIZES, layouts=["completion"])
+    plain = scenarios.make_cases("changed", 10, 0, SIZES, layouts=["completion"])
     assert all(isinstance(q.prompt, str) for case in plain for q in (*case.references, case.target))
 
 
-@each_with_questions
-def test_a_case_names_the_facts_that_its_answers_hold(workload: str) -> None:
-    for case in cases(workload):
+@each_scenario
+def test_a_case_names_the_facts_that_its_answers_hold(name: str) -> None:
+    for case in cases(name):
         town, kind = question_of(case.target)
         assert case.asked == town and case.answer == world.KINDS[kind].answer(town, *case.values)
         assert case.stale == (world.KINDS[kind].answer(town, *case.stale_values) if case.stale_values else None)
 
 
-def test_a_summary_has_a_line_for_each_document_and_states_its_facts() -> None:
-    found = cases("summaries", sizes=(6, 30), num_cases=40)
-    assert {len(case.target.documents) for case in found} == {2, 3}
-    for case in found:
-        assert case.answer is not None and case.is_summary and case.stale is None
-        for line, (town, text) in zip(case.answer.splitlines(), case.target.documents.items(), strict=True):
-            assert line.startswith(f"In {town}, ") and text in text_of(case.target)
-        assert len(case.values) == len(world.CORE_KINDS) * len(case.target.documents)
-        assert all(value in case.answer and value in text_of(case.target) for value in case.values)
-    known = [documents(case)[0].items() & documents(case)[1].items() for case in found]
-    assert any(known) and not all(known), "some share documents with what was seen, some share none word for word"
-
-
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="workload is 'rewarded'; accepted is one of reordered"):
-        workloads.make_cases("rewarded", 1, 0)
+    with pytest.raises(ValueError, match="scenario is 'rewarded'; accepted is one of reordered"):
+        scenarios.make_cases("rewarded", 1, 0)
     with pytest.raises(ValueError, match="layouts is empty"):
-        workloads.make_cases("shared", 1, 0, layouts=[])
+        scenarios.make_cases("shared", 1, 0, layouts=[])

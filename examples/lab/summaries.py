@@ -1,0 +1,106 @@
+"""Measure summaries of two or three documents, with ROUGE-L beside the share of right ones.
+
+    PYTHONPATH=. python examples/lab/summaries.py --cases 100 --policies exact identical semantic --out summaries.md
+
+Takes what ``semsharekv bench`` takes. ROUGE-L is that of Google's ``rouge-score``: F1 of the longest common
+subsequence of stemmed words. It sees words in common, not whether a number is the right one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from semsharekv_integrations.lab import command, prompts, world
+from semsharekv_integrations.lab.figures import FIGURES, Figure, estimate_mean, take_mean
+from semsharekv_integrations.lab.prompts import Layout
+from semsharekv_integrations.lab.scenarios import (
+    DEFAULT_LAYOUTS,
+    SCENES,
+    Case,
+    Query,
+    Scenario,
+    Template,
+    draw_template,
+    make_apart,
+    make_query,
+    map_texts,
+)
+from semsharekv_integrations.lab.world import Document
+
+NAME = "summaries"
+SUMMARIZED = (2, 3)  # documents of a summary; of more the reference model gets next to none right
+_SCENES = ("reordered", "shared", "reworded", "edited")
+_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def score_rouge_l(said: str, expected: str | None) -> float | None:
+    """0 to 1, or None if nothing is expected."""
+    return None if expected is None else float(_SCORER.score(expected, said)["rougeL"].fmeasure)
+
+
+ROUGE = (
+    Figure("rouge_l", "ROUGE-L", ".3f", lambda p: score_rouge_l(p.own.text, p.own.expected), estimate_mean),
+    Figure(
+        "full_rouge_l",
+        "full prefill's ROUGE-L",
+        ".3f",
+        lambda p: p.full and score_rouge_l(p.full.text, p.full.expected),
+        take_mean,
+    ),
+    Figure(
+        "rouge_l_to_full",
+        "ROUGE-L to full prefill",
+        ".3f",
+        lambda p: p.full and score_rouge_l(p.own.text, p.full.text),
+        estimate_mean,
+    ),
+)
+
+
+def summary_cases(num_cases: int, seed: int, layouts: Sequence[Layout] = DEFAULT_LAYOUTS) -> Iterator[Case]:
+    """Cases in which documents that were summarized before are summarized again.
+
+    They come in another order or wording, with other facts, or with other documents. A case depends on seed and index.
+    """
+    for index in range(num_cases):
+        rng = Random(f"{NAME} {seed} {index}")
+        yield _make_case(rng, rng.randint(*SUMMARIZED), layouts)
+
+
+def _make_case(rng: Random, count: int, layouts: Sequence[Layout]) -> Case:
+    scene = SCENES[rng.choice(_SCENES)](rng, count)
+    used = draw_template(rng, layouts)
+    references = tuple(_make_query(rng, used, group) for group in scene.seen)
+
+    def make_target() -> Query:
+        return _make_query(rng, rng.choice((used, draw_template(rng, layouts))), scene.target)
+
+    values = tuple(document.facts[kind] for document in scene.target for kind in world.CORE_KINDS)
+    return Case(NAME, references, make_apart(references, make_target), prompts.summary(scene.target), values=values)
+
+
+def _make_query(rng: Random, template: Template, documents: Sequence[Document]) -> Query:
+    if template.layout != "completion":
+        return make_query(template, documents, rng.choice(prompts.SUMMARY_REQUESTS))
+    wording = prompts.SUMMARY_WRAPS[template.wrap % len(prompts.SUMMARY_WRAPS)]
+    return Query(wording.format(docs=prompts.join(documents)), map_texts(documents))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure summaries under the policies asked for."""
+    args = command.parse(__doc__ or "", arguments)
+    study, subject = command.prepare(args, with_scenarios=False)
+    count = args.cases or command.CASES
+    cases = summary_cases(count, args.seed, command.choose_layouts(args, subject))
+    scenario = Scenario(NAME, cases, count, max_new_tokens=args.max_new_tokens)
+    figures = (*FIGURES, *ROUGE)
+    command.run_study(replace(study, title="Summaries", scenarios=[scenario], figures=figures), subject, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""The bench: every scenario under every policy, on one model in one run. A call gives figures of quality and of speed.
+
+What a case's references leave in a store is computed once, in full, and given to every policy anew before each call,
+so that a call finds them and not its own earlier prompt. Answers are generated greedily. What cannot be measured is
+recorded with its reason, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from semsharekv_integrations.checks import require
+from semsharekv_integrations.config import EngineConfig, ReuseConfig
+from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.errors import SemShareError
+from semsharekv_integrations.kv import Generation, Reference
+from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
+from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Corrupt, Subject, drop_guard
+from semsharekv_integrations.lab.prompts import right_share
+from semsharekv_integrations.lab.scenarios import Case, Scenario
+
+Judging = Literal["exact", "mentions"]
+JUDGINGS: tuple[Judging, ...] = get_args(Judging)
+NAMESPACE = "bench"
+EVERY_POLICY = "all"
+EXTRA_TOKENS = 4  # generated at most beyond those of the right answer
+FREE_TOKENS = 64  # generated at most where the answer may be in any words, or is not known
+_FULL_CONFIG = EngineConfig(reuse=ReuseConfig(mode="off"))
+_FILLER = EngineConfig(reuse=ReuseConfig(mode="exact", min_prefix_tokens=2**31), store=UNBOUNDED)  # computes in full
+_FAILURES = (SemShareError, MemoryError, RuntimeError)
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+
+Watch = Callable[[Case, str, int], AbstractContextManager[dict[str, Any]]]
+Regroup = Callable[[Sequence[Outcome]], list[Outcome]]
+
+
+@contextmanager
+def watch_nothing(case: Case, policy: str, turn: int) -> Iterator[dict[str, Any]]:
+    """A watch is around a call, and yields a place for what it measures: the outcome's ``extra``."""
+    yield {}
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is needed to measure and to tabulate.
+
+    Attributes:
+        title: of the report.
+        scenarios: what is asked, behind what.
+        configs: engine settings by policy.
+        corrupt: what is done to the stored references of a policy, by its name.
+        judging: whether the right answer is ``exact``, in the words of the case, or ``mentions`` its facts, in any
+            words and spelling, as a model answers that was not trained on these words.
+        watch: around every call.
+        figures: what is made of the outcomes.
+        regroup: puts outcomes of all scenarios into others, before they are counted.
+        about: a line on each policy that has one.
+    """
+
+    title: str
+    scenarios: Sequence[Scenario]
+    configs: Mapping[str, EngineConfig]
+    corrupt: Mapping[str, Corrupt] = field(default_factory=dict)
+    judging: Judging = "exact"
+    watch: Watch = watch_nothing
+    figures: Sequence[Figure] = FIGURES
+    regroup: Regroup = list
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """All that was measured, and what was not."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, other: Results) -> None:
+        """Take in what another scenario gave."""
+        self.outcomes += other.outcomes
+        self.failures += other.failures
+
+    def fail(self, scenario: Scenario, policy: str, reason: str) -> None:
+        """Record once what was not measured."""
+        failure = Failure(scenario.name, scenario.length, policy, reason)
+        if failure not in self.failures:
+            self.failures.append(failure)
+
+
+class _Said(NamedTuple):
+    """What one call gave."""
+
+    generation: Generation
+    store_s: float | None = None
+    store_bytes: int | None = None
+    extra: Mapping[str, Any] = {}
+
+
+class Bench:
+    """One engine for each policy of a study, all on the same weights.
+
+    Policies that the model does not allow are left out, with their reasons in ``missing``. A full prefill named ``off``
+    is added if there is none. On random weights there is no deviation guard, and no answer is right or wrong.
+
+    Args:
+        subject: what is measured on.
+        study: what is measured.
+
+    Raises:
+        ValueError: if ``off`` is no full prefill, or ``corrupt`` names no policy.
+    """
+
+    def __init__(self, subject: Subject, study: Study) -> None:
+        self.subject = subject
+        self.study = study
+        configs = {FULL: _FULL_CONFIG, **study.configs}
+        require(configs[FULL].reuse.mode == "off", f"configs[{FULL!r}].reuse.mode", configs[FULL].reuse.mode, "'off'")
+        unknown = sorted(study.corrupt.keys() - configs.keys())
+        require(not unknown, "corrupt", ", ".join(unknown), f"policies of this run: {', '.join(configs)}")
+        self.engines: dict[str, SemShareEngine] = {}
+        self.missing: dict[str, str] = {}
+        self.filler = SemShareEngine(subject.model, subject.tokenizer, _FILLER)
+        for name, config in configs.items():
+            try:
+                self.engines[name] = self._start_engine(drop_guard(config) if subject.is_random else config)
+            except SemShareError as error:
+                self.missing[name] = str(error)
+
+    def _start_engine(self, config: EngineConfig) -> SemShareEngine:
+        engine = SemShareEngine(self.subject.model, self.subject.tokenizer, config)
+        engine.generate("Warm up.", max_new_tokens=2)  # so that no timing holds one-time costs
+        engine.clear()
+        return engine
+
+    def count_calls(self, scenario: Scenario) -> int:
+        """How many calls ``measure`` makes at most."""
+        return scenario.total * len(scenario.rounds) * len(self.engines)
+
+    def measure(self, scenario: Scenario, advance: Callable[[], None] = lambda: None) -> Results:
+        """Every case under every policy, in every round; who goes first is drawn anew for each.
+
+        Args:
+            scenario: what is asked, behind what.
+            advance: called for every call, done or failed.
+        """
+        results = Results()
+        for name, reason in self.missing.items():
+            results.fail(scenario, name, reason)
+        if scenario.problem:
+            results.fail(scenario, EVERY_POLICY, scenario.problem)
+        for index, case in enumerate(scenario.cases):
+            try:
+                references = self.make_references(case)
+            except _FAILURES as error:
+                results.fail(scenario, EVERY_POLICY, _explain(error))
+                continue
+            failed: set[str] = set()
+            for turn in scenario.rounds:
+                said: dict[str, _Said] = {}
+                order = Random(f"{scenario.name} {scenario.length} {index} {turn}")
+                for name in order.sample(list(self.engines), len(self.engines)):
+                    advance()
+                    if name in failed:
+                        continue
+                    try:
+                        said[name] = self._call(name, case, references, scenario.max_new_tokens, turn)
+                    except _FAILURES as error:
+                        failed.add(name)
+                        results.fail(scenario, name, _explain(error))
+                results.outcomes += [
+                    self._judge(scenario, index, turn, name, case, said) for name in self.engines if name in said
+                ]
+        return results
+
+    def make_references(self, case: Case) -> list[Reference]:
+        """What the case's references leave in a store, exact and in their order."""
+        try:
+            for query in case.references:
+                self.filler.generate(query.prompt, documents=query.documents, namespace=NAMESPACE, max_new_tokens=1)
+            return self.filler.store.fetch_all(NAMESPACE)
+        finally:
+            self.filler.clear()
+
+    def _call(
+        self, name: str, case: Case, references: Sequence[Reference], max_new_tokens: int | None, turn: int
+    ) -> _Said:
+        """One call behind ``references`` alone."""
+        engine, store_s, room = self.engines[name], None, max_new_tokens or self.count_room(case)
+        try:
+            if engine.config.reuse.mode != "off":
+                store_s = self._store(name, references)
+            with _collection_paused(), self.study.watch(case, name, turn) as extra:
+                generation = engine.generate(
+                    case.target.prompt, documents=case.target.documents, namespace=NAMESPACE, max_new_tokens=room
+                )
+            num_bytes = None if store_s is None else engine.store.stats()["bytes"]
+            return _Said(generation, store_s, num_bytes, extra)
+        finally:
+            engine.clear()
+
+    def _store(self, name: str, references: Sequence[Reference]) -> float:
+        """Put the references into a policy's store; how many seconds it took."""
+        engine, corrupt = self.engines[name], self.study.corrupt.get(name)
+        given = [corrupt(reference) for reference in references] if corrupt else references
+        began = time.perf_counter()
+        for reference in given:
+            stored = engine.store.put(reference)
+            require(stored, "store.max_bytes", engine.config.store.max_bytes, f"{reference.num_bytes} or more")
+        return time.perf_counter() - began
+
+    def count_room(self, case: Case) -> int:
+        """How many tokens an answer may have."""
+        if case.answer is None:
+            return FREE_TOKENS
+        answer_tokens = len(self.subject.tokenizer.encode(case.answer, add_special_tokens=False))
+        return max(answer_tokens + EXTRA_TOKENS, FREE_TOKENS if self.study.judging == "mentions" else 0)
+
+    def _judge(
+        self, scenario: Scenario, index: int, turn: int, name: str, case: Case, said: Mapping[str, _Said]
+    ) -> Outcome:
+        (generation, store_s, store_bytes, extra), full = said[name], said.get(FULL)
+        judging = None if self.subject.is_random else self.study.judging
+        return Outcome(
+            scenario=scenario.name,
+            length=scenario.length,
+            policy=name,
+            case=index,
+            round=turn,
+            report=generation.report,
+            text=generation.text,
+            expected=case.answer,
+            right=judging and is_answer(generation.text, case.answer, case.values, judging),
+            agrees=None if full is None else generation.text.strip() == full.generation.text.strip(),
+            stale=judging and is_answer(generation.text, case.stale, case.stale_values, judging),
+            store_s=store_s,
+            store_bytes=store_bytes,
+            extra=extra,
+        )
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Keep Python's garbage collector from running, so that no call pays for another one's garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _explain(error: BaseException) -> str:
+    """Why a call failed. What is no known reason is raised again: a bug must not read as a figure."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in _NO_MEMORY):
+        traceback.clear_frames(error.__traceback__)  # they hold what did not fit
+        gc.collect()
+        torch.cuda.empty_cache()
+        return "out of memory"
+    if isinstance(error, SemShareError):
+        return text
+    raise error
+
+
+def is_answer(said: str, answer: str | None, values: Sequence[str], judging: Judging) -> bool | None:
+    """Whether ``said`` is the answer; None if there is none.
+
+    Args:
+        said: what was generated.
+        answer: in the words that ``exact`` asks for; its lines may come in any order.
+        values: what ``mentions`` asks for, each as whole words in any case.
+        judging: which of both.
+    """
+    if answer is None:
+        return None
+    return right_share(said, answer) == 1 if judging == "exact" else all(_mentions(said, value) for value in values)
+
+
+def _mentions(said: str, value: str) -> bool:
+    words = r"\s+".join(map(re.escape, value.split()))
+    return re.search(rf"(?<!\w){words}(?!\w)", said, re.IGNORECASE) is not None

@@ -1,0 +1,272 @@
+"""``semsharekv bench``: is the answer still right, and how much time and memory did reuse save?
+
+    semsharekv bench --quick
+      a first look, in under two minutes
+    semsharekv bench --scenarios reordered edited --cases 200 --out reuse.md
+      prompts of the synthetic news world, drawn
+    semsharekv bench --lengths 2048 8192 --preset qwen-0.5b
+      prompts at these lengths, each asked several times
+    semsharekv bench --model path-or-hub-id --data questions.jsonl
+      own documents and questions, on any model
+
+Every scenario is measured under every policy, in one run on one model, beside a full prefill. Some prompts are drawn,
+and others have a length; --lengths leaves out the former, --cases or --documents without it the latter.
+
+With --out the tables go to a Markdown file, and every outcome to a .json beside it, written anew after each scenario.
+To use several cores, start one process for some of the scenarios each: their figures depend on nothing else.
+
+Answers on own data, and those of models other than the built-in one, are right if they mention the right facts, in any
+words; those of the built-in model must be right word for word, as it was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from semsharekv_integrations.config import AuditConfig
+from semsharekv_integrations.lab import dataset, prompts, report, scenarios
+from semsharekv_integrations.lab.bench import JUDGINGS, Bench, Results, Study
+from semsharekv_integrations.lab.figures import summarize
+from semsharekv_integrations.lab.policies import (
+    FULL,
+    POLICIES,
+    PRESETS,
+    REFERENCE,
+    Policy,
+    Subject,
+    load_subject,
+    make_configs,
+)
+from semsharekv_integrations.lab.scenarios import DRAWN, NEGATIVE_CONTROL, Scenario
+from semsharekv_integrations.lab.sized import SIZED, make_sized_case
+from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress_bars
+from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.terminal import HelpFormatter
+
+SCENARIOS = tuple(dict.fromkeys([*DRAWN, *SIZED]))
+FAMILIES = {"reworded": tuple(name for name in SIZED if name.startswith("reworded"))}  # of prompts at a length
+DEFAULT_POLICIES = (FULL, "exact", "identical", "semantic", "retained")
+CASES, REPEATS, LENGTHS = 50, 5, (512, 1024, 2048, 4096, 8192, 16384)
+QUICK_CASES, QUICK_REPEATS, QUICK_LENGTHS, QUICK_DOCUMENTS = 4, 2, (512, 2048), (4, 8)
+QUICK_SCENARIOS = ("reordered", "edited", "turns", "next_turn", "reworded_30", NEGATIVE_CONTROL)
+QUICK_POLICIES = DEFAULT_POLICIES[:-1]
+NEW_TOKENS = 16  # of an answer to a prompt at a length: as many as its longest right one
+
+
+def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy] = POLICIES) -> None:
+    """Give ``parser`` the arguments of this command, and this module's text for its help."""
+    parser.description = __doc__
+    parser.epilog = f"--data: {dataset.__doc__}"
+    names = f"drawn: {', '.join(DRAWN)}; at a length: {', '.join(SIZED)} (default: all)"
+    about = " ".join(f"{name}: {policy.about}" for name, policy in policies.items()).replace("%", "%%")
+    few, many = scenarios.DEFAULT_DOCUMENTS
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--quick", action="store_true", help="few scenarios, few and short prompts, few rounds")
+    what.add_argument("--scenarios", "--workloads", nargs="+", choices=SCENARIOS, metavar="NAME", help=names)
+    what.add_argument("--data", type=Path, metavar="FILE.jsonl", help="own documents and questions, see below")
+    what.add_argument("--policies", nargs="+", choices=policies, metavar="NAME", help=about)
+    what.add_argument("--set", type=_parse_setting, nargs="+", default=[], metavar="KEY=VALUE", help="of ReuseConfig")
+    what.add_argument("--kl", action="store_true", help="also how far the distributions of first tokens are apart")
+    what.add_argument("--judging", choices=JUDGINGS, help="whether a right answer is exact or mentions the facts")
+    size = parser.add_argument_group("how much")
+    documents = f"of a drawn prompt (default: {few} {many})"
+    layouts = f"where documents stand in a drawn prompt: {', '.join(prompts.LAYOUTS)}"
+    size.add_argument("--cases", type=_parse_count, metavar="N", help=f"of each scenario ({CASES}; at a length 1)")
+    size.add_argument("--documents", type=_parse_count, nargs=2, metavar=("FROM", "TO"), help=documents)
+    size.add_argument("--layouts", nargs="+", choices=prompts.LAYOUTS, metavar="NAME", help=layouts)
+    size.add_argument("--lengths", type=_parse_count, nargs="+", metavar="N", help="tokens (default: 512 to 16384)")
+    size.add_argument("--repeats", type=_parse_count, metavar="N", help=f"timed rounds at a length ({REPEATS})")
+    size.add_argument("--max-new-tokens", "--new-tokens", type=_parse_count, metavar="N", help="of an answer")
+    model = parser.add_argument_group("model")
+    which = model.add_mutually_exclusive_group()
+    which.add_argument("--model", help="folder or hub id (default: the built-in reference model)")
+    which.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"of {', '.join(PRESETS)} (random weights)")
+    model.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    model.add_argument("--dtype", default="auto", help="torch dtype, or auto (default)")
+    model.add_argument("--threads", type=_parse_count, metavar="N", help="of PyTorch (default: its own choice)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="where the tables go (default: printed only)")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON instead of tables")
+
+
+def parse(
+    description: str, arguments: Sequence[str] | None, policies: Mapping[str, Policy] = POLICIES
+) -> argparse.Namespace:
+    """The arguments of a script that takes those of this command."""
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    add_arguments(parser, policies)
+    parser.description = description
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and write after each scenario; the exit code.
+
+    Raises:
+        ValueError: for arguments that do not go together, and lines of ``--data`` that are no examples.
+        SemShareError: if the model cannot be loaded.
+        OSError: if a file cannot be read or written.
+    """
+    study, subject = prepare(args)
+    run_study(study, subject, args)
+    return 0
+
+
+def prepare(
+    args: argparse.Namespace, policies: Mapping[str, Policy] = POLICIES, *, with_scenarios: bool = True
+) -> tuple[Study, Subject]:
+    """What the arguments ask for, and the model it is measured on; for errors see ``run``."""
+    _check(args)
+    drawn, sized = _choose_scenarios(args) if with_scenarios else ([], [])
+    examples = dataset.read_examples(args.data) if args.data else []
+    chosen = list(dict.fromkeys([FULL, *(args.policies or (QUICK_POLICIES if args.quick else DEFAULT_POLICIES))]))
+    configs = make_configs(chosen, dict(args.set), policies)
+    if args.kl:
+        audit = AuditConfig(sample_ratio=1.0, min_agreement=0.0)
+        configs = {name: replace(config, audit=audit) for name, config in configs.items()}
+    hide_progress_bars()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with Console(stderr=True).status("Loading the model"):
+        subject = load_subject(args.model or args.preset or REFERENCE, args.device, args.dtype, args.seed)
+    lengths = sorted(set(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS)))
+    found = [_draw_scenario(args, subject, name) for name in drawn]
+    found += [_size_scenario(args, subject, name, length) for length in lengths for name in sized]
+    most = args.cases or (QUICK_CASES if args.quick else None)
+    for name, make in ((dataset.DATA, dataset.data_cases), (NEGATIVE_CONTROL, dataset.unlike_cases)):
+        cases = list(make(examples, args.seed, choose_layouts(args, subject)))[:most]
+        found += [Scenario(name, cases, len(cases), max_new_tokens=args.max_new_tokens)] if cases else []
+    is_exact = subject.name == REFERENCE_MODEL and not args.data
+    study = Study(
+        "Answers under reuse, on own data" if args.data else "Answers and speed under reuse",
+        found,
+        configs,
+        judging=args.judging or ("exact" if is_exact else "mentions"),
+        about={name: policies[name].about for name in chosen},
+    )
+    return study, subject
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    if args.out is not None and args.out.suffix != ".md":
+        raise ValueError(f"--out is {str(args.out)!r}; accepted is a file name ending in .md")
+    for name in ("scenarios", "lengths"):
+        if args.data and getattr(args, name):
+            raise ValueError(f"--{name} and --data are given; accepted is one of them")
+
+
+def _choose_scenarios(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Names of drawn ones, and of those at a length."""
+    if args.data:
+        return [], []
+    names = args.scenarios or (QUICK_SCENARIOS if args.quick else SCENARIOS)
+    known_drawn = () if args.lengths else DRAWN
+    known_sized = () if not args.lengths and (args.cases or args.documents) else SIZED
+    families = FAMILIES if args.lengths else {}
+    for name in args.scenarios or ():
+        if name not in (*known_drawn, *known_sized, *families):
+            accepted = ", ".join(dict.fromkeys([*known_drawn, *known_sized]))
+            raise ValueError(f"--scenarios is {name}; accepted for prompts of these sizes is {accepted}")
+    asked = {*names, *(part for name in names for part in families.get(name, ()))}
+    return [name for name in known_drawn if name in asked], [name for name in known_sized if name in asked]
+
+
+def _draw_scenario(args: argparse.Namespace, subject: Subject, name: str) -> Scenario:
+    count = choose_cases(args)
+    cases = scenarios.make_cases(name, count, args.seed, choose_documents(args), choose_layouts(args, subject))
+    return Scenario(name, cases, count, max_new_tokens=args.max_new_tokens)
+
+
+def _size_scenario(args: argparse.Namespace, subject: Subject, name: str, length: int) -> Scenario:
+    """Cases of seeds that follow on each other; none beyond the context window."""
+    window = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if window is not None and length > window:
+        return Scenario(name, (), 0, length, problem=f"beyond the model's context window of {window} tokens")
+    if not subject.tokenizer.chat_template:
+        return Scenario(name, (), 0, length, problem="the model has no chat template")
+    renderer, new_tokens = PromptRenderer(subject.tokenizer), args.max_new_tokens or NEW_TOKENS
+    room = length if window is None else min(length, window - new_tokens)
+    cases = [
+        make_sized_case(name, room, args.seed + index, lambda prompt: len(renderer.render(prompt, {}).token_ids))
+        for index in range(args.cases or 1)
+    ]
+    repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
+    return Scenario(name, cases, len(cases), length, range(repeats + 1), new_tokens)
+
+
+def choose_cases(args: argparse.Namespace) -> int:
+    """How many cases a drawn scenario has."""
+    return args.cases or (QUICK_CASES if args.quick else CASES)
+
+
+def choose_documents(args: argparse.Namespace) -> tuple[int, int]:
+    """Fewest and most documents of a drawn prompt."""
+    few, many = args.documents or (QUICK_DOCUMENTS if args.quick else scenarios.DEFAULT_DOCUMENTS)
+    return few, many
+
+
+def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[prompts.Layout]:
+    """Those asked for, else all usual ones of a model that knows messages, else plain text."""
+    return args.layouts or (scenarios.DEFAULT_LAYOUTS if subject.tokenizer.chat_template else ("completion",))
+
+
+def run_study(
+    study: Study, subject: Subject, args: argparse.Namespace, make_bench: Callable[[Subject, Study], Bench] = Bench
+) -> Results:
+    """Measure one scenario after the other, and report.
+
+    Args:
+        study: what is measured.
+        subject: on what.
+        args: with ``seed``, ``out`` and ``json``.
+        make_bench: what runs it.
+    """
+    about = report.describe(study, subject, args.seed)
+    bench, results, began, console = make_bench(subject, study), Results(), time.perf_counter(), Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(map(bench.count_calls, study.scenarios)))
+        for scenario in study.scenarios:
+            progress.update(task, description=f"{scenario.name} {scenario.length or ''}")
+            results.add(bench.measure(scenario, lambda: progress.advance(task)))
+            rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
+            about["seconds"] = round(time.perf_counter() - began, 1)
+            if args.out is not None:
+                report.write_files(args.out, about, rows, results, study.figures)
+    if args.json:
+        sys.stdout.write(f"{report.make_json(about, rows)}\n")
+        return results
+    report.print_rows(Console(), rows)
+    Console().print(f"\n{report.make_headline(about)}", highlight=False, markup=False)
+    if args.out is not None:
+        console.print(f"Written: {args.out}, and every outcome to {args.out.with_suffix('.json')}", markup=False)
+    return results
+
+
+def _parse_count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted is a whole number, 1 or more")
+    return int(text)
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value`` as key and Python literal; what is no literal is a string."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='; accepted is key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

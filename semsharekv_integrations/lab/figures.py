@@ -1,0 +1,322 @@
+"""Figures: what each policy answered and what it cost, beside a full prefill of the same prompts.
+
+A figure reads a number from each call and takes a statistic of them. Nothing is filtered: a scenario in which reuse
+loses has its row like any other, and so has what could not be measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from semsharekv_integrations.lab.policies import EXACT, FULL
+from semsharekv_integrations.modes import Mode
+from semsharekv_integrations.report import ReuseReport
+
+CONTROLS: tuple[Mode, ...] = ("off", "exact")  # modes that reuse nothing off the prefix
+UNTIMED = 0  # the round into which one-time costs fall
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One call: a case under one policy, in one round.
+
+    Attributes:
+        scenario: of the case.
+        length: tokens that its prompt was asked to have, or None if it was drawn.
+        policy: what ran.
+        case: index within the scenario.
+        round: from 1 on; 0 is not timed.
+        report: what the engine says of the call.
+        text: what was generated.
+        expected: the right answer, or None if it is not known.
+        right: whether ``text`` is the right answer; None if that is not known.
+        agrees: whether it is what a full prefill gives; None if that failed.
+        stale: whether it is what the references' documents would answer; None if they say nothing else.
+        store_s: seconds that it took to put the references into the store.
+        store_bytes: in the store after the call.
+        extra: what a probe measured besides, by name.
+    """
+
+    scenario: str
+    length: int | None
+    policy: str
+    case: int
+    round: int
+    report: ReuseReport
+    text: str = ""
+    expected: str | None = None
+    right: bool | None = None
+    agrees: bool | None = None
+    stale: bool | None = None
+    store_s: float | None = None
+    store_bytes: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fired(self) -> bool:
+        """Whether KV was reused off the exact prefix."""
+        return self.report.identical_tokens + self.report.fuzzy_tokens > 0
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether figures are over it: of drawn prompts where reuse fired or the policy is a control, else always."""
+        return self.length is not None or self.fired or self.report.mode in CONTROLS
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """New tokens a second, behind the first one."""
+        later = self.report.output_tokens - 1
+        return later / self.report.decode_s if later > 0 and self.report.decode_s else None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What was not measured, and why; ``policy`` is ``all`` if that holds for every one."""
+
+    scenario: str
+    length: int | None
+    policy: str
+    reason: str
+
+
+class Estimate(NamedTuple):
+    """A value and what it lies between: its 95% interval over cases or, of a single case, quartiles over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Pair(NamedTuple):
+    """A call, and those of a full prefill and of exact reuse on its case in its round, unless they failed."""
+
+    own: Outcome
+    full: Outcome | None
+    exact: Outcome | None
+
+
+Values = Sequence[tuple[int, float]]  # each with the index of its case
+
+
+def estimate_share(values: Values, seed: int) -> Estimate:
+    """Of cases, each of which counts once, with Wilson's 95% interval."""
+    found = _take_first(values)
+    return wilson(int(sum(found)), len(found))
+
+
+def estimate_mean(values: Values, seed: int) -> Estimate:
+    """Over cases, each of which counts once, with the 95% interval of a bootstrap."""
+    return bootstrap(_take_first(values), np.mean, seed)
+
+
+def take_mean(values: Values, seed: int) -> Estimate:
+    """As ``estimate_mean``, without an interval."""
+    found = _take_first(values)
+    return Estimate(*(sum(found) / len(found),) * 3)
+
+
+def estimate_median(values: Values, seed: int) -> Estimate:
+    """Median over cases with the 95% interval of a bootstrap; of a single case over rounds, with quartiles."""
+    by_case: dict[int, list[float]] = {}
+    for case, value in values:
+        by_case.setdefault(case, []).append(value)
+    if len(by_case) > 1:
+        return bootstrap([median(found) for found in by_case.values()], np.median, seed)
+    return find_quartiles([value for _, value in values])
+
+
+def find_quartiles(values: Sequence[float]) -> Estimate:
+    """Median and quartiles of one value or more."""
+    low, value, high = np.percentile(values, (25, 50, 75))
+    return Estimate(float(value), float(low), float(high))
+
+
+def _take_first(values: Values) -> list[float]:
+    first: dict[int, float] = {}
+    for case, value in values:
+        first.setdefault(case, value)
+    return list(first.values())
+
+
+class Figure(NamedTuple):
+    """One figure of a row.
+
+    Attributes:
+        name: in rows and in JSON.
+        title: above its column.
+        form: how it is written.
+        read: its value for a call; None where it has none.
+        statistic: of these values over the timed calls.
+        over: which calls; default: those that count.
+        scale: of the figure as it is written.
+    """
+
+    name: str
+    title: str
+    form: str
+    read: Callable[[Pair], float | None]
+    statistic: Callable[[Values, int], Estimate] = estimate_median
+    over: Callable[[Outcome], bool] = lambda outcome: outcome.is_counted
+    scale: float = 1.0
+
+
+def _compare_right(pair: Pair) -> float | None:
+    """Percentage points for this case: 0 if both or none is right."""
+    known = pair.full is not None and pair.own.right is not None and pair.full.right is not None
+    return 100.0 * (pair.own.right - pair.full.right) if known else None  # type: ignore[operator, union-attr]
+
+
+def _divide_ttft(other: Outcome | None, own: Outcome) -> float | None:
+    """How many times longer ``other`` took."""
+    return None if other is None else other.report.ttft_s / own.report.ttft_s
+
+
+def _read_divergence(pair: Pair) -> float | None:
+    audit = pair.own.report.audit
+    return None if audit is None else audit.kl_divergence
+
+
+def _measure_overhead(pair: Pair) -> float | None:
+    ratio, compute = _divide_ttft(pair.full, pair.own), pair.own.report.compute_ratio
+    return 1 / ratio / compute if ratio and compute else None
+
+
+FIGURES = (
+    Figure("accuracy", "accuracy", ".3f", lambda p: p.own.right, estimate_share),
+    Figure("full_accuracy", "full prefill's", ".3f", lambda p: p.full.right if p.full else None, take_mean),
+    Figure("difference_points", "difference in points", "+.1f", _compare_right, estimate_mean),
+    Figure("agreement", "agreement", ".3f", lambda p: p.own.agrees, estimate_share),
+    Figure("stale_rate", "stale", ".3f", lambda p: p.own.stale, estimate_share),
+    Figure("full_stale_rate", "full prefill's stale", ".3f", lambda p: p.full.stale if p.full else None, take_mean),
+    Figure("kl_divergence", "KL", ".2g", _read_divergence),
+    Figure("kv_kept_ratio", "KV kept", ".3f", lambda p: p.own.report.kv_retained_ratio),
+    Figure("compute_ratio", "compute", ".3f", lambda p: p.own.report.compute_ratio),
+    Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens),
+    Figure("reused_tokens", "reused", ".0f", lambda p: p.own.report.reused_tokens),
+    Figure("ttft_s", "TTFT, ms", ".1f", lambda p: p.own.report.ttft_s, scale=1000),
+    Figure("ttft_ratio", "times faster than off", ".2f", lambda p: _divide_ttft(p.full, p.own)),
+    Figure("exact_ratio", "than exact", ".2f", lambda p: _divide_ttft(p.exact, p.own)),
+    Figure("overhead", "overhead", ".2f", _measure_overhead),
+    Figure(
+        "rest_ttft_ratio",
+        "than off, rest",
+        ".2f",
+        lambda p: _divide_ttft(p.full, p.own),
+        over=lambda outcome: not outcome.is_counted,
+    ),
+    Figure("kv_bytes", "KV, MB", ".1f", lambda p: p.own.report.kv_bytes, scale=1e-6),
+    Figure("store_bytes", "in store, MB", ".1f", lambda p: p.own.store_bytes, scale=1e-6),
+    Figure("store_s", "into store, ms", ".1f", lambda p: p.own.store_s, scale=1000),
+    Figure("decode_tokens_per_s", "decode, tokens/s", ".1f", lambda p: p.own.decode_tokens_per_s),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy in one scenario at one length.
+
+    Attributes:
+        scenario: its name.
+        length: tokens asked for, or None.
+        policy: what ran.
+        cases: how many there were.
+        fired: on how many of them KV was reused off the exact prefix.
+        counted: how many count.
+        rounds: timed rounds of each.
+        figures: by name, those for which there is something to take them from.
+        note: why it was not measured, or why nothing was reused.
+    """
+
+    scenario: str
+    length: int | None
+    policy: str
+    cases: int = 0
+    fired: int = 0
+    counted: int = 0
+    rounds: int = 0
+    figures: Mapping[str, Estimate] = field(default_factory=dict)
+    note: str = ""
+
+    def __getitem__(self, name: str) -> Estimate | None:
+        return self.figures.get(name)
+
+
+def summarize(
+    outcomes: Sequence[Outcome],
+    failures: Sequence[Failure] = (),
+    figures: Sequence[Figure] = FIGURES,
+    seed: int = 0,
+) -> list[Row]:
+    """One row for each scenario, length and policy, grouped by scenario and ascending in length.
+
+    Args:
+        outcomes: those of a full prefill among them.
+        failures: each becomes the note of its row.
+        figures: what rows have.
+        seed: of the bootstraps.
+    """
+    calls: dict[tuple[str, int | None, int, int], dict[str, Outcome]] = {}
+    for o in outcomes:
+        calls.setdefault((o.scenario, o.length, o.case, o.round), {})[o.policy] = o
+    groups: dict[tuple[str, int | None, str], list[Pair]] = {(o.scenario, o.length, o.policy): [] for o in outcomes}
+    for (scenario, length, *_), said in calls.items():
+        for policy, own in said.items():
+            pair = Pair(own, said.get(FULL), said.get(EXACT))
+            groups[scenario, length, policy].append(pair)
+    rows = {key: _make_row(Row(*key), pairs, figures, seed) for key, pairs in groups.items()}
+    for failure in failures:
+        key = (failure.scenario, failure.length, failure.policy)
+        rows[key] = replace(rows.get(key) or Row(*key), note=failure.reason)  # beside what was measured before
+    scenarios = list(dict.fromkeys(row.scenario for row in rows.values()))
+    return sorted(rows.values(), key=lambda row: (scenarios.index(row.scenario), row.length or 0))
+
+
+def _make_row(row: Row, pairs: Sequence[Pair], figures: Sequence[Figure], seed: int) -> Row:
+    timed = [pair for pair in pairs if pair.own.round != UNTIMED]
+    found = {}
+    for figure in figures:
+        read = [(pair.own.case, figure.read(pair)) for pair in timed if figure.over(pair.own)]
+        values = [(case, float(value)) for case, value in read if value is not None]
+        if values:
+            found[figure.name] = figure.statistic(values, seed)
+    return replace(
+        row,
+        cases=len({pair.own.case for pair in pairs}),
+        fired=len({pair.own.case for pair in pairs if pair.own.fired}),
+        counted=len({pair.own.case for pair in timed if pair.own.is_counted}),
+        rounds=len({pair.own.round for pair in timed}),
+        figures=found,
+        note=(timed[-1].own.report.declined or "") if timed and row.length is not None else "",
+    )
+
+
+def wilson(right: int, asked: int) -> Estimate:
+    """A share and Wilson's 95% interval of it."""
+    z, share = 1.96, right / asked
+    centre = share + z * z / (2 * asked)
+    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))
+    return Estimate(share, max(min(low, share), 0.0), min(max(high, share), 1.0))  # rounding may put it outside
+
+
+def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0) -> Estimate:
+    """A figure of ``values`` with the 95% interval of a bootstrap; a single point where no value differs.
+
+    Args:
+        values: one or more, one for each case.
+        figure: of an array along an axis, such as ``np.median``.
+        seed: of the resampling.
+    """
+    sample = np.array(values, dtype=float)
+    if (sample == sample[0]).all():
+        return Estimate(*(float(sample[0]),) * 3)
+    drawn = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
+    low, high = np.percentile(figure(sample[drawn], axis=1), (2.5, 97.5))
+    return Estimate(float(figure(sample)), float(low), float(high))

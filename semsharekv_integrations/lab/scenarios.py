@@ -1,0 +1,314 @@
+"""Scenarios: prompts that resemble earlier ones, each in a way of its own.
+
+The ``DRAWN`` scenarios draw how many documents a prompt has, its template and what is asked; those of ``lab.sized``
+have a length instead. No document of a drawn target stands whole in the exact prefix that it shares with an earlier
+prompt: what an exact prefix answers is right without more. Knows nothing about tokenizers, models or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from types import MappingProxyType
+from typing import NamedTuple
+
+from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab.prompts import Layout, Message
+from semsharekv_integrations.lab.world import Document
+
+DEFAULT_LAYOUTS: tuple[Layout, ...] = ("system", "user", "completion")
+DEFAULT_DOCUMENTS = (6, 30)  # about 600 to 3,500 tokens
+MIN_DOCUMENTS = 2  # one can be neither reordered nor swapped
+MAX_DOCUMENTS = len(world.TOWNS) // 2  # a case may need as many again
+MAX_EARLIER_TURNS = 3
+NEGATIVE_CONTROL = "unlike"
+_NUM_WRAPS = 60  # a multiple of every layout's number of wordings, so that all are equally likely
+
+
+@dataclass(frozen=True)
+class Query:
+    """A prompt, plain text or messages, and the documents that stand in it: texts by id."""
+
+    prompt: str | list[Message]
+    documents: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt behind others that it resembles.
+
+    Attributes:
+        scenario: in which way it resembles them.
+        references: what is seen first.
+        target: what is then asked.
+        answer: the right answer, or None if it is not known. Its lines may come in any order.
+        stale: what the references' documents would answer, or None if that is the same or they do not say.
+        values: the facts of the right answer: what one in other words has to hold.
+        stale_values: those of the stale one.
+        asked: id of the document that is asked about, or None if it is about several.
+    """
+
+    scenario: str
+    references: tuple[Query, ...]
+    target: Query
+    answer: str | None
+    stale: str | None = None
+    values: tuple[str, ...] = ()
+    stale_values: tuple[str, ...] = ()
+    asked: str | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Cases that share the rows of a report.
+
+    Attributes:
+        name: in which way their prompts resemble what was seen.
+        cases: iterated once.
+        total: how many there are.
+        length: tokens that prompts were asked to have, or None if they were drawn.
+        rounds: of every case. Round 0 is not timed: one-time costs fall into it.
+        max_new_tokens: of an answer; None for a few more than the right one has.
+        problem: why there are no cases, or nothing.
+    """
+
+    name: str
+    cases: Iterable[Case]
+    total: int
+    length: int | None = None
+    rounds: range = range(1, 2)
+    max_new_tokens: int | None = None
+    problem: str = ""
+
+
+class Scene(NamedTuple):
+    """The documents of each reference and those of the target, in prompt order."""
+
+    seen: Sequence[Sequence[Document]]
+    target: Sequence[Document]
+
+
+class Template(NamedTuple):
+    """Where documents stand, and in which words."""
+
+    layout: Layout
+    wrap: int
+
+
+def _reorder(rng: Random, count: int) -> Scene:
+    """The same documents in another order."""
+    documents = world.make_documents(rng, count)
+    return Scene([documents], shuffle(rng, documents))
+
+
+def _renew_half(rng: Random, count: int) -> Scene:
+    """Half of the documents, from one or two references, among new ones."""
+    documents = world.make_documents(rng, count + count - count // 2)
+    old, new = documents[:count], documents[count:]
+    seen = rng.choice(([old], [old[: count // 2], old[count // 2 :]]))
+    return Scene(seen, rng.sample([*rng.sample(old, count // 2), *new], count))
+
+
+def _reword(rng: Random, count: int) -> Scene:
+    """The same facts in other words and among other filler."""
+    documents = world.make_documents(rng, count)
+    return Scene([documents], maybe_shuffle(rng, [world.reword(rng, document) for document in documents]))
+
+
+def _edit(rng: Random, count: int) -> Scene:
+    """One fact of every document is another."""
+    documents = world.make_documents(rng, count)
+    return Scene([documents], maybe_shuffle(rng, [world.edit(rng, document) for document in documents]))
+
+
+def _change(rng: Random, count: int) -> Scene:
+    """The same wording with other facts throughout."""
+    documents = world.make_documents(rng, count)
+    changed = [world.edit(rng, document, tuple(sorted(document.facts))) for document in documents]
+    return Scene([documents], maybe_shuffle(rng, changed))
+
+
+def _swap(rng: Random, count: int) -> Scene:
+    """Pairs of documents exchange their facts; an odd one out stays as it is."""
+    documents = world.make_documents(rng, count)
+    target = list(documents)
+    places = rng.sample(range(count), count)
+    for first, second in zip(places[::2], places[1::2], strict=False):
+        target[first], target[second] = world.swap(documents[first], documents[second])
+    return Scene([documents], maybe_shuffle(rng, target))
+
+
+def _replace_all(rng: Random, count: int) -> Scene:
+    """Documents on other towns: the negative control. What all documents have in common is their style."""
+    documents = world.make_documents(rng, 2 * count)
+    return Scene([documents[:count]], documents[count:])
+
+
+SCENES: Mapping[str, Callable[[Random, int], Scene]] = MappingProxyType(
+    {
+        "reordered": _reorder,
+        "shared": _renew_half,
+        "reworded": _reword,
+        "edited": _edit,
+        "changed": _change,
+        "swapped": _swap,
+        NEGATIVE_CONTROL: _replace_all,
+    }
+)
+DRAWN = (*SCENES, "turns")
+
+
+def make_cases(
+    name: str,
+    num_cases: int,
+    seed: int,
+    num_documents: tuple[int, int] = DEFAULT_DOCUMENTS,
+    layouts: Sequence[Layout] = DEFAULT_LAYOUTS,
+) -> Iterator[Case]:
+    """Cases of a drawn scenario. A case depends on scenario, seed and index alone, not on how many there are.
+
+    Args:
+        name: one of ``DRAWN``.
+        num_cases: how many.
+        seed: of all that is drawn.
+        num_documents: fewest and most documents of a target; every number between is equally likely.
+        layouts: where documents may stand; in ``turns`` they always stand in the system message.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+    fewest, most = num_documents
+    if name not in DRAWN:
+        raise ValueError(f"scenario is {name!r}; accepted is one of {', '.join(DRAWN)}")
+    if not MIN_DOCUMENTS <= fewest <= most <= MAX_DOCUMENTS:
+        raise ValueError(f"num_documents is {num_documents}; accepted is from {MIN_DOCUMENTS} up to {MAX_DOCUMENTS}")
+    if not layouts:
+        raise ValueError("layouts is empty; accepted is at least one")
+    rngs = (Random(f"{name} {seed} {index}") for index in range(num_cases))
+    return (_make_case(rng, name, rng.randint(fewest, most), layouts) for rng in rngs)
+
+
+def _make_case(rng: Random, name: str, count: int, layouts: Sequence[Layout]) -> Case:
+    if name == "turns":
+        return _continue_conversation(rng, count)
+    return ask_about_scene(rng, name, SCENES[name](rng, count), layouts)
+
+
+def ask_about_scene(
+    rng: Random, name: str, scene: Scene, layouts: Sequence[Layout], fact: tuple[Document, str] | None = None
+) -> Case:
+    """The prompts of a scene.
+
+    Args:
+        rng: draws wordings, and what is asked.
+        name: of the case's scenario.
+        scene: the documents.
+        layouts: where they may stand.
+        fact: a document of the target and the kind that is asked for; default: one that the references state
+            otherwise, if any is.
+    """
+    seen = [document for group in scene.seen for document in group]
+    asked, kind = fact or _choose_fact(rng, seen, scene.target)
+    question, answer = world.ask(rng, asked, kind)
+    used = draw_template(rng, layouts)
+    references = [make_query(used, group, world.ask(rng, rng.choice(group))[0]) for group in scene.seen]
+
+    def make_target() -> Query:
+        """In the references' template, or in another one."""
+        return make_query(rng.choice((used, draw_template(rng, layouts))), scene.target, question)
+
+    stale = _find_stale(seen, asked, kind)
+    return Case(
+        name,
+        tuple(references),
+        make_apart(references, make_target),
+        answer,
+        None if stale is None else stale.answer(kind),
+        values=(asked.facts[kind],),
+        stale_values=() if stale is None else (stale.facts[kind],),
+        asked=asked.town,
+    )
+
+
+def _continue_conversation(rng: Random, count: int) -> Case:
+    """A conversation about documents in the system message goes on, under another system line."""
+    documents = world.make_documents(rng, count)
+    *earlier, last = world.converse(rng, documents, rng.randint(1, MAX_EARLIER_TURNS))
+    known = {answer for _, answer in (*earlier, last)}
+    while True:
+        asked, kind = _choose_fact(rng, (), documents)
+        question, answer = world.ask(rng, asked, kind)
+        if answer not in known:
+            break
+
+    def make_chat(turns: Sequence[tuple[str, str]], final: str) -> Query:
+        system, user = prompts.build_messages("system", documents, final, rng.randrange(_NUM_WRAPS))
+        said = [({"role": "user", "content": asked}, {"role": "assistant", "content": told}) for asked, told in turns]
+        return Query([system, *(message for turn in said for message in turn), user], map_texts(documents))
+
+    references = (make_chat(earlier, last[0]),)
+    target = make_apart(references, lambda: make_chat([*earlier, last], question))
+    return Case("turns", references, target, answer, values=(asked.facts[kind],), asked=asked.town)
+
+
+def make_query(template: Template, documents: Sequence[Document], question: str) -> Query:
+    """The documents and the question in the template's words."""
+    return Query(prompts.build(template.layout, documents, question, template.wrap), map_texts(documents))
+
+
+def map_texts(documents: Sequence[Document]) -> Mapping[str, str]:
+    """Texts by town."""
+    return MappingProxyType({document.town: document.text for document in documents})
+
+
+def draw_template(rng: Random, layouts: Sequence[Layout]) -> Template:
+    """Any of the layouts in any of its wordings, each as likely."""
+    return Template(rng.choice(layouts), rng.randrange(_NUM_WRAPS))
+
+
+def _choose_fact(rng: Random, seen: Sequence[Document], target: Sequence[Document]) -> tuple[Document, str]:
+    """A document of the target, each as likely, and a kind of it: one that ``seen`` states otherwise, if any is."""
+    contradicted = {
+        (document.town, kind) for document in target for kind in document.facts if _find_stale(seen, document, kind)
+    }
+    asked = rng.choice([d for d in target if not contradicted or any(town == d.town for town, _ in contradicted)])
+    return asked, rng.choice([k for k in sorted(asked.facts) if not contradicted or (asked.town, k) in contradicted])
+
+
+def _find_stale(seen: Sequence[Document], asked: Document, kind: str) -> Document | None:
+    """The document of ``seen`` that would answer a question on ``asked``, if there is one and it is not right."""
+    known = [document for document in seen if document.town == asked.town and kind in document.facts]
+    return next((document for document in known if document.facts[kind] != asked.facts[kind]), None)
+
+
+def maybe_shuffle(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
+    """As they stand or, as often, in another order."""
+    return rng.choice((documents, shuffle(rng, documents)))
+
+
+def shuffle(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
+    """In another order; two documents or more."""
+    while (shuffled := rng.sample(documents, len(documents))) == documents:
+        pass
+    return shuffled
+
+
+def make_apart(references: Sequence[Query], make: Callable[[], Query]) -> Query:
+    """The first query made that has no whole document in the text with which a reference begins too."""
+    query = make()
+    while any(_shares_document(reference, query) for reference in references):
+        query = make()
+    return query
+
+
+def _shares_document(reference: Query, query: Query) -> bool:
+    before, text = _flatten(reference.prompt), _flatten(query.prompt)
+    ends = [text.index(document) + len(document) for document in query.documents.values()]
+    return before.startswith(text[: min(ends)])
+
+
+def _flatten(prompt: str | list[Message]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,124 @@
+"""Reports: what a table shows and leaves out, what stands above it, and files that are put in place whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_figures import DRAWN, SIZED
+
+from semsharekv_integrations.lab import report
+from semsharekv_integrations.lab.bench import Results
+from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, summarize
+
+ABOUT = {
+    "command": "semsharekv bench",
+    "commit": "0123456789abcdef",
+    "uncommitted_changes": True,
+    "versions": {"torch": "2"},
+    "title": "Answers",
+    "model": "tiny",
+    "dtype": "float32",
+    "device": "a CPU",
+    "threads": 1,
+    "seed": 3,
+    "seconds": 1.5,
+    "note": "Random weights.",
+    "about_policies": {"exact": "The longest prefix."},
+}
+
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_the_table_shows_each_row_and_no_empty_column() -> None:
+    table = report.make_table(summarize(DRAWN), report.ANSWERS)
+    heads, _, off, identical = cells_of(table)
+    assert len(heads) == len(off) == len(identical) and not {"KV kept", "KL", "note", "asked", "rounds"} & set(heads)
+    assert off[:3] == ["edited", "off", "all 5"] and identical[:3] == ["edited", "identical", "4 of 5"]
+    shown = dict(zip(heads, identical, strict=True))
+    assert shown["accuracy"] == "0.500 [0.150, 0.850]" and shown["difference in points"].startswith("-25.0 [")
+    assert shown["agreement"].startswith("0.750 [") and shown["stale"].startswith("0.667 [")
+    assert shown["full prefill's stale"] == "0.333" and shown["compute"].startswith("0.250 [")
+    assert shown["times faster than off"].startswith("3.00 [") and shown["than off, rest"] == "0.50"
+    kept = [replace(o, report=replace(o.report, kv_retained_ratio=0.4)) for o in DRAWN]
+    assert "KV kept" in report.make_table(summarize(kept), report.ANSWERS)
+
+
+def test_what_is_not_known_has_no_column() -> None:
+    unknown = [replace(outcome, right=None, stale=None) for outcome in DRAWN]
+    assert "accuracy" not in report.make_table(summarize(unknown), report.ANSWERS)
+
+
+def test_a_page_holds_losses_failures_and_where_it_comes_from() -> None:
+    slow = [
+        replace(o, policy="semantic", report=replace(o.report, ttft_s=100.0))
+        for o in SIZED
+        if o.policy == "identical" and o.round
+    ]
+    failures = [Failure("reordered", 8192, "all", "out of memory"), Failure("unlike", 512, "semantic", "broken")]
+    text = report.make_page(ABOUT, summarize([*DRAWN, *SIZED, *slow], failures))
+    for line in (
+        "`semsharekv bench` at commit 0123456789ab with uncommitted changes: model tiny in float32 on a CPU, 1 thread,",
+        "| 100000.0 [100000.0, 100000.0]".replace(" [100000.0, 100000.0]", "") + " | 0.12 [0.11, 0.16] | 0.05",
+        "| so / so |",
+        "out of memory |",
+        "broken |",
+        "Random weights.",
+        "- exact: The longest prefix.",
+    ):
+        assert line in text, line
+    tables = [part for part in text.split("\n\n") if part.startswith("| ")]
+    assert len(tables) == 2 and all(len({len(row) for row in cells_of(table)}) == 1 for table in tables)
+
+
+def test_a_figure_of_a_study_stands_with_the_answers() -> None:
+    rouge = Figure("rouge", "ROUGE", ".3f", lambda pair: 0.5)
+    figures = (*FIGURES, rouge)
+    page = report.make_page(ABOUT, summarize(DRAWN, figures=figures), figures)
+    assert "| ROUGE |" in page.split("## Time and memory")[0] and "ROUGE" not in report.make_page(
+        ABOUT, summarize(DRAWN)
+    )
+
+
+def test_a_terminal_shows_both_kinds_within_80_columns() -> None:
+    screen = Console(file=StringIO(), width=80)
+    rows = summarize([*DRAWN, *SIZED], [Failure("reordered", 8192, "all", "out of memory")])
+    report.print_rows(screen, rows)
+    lines = screen.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("edited" in line and "off" in line and "0/5" in line for line in lines)
+    assert any("identical" in line and "4/5" in line and "-25.0" in line for line in lines)
+    assert any("identical" in line and "12.00" in line and "4087" in line for line in lines)
+    assert any("so | so: reordered 4096 identical" in line for line in lines)
+    assert any("out of memory: reordered 8192 all" in line for line in lines)
+
+
+def test_json_has_every_figure_with_its_interval_and_all_that_was_measured(tmp_path: Path) -> None:
+    rows, results = summarize(DRAWN), Results(list(DRAWN), [Failure("x", None, "all", "so")])
+    out = tmp_path / "new" / "x.md"
+    report.write_files(out, ABOUT, rows, results)
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert written["rows"][1]["figures"]["accuracy"] == list(rows[1]["accuracy"]) and written["seed"] == 3
+    assert len(written["outcomes"]) == len(DRAWN) and written["failures"][0]["reason"] == "so"
+    assert written["outcomes"][5]["report"]["identical_tokens"] == 90
+    assert "outcomes" not in json.loads(report.make_json(ABOUT, rows))
+
+
+def test_the_command_of_a_file_does_not_say_where_it_went() -> None:
+    assert report.recorded_command(["bench", "--out", "x.md", "--cases", "3"]) == "semsharekv bench --cases 3"
+    assert report.recorded_command(["bench", "--out=x.md", "--set", "a=b c"]) == "semsharekv bench --set 'a=b c'"
+
+
+def test_files_are_put_in_place_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "x.md"
+    report.write_whole(path, "first")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        report.write_whole(path, "second")
+    assert path.read_text() == "first"
