@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, Span, TokenIds, standing_within
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 
 
 def references_of(

@@ -12,7 +12,7 @@ import torch
 from semsharekv_integrations import StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Run
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 
 Tokens = tuple[int, ...]
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 1, 3

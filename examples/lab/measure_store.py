@@ -36,7 +36,7 @@ from semsharekv_integrations.lab.report import origin, setting_of, write_whole
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 
 NAMESPACE = "lab"
 FINGERPRINT = "1ab0"

@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 
 from semsharekv_integrations.checks import is_whole
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
-from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
+from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.files import digest_tensors
-from semsharekv_integrations.store.namespace import reference_id, stops_of
-from semsharekv_integrations.store.records import EntryRecord, is_sound
+from semsharekv_integrations.store.records import EntryRecord, is_sound, pack_labels, unpack_reference
 
+FORMAT_VERSION = 2  # of files of references
 _KEYS, _VALUES, _SCALES = "keys", "values", "scales"
 _LARGEST = 127
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -150,9 +150,6 @@ def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: rounded, f"{name}.{_SCALES}": scales}
 
 
-FORMAT_VERSION = 2
-
-
 def write_references(path: Path, references: Sequence[Reference], fingerprint: str) -> int:
     """Write beside ``path``, then rename over it: a reader sees the old file or the new one, never a part.
 
@@ -166,15 +163,19 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
     for n, reference in enumerate(references):
         for index, layer in enumerate(reference.layers):
             tensors[f"{n}.{index}.keys"], tensors[f"{n}.{index}.values"] = (t.contiguous().cpu() for t in layer)
-    header = json.dumps(
-        {"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": [_header(r) for r in references]}
-    )
+    entries = [_make_header(reference) for reference in references]
+    header = json.dumps({"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": entries})
     metadata = {"semsharekv": header, "digest": digest_tensors(header, sorted(tensors.items()))}
     try:
         _write(path, tensors, metadata)
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreWriteError(f"{path} could not be written: {error}") from error
     return len(references)
+
+
+def _make_header(reference: Reference) -> dict[str, Any]:
+    own = {"namespace": reference.namespace, "layers": len(reference.layers), "rounded": reference.rounded}
+    return own | pack_labels(reference)
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -233,20 +234,6 @@ def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
         raise ValueError(f"entry {n} has segments beyond its tokens")
 
 
-def _header(reference: Reference) -> dict[str, Any]:
-    return {
-        "namespace": reference.namespace,
-        "layers": len(reference.layers),
-        "session": reference.session,
-        "document_starts": dict(reference.document_starts),
-        "document_stops": dict(reference.document_stops),
-        "segments": reference.segments,
-        "pinned": reference.pinned,
-        "expires_after_s": reference.expires_after_s,
-        "rounded": reference.rounded,
-    }
-
-
 def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
     token_ids = file.get_tensor(f"{n}.ids").cpu().numpy().astype(np.int64)
     _require_sound(n, entry, token_ids)
@@ -255,16 +242,4 @@ def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
     )
     if any(tensor.ndim != 4 or tensor.shape[2] != len(token_ids) for layer in layers for tensor in layer):
         raise ValueError(f"entry {n} has KV for another number of tokens than it has ids")
-    return Reference(
-        id=reference_id(entry["namespace"], token_ids),
-        namespace=entry["namespace"],
-        token_ids=token_ids,
-        layers=layers,
-        document_starts=entry["document_starts"],
-        document_stops=stops_of(entry),
-        segments=tuple(Segment(*segment) for segment in entry["segments"]),
-        session=entry["session"],
-        pinned=entry["pinned"],
-        expires_after_s=entry["expires_after_s"],
-        rounded=entry.get("rounded", False),
-    )
+    return unpack_reference(entry, entry["namespace"], token_ids, layers)

@@ -22,15 +22,17 @@ from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
 from semsharekv_integrations.store.directory import KVDirectory
-from semsharekv_integrations.store.disk import DiskTier
-from semsharekv_integrations.store.namespace import Entry, Namespace, record_of, reference_of, shortened
+from semsharekv_integrations.store.namespace import Entry, Namespace, shorten
 from semsharekv_integrations.store.radix import FileRange, Node
-from semsharekv_integrations.store.records import EntryRecord, NodeRecord
+from semsharekv_integrations.store.records import EntryRecord, NodeRecord, pack_labels, reference_id, unpack_reference
 from semsharekv_integrations.store.tiers import Tiers, Unreadable
+
+_COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
+_MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
 
 
 class Deadlines:
-    """At most one deadline for each key. Nothing keeps a key that was dropped."""
+    """At most one deadline for each key, the earliest found first. Nothing keeps a key that was dropped."""
 
     def __init__(self) -> None:
         self._times: dict[str, tuple[float, int]] = {}  # with the number of the time
@@ -55,7 +57,7 @@ class Deadlines:
             self._heap = list(self._times.values())
             heapq.heapify(self._heap)
 
-    def due(self, now_s: float) -> list[str]:
+    def take_due(self, now_s: float) -> list[str]:
         """The keys whose time has come; they have no deadline any more."""
         found = []
         while self._heap and self._heap[0][0] <= now_s:
@@ -65,75 +67,6 @@ class Deadlines:
                 del self._times[key]
                 found.append(key)
         return found
-
-
-@contextmanager
-def gc_paused() -> Iterator[None]:
-    """Without looking for garbage inside: what is opened is all needed, and looking through it takes as long again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def entries_on_disk(
-    directory: KVDirectory, disk: DiskTier, space_of: Callable[[str], Namespace]
-) -> list[tuple[Entry, float]]:
-    """Every stored entry, its nodes in their trees and on the disk shelf, with the wall clock's time of its last use.
-
-    Least recently used ones first. What does not fit together is removed from the directory.
-    """
-    contents = directory.contents()
-    nodes = _nodes_on_disk(contents.nodes, space_of)
-    found: list[tuple[Entry, float]] = []
-    for record in sorted(contents.entries, key=lambda record: record.used_s):
-        node, _ = nodes.get(record.node, (None, None))
-        if node is None:
-            continue
-        path = node.path()
-        ids = np.concatenate([step.token_ids for step in path]) if len(path) > 1 else node.token_ids
-        try:
-            found.append((Entry(reference_of(record, ids), node, 0.0, record.hits), record.used_s))
-        except (ValueError, KeyError, TypeError):
-            continue
-        for step in path:
-            step.hits += record.hits
-    file_tokens: Counter[str] = Counter()
-    for node, place in nodes.values():
-        file_tokens[place.file] += len(node.token_ids)
-    for entry, _ in found:  # after all hits are known, which rank the nodes
-        for step in reversed(entry.node.path()):
-            if step.on_disk is None:
-                place = nodes[step.id][1]
-                disk.adopt(step, place, file_tokens[place.file])
-    for node, _ in nodes.values():
-        if node.on_disk is None and node.parent is not None:
-            del node.parent.children[int(node.token_ids[0])]
-    gone = [part.id for part in contents.nodes if part.id not in nodes or nodes[part.id][0].on_disk is None]
-    disk.forget(gone, {record.id for record in contents.entries} - {entry.key for entry, _ in found})
-    return found
-
-
-def _nodes_on_disk(
-    parts: Sequence[NodeRecord], space_of: Callable[[str], Namespace]
-) -> dict[str, tuple[Node, FileRange]]:
-    """The nodes that fit together, in their trees, by id, and where their KV is; parents before children."""
-    nodes: dict[str, tuple[Node, FileRange]] = {}
-    for part in parts:
-        tree = space_of(part.namespace).tree
-        parent = tree.root if part.parent is None else nodes[part.parent][0] if part.parent in nodes else None
-        if parent is None or int(part.token_ids[0]) in parent.children:
-            continue
-        node = tree.attach(parent, part.token_ids, part.id)
-        nodes[part.id] = node, FileRange(part.file, part.first)
-    return nodes
-
-
-_COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
-_MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", "write_failed")
 
 
 class Entries:
@@ -154,8 +87,8 @@ class Entries:
         min_run_tokens: int | None,
     ) -> None:
         self.lock = hold_at_forks(threading.Lock())  # for those who call
-        self.shelves = Tiers(config, self._lose)
-        self.spaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
+        self.tiers = Tiers(config, self._lose)
+        self.namespaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
         self._later: dict[str, dict[SpaceName, None]] = {}  # those of states other than the first, by namespace
         self.by_key: dict[str, Entry] = {}
         self.counts: Counter[str] = Counter()
@@ -169,52 +102,48 @@ class Entries:
 
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
         """Take up what lies in ``directory`` and has not expired, within the bound; how many entries."""
+        self.tiers.disk.attach(directory, dtype, device)
+        with _gc_paused():
+            found = self._reopen(directory)
+        for name in [
+            name for name, space in self.namespaces.items() if not (space.tree.root.children or space.tainted)
+        ]:
+            self._drop_namespace(name)
         began = self._wall_clock() - self._clock()
-        with gc_paused():
-            self.shelves.disk.attach(directory, dtype, device)
-            found = entries_on_disk(directory, self.shelves.disk, self.space)
-        empty = [name for name, space in self.spaces.items() if not (space.tree.root.children or space.tainted)]
-        for name in empty:
-            self._drop_space(name)
         for entry, used_s in found:
             entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger
-            self.keep(entry)
+            self.add(entry)
         self.expire()
-        self.shelves.disk.commit()
-        self.shelves.disk.fit()
+        self.tiers.disk.commit()
+        self.tiers.disk.fit()
         return len(self.by_key)
 
     def close(self) -> None:
         """Write down what was used when, and give the directory up, with the entries that lie there alone."""
         ordinary = [entry for entry in self.by_key.values() if not entry.reference.is_tainted]
-        self.shelves.disk.close([self._record(entry) for entry in ordinary if entry.node.on_disk is not None])
+        self.tiers.disk.close([self._make_record(entry) for entry in ordinary if entry.node.on_disk is not None])
         self._keep_to_memory()
 
     def abandon(self) -> None:
         """In a child that was forked: leave the directory to the parent, with the entries that lie there alone."""
-        self.shelves.disk.abandon()
+        self.tiers.disk.abandon()
         self._keep_to_memory()
 
-    def _keep_to_memory(self) -> None:
-        for entry in list(self.by_key.values()):
-            if any(node.held is None for node in entry.node.path()):
-                self.remove(entry)
-
-    def of(self, namespace: str | None, state: str | None = None) -> list[Entry]:
+    def select(self, namespace: str | None, state: str | None = None) -> list[Entry]:
         """Those of one namespace, or all; of one state of the model, or of every one."""
         if namespace is None:
             return [entry for entry in self.by_key.values() if state in (None, entry.reference.state)]
-        names = (name for name in self.names(namespace, state) if name in self.spaces)
-        return [entry for name in names for entry in self.spaces[name].entries()]
+        names = (name for name in self.list_names(namespace, state) if name in self.namespaces)
+        return [entry for name in names for entry in self.namespaces[name]]
 
-    def names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
-        """The spaces of a namespace, of one state or of every one."""
+    def list_names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
+        """Those of a namespace, of one state of the model or of every one."""
         return [namespace, *self._later.get(namespace, ())] if state is None else [space_name(namespace, state)]
 
     def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
         """The ordinary entry of this id in the first of ``namespaces`` that has it."""
-        names = (name for namespace in namespaces for name in self.names(namespace, state))
-        spaces = (self.spaces[name] for name in names if name in self.spaces)
+        names = (name for namespace in namespaces for name in self.list_names(namespace, state))
+        spaces = (self.namespaces[name] for name in names if name in self.namespaces)
         return next((space.ordinary[reference_id] for space in spaces if reference_id in space.ordinary), None)
 
     def require_gone(self) -> None:
@@ -225,55 +154,55 @@ class Entries:
                 "still lies there; when there is room, forget it again"
             )
 
-    def space(self, name: SpaceName) -> Namespace:
+    def ensure_namespace(self, name: SpaceName) -> Namespace:
         """The one of this name, made if there is none."""
         namespace = name if isinstance(name, str) else name[0]
 
-        def divided(upper: Node, lower: Node) -> None:
-            self.shelves.split(upper, lower, namespace)
+        def split(upper: Node, lower: Node) -> None:
+            self.tiers.split(upper, lower, namespace)
 
-        if name not in self.spaces:
-            self.spaces[name] = Namespace(self._min_run_tokens, divided)
+        if name not in self.namespaces:
+            self.namespaces[name] = Namespace(self._min_run_tokens, split)
             if name != namespace:
                 self._later.setdefault(namespace, {})[name] = None
-        return self.spaces[name]
+        return self.namespaces[name]
 
-    def keep(self, entry: Entry) -> None:
+    def add(self, entry: Entry) -> None:
         """Take ``entry`` in; its KV is placed by the caller."""
-        self.space(entry.reference.space).add(entry)
+        self.ensure_namespace(entry.reference.space).add(entry)
         self.by_key[entry.key] = entry
-        self._limit(entry)
+        self._set_deadline(entry)
 
-    def relabelled(self, entry: Entry, reference: Reference) -> None:
+    def relabel(self, entry: Entry, reference: Reference) -> None:
         """``entry`` has the labels of ``reference`` from now on."""
-        space = self.spaces[reference.space]
+        space = self.namespaces[reference.space]
         space.pin(entry, reference.pinned - entry.reference.pinned)
         entry.reference = reference
         space.label(entry)
-        self._limit(entry)
+        self._set_deadline(entry)
         if entry.node.on_disk is not None:
-            self.shelves.disk.put_entry(self._record(entry))
+            self.tiers.disk.put_entry(self._make_record(entry))
 
     def remove(self, entry: Entry) -> None:
         """Drop ``entry``, and the KV that no other entry needs."""
-        space = self.spaces[entry.reference.space]
+        space = self.namespaces[entry.reference.space]
         written = [entry.key] if entry.node.on_disk is not None else []
         gone = space.remove(entry)
         del self.by_key[entry.key]
         self.lost.add(entry.reference.namespace)
         self._deadlines.drop(entry.key)
-        self.shelves.drop(gone, written)
+        self.tiers.drop(gone, written)
         if not (space.ordinary or space.tainted):
-            self._drop_space(entry.reference.space)
+            self._drop_namespace(entry.reference.space)
 
     def expire(self) -> None:
         """Drop what was not used for longer than it may live; of many files that only it needed, some now."""
-        self.shelves.disk.sweep()
+        self.tiers.disk.sweep()
         now, expired = self._clock(), list[Entry]()
-        for key in self._deadlines.due(now):
+        for key in self._deadlines.take_due(now):
             entry = self.by_key[key]
-            if now - entry.last_used_s < (self._lifetime(entry) or 0.0):
-                self._limit(entry)  # it was used since
+            if now - entry.last_used_s < (self._get_lifetime(entry) or 0.0):
+                self._set_deadline(entry)  # it was used since
             else:
                 expired.append(entry)
         if expired:
@@ -283,22 +212,19 @@ class Entries:
     def remove_all(self, entries: Sequence[Entry], purged: Iterable[SpaceName] = (), *, at_once: bool = True) -> int:
         """As ``remove`` for each, in one change of the catalog, leaving nothing of them on disk; how many.
 
-        If not ``at_once``, calls to come delete what files are left. The spaces ``purged`` are left without a trace of
-        what was removed before, either.
+        If not ``at_once``, calls to come delete what files are left. The namespaces ``purged`` are left without a trace
+        of what was removed before, either.
         """
         for entry in entries:
             self.remove(entry)
-        self.shelves.disk.commit()
-        for name in self.spaces.keys() & set(purged):
-            self.spaces[name].purge()
-        is_gone = True
-        for name in self.spaces.keys() & {*purged, *(entry.reference.space for entry in entries)}:
-            if isinstance(name, str):  # all others lie in memory alone
-                is_gone &= self.shelves.disk.purge(self.spaces[name].tree.nodes(), name)
-        self.leaves_on_disk = not (self.shelves.disk.scrub(whole=at_once) and is_gone)
+        self.tiers.disk.commit()
+        for name in self.namespaces.keys() & set(purged):
+            self.namespaces[name].purge()
+        is_gone = self._purge_disk({*purged, *(entry.reference.space for entry in entries)})
+        self.leaves_on_disk = not (self.tiers.disk.scrub(whole=at_once) and is_gone)
         return len(entries)
 
-    def loaded(self, entry: Entry, path: list[Node]) -> Reference | None:
+    def load(self, entry: Entry, path: list[Node]) -> Reference | None:
         """``entry`` with the KV of ``path``, which it begins with. Counts as a use.
 
         None, and counted, if that cannot be had: then the entry is gone, and all others that need it.
@@ -307,7 +233,7 @@ class Entries:
             UnavailableFileError: if the system cannot read a file now; the entry stays.
         """
         try:
-            pieces = self.shelves.load(path, entry.node.path())
+            pieces = self.tiers.load(path, entry.node.path())
         except Unreadable as trouble:
             self.counts["unreadable"] += 1
             for key in [key for node in trouble.node.below() for key in node.entries]:
@@ -317,7 +243,7 @@ class Entries:
         entry.hits += 1
         spans = standing_within(entry.reference.spans, path[-1].stop)
         if not entry.reference.is_tainted:
-            spans |= self.spaces[entry.reference.space].documents_of(path)
+            spans |= self.namespaces[entry.reference.space].find_documents(path)
         return replace(
             entry.reference.labelled(spans),
             token_ids=entry.reference.token_ids[: path[-1].stop],
@@ -327,60 +253,132 @@ class Entries:
 
     def stats(self) -> dict[str, int]:
         """Entries, bytes and bounds by tier, and counts."""
-        shelves = self.shelves
+        tiers = self.tiers
         return {
             "entries": len(self.by_key),
             "tainted_entries": sum(entry.reference.is_tainted for entry in self.by_key.values()),
-            "bytes": shelves.device.num_bytes,
-            "max_bytes": shelves.device.max_bytes,
-            "host_bytes": shelves.host.num_bytes,
-            "host_max_bytes": shelves.host.max_bytes,
-            "disk_bytes": shelves.disk.num_bytes,
-            "disk_max_bytes": shelves.disk.tier.max_bytes,
-            "index_bytes": sum(space.index_bytes for space in self.spaces.values()),
+            "bytes": tiers.device.num_bytes,
+            "max_bytes": tiers.device.max_bytes,
+            "host_bytes": tiers.host.num_bytes,
+            "host_max_bytes": tiers.host.max_bytes,
+            "disk_bytes": tiers.disk.num_bytes,
+            "disk_max_bytes": tiers.disk.tier.max_bytes,
+            "index_bytes": sum(space.index_bytes for space in self.namespaces.values()),
             **{name: self.counts[name] for name in _COUNTED},
-            **{name: shelves.counts[name] for name in _MOVED},
-            **shelves.disk.counts(),
+            **{name: tiers.counts[name] for name in _MOVED},
+            **tiers.disk.counts(),
         }
 
     def check(self) -> None:
-        """The law: every entry is in its namespace, and the shelves hold the KV of all of them and nothing else."""
-        assert {entry.key for space in self.spaces.values() for entry in space.entries()} == set(self.by_key)
+        """The law: every entry is in its namespace, and the tiers hold the KV of all of them and nothing else."""
+        assert {entry.key for space in self.namespaces.values() for entry in space} == set(self.by_key)
         later = [name for names in self._later.values() for name in names]
-        assert sorted(later) == sorted(name for name in self.spaces if isinstance(name, tuple))
+        assert sorted(later) == sorted(name for name in self.namespaces if isinstance(name, tuple))
         nodes: list[Node] = []
-        for name, space in self.spaces.items():
+        for name, space in self.namespaces.items():
             space.check(name)
             nodes += [*space.tree.nodes(), *(entry.node for entry in space.tainted.values())]
-        ordinary = (entry for space in self.spaces.values() for entry in space.ordinary.values())
-        self.shelves.check(nodes, {entry.key for entry in ordinary if entry.node.on_disk is not None})
+        ordinary = (entry for space in self.namespaces.values() for entry in space.ordinary.values())
+        self.tiers.check(nodes, {entry.key for entry in ordinary if entry.node.on_disk is not None})
+
+    def _reopen(self, directory: KVDirectory) -> list[tuple[Entry, float]]:
+        """Every entry on disk, its nodes in their trees and in the tier, with the wall clock's time of its last use.
+
+        Least recently used ones first. Reads no KV. What does not fit together is removed from the directory.
+        """
+        contents = directory.contents()
+        nodes = self._attach_nodes(contents.nodes)
+        found: list[tuple[Entry, float]] = []
+        for record in sorted(contents.entries, key=lambda record: record.used_s):
+            node, _ = nodes.get(record.node, (None, None))
+            if node is None:
+                continue
+            path = node.path()
+            ids = np.concatenate([step.token_ids for step in path]) if len(path) > 1 else node.token_ids
+            if record.id != reference_id(record.namespace, ids):
+                continue
+            reference = unpack_reference(record.labels, record.namespace, ids)
+            found.append((Entry(reference, node, 0.0, record.hits), record.used_s))
+            for step in path:
+                step.hits += record.hits
+        file_tokens: Counter[str] = Counter()
+        for node, place in nodes.values():
+            file_tokens[place.file] += len(node.token_ids)
+        for entry, _ in found:  # after all hits are known, which rank the nodes
+            for step in reversed(entry.node.path()):
+                if step.on_disk is None:
+                    place = nodes[step.id][1]
+                    self.tiers.disk.adopt(step, place, file_tokens[place.file])
+        for node, _ in nodes.values():
+            if node.on_disk is None and node.parent is not None:
+                del node.parent.children[int(node.token_ids[0])]
+        gone = [part.id for part in contents.nodes if part.id not in nodes or nodes[part.id][0].on_disk is None]
+        self.tiers.disk.forget(gone, {record.id for record in contents.entries} - {entry.key for entry, _ in found})
+        return found
+
+    def _attach_nodes(self, records: Iterable[NodeRecord]) -> dict[str, tuple[Node, FileRange]]:
+        """The nodes that fit together, in their trees, by id, and where their KV is; parents before children."""
+        nodes: dict[str, tuple[Node, FileRange]] = {}
+        for record in records:
+            tree = self.ensure_namespace(record.namespace).tree
+            parent, _ = (tree.root, None) if record.parent is None else nodes.get(record.parent, (None, None))
+            if parent is not None and int(record.token_ids[0]) not in parent.children:
+                node = tree.attach(parent, record.token_ids, record.id)
+                nodes[record.id] = node, FileRange(record.file, record.first)
+        return nodes
+
+    def _purge_disk(self, names: Iterable[SpaceName]) -> bool:
+        """Rewrite KV files of namespaces so that forgotten tokens leave the disk; whether that went well."""
+        is_gone = True
+        for name in self.namespaces.keys() & set(names):
+            if isinstance(name, str):  # all others lie in memory alone
+                is_gone &= self.tiers.disk.purge(self.namespaces[name].tree.nodes(), name)
+        return is_gone
+
+    def _keep_to_memory(self) -> None:
+        for entry in list(self.by_key.values()):
+            if any(node.held is None for node in entry.node.path()):
+                self.remove(entry)
 
     def _lose(self, node: Node) -> None:
         """Drop what ends with ``node``; a beginning that was reused stays, though nothing else needs it."""
         before = node.parent
         for entry in [self.by_key[key] for key in node.entries]:
             if before is not None and before.hits and not before.entries and len(before.children) == 1:
-                reference = shortened(entry.reference, before.stop)
+                reference = shorten(entry.reference, before.stop)
                 beginning = Entry(reference, before, entry.last_used_s, before.hits)
-                self.keep(beginning)
-                self.relabelled(beginning, reference)
+                self.add(beginning)
+                self.relabel(beginning, reference)
             self.remove(entry)
 
-    def _drop_space(self, name: SpaceName) -> None:
-        del self.spaces[name]
+    def _drop_namespace(self, name: SpaceName) -> None:
+        del self.namespaces[name]
         if isinstance(name, tuple):
             del self._later[name[0]][name]
             if not self._later[name[0]]:
                 del self._later[name[0]]
 
-    def _lifetime(self, entry: Entry) -> float | None:
+    def _get_lifetime(self, entry: Entry) -> float | None:
         return entry.reference.expires_after_s or self._ttl_s
 
-    def _limit(self, entry: Entry) -> None:
-        lifetime = self._lifetime(entry)
+    def _set_deadline(self, entry: Entry) -> None:
+        lifetime = self._get_lifetime(entry)
         if lifetime is not None:
             self._deadlines.set(entry.key, entry.last_used_s + lifetime)
 
-    def _record(self, entry: Entry) -> EntryRecord:
-        age_s = max(0.0, self._clock() - entry.last_used_s)
-        return record_of(entry, self._wall_clock() - age_s)
+    def _make_record(self, entry: Entry) -> EntryRecord:
+        reference, age_s = entry.reference, max(0.0, self._clock() - entry.last_used_s)
+        labels, used_s = pack_labels(reference), self._wall_clock() - age_s
+        return EntryRecord(reference.id, reference.namespace, entry.node.id, labels, entry.hits, used_s)
+
+
+@contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Pause the garbage collector: everything loaded here stays alive, and scanning it doubles the time to open."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,8 +1,8 @@
 """The store: stored prompts by namespace, found by what they begin with and by runs anywhere in them.
 
 Knows nothing about models. What several prompts begin with is kept once (``store.radix``), wherever there is room for
-it (``store.shelves``). A hit is always verified token by token. Tainted entries, whose KV is approximate, lie apart:
-the latest of each session, in memory alone, found by that session alone.
+it (``store.tiers``). A hit is always verified token by token. Tainted entries, whose KV is approximate, lie apart: the
+latest of each session, in memory alone, found by that session alone.
 """
 
 from __future__ import annotations
@@ -20,21 +20,14 @@ import torch
 from semsharekv_integrations.checks import plain
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
-from semsharekv_integrations.kv import PrefixMatch, Reference, Run, SpaceName, TokenIds, space_name
+from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, space_name
 from semsharekv_integrations.store.codec import pack_if_room
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
-from semsharekv_integrations.store.namespace import (
-    Entry,
-    Namespace,
-    at_state,
-    begins_with,
-    gaps,
-    joined,
-    require_writable,
-)
+from semsharekv_integrations.store.namespace import Entry, Namespace, begins_with, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
+from semsharekv_integrations.store.records import reference_id, require_writable
 from semsharekv_integrations.store.standing import entries_with, forms_of
 from semsharekv_integrations.threads import do_when_free
 
@@ -123,17 +116,16 @@ class KVStore:
         """
         with self._working():
             while True:
-                spaces = [(name, self._entries.spaces.get(self._space(name))) for name in self.readable(namespace)]
                 found = [
                     match
-                    for name, space in spaces
-                    if space is not None
-                    and (match := space.longest_prefix(token_ids, max_tokens, session if name == namespace else None))
+                    for name in self.readable(namespace)
+                    if (space := self._find_namespace(name)) is not None
+                    and (match := space.find_prefix(token_ids, max_tokens, session if name == namespace else None))
                 ]
                 found.sort(key=lambda match: (-match.num_tokens, match.entry.reference.is_tainted))
                 for match in found:
                     try:
-                        reference = self._entries.loaded(match.entry, match.path)
+                        reference = self._entries.load(match.entry, match.path)
                     except UnavailableFileError:
                         continue
                     if reference is None:
@@ -154,8 +146,8 @@ class KVStore:
         with self._working():
             runs: list[Run] = []
             for name in self.readable(namespace):
-                for first, last in gaps(runs, start, stop):
-                    runs += self._runs_of(token_ids, name, first, last)
+                for first, last in find_gaps(runs, start, stop):
+                    runs += self._find_runs(token_ids, name, first, last)
                 runs.sort(key=lambda run: run.start)
             return runs
 
@@ -163,9 +155,9 @@ class KVStore:
         """Keep ``reference``; whether it, or a longer entry that contains it, is in the store afterwards.
 
         Entries that are a prefix of it are replaced by it, their labels joined to its own; one that lies on disk stays
-        where this one could not be written there. A tainted one replaces that
-        of its session instead, and is never pinned. Refused, and counted, if there is no room beside pinned entries, if
-        it is tainted and without a session, or if it is rounded and this store keeps KV as it is; nothing changes then.
+        where this one could not be written there. A tainted one replaces that of its session instead, and is never
+        pinned. Refused, and counted, if there is no room beside pinned entries, if it is tainted and without a session,
+        or if it is rounded and this store keeps KV as it is; nothing changes then.
 
         Raises:
             ValueError: if what is known of it beside its KV cannot be written down; nothing changes.
@@ -173,19 +165,20 @@ class KVStore:
         require_writable(reference)
         with self._working():
             if self._state is not None and reference.state != self._state:
-                reference = at_state(reference, self._state)
+                own_id = reference_id(reference.namespace, reference.token_ids, self._state)
+                reference = replace(reference, id=own_id, state=self._state)
             if reference.rounded and self.config.kv_bits is None:
-                return self._refused()
+                return self._refuse()
             if reference.is_tainted:
                 return self._put_tainted(reference)
-            space = self._entries.space(reference.space)
-            container = space.ordinary.get(reference.id) or space.container_of(reference)
+            space = self._entries.ensure_namespace(reference.space)
+            container = space.ordinary.get(reference.id) or space.find_container(reference)
             if container is None:
                 return self._put_new(space, reference)
             pinned = reference.pinned or container.reference.pinned
             container.last_used_s = self._clock()
-            self._entries.shelves.touch(container.node.path())
-            self._entries.relabelled(container, replace(joined(container.reference, reference), pinned=pinned))
+            self._entries.tiers.touch(container.node.path())
+            self._entries.relabel(container, replace(join_labels(container.reference, reference), pinned=pinned))
             return True
 
     def fetch(self, reference_id: str, namespace: str) -> Reference | None:
@@ -201,7 +194,7 @@ class KVStore:
     def references(self, namespace: str | None = None) -> list[Reference]:
         """The stored references of one namespace, or of all, oldest use first, without KV; no tainted ones."""
         with self._working():
-            entries = sorted(self._entries.of(namespace, self._state), key=lambda entry: entry.last_used_s)
+            entries = sorted(self._entries.select(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
     def fetch_all(self, namespace: str | None = None) -> list[Reference]:
@@ -225,27 +218,28 @@ class KVStore:
     ) -> int:
         """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
-        They may be of any state of the model. The ones that ``spare`` is true of stay. How many entries went. For
-        ``tokens`` and ``text_of`` see ``entries_with``.
+        They may be of any state of the model. The ones that ``spare`` is true of stay. How many entries went, without
+        those that had expired, so that the count does not tell what others did since. For ``tokens`` and ``text_of``
+        see ``entries_with``.
         """
-        with self._working():  # what expired goes before, so that the count does not tell what others did since
-            found = self._entries.of(namespace)
+        with self._working():
+            found = self._entries.select(namespace)
             if document_id is not None:
                 found = entries_with(document_id, found, tokens, text_of)
             if session is not None:
                 found = [entry for entry in found if entry.reference.session == session]
             doomed = [entry for entry in found if spare is None or not spare(entry.reference)]
-            return self._entries.remove_all(doomed, self._entries.names(namespace))
+            return self._entries.remove_all(doomed, self._entries.list_names(namespace))
 
     def forms_of(self, document_id: str, namespace: str, tokens: Sequence[TokenIds]) -> list[TokenIds]:
         """The tokens of a document: those given, and those that entries have where they say that it stands."""
         with self._lock:
-            return forms_of(document_id, self._entries.of(namespace), tokens)
+            return forms_of(document_id, self._entries.select(namespace), tokens)
 
     def clear(self) -> int:
         """Drop every entry of every namespace; how many there were."""
         with self._lock:
-            return self._entries.remove_all(self._entries.of(None))
+            return self._entries.remove_all(self._entries.select(None))
 
     def require_gone(self) -> None:
         """Raise ``StoreWriteError`` if what was forgotten last still lies on disk, which could not be written."""
@@ -255,7 +249,7 @@ class KVStore:
         """What is left in the namespaces that lost entries since this was asked last, and in those named."""
         with self._lock:
             lost, self._entries.lost = self._entries.lost | set(namespaces), set()
-            return {name: [entry.reference for entry in self._entries.of(name)] for name in lost}
+            return {name: [entry.reference for entry in self._entries.select(name)] for name in lost}
 
     def stats(self) -> dict[str, int]:
         """Entries, bytes and bounds by tier, and counts of hits, misses, moves, ways out and troubles."""
@@ -267,11 +261,6 @@ class KVStore:
         with self._lock:
             self._entries.check()
 
-    def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        with self._working():
-            entry = self._entries.find(reference_id, self.readable(namespace), self._state)
-            return self._entries.loaded(entry, entry.node.path()) if entry is not None else None
-
     @contextmanager
     def _working(self) -> Iterator[None]:
         """Hold the lock; what has expired goes first, and the catalog is told of all changes at the end, at once."""
@@ -280,27 +269,33 @@ class KVStore:
                 self._entries.expire()
                 yield
             finally:
-                self._entries.shelves.disk.commit(retry=False)
+                self._entries.tiers.disk.commit(retry=False)
 
-    def _space(self, namespace: str) -> SpaceName:
-        return space_name(namespace, self._state or "")
+    def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
+        with self._working():
+            entry = self._entries.find(reference_id, self.readable(namespace), self._state)
+            return self._entries.load(entry, entry.node.path()) if entry is not None else None
+
+    def _find_namespace(self, namespace: str) -> Namespace | None:
+        """What this state left in it."""
+        return self._entries.namespaces.get(space_name(namespace, self._state or ""))
 
     def _put_new(self, space: Namespace, reference: Reference) -> bool:
         """An entry that no other one contains."""
         layers, reference = reference.layers, replace(reference, layers=())
         entry = Entry(reference, space.tree.insert(reference.token_ids), self._clock())
         node = entry.node
-        self._entries.keep(entry)
+        self._entries.add(entry)
         if node.held is None and node.on_disk is None:
             packed = pack_if_room(layers, self.config.kv_bits, node.start)
             owner = None if reference.state else reference.namespace  # None: not on disk
-            if packed is None or not self._entries.shelves.place(node, packed, owner):
-                return self._refused(entry)
-        absorbed = space.contained_in(entry)
+            if packed is None or not self._entries.tiers.place(node, packed, owner):
+                return self._refuse(entry)
+        absorbed = space.find_contained(entry)
         for other in absorbed:
-            reference = joined(reference, other.reference)
+            reference = join_labels(reference, other.reference)
             entry.hits = max(entry.hits, other.hits)
-        self._entries.relabelled(entry, reference)
+        self._entries.relabel(entry, reference)
         for other in absorbed:
             other.stays = node.on_disk is None and other.node.on_disk is not None  # else the disk would have neither
             if not other.stays:
@@ -309,34 +304,34 @@ class KVStore:
 
     def _put_tainted(self, reference: Reference) -> bool:
         packed = pack_if_room(reference.layers, self.config.kv_bits)
-        if reference.session is None or packed is None or not self._entries.shelves.could_hold(packed.num_bytes):
-            return self._refused()
+        if reference.session is None or packed is None or not self._entries.tiers.could_hold(packed.num_bytes):
+            return self._refuse()
         entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())
         former = self._entries.by_key.get(entry.key)
         if former is not None:
             if begins_with(reference.token_ids, former.reference.token_ids):
-                entry.reference = replace(joined(entry.reference, former.reference), segments=reference.segments)
+                entry.reference = replace(join_labels(entry.reference, former.reference), segments=reference.segments)
             self._entries.remove(former)
-        self._entries.keep(entry)
-        return self._entries.shelves.place(entry.node, packed, None) or self._refused(entry)
+        self._entries.add(entry)
+        return self._entries.tiers.place(entry.node, packed, None) or self._refuse(entry)
 
-    def _refused(self, entry: Entry | None = None) -> bool:
+    def _refuse(self, entry: Entry | None = None) -> bool:
         if entry is not None:
             self._entries.remove(entry)
         self._entries.counts["refused"] += 1
         return False
 
-    def _runs_of(self, token_ids: TokenIds, namespace: str, start: int, stop: int) -> list[Run]:
+    def _find_runs(self, token_ids: TokenIds, namespace: str, start: int, stop: int) -> list[Run]:
+        """Those of one namespace; again, if one of its entries turns out to be gone."""
         assert self.min_run_tokens is not None, "a store made without min_run_tokens keeps no index of runs"
-        while (space := self._entries.spaces.get(self._space(namespace))) is not None:
-            found = space.runs(token_ids[start:stop])
-            entries = {run.key: space.ordinary[run.key] for run in found}
+        while (space := self._find_namespace(namespace)) is not None:
+            found = space.find_runs(token_ids[start:stop])
             loaded: dict[str, Reference | None] = {}
             unavailable = set()
-            for key in entries:
+            for key, entry in {run.key: space.ordinary[run.key] for run in found}.items():
                 if key in self._entries.by_key:  # what is loaded may push others out
                     try:
-                        loaded[key] = self._entries.loaded(entries[key], entries[key].node.path())
+                        loaded[key] = self._entries.load(entry, entry.node.path())
                     except UnavailableFileError:
                         unavailable.add(key)
             known = [(run, reference) for run in found if (reference := loaded.get(run.key)) is not None]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.checks import IN_UTF8, is_utf8, require, shown
 from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import UNPLACED, Reference, Run, Segment, SpaceName, Span, TokenIds, standing_within
+from semsharekv_integrations.kv import UNPLACED, Reference, Run, SpaceName, Span, TokenIds, standing_within
 from semsharekv_integrations.store.radix import Node, RadixTree
-from semsharekv_integrations.store.records import EntryRecord
+from semsharekv_integrations.store.records import reference_id
 from semsharekv_integrations.store.runs import BYTES_PER_WINDOW, IndexedRun, RunIndex
 
 
@@ -46,40 +43,7 @@ class Entry:
         return f"{reference.state} {name}" if reference.state else name  # whatever stands in the names
 
 
-def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
-    """A stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
-    owner = hashlib.blake2b(namespace.encode(), key=state.encode()).digest()
-    return hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=owner).hexdigest()
-
-
-def at_state(reference: Reference, state: str) -> Reference:
-    """``reference`` as what ``state`` of the model made."""
-    return replace(reference, id=reference_id(reference.namespace, reference.token_ids, state), state=state)
-
-
-def stops_of(labels: Mapping[str, Any]) -> dict[str, int]:
-    """The ``document_stops`` in written labels; earlier versions wrote them for their own segments alone."""
-    written = labels.get("document_stops")
-    if written is not None:
-        return dict(written)
-    return {key: stop for key, start, stop in labels["segments"] if labels["document_starts"].get(key) == start}
-
-
-def require_writable(reference: Reference) -> None:
-    """Raise ``ValueError`` unless what is known of a reference beside its KV can be written down.
-
-    What cannot must not even wait to be written: it would keep all that waits with it from the directory.
-    """
-    names = [reference.namespace, *reference.document_starts, *(segment.document_id for segment in reference.segments)]
-    for name in names if reference.session is None else [*names, reference.session]:
-        require(isinstance(name, str) and is_utf8(name), "a name in a reference", name, f"a string{IN_UTF8}")
-    try:
-        json.dumps(_labels_of(reference), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the labels of a reference are {shown(_labels_of(reference))}: {error}") from error
-
-
-def joined(kept: Reference, absorbed: Reference) -> Reference:
+def join_labels(kept: Reference, absorbed: Reference) -> Reference:
     """``kept`` with the labels of an entry that it contains; it expires as soon as either would."""
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
     spans = {key: min(own, absorbed.spans.get(key, own), key=_order) for key, own in kept.spans.items()}
@@ -96,7 +60,7 @@ def _order(span: Span) -> tuple[bool, int]:
     return span.start == UNPLACED, span.stop
 
 
-def shortened(reference: Reference, num_tokens: int) -> Reference:
+def shorten(reference: Reference, num_tokens: int) -> Reference:
     """The first ``num_tokens`` tokens of an entry as an entry of their own, without KV."""
     token_ids = reference.token_ids[:num_tokens]
     return replace(
@@ -104,46 +68,6 @@ def shortened(reference: Reference, num_tokens: int) -> Reference:
         id=reference_id(reference.namespace, token_ids, reference.state),
         token_ids=token_ids,
         segments=tuple(segment for segment in reference.segments if segment.stop <= num_tokens),
-    )
-
-
-def record_of(entry: Entry, used_s: float) -> EntryRecord:
-    """An entry as it is written, with the wall clock's time of its last use."""
-    reference = entry.reference
-    return EntryRecord(reference.id, reference.namespace, entry.node.id, _labels_of(reference), entry.hits, used_s)
-
-
-def _labels_of(reference: Reference) -> dict[str, Any]:
-    return {
-        "document_starts": dict(reference.document_starts),
-        "document_stops": dict(reference.document_stops),
-        "segments": [list(segment) for segment in reference.segments],
-        "session": reference.session,
-        "pinned": reference.pinned,
-        "expires_after_s": reference.expires_after_s,
-    }
-
-
-def reference_of(record: EntryRecord, token_ids: TokenIds) -> Reference:
-    """The labels that ``record_of`` wrote, without KV.
-
-    Raises:
-        ValueError: if they are not those of ``token_ids``.
-    """
-    labels = record.labels
-    if record.id != reference_id(record.namespace, token_ids):
-        raise ValueError(f"entry {record.id} has other tokens")
-    return Reference(
-        record.id,
-        record.namespace,
-        token_ids,
-        (),
-        labels["document_starts"],
-        stops_of(labels),
-        tuple(Segment(*segment) for segment in labels["segments"]),
-        session=labels["session"],
-        pinned=labels["pinned"],
-        expires_after_s=labels["expires_after_s"],
     )
 
 
@@ -174,8 +98,7 @@ class Namespace:
         self._min_run_tokens = min_run_tokens
         self._runs: RunIndex | None = None  # made when first asked for: opening a large store must not wait for it
 
-    def entries(self) -> Iterator[Entry]:
-        """All of them."""
+    def __iter__(self) -> Iterator[Entry]:
         yield from self.ordinary.values()
         yield from self.tainted.values()
 
@@ -220,10 +143,10 @@ class Namespace:
         for node in entry.node.path():
             node.pins += change
 
-    def longest_prefix(self, token_ids: TokenIds, max_tokens: int, session: str | None) -> Match | None:
+    def find_prefix(self, token_ids: TokenIds, max_tokens: int, session: str | None) -> Match | None:
         """The entry that agrees longest with ``token_ids``, an ordinary one unless that of ``session`` is longer."""
         node, agreed = self.tree.longest(token_ids)
-        best = Match(self._entry_through(node), min(agreed, max_tokens)) if agreed else None
+        best = Match(self._find_through(node), min(agreed, max_tokens)) if agreed else None
         own = self.tainted.get(session) if session is not None else None
         if own is not None:
             shared = min(common_prefix_tokens(own.reference.token_ids, token_ids), max_tokens)
@@ -231,7 +154,7 @@ class Namespace:
                 best = Match(own, shared)
         return best if best and best.num_tokens else None
 
-    def container_of(self, reference: Reference) -> Entry | None:
+    def find_container(self, reference: Reference) -> Entry | None:
         """An entry that begins with ``reference`` or equals it; a pinned one, if that is to be pinned."""
         node, agreed = self.tree.longest(reference.token_ids)
         if agreed < len(reference.token_ids):
@@ -239,13 +162,13 @@ class Namespace:
         found = (self.ordinary[key] for below in node.below() for key in below.entries)
         return next((entry for entry in found if entry.reference.pinned or not reference.pinned), None)
 
-    def contained_in(self, entry: Entry) -> list[Entry]:
+    def find_contained(self, entry: Entry) -> list[Entry]:
         """The other entries that ``entry`` begins with; pinned ones, and those that stay, stand by themselves."""
         found = [self.ordinary[key] for node in entry.node.path() for key in node.entries if key != entry.key]
         is_on_disk = entry.node.on_disk is not None
         return [other for other in found if not other.reference.pinned and (is_on_disk or not other.stays)]
 
-    def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
+    def find_runs(self, token_ids: TokenIds) -> list[IndexedRun]:
         """Runs of ``token_ids`` [T] anywhere in ordinary entries, by reference id: see ``RunIndex.runs``."""
         if self._runs is None:
             assert self._min_run_tokens is not None, "a store made without min_run_tokens finds no runs"
@@ -253,7 +176,7 @@ class Namespace:
             self._runs.add_all((key, entry.reference.token_ids) for key, entry in self.ordinary.items())
         return self._runs.runs(token_ids)
 
-    def documents_of(self, path: list[Node]) -> dict[str, Span]:
+    def find_documents(self, path: list[Node]) -> dict[str, Span]:
         """The documents that end in ``path``, and so stand in all that goes through it."""
         return {key: span for node in path for key, span in node.documents.items()}
 
@@ -273,8 +196,8 @@ class Namespace:
             for node in path:
                 assert (reference.token_ids[node.start : node.stop] == node.token_ids).all(), "a path of other tokens"
             placed = {document for document, span in reference.spans.items() if span.start != UNPLACED}
-            assert placed <= set(self.documents_of(path)), "documents that its nodes miss"
-            assert all(other is entry for other in self.contained_in(entry)), "an unpinned entry begins another"
+            assert placed <= set(self.find_documents(path)), "documents that its nodes miss"
+            assert all(other is entry for other in self.find_contained(entry)), "an unpinned entry begins another"
         for session, entry in self.tainted.items():
             reference = entry.reference
             assert reference.session == session and reference.is_tainted and reference.space == name
@@ -287,7 +210,7 @@ class Namespace:
             assert self._runs.keys == set(self.ordinary), "the index of runs differs from the ordinary entries"
             self._runs.check()
 
-    def _entry_through(self, node: Node) -> Entry:
+    def _find_through(self, node: Node) -> Entry:
         """Some entry whose path goes through ``node``."""
         while not node.entries:
             node = next(iter(node.children.values()))
@@ -299,7 +222,7 @@ def begins_with(token_ids: TokenIds, other: TokenIds) -> bool:
     return len(other) <= len(token_ids) and bool(np.array_equal(token_ids[: len(other)], other))
 
 
-def gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
+def find_gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
     """What ``runs``, in order, leave of the tokens from ``start`` to ``stop``."""
     edges = [start, *(edge for run in runs for edge in (run.start, run.start + run.num_tokens)), stop]
     return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

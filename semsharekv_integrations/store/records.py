@@ -1,20 +1,22 @@
 """What the catalog of stored KV says: files, nodes of the radix trees in them, and the prompts that need these.
 
-Pure data, what every field may be, and which records fit together. A catalog's digests need no key, so a right digest
-says nothing about values. Knows nothing about the disk.
+Pure data, how a reference becomes a record, what every field may be, and which records fit together. A catalog's
+digests need no key, so a right digest says nothing about values. Knows nothing about the disk.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.checks import is_number, is_whole
-from semsharekv_integrations.kv import UNPLACED, TokenIds
+from semsharekv_integrations.checks import IN_UTF8, is_number, is_utf8, is_whole, require, shown
+from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Segment, TokenIds
 
 _MOST_TOKENS = 2**31 - 1
 _MOST_BYTES = 2**62
@@ -82,6 +84,61 @@ class Contents(NamedTuple):
     def num_records(self) -> int:
         """Of all kinds."""
         return len(self.files) + len(self.nodes) + len(self.entries)
+
+
+def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
+    """A stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
+    owner = hashlib.blake2b(namespace.encode(), key=state.encode()).digest()
+    return hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=owner).hexdigest()
+
+
+def pack_labels(reference: Reference) -> dict[str, Any]:
+    """What is known of a reference beside its KV, as it is written."""
+    return {
+        "document_starts": dict(reference.document_starts),
+        "document_stops": dict(reference.document_stops),
+        "segments": [list(segment) for segment in reference.segments],
+        "session": reference.session,
+        "pinned": reference.pinned,
+        "expires_after_s": reference.expires_after_s,
+    }
+
+
+def unpack_reference(
+    labels: Mapping[str, Any], namespace: str, token_ids: TokenIds, layers: Sequence[LayerKV] = ()
+) -> Reference:
+    """A reference with the labels that ``pack_labels`` made."""
+    starts, stops = labels["document_starts"], labels.get("document_stops")
+    if stops is None:  # earlier versions wrote them for their own segments alone
+        stops = {key: stop for key, start, stop in labels["segments"] if starts.get(key) == start}
+    return Reference(
+        reference_id(namespace, token_ids),
+        namespace,
+        token_ids,
+        layers,
+        starts,
+        dict(stops),
+        tuple(Segment(*segment) for segment in labels["segments"]),
+        session=labels["session"],
+        pinned=labels["pinned"],
+        expires_after_s=labels["expires_after_s"],
+        rounded=labels.get("rounded", False),
+    )
+
+
+def require_writable(reference: Reference) -> None:
+    """Raise ``ValueError`` unless what is known of a reference beside its KV can be written down.
+
+    What cannot must not even wait to be written: it would keep all that waits with it from the directory.
+    """
+    names = [reference.namespace, *reference.document_starts, *(segment.document_id for segment in reference.segments)]
+    for name in names if reference.session is None else [*names, reference.session]:
+        require(isinstance(name, str) and is_utf8(name), "a name in a reference", name, f"a string{IN_UTF8}")
+    labels = pack_labels(reference)
+    try:
+        json.dumps(labels, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the labels of a reference are {shown(labels)}: {error}") from error
 
 
 def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:

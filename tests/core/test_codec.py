@@ -15,7 +15,7 @@ from semsharekv_integrations import StoreConfig, StoreFileError
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import LayerKV, Reference, Segment
 from semsharekv_integrations.store import KVStore, codec
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 from tiny_models import EngineMaker, make_model
 
 PROMPTS = ["Report on Prorna in the Daily Courier.", "What happened in Velmar?"]
@@ -185,11 +185,11 @@ def test_odd_values_in_a_saved_file_with_a_right_digest(
     make_engine: EngineMaker, tmp_path: Path, monkeypatch, field: str
 ) -> None:
     """They are refused, or could have been written: then they do no harm."""
-    header = codec._header
+    header = codec._make_header
     for number, odd in enumerate(ODD):
         path = tmp_path / str(number)
         with monkeypatch.context() as patched:
-            patched.setattr(codec, "_header", lambda reference, odd=odd: header(reference) | {field: odd})
+            patched.setattr(codec, "_make_header", lambda reference, odd=odd: header(reference) | {field: odd})
             codec.write_references(path, [made()], "model")
         try:
             (read,) = codec.read_references(path, "model", torch.device("cpu"))

@@ -33,7 +33,7 @@ REUSE = {"exact": ReuseConfig(mode="exact"), "identical": ReuseConfig(mode="iden
 
 def entries_of(engine: SemShareEngine, namespace: str = "default") -> Iterator[Reference]:
     """All of a namespace, those of sessions included."""
-    return (entry.reference for entry in engine.store._entries.of(namespace))
+    return (entry.reference for entry in engine.store._entries.select(namespace))
 
 
 def texts_of(engine: SemShareEngine, namespace: str = "default") -> list[str]:
@@ -96,13 +96,13 @@ def test_documents_that_begin_alike_leave_their_names_nowhere_else(make_engine: 
     for n in range(60):
         text = f"News from Velmar, number {n}. " + "Shops stayed shut. " * 5
         engine.generate(f"Use this:\n\n{text}\n\nWho?", documents={f"d{n}": text}, max_new_tokens=1)
-    (space,) = engine.store._entries.spaces.values()
+    (space,) = engine.store._entries.namespaces.values()
     assert len(space.ordinary) > 1
     assert all(len(reference.document_starts) == 1 for reference in engine.store.references())
     assert sum(len(node.documents) for node in space.tree.nodes()) == len(space.ordinary)
     standing = sum("number 0." in text for text in texts_of(engine))
     assert engine.forget("d0") == standing <= 1
-    directory = engine.store._entries.shelves.disk._directory
+    directory = engine.store._entries.tiers.disk._directory
     assert directory is not None
     assert all(len(entry.labels["document_starts"]) <= 1 for entry in directory.entries())
 
@@ -140,7 +140,7 @@ def test_labels_of_earlier_versions_are_read(make_engine: EngineMaker, tmp_path:
     """They said where documents begin, and the end of those that were also segments."""
     engine = make_engine(store=StoreConfig(directory=tmp_path))
     engine.generate(DOCUMENTS["Velmar"] + " Who?", documents={"v": DOCUMENTS["Velmar"]}, **TOKENS)
-    shelf = engine.store._entries.shelves.disk
+    shelf = engine.store._entries.tiers.disk
     assert shelf._directory is not None
     (record,) = shelf._directory.entries()
     old = {name: value for name, value in record.labels.items() if name != "document_stops"}
@@ -203,7 +203,7 @@ def test_no_hash_of_forgotten_tokens_stays(make_engine: EngineMaker, is_gone_bef
     for name in ("Velmar", "Osteck", "Karna"):
         engine.generate(f"{DOCUMENTS[name]}\n\nWho?", documents={name: DOCUMENTS[name]}, **TOKENS)
     engine.generate(f"Read. {DOCUMENTS['Osteck']}\n\nWho?", **TOKENS)
-    (space,) = engine.store._entries.spaces.values()
+    (space,) = engine.store._entries.namespaces.values()
     if is_gone_before:  # as eviction does
         key = next(key for key, entry in space.ordinary.items() if "Velmar" in entry.reference.document_starts)
         engine.store._entries.remove(space.ordinary[key])

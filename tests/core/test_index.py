@@ -23,7 +23,7 @@ from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex
 from semsharekv_integrations.kv import Reference, Segment, TokenIds
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 
 MATRIX = torch.randn(99, 12, generator=torch.Generator().manual_seed(3)) + 2
 

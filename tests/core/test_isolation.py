@@ -27,7 +27,7 @@ from semsharekv_integrations.lab import world
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.store import KVStore, radix
 from semsharekv_integrations.store import namespace as space
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 from tiny_models import EngineMaker
 
 PACKAGE = str(Path(semsharekv_integrations.__file__).parent)
@@ -191,7 +191,7 @@ LOOKUPS = {name: way for name, way in WAYS.items() if not name.startswith("forge
 
 def uses(store: KVStore, namespace: str = "a") -> list[tuple[Any, ...]]:
     """What is known of the use of each entry and node, and of how long it may live."""
-    entries = sorted(store._entries.of(namespace), key=lambda entry: entry.key)
+    entries = sorted(store._entries.select(namespace), key=lambda entry: entry.key)
     deadlines = store._entries._deadlines._times
     return [
         (entry.hits, entry.last_used_s, deadlines.get(entry.key), [node.hits for node in entry.node.path()])
@@ -217,7 +217,7 @@ def test_a_lookup_is_no_use_of_what_others_have(lookup: Callable[[KVStore, str],
     assert uses(store) == before
     assert by_prefix(store, "b") and uses(store, "b") != theirs, "a use is seen"
     clock.now_s += 9  # of which the stranger has used a part
-    assert store.references("a") == [] and "a" not in store._entries.spaces
+    assert store.references("a") == [] and "a" not in store._entries.namespaces
     store.check()
 
 

@@ -21,7 +21,7 @@ from semsharekv_integrations.matching import FuzzyMatcher, segments_of
 from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
 from semsharekv_integrations.planner import LONGEST_QUESTION_TOKENS, Planner, question_of
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 
 NUM_LAYERS, TAIL, VOCAB, WIDTH = 8, 4, 5000, 64
 DOCUMENTS = {

@@ -16,7 +16,7 @@ from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, Span
 from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.namespace import reference_id
+from semsharekv_integrations.store.records import reference_id
 from tiny_models import EngineMaker
 
 DOCUMENTS = {

@@ -393,17 +393,17 @@ def test_without_memory_for_it_an_entry_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 DAMAGES: dict[str, Callable[[KVStore], object]] = {
-    "entries gone": lambda store: store._entries.spaces.clear(),
+    "entries gone": lambda store: store._entries.namespaces.clear(),
     "an entry gone": lambda store: store._entries.by_key.popitem(),
-    "bytes": lambda store: setattr(store._entries.shelves.device, "num_bytes", 1),
-    "bound": lambda store: setattr(store._entries.shelves.device, "max_bytes", 1),
+    "bytes": lambda store: setattr(store._entries.tiers.device, "num_bytes", 1),
+    "bound": lambda store: setattr(store._entries.tiers.device, "max_bytes", 1),
     "KV gone": lambda store: setattr(node_of(store), "held", None),
     "KV of fewer tokens": lambda store: setattr(node_of(store), "held", node_of(store).held.copy_part(0, 1)),
     "other tokens": lambda store: node_of(store).token_ids.__setitem__(0, 9),
     "pins": lambda store: setattr(node_of(store), "pins", 1),
     "documents": lambda store: node_of(store).documents.clear(),
     "a node that nothing needs": lambda store: node_of(store).entries.clear(),
-    "unranked": lambda store: store._entries.shelves.device._novel.popitem(),
+    "unranked": lambda store: store._entries.tiers.device._novel.popitem(),
     "not indexed": lambda store: space_of(store)._runs.remove(reference((1, 2)).id),
     "windows gone": lambda store: space_of(store)._runs._blocks.clear(),
     "indexed twice": lambda store: space_of(store)._runs._blocks.append(space_of(store)._runs._blocks[0]),
@@ -413,7 +413,7 @@ DAMAGES: dict[str, Callable[[KVStore], object]] = {
 
 
 def space_of(store: KVStore):
-    return store._entries.spaces["a"]
+    return store._entries.namespaces["a"]
 
 
 def node_of(store: KVStore):

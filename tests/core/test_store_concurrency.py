@@ -26,8 +26,8 @@ from semsharekv_integrations import SemShareEngine, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import PackedKV, read_references, write_references
-from semsharekv_integrations.store.namespace import reference_id
 from semsharekv_integrations.store.radix import Node
+from semsharekv_integrations.store.records import reference_id
 from tiny_models import EngineMaker
 
 STORE_SECONDS, ENGINE_SECONDS = (float(os.environ.get("SEMSHAREKV_SOAK_S", default)) for default in (3.5, 1.5))

@@ -189,7 +189,7 @@ def test_hits_and_last_use_survive(tmp_path: Path) -> None:
     assert [entries[n].hits for n in (1, 2, 3)] == [2, 0, 0]
     ages = [clock.wall() - 1e9 - 8, clock.wall() - 1e9 - 2, clock.wall() - 1e9 - 3]
     assert [clock.now_s - entries[n].last_used_s for n in (1, 2, 3)] == pytest.approx(ages)
-    disk = store._entries.shelves.disk.tier
+    disk = store._entries.tiers.disk.tier
     assert disk.choose_victim((), disk.max_bytes) is entries[2].node, (
         "what was never reused goes first, and the oldest of it"
     )
@@ -205,7 +205,7 @@ def test_a_beginning_that_a_later_entry_proved_is_proven(tmp_path: Path) -> None
     store = reopened(store, clock)
     beginning = store._entries.by_key[reference((1, 2, 4)).id].node.parent
     assert beginning is not None and beginning.hits == 1
-    assert beginning not in store._entries.shelves.disk.tier._novel
+    assert beginning not in store._entries.tiers.disk.tier._novel
 
 
 def test_other_namespaces_stay_apart(tmp_path: Path) -> None:
@@ -659,11 +659,11 @@ def test_a_catalog_that_cannot_be_written_costs_no_entries(tmp_path: Path, monke
 
 def test_check_sees_damage(tmp_path: Path) -> None:
     damages: list[Callable[[KVStore], object]] = [
-        lambda store: store._entries.shelves.disk.tier.remove(node_of(store)),
+        lambda store: store._entries.tiers.disk.tier.remove(node_of(store)),
         lambda store: setattr(node_of(store), "on_disk", None),
         lambda store: setattr(node_of(store), "on_disk", node_of(store).on_disk._replace(first=1)),
         lambda store: setattr(node_of(store).parent, "on_disk", None),
-        lambda store: setattr(store._entries.shelves.disk.tier, "max_bytes", 1),
+        lambda store: setattr(store._entries.tiers.disk.tier, "max_bytes", 1),
         lambda store: lose_row(store, "entries"),
         lambda store: lose_row(store, "nodes"),
         lambda store: lose_row(store, "files"),
@@ -677,7 +677,7 @@ def test_check_sees_damage(tmp_path: Path) -> None:
 
 
 def lose_row(store: KVStore, table: str) -> None:
-    catalog = store._entries.shelves.disk._directory._catalog  # type: ignore[union-attr]
+    catalog = store._entries.tiers.disk._directory._catalog  # type: ignore[union-attr]
     catalog._db.execute(f"DELETE FROM {table} WHERE id = (SELECT max(id) FROM {table})")
 
 

@@ -138,7 +138,7 @@ class StoreMachine(RuleBasedStateMachine):
         return kept.is_found_as(found) and len(found.token_ids) == len(kept.tokens)
 
     def tainted_is_there(self, kept: Kept) -> bool:
-        space = self.store._entries.spaces.get(kept.namespace)
+        space = self.store._entries.namespaces.get(kept.namespace)
         return space is not None and kept.session in space.tainted
 
     def begin(self) -> None:
@@ -227,7 +227,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.join(chosen[0], new)
 
     def used_s(self, kept: Kept) -> float:
-        space = self.store._entries.spaces[kept.namespace]
+        space = self.store._entries.namespaces[kept.namespace]
         return next(e.last_used_s for e in space.ordinary.values() if self.is_entry(kept, e.reference))
 
     @rule(tokens=TOKENS, near=NEAR, namespace=NAMESPACES, session=SESSIONS, exact=st.integers(0, 5))
@@ -326,8 +326,8 @@ class StoreMachine(RuleBasedStateMachine):
     def note_use(self) -> None:
         """Of several entries that begin as the prompt does the store chooses one; it was used now."""
         for k in self.kept:
-            space = self.store._entries.spaces.get(k.namespace)
-            entries = list(space.entries()) if space is not None else []
+            space = self.store._entries.namespaces.get(k.namespace)
+            entries = list(space) if space is not None else []
             for entry in entries:
                 if self.is_entry(k, entry.reference) and entry.last_used_s == self.clock.now_s:
                     k.used_s = self.clock.now_s
@@ -394,7 +394,7 @@ class StoreMachine(RuleBasedStateMachine):
             found_labels = set(label.document_starts), label.session, label.expires_after_s
             assert found_labels == (k.documents, k.session, k.ttl_s)
         self.check_bytes()
-        if (directory := self.store._entries.shelves.disk._directory) is not None:
+        if (directory := self.store._entries.tiers.disk._directory) is not None:
             directory.check()
 
     def check_bytes(self) -> None:
