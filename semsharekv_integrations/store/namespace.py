@@ -174,7 +174,7 @@ class Namespace:
             assert self._min_run_tokens is not None, "a store made without min_run_tokens finds no runs"
             self._runs = RunIndex(self._min_run_tokens)
             self._runs.add_all((key, entry.reference.token_ids) for key, entry in self.ordinary.items())
-        return self._runs.runs(token_ids)
+        return self._runs.find(token_ids)
 
     def find_documents(self, path: list[Node]) -> dict[str, Span]:
         """The documents that end in ``path``, and so stand in all that goes through it."""

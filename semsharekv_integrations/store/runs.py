@@ -12,7 +12,7 @@ and about half a second of one core for each million of them when a large store 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,123 +23,17 @@ from numpy.typing import NDArray
 from semsharekv_integrations.core.prefix import common_prefix_tokens
 from semsharekv_integrations.kv import TokenIds
 
-Hashes = NDArray[np.uint64]
-Positions = NDArray[np.int64]
-
 BASE = 0x9E3779B97F4A7C15  # odd, hence invertible modulo 2**64
 FIRST_STEP_TOKENS = 64  # first stretch that is compared; each further one is twice as long
-
-
-class Occurrence(NamedTuple):
-    """Position ``start`` of the sequence with number ``source``; newer sequences have higher numbers."""
-
-    source: int
-    start: int
-
-
-class Match(NamedTuple):
-    """Tokens from ``start`` on of a prompt equal those of sequence ``source`` from ``source_start`` on."""
-
-    start: int
-    source: int
-    source_start: int
-    num_tokens: int
-
-    def continued_at(self, position: int) -> Occurrence:
-        """What stands at ``position`` if the prompt goes on as the source does, with no token more or less."""
-        return Occurrence(self.source, self.source_start + position - self.start)
-
-
-def window_hashes(token_ids: TokenIds, num_tokens: int) -> Hashes:
-    """Hash of each window of ``num_tokens`` tokens, [T - num_tokens + 1], in time linear in T."""
-    num_windows = max(len(token_ids) - num_tokens + 1, 0)
-    powers = np.full(len(token_ids), BASE, dtype=np.uint64).cumprod()  # [T]
-    sums = np.concatenate([np.zeros(1, np.uint64), (token_ids.astype(np.uint64) * powers).cumsum()])  # [T + 1]
-    inverses = np.full(num_windows, pow(BASE, -1, 2**64), dtype=np.uint64).cumprod()
-    return (sums[num_tokens:] - sums[:num_windows]) * inverses
-
-
-def windows_by_hash(hashes: Hashes, num_tokens: int) -> Positions:
-    """Positions of windows, ordered by hash, then position, leaving out those that overlap an equal one before.
-
-    So the first window stands for all of a stretch that repeats itself (a ruled line, blanks), which would else crowd
-    out every other occurrence; it is also the one that agrees with a prompt for longest.
-    """
-    order = hashes.argsort(kind="stable")
-    overlaps = (np.diff(order) < num_tokens) & (hashes[order[1:]] == hashes[order[:-1]])
-    return order[np.concatenate([np.ones(min(len(order), 1), bool), ~overlaps])]
-
-
-def common_extension_tokens(first: TokenIds, second: TokenIds) -> int:
-    """As ``common_prefix_tokens``, in time linear in the answer instead of the lengths."""
-    shared, step = 0, FIRST_STEP_TOKENS
-    while True:
-        equal = common_prefix_tokens(first[shared : shared + step], second[shared : shared + step])
-        shared += equal
-        if equal < step:
-            return shared
-        step *= 2
-
-
-def greedy_cover(
-    token_ids: TokenIds,
-    hits: Positions,
-    occurrences_at: Callable[[int, Occurrence | None], Iterable[Occurrence]],
-    sequence_of: Callable[[int], TokenIds],
-    min_tokens: int,
-) -> list[Match]:
-    """Matches of at least ``min_tokens`` that do not overlap, from left to right; each the longest at its start.
-
-    Where every hit has a true occurrence, every hit is inside a match. Takes a step for each match and each false hit.
-
-    Args:
-        token_ids: the prompt [T].
-        hits: positions in it, ascending, whose window may occur in a sequence.
-        occurrences_at: candidates for a hit, given where the match before would continue; they may be wrong.
-        sequence_of: the token ids [S] of a source.
-        min_tokens: least length of a match.
-    """
-    matches: list[Match] = []
-    position = 0
-    while (nth := int(hits.searchsorted(position))) < len(hits):
-        position = int(hits[nth])
-        last = matches[-1] if matches else None
-        expected = last.continued_at(position) if last else None
-        candidates = {*occurrences_at(position, expected), *([expected] if expected else [])}
-        found = [_verified(token_ids, position, candidate, sequence_of) for candidate in candidates]
-        best = max(found, key=lambda match: _preference(match, expected), default=None)
-        if best is None or best.num_tokens < min_tokens:
-            position += 1
-        else:
-            matches.append(best)
-            position += best.num_tokens
-    return matches
-
-
-def _verified(
-    token_ids: TokenIds, position: int, candidate: Occurrence, sequence_of: Callable[[int], TokenIds]
-) -> Match:
-    """The candidate with the number of tokens for which it truly agrees, perhaps none."""
-    agreeing = common_extension_tokens(token_ids[position:], sequence_of(candidate.source)[candidate.start :])
-    return Match(position, candidate.source, candidate.start, agreeing)
-
-
-def _preference(match: Match, expected: Occurrence | None) -> tuple[float, ...]:
-    """Longer, then nearer to where the match before would continue in its source, then newer."""
-    nearness = float("-inf")
-    if expected is not None and match.source == expected.source:
-        nearness = -abs(match.source_start - expected.start)
-    return match.num_tokens, nearness, match.source, match.source_start
-
-
 MAX_CANDIDATES = 8  # latest occurrences of a window that are compared
 SCANNED_AT_ONCE = 1024
 POSITION_BITS = 32
+BYTES_PER_WINDOW = 16  # a hash and a place
 
+Hashes = NDArray[np.uint64]
+Positions = NDArray[np.int64]
 Places = NDArray[np.int64]  # number of a source, shifted, plus a position in it: newer sources have higher places
 Live = NDArray[np.bool_]  # whether there is a source with each number
-
-BYTES_PER_WINDOW = 16  # a hash and a place
 
 
 class IndexedRun(NamedTuple):
@@ -148,6 +42,14 @@ class IndexedRun(NamedTuple):
     start: int
     key: str
     source_start: int
+    num_tokens: int
+
+
+class _Match(NamedTuple):
+    """Tokens from ``start`` on of a prompt equal those that stand at ``place``."""
+
+    start: int
+    place: int
     num_tokens: int
 
 
@@ -163,16 +65,16 @@ class _Block(NamedTuple):
     hashes: Hashes
     places: Places
 
-    def places_of(self, window_hash: np.uint64) -> Places:
+    def find(self, window_hash: np.uint64) -> Places:
         start, stop = (int(self.hashes.searchsorted(window_hash, side)) for side in ("left", "right"))
         return self.places[start:stop]
 
-    def only(self, live: Live) -> _Block:
+    def keep_live(self, live: Live) -> _Block:
         keep = live[self.places >> POSITION_BITS]
         return self if keep.all() else _Block(self.hashes[keep], self.places[keep])
 
 
-NOTHING = _Block(np.empty(0, np.uint64), np.empty(0, np.int64))
+_NOTHING = _Block(np.empty(0, np.uint64), np.empty(0, np.int64))
 
 
 class RunIndex:
@@ -197,11 +99,11 @@ class RunIndex:
 
     def add_all(self, sequences: Iterable[tuple[str, TokenIds]]) -> None:
         """As ``add`` for each, sorted once."""
-        new = [block for block in (self._numbered(*sequence) for sequence in sequences) if len(block.hashes)]
+        new = [block for block in (self._number(*sequence) for sequence in sequences) if len(block.hashes)]
         if new:
-            self._blocks.append(new[0] if len(new) == 1 else _sorted(new))
+            self._blocks.append(new[0] if len(new) == 1 else _sort(new))
         while len(self._blocks) > 1 and len(self._blocks[-2].hashes) < 2 * len(self._blocks[-1].hashes):
-            self._blocks[-2:] = [self._merged(*self._blocks[-2:])]
+            self._blocks[-2:] = [self._merge(*self._blocks[-2:])]
 
     def remove(self, key: str) -> None:
         """Forget a sequence; it is not found from now on."""
@@ -216,7 +118,7 @@ class RunIndex:
         if self._next_number > len(self._sources):
             self._purge()
 
-    def runs(self, token_ids: TokenIds) -> list[IndexedRun]:
+    def find(self, token_ids: TokenIds) -> list[IndexedRun]:
         """Runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
 
         A run goes on for as long as its source agrees. Every window of the prompt that occurs in a sequence starts
@@ -224,19 +126,23 @@ class RunIndex:
         before would continue.
         """
         hashes = window_hashes(token_ids, self.min_run_tokens)
-        live = self._live
         distinct, which = np.unique(hashes, return_inverse=True)  # ordered: searching is several times as fast
         held = np.zeros(len(distinct), dtype=bool)
         for block in self._blocks:
-            held |= _holds_live(block, distinct, live)
-        matches = greedy_cover(
-            token_ids,
-            np.flatnonzero(held[which]),
-            lambda position, expected: self._occurrences(hashes[position], expected, live),
-            lambda source: self._sources[source].token_ids,
-            self.min_run_tokens,
-        )
-        return [IndexedRun(m.start, self._sources[m.source].key, m.source_start, m.num_tokens) for m in matches]
+            held |= _find_live(block, distinct, self._live)
+        hits = np.flatnonzero(held[which])
+        found: list[_Match] = []
+        position = 0
+        while (nth := int(hits.searchsorted(position))) < len(hits):  # takes a step for each run and each false hit
+            position = int(hits[nth])
+            expected = found[-1].place + position - found[-1].start if found else None
+            match = self._match(token_ids, position, hashes[position], expected)
+            if match is None:
+                position += 1
+            else:
+                found.append(match)
+                position += match.num_tokens
+        return [IndexedRun(m.start, *self._locate(m.place), m.num_tokens) for m in found]
 
     @property
     def keys(self) -> set[str]:
@@ -259,32 +165,52 @@ class RunIndex:
             assert (np.lexsort((block.places, block.hashes)) == np.arange(len(block.hashes))).all(), "out of order"
         for older, newer in pairwise(self._blocks):
             assert len(older.hashes) >= 2 * len(newer.hashes), "too many blocks"
-        live = self._live
-        found = [place for block in self._blocks for place in block.only(live).places.tolist()]
+        found = [place for block in self._blocks for place in block.keep_live(self._live).places.tolist()]
         for number, source in self._sources.items():
             hashes = window_hashes(source.token_ids, self.min_run_tokens)
-            positions = windows_by_hash(hashes, self.min_run_tokens)
+            positions = order_windows(hashes, self.min_run_tokens)
             assert {number << POSITION_BITS | int(at) for at in positions} <= set(found), "a window is not indexed"
         assert len(found) == self._num_live_windows, "a window is indexed twice"
 
-    def _occurrences(self, window_hash: np.uint64, expected: Occurrence | None, live: Live) -> Iterable[Occurrence]:
-        """The latest live occurrences of a hash, and those just before and behind the expected one."""
+    def _match(self, token_ids: TokenIds, start: int, window_hash: np.uint64, expected: int | None) -> _Match | None:
+        """The longest run from ``start`` on, then the nearest to the ``expected`` place in its source, then the newest.
+
+        None if all that the hash found is another window.
+        """
+
+        def rank(match: _Match) -> tuple[float, ...]:
+            is_near = expected is not None and match.place >> POSITION_BITS == expected >> POSITION_BITS
+            return match.num_tokens, -abs(match.place - expected) if is_near else float("-inf"), match.place
+
+        matches = []
+        for place in self._find_candidates(window_hash, expected):
+            source = self._sources[place >> POSITION_BITS].token_ids[place & (1 << POSITION_BITS) - 1 :]
+            matches.append(_Match(start, place, common_extension_tokens(token_ids[start:], source)))
+        best = max(matches, key=rank, default=None)
+        return best if best is not None and best.num_tokens >= self.min_run_tokens else None
+
+    def _find_candidates(self, window_hash: np.uint64, expected: int | None) -> set[int]:
+        """The latest live places of a hash, and the expected one with those just before and behind it."""
         places: list[int] = []
-        beside: list[int] = []
+        beside: list[int] = [] if expected is None else [expected]
         for block in reversed(self._blocks):
-            here = block.places_of(window_hash)
+            here = block.find(window_hash)
             if not len(here):
                 continue
-            places += _latest(here, live, MAX_CANDIDATES - len(places)).tolist()
+            places += _take_latest(here, self._live, MAX_CANDIDATES - len(places)).tolist()
             if expected is not None:
-                at = int(here.searchsorted(expected.source << POSITION_BITS | expected.start))
+                at = int(here.searchsorted(expected))
                 near = here[max(at - 1, 0) : at + 1]
-                beside += near[live[near >> POSITION_BITS]].tolist()
-        return (Occurrence(place >> POSITION_BITS, place & (1 << POSITION_BITS) - 1) for place in places + beside)
+                beside += near[self._live[near >> POSITION_BITS]].tolist()
+        return {*places, *beside}
 
-    def _merged(self, older: _Block, newer: _Block) -> _Block:
+    def _locate(self, place: int) -> tuple[str, int]:
+        """The key of the source, and the position in it."""
+        return self._sources[place >> POSITION_BITS].key, place & (1 << POSITION_BITS) - 1
+
+    def _merge(self, older: _Block, newer: _Block) -> _Block:
         """One block for two, the older before the newer among equal hashes, without what was removed."""
-        older, newer = older.only(self._live), newer.only(self._live)
+        older, newer = older.keep_live(self._live), newer.keep_live(self._live)
         inserted = older.hashes.searchsorted(newer.hashes, side="right") + np.arange(len(newer.hashes))
         is_older = np.ones(len(older.hashes) + len(newer.hashes), dtype=bool)
         is_older[inserted] = False
@@ -293,11 +219,11 @@ class RunIndex:
             array[is_older], array[inserted] = first, second
         return merged
 
-    def _numbered(self, key: str, token_ids: TokenIds) -> _Block:
+    def _number(self, key: str, token_ids: TokenIds) -> _Block:
         """The windows of a new source, under the next number."""
         assert key not in self._numbers
         hashes = window_hashes(token_ids, self.min_run_tokens)
-        positions = windows_by_hash(hashes, self.min_run_tokens)
+        positions = order_windows(hashes, self.min_run_tokens)
         number = self._numbers[key] = self._next_number
         self._next_number += 1
         self._sources[number] = _Source(key, token_ids, len(positions))
@@ -309,7 +235,7 @@ class RunIndex:
 
     def _purge(self) -> None:
         """Drop what was removed; what is left has the lowest numbers from now on, in the same order."""
-        hashes, places = reduce(self._merged, self._blocks, NOTHING)
+        hashes, places = reduce(self._merge, self._blocks, _NOTHING)
         numbers = np.cumsum(self._live) - 1
         moved = numbers[places >> POSITION_BITS] << POSITION_BITS | places & (1 << POSITION_BITS) - 1
         self._blocks = [_Block(hashes, moved)] if len(hashes) else []
@@ -319,14 +245,45 @@ class RunIndex:
         self._live = np.arange(64 + 2 * len(self._sources)) < len(self._sources)
 
 
-def _sorted(blocks: list[_Block]) -> _Block:
+def window_hashes(token_ids: TokenIds, num_tokens: int) -> Hashes:
+    """Hash of each window of ``num_tokens`` tokens, [T - num_tokens + 1], in time linear in T."""
+    num_windows = max(len(token_ids) - num_tokens + 1, 0)
+    powers = np.full(len(token_ids), BASE, dtype=np.uint64).cumprod()  # [T]
+    sums = np.concatenate([np.zeros(1, np.uint64), (token_ids.astype(np.uint64) * powers).cumsum()])  # [T + 1]
+    inverses = np.full(num_windows, pow(BASE, -1, 2**64), dtype=np.uint64).cumprod()
+    return (sums[num_tokens:] - sums[:num_windows]) * inverses
+
+
+def order_windows(hashes: Hashes, num_tokens: int) -> Positions:
+    """Positions of windows, ordered by hash, then position, leaving out those that overlap an equal one before.
+
+    So the first window stands for all of a stretch that repeats itself (a ruled line, blanks), which would else crowd
+    out every other occurrence; it is also the one that agrees with a prompt for longest.
+    """
+    order = hashes.argsort(kind="stable")
+    overlaps = (np.diff(order) < num_tokens) & (hashes[order[1:]] == hashes[order[:-1]])
+    return order[np.concatenate([np.ones(min(len(order), 1), bool), ~overlaps])]
+
+
+def common_extension_tokens(first: TokenIds, second: TokenIds) -> int:
+    """As ``common_prefix_tokens``, in time linear in the answer instead of the lengths."""
+    shared, step = 0, FIRST_STEP_TOKENS
+    while True:
+        equal = common_prefix_tokens(first[shared : shared + step], second[shared : shared + step])
+        shared += equal
+        if equal < step:
+            return shared
+        step *= 2
+
+
+def _sort(blocks: list[_Block]) -> _Block:
     """One block for several, the older ones first among equal hashes."""
     hashes, places = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
     order = hashes.argsort(kind="stable")
     return _Block(hashes[order], places[order])
 
 
-def _latest(places: Places, live: Live, count: int) -> Places:
+def _take_latest(places: Places, live: Live, count: int) -> Places:
     """The last ``count`` live ones of ``places``."""
     found, stop = places[:0], len(places)
     while stop > 0 and len(found) < count:
@@ -336,7 +293,7 @@ def _latest(places: Places, live: Live, count: int) -> Places:
     return found
 
 
-def _holds_live(block: _Block, hashes: Hashes, live: Live) -> NDArray[np.bool_]:
+def _find_live(block: _Block, hashes: Hashes, live: Live) -> NDArray[np.bool_]:
     """Whether ``block`` has a live window of each hash [T]: looks at the latest one, then at earlier ones."""
     hits = np.zeros(len(hashes), dtype=bool)
     at = block.hashes.searchsorted(hashes, side="right") - 1

@@ -104,7 +104,7 @@ def test_documents_that_begin_alike_leave_their_names_nowhere_else(make_engine: 
     assert engine.forget("d0") == standing <= 1
     directory = engine.store._entries.tiers.disk._directory
     assert directory is not None
-    assert all(len(entry.labels["document_starts"]) <= 1 for entry in directory.entries())
+    assert all(len(entry.labels["document_starts"]) <= 1 for entry in directory.contents().entries)
 
 
 def test_documents_are_found_after_reopening_wherever_they_stand(make_engine: EngineMaker, tmp_path: Path) -> None:
@@ -140,13 +140,13 @@ def test_labels_of_earlier_versions_are_read(make_engine: EngineMaker, tmp_path:
     """They said where documents begin, and the end of those that were also segments."""
     engine = make_engine(store=StoreConfig(directory=tmp_path))
     engine.generate(DOCUMENTS["Velmar"] + " Who?", documents={"v": DOCUMENTS["Velmar"]}, **TOKENS)
-    shelf = engine.store._entries.tiers.disk
-    assert shelf._directory is not None
-    (record,) = shelf._directory.entries()
+    directory = engine.store._entries.tiers.disk._directory
+    assert directory is not None
+    (record,) = directory.contents().entries
     old = {name: value for name, value in record.labels.items() if name != "document_stops"}
     old["document_starts"] = {**old["document_starts"], "inherited": 1}
-    shelf.record(entries=[record._replace(labels=old)])
-    shelf._directory.close()
+    directory.record(entries=[record._replace(labels=old)])
+    directory.close()
     again = make_engine(store=StoreConfig(directory=tmp_path))
     again.generate("Something else.", **TOKENS)
     (reference,) = (r for r in again.store.references() if r.document_starts)

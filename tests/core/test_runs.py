@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from semsharekv_integrations.core.prefix import common_prefix_tokens
 from semsharekv_integrations.store import runs
-from semsharekv_integrations.store import runs as run_index
 from semsharekv_integrations.store.runs import (
     MAX_CANDIDATES,
     IndexedRun,
     RunIndex,
     common_extension_tokens,
+    order_windows,
     window_hashes,
-    windows_by_hash,
 )
 
 Tokens = list[int]
@@ -78,7 +77,7 @@ def assert_complete(found: list[IndexedRun], prompt: Tokens, sequences: dict[str
 @given(st.lists(token_lists(2, 20), max_size=5), token_lists(2, 30))
 def test_runs_are_those_of_a_quadratic_matcher(stored: list[Tokens], prompt: Tokens) -> None:
     sequences = {str(n): sequence for n, sequence in enumerate(stored)}
-    found = index_of(*stored).runs(ids(prompt))
+    found = index_of(*stored).find(ids(prompt))
     assert_true(found, prompt, sequences)
     assert_complete(found, prompt, sequences)
 
@@ -91,16 +90,16 @@ def test_a_hash_collision_is_never_a_run(modulus: int, stored: list[Tokens], pro
         return window_hashes(token_ids, num_tokens) % np.uint64(modulus)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_index, "window_hashes", colliding)
-        found = index_of(*stored).runs(ids(prompt))
+        patch.setattr(runs, "window_hashes", colliding)
+        found = index_of(*stored).find(ids(prompt))
     assert_true(found, prompt, {str(n): sequence for n, sequence in enumerate(stored)})
 
 
 def test_under_collisions_runs_are_still_found() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_index, "window_hashes", lambda t, n: window_hashes(t, n) % np.uint64(5))
+        patch.setattr(runs, "window_hashes", lambda t, n: window_hashes(t, n) % np.uint64(5))
         index = index_of([1, 2, 3, 4, 5], [9, 8, 7, 6])
-        assert [(run.key, run.num_tokens) for run in index.runs(ids([0, 9, 8, 7, 0, 3, 4, 5]))] == [("1", 3), ("0", 3)]
+        assert [(run.key, run.num_tokens) for run in index.find(ids([0, 9, 8, 7, 0, 3, 4, 5]))] == [("1", 3), ("0", 3)]
 
 
 @settings(max_examples=100)
@@ -117,13 +116,13 @@ def test_sequences_come_and_go(steps: list[tuple[bool, Tokens]], data: st.DataOb
             index.remove(key)
         index.check()
         prompt = data.draw(token_lists(2, 14))
-        found = index.runs(ids(prompt))
+        found = index.find(ids(prompt))
         assert_true(found, prompt, sequences)
         assert_complete(found, prompt, sequences)
 
 
 def test_removed_windows_do_not_pile_up_nor_hide_living_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_index, "SCANNED_AT_ONCE", 4)
+    monkeypatch.setattr(runs, "SCANNED_AT_ONCE", 4)
     text = list(range(50))
     index = index_of(text)
     for n in range(1, 200):
@@ -133,9 +132,9 @@ def test_removed_windows_do_not_pile_up_nor_hide_living_ones(monkeypatch: pytest
     for n in range(180, 200):
         index.remove(f"later {n}")
     index.check()
-    assert index.runs(ids(text)) == [IndexedRun(0, "0", 0, 50)]
+    assert index.find(ids(text)) == [IndexedRun(0, "0", 0, 50)]
     index.remove("0")
-    assert index.num_windows == 0 and index.runs(ids(text)) == [] and index.keys == set()
+    assert index.num_windows == 0 and index.find(ids(text)) == [] and index.keys == set()
 
 
 def test_shuffled_documents_all_match() -> None:
@@ -145,7 +144,7 @@ def test_shuffled_documents_all_match() -> None:
     index = index_of(*stored, min_run_tokens=5)
     order = [3, 0, 4, 1, 2, 3]  # one of them twice
     prompt = [token for n in order for token in [50 + n, *documents[n]]]
-    found = index.runs(ids(prompt))
+    found = index.find(ids(prompt))
     assert [run.num_tokens for run in found] == [len(documents[n]) for n in order]
     assert [run.key for run in found] == ["0" if n < 3 else "1" for n in order]
 
@@ -155,25 +154,25 @@ def test_a_run_goes_on_in_its_source_after_a_change() -> None:
     head, tail = (rng.integers(0, 90, size).tolist() for size in (20, 30))
     for change in ([99], [], [99, 98, 97]):  # a token for another, one less, two more
         newer = [[n, n + 1, *tail] for n in range(100, 100 + 2 * MAX_CANDIDATES)]
-        found = index_of([*head, 95, *tail], *newer).runs(ids([*head, *change, *tail]))
+        found = index_of([*head, 95, *tail], *newer).find(ids([*head, *change, *tail]))
         assert [(run.key, run.num_tokens) for run in found] == [("0", 20), ("0", 30)]
 
 
 def test_a_run_goes_on_in_the_middle_of_a_stretch_that_repeats_itself() -> None:
-    found = index_of([1, *[7] * 50, 2, 3, 4]).runs(ids([1, *[7] * 20, 9, *[7] * 29, 2, 3, 4]))
+    found = index_of([1, *[7] * 50, 2, 3, 4]).find(ids([1, *[7] * 20, 9, *[7] * 29, 2, 3, 4]))
     assert [(run.start, run.num_tokens) for run in found] == [(0, 21), (22, 32)]
 
 
 def test_of_equal_occurrences_the_latest_is_taken_and_of_others_the_longest() -> None:
     index = index_of([1, 2, 3, 4], [9, 1, 2, 3], [8, 1, 2, 3])
-    assert index.runs(ids([1, 2, 3])) == [IndexedRun(0, "2", 1, 3)]
-    assert index.runs(ids([1, 2, 3, 4])) == [IndexedRun(0, "0", 0, 4)]
+    assert index.find(ids([1, 2, 3])) == [IndexedRun(0, "2", 1, 3)]
+    assert index.find(ids([1, 2, 3, 4])) == [IndexedRun(0, "0", 0, 4)]
 
 
 def test_text_that_repeats_itself_matches_as_a_whole() -> None:
     for repeated in ([7] * 200, [7, 8] * 100, [5, 5, 6] * 50):
         index = index_of([1, *repeated, 2], min_run_tokens=4)
-        assert index.runs(ids([3, *repeated, 2])) == [IndexedRun(1, "0", 1, len(repeated) + 1)]
+        assert index.find(ids([3, *repeated, 2])) == [IndexedRun(1, "0", 1, len(repeated) + 1)]
         assert index.num_windows < 9, "one window stands for a stretch"
 
 
@@ -190,7 +189,7 @@ def test_window_hashes_depend_on_their_window_alone(tokens: Tokens, num_tokens: 
 @given(token_lists(1, 20))
 def test_each_window_left_out_has_an_equal_one_close_before(tokens: Tokens) -> None:
     hashes = window_hashes(ids(tokens), MIN)
-    kept = windows_by_hash(hashes, MIN).tolist()
+    kept = order_windows(hashes, MIN).tolist()
     assert kept == sorted(kept, key=lambda at: (hashes[at], at))
     for at in range(len(hashes)):
         close = [before for before in range(max(at - MIN + 1, 0), at) if hashes[before] == hashes[at]]
