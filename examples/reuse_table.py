@@ -18,8 +18,8 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine, SemShareError
+from semsharekv_integrations.config import MODE_SETTINGS
 from semsharekv_integrations.lab import world
-from semsharekv_integrations.modes import MODE_SETTINGS
 
 REFERENCE_MODEL = "semsharekv/reference"
 COLUMNS = ("", "prompt", "prefix", "identical", "similar", "computed", "TTFT", "in full", "documents")

@@ -13,8 +13,8 @@ from random import Random
 
 import torch
 
+from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import AuditConfig
-from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.report import AuditResult
 
 MOST_NAMESPACES = 10_000  # whose outcomes are kept, those audited latest

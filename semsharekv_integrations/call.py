@@ -1,101 +1,118 @@
-"""One call: what it yields, who reads it, and whether anybody still does."""
+"""One answer as it grows: its text, tokens and times, and the report that goes with it.
+
+Knows nothing about models and stores: it is told what they did.
+"""
 
 from __future__ import annotations
 
-import contextvars
-import threading
-from asyncio import AbstractEventLoop
-from collections import deque
-from collections.abc import Callable, Generator
-from contextvars import ContextVar
-from queue import SimpleQueue
-from time import perf_counter
-from typing import Any, Generic, TypeVar
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-T = TypeVar("T")
-GROUP: ContextVar[deque[Call[Any]] | None] = ContextVar("group", default=None)  # those that belong together
-_CURRENT: ContextVar[Call[Any] | None] = ContextVar("call", default=None)
+import torch
 
-
-class CallLeft(BaseException):
-    """Is raised where a call stands when nobody wants more of it; it may take care of what it has."""
+from semsharekv_integrations.config import Mode
+from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Mask, Rendered, ToolCall
+from semsharekv_integrations.model.selective import Outcome
+from semsharekv_integrations.report import DocumentUse, ReuseReport, SourceUse, Stopwatch
+from semsharekv_integrations.reuse.plan import ReusePlan
+from semsharekv_integrations.text.tool_calls import Said
 
 
-class End:
-    """Marks the end of what a call yields, with the error that ended it, if any."""
+@dataclass
+class Answer:
+    """One generation as it grows."""
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    ttft_s: float = 0.0
+    finish_reason: FinishReason = "cancelled"
+    first_logits: list[torch.Tensor] = field(default_factory=list)
+    kept_bytes: int | None = None  # of the prompt's KV, where not all of it was kept for decoding
 
+    def see(self, most: int, logits: torch.Tensor) -> None:
+        """Keep the logits [B, V] of the first ``most`` tokens, for an audit."""
+        if len(self.first_logits) < most:
+            self.first_logits.append(logits)
 
-class Call(Generic[T]):
-    """One call.
+    def add(self, token_id: int, said: Said) -> None:
+        """One more token, and what it made certain."""
+        if not self.token_ids:
+            self.ttft_s = self.watch.elapsed_s
+        self.token_ids.append(token_id)
+        self.say(said)
 
-    Args:
-        items: what it yields, computed on the way.
-        shows: which of them its reader is told of.
-        deliver: takes these, and the ``End``, in the thread that computes.
-        loop: in which it is read, if in one.
+    def say(self, said: Said) -> None:
+        """More text and tool calls."""
+        self.text += said.text
+        self.tool_calls += said.tool_calls
 
-    Attributes:
-        runs_ahead: whether it goes on unasked.
-        is_driven: whether a thread is at work on it.
-        waited_s: how long it stood in line.
-    """
+    def end(self, *, whole: bool) -> None:
+        """Nothing more; ``whole`` unless a limit cut it."""
+        self.finish_reason = ("tool_calls" if self.tool_calls else "stop") if whole else "length"
 
-    def __init__(
-        self,
-        items: Generator[T, None, None],
-        shows: Callable[[T], bool],
-        deliver: Callable[[T | End], object],
-        loop: AbstractEventLoop | None = None,
-    ) -> None:
-        self.items: Generator[T, None, None] | None = items
-        self.shows = shows
-        self.deliver = deliver
-        self.loop = loop
-        self.runs_ahead = self.is_driven = self.is_left = self.has_begun = self.has_ended = False
-        self.is_wanted = True
-        self.waited_s = 0.0
-        self.asked_at = perf_counter()
-        self.reader = threading.current_thread()
-        self.listeners: deque[SimpleQueue[None]] = deque()
-        self.context = contextvars.copy_context()
-        self.context.run(_CURRENT.set, self)
-        group = GROUP.get()
-        if group is not None:
-            group.append(self)
+    def generation(self, report: ReuseReport) -> Generation:
+        """The whole, with ``report``."""
+        return Generation(self.text, self.token_ids, self.finish_reason, report, tuple(self.tool_calls))
 
-    @property
-    def is_read(self) -> bool:
-        """Whether somebody is there to read it.
-
-        Once the main thread has ended, that is a thread which Python joins, or what runs at exit and waits for it. Not
-        for the main thread to ask, where an interruption of ``is_alive`` would leave it taken for ended.
-        """
-        main = threading.main_thread()
-        if main.is_alive():
-            return True
-        if self.reader is not main:
-            return self.reader.is_alive() and not self.reader.daemon
-        return self.is_wanted or self.runs_ahead if self.loop is None else self.loop.is_running()
-
-    def end(self) -> None:
-        """Let go of what it held, and tell those who wait for that."""
-        self.items = None
-        self.context = contextvars.Context()
-        self.has_ended = True
-        while self.listeners:  # more may come meanwhile
-            self.listeners.popleft().put(None)
+    def completed(self, report: ReuseReport) -> ReuseReport:
+        """``report`` with what is known at the end."""
+        if self.kept_bytes is not None:
+            ratio = self.kept_bytes / report.kv_bytes
+            report = replace(report, kv_retained_bytes=self.kept_bytes, kv_retained_ratio=ratio)
+        return replace(
+            report,
+            ttft_s=self.ttft_s,
+            decode_s=self.watch.phases_s["decode"],
+            phases_s=dict(self.watch.phases_s),
+            output_tokens=len(self.token_ids),
+        )
 
 
-def current_call() -> Call[Any] | None:
-    """The call that the running code belongs to."""
-    return _CURRENT.get()
+def report_of(mode: Mode, rendered: Rendered, plan: ReusePlan, outcome: Outcome, kv_bytes: int) -> ReuseReport:
+    """What is known once the prompt's KV is there."""
+    reused = ~outcome.computed
+    fuzzy = int((plan.fuzzy & reused).sum())
+    prefix = min(plan.prefix_tokens, outcome.exact_tokens)
+    return ReuseReport(
+        mode=mode,
+        prompt_tokens=len(reused),
+        prefix_tokens=prefix,
+        identical_tokens=int(reused.sum()) - fuzzy - prefix,
+        fuzzy_tokens=fuzzy,
+        recomputed_tokens=int(outcome.computed.sum()),
+        compute_ratio=min(1.0, outcome.compute_ratio),  # a pass that fell back also did what it was to save
+        declined=outcome.fell_back or plan.declined,
+        deviation=outcome.deviation,
+        sources=_sources(plan, reused),
+        documents=tuple(
+            DocumentUse(s.document_id, s.stop - s.start, int(reused[s.start : s.stop].sum())) for s in rendered.segments
+        ),
+        kv_bytes=kv_bytes,
+        kv_retained_bytes=kv_bytes,
+    )
 
 
-def check_wanted() -> None:
-    """Raise ``CallLeft`` if nobody wants the call that the running code belongs to."""
-    call = _CURRENT.get()
-    if call is not None and call.is_left:
-        raise CallLeft
+def _sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
+    """How many tokens each reference gave, most first."""
+    tokens: Counter[str] = Counter()
+    if plan.prefix:
+        tokens[plan.prefix.reference.id] += plan.prefix_tokens
+    for borrowing in plan.borrowings:
+        tokens[borrowing.reference.id] += int(reused[borrowing.targets].sum())
+    return tuple(SourceUse(key, count) for key, count in tokens.most_common() if count)
+
+
+def chunks_of(said: Said) -> Iterator[GenerationChunk]:
+    """One chunk of text, perhaps empty, and one for each tool call."""
+    yield GenerationChunk(said.text)
+    yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
+
+
+def last_of(chunks: Iterator[GenerationChunk]) -> Generation:
+    """The generation that the last chunk carries."""
+    generation = [chunk.generation for chunk in chunks][-1]
+    assert generation is not None, "the last chunk carries the generation"
+    return generation

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import find_directories
 from semsharekv_integrations.store.disk import DISK

@@ -1,9 +1,19 @@
 """Errors that callers may want to catch. Bad arguments raise ``ValueError`` naming field, value and bound.
 
 None of these is a ``ValueError``: LlamaIndex takes that for a badly written answer, and goes on without one.
+
+Checks of settings: an error names the field, the value and what is accepted.
 """
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from os import PathLike
+from typing import Any
+
+import numpy as np
 
 
 class SemShareError(Exception):
@@ -44,3 +54,100 @@ class StoreLockedError(SemShareError):
 
 class StoreWriteError(SemShareError):
     """Stored KV could not be written to disk; the message names the file and the reason."""
+
+
+MOST_NESTED = 64  # mappings and sequences in each other, of what a caller gives
+MOST_SHOWN_CHARS = 400  # of a value in an error
+IN_UTF8 = " without lone surrogates, which no text in Unicode has"
+
+
+def require(ok: bool, name: str, value: object, accepted: str) -> None:
+    """Raise ``ValueError`` with field, value and what is accepted, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} is {shown(value)}; accepted is {accepted}")
+
+
+def shown(value: object) -> str:
+    """``value`` as an error names it: its beginning and its end where it is long."""
+    try:
+        text = repr(value)
+    except Exception as error:  # a value that cannot even be shown, such as a list within itself many times over
+        return f"a {type(value).__name__} ({type(error).__name__} when shown)"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    half = MOST_SHOWN_CHARS // 2
+    return text if len(text) <= MOST_SHOWN_CHARS else f"{text[:half]}...{text[-half:]}"
+
+
+def check_lifetime(name: str, ttl_s: object) -> None:
+    """Raise ``ValueError`` unless ``ttl_s`` is None or a positive number of seconds."""
+    accepted = ttl_s is None or (is_number(ttl_s) and ttl_s > 0)  # type: ignore[operator]
+    require(accepted, name, ttl_s, "None or a positive number of seconds")
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether ``value`` is an integer, and at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an integer or a float, and neither infinite nor NaN."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1000  # which a float can hold
+    return isinstance(value, float) and isfinite(value)
+
+
+def is_path(value: object) -> bool:
+    """Whether ``value`` may name a file: a string or path that is not empty, without a null character."""
+    return isinstance(value, str | PathLike) and bool(str(value)) and "\0" not in str(value)
+
+
+def nesting(value: object) -> int:
+    """How many mappings and sequences stand in each other in ``value``, at most ``MOST_NESTED`` and one more."""
+    level: list[Any] = [value]
+    depth = 0
+    while depth <= MOST_NESTED:
+        inner = [item for item in level if isinstance(item, Mapping) or _is_list(item)]
+        if not inner:
+            break
+        depth += 1
+        unlike = {id(item): item for item in inner}.values()  # else what stands in itself twice doubles each time
+        level = [part for item in unlike for part in (item.values() if isinstance(item, Mapping) else item)]
+    return depth
+
+
+def take_plain_numbers(config: object) -> None:
+    """Make Python's own numbers of NumPy's in the fields of a frozen dataclass, while it is made."""
+    for name, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: it has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_json(value: object) -> bool:
+    """Whether ``value`` can be written as JSON, and that as UTF-8."""
+    try:
+        return is_utf8(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def plain(text: str) -> str:
+    """The characters of ``text``, which may be of a class of its own, such as a member of an enumeration."""
+    return str.__str__(text)
+
+
+def is_share(value: object) -> bool:
+    """Whether ``value`` is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1  # type: ignore[operator]

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from semsharekv_integrations.cli.terminal import fold_error, print_table
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
-from semsharekv_integrations.terminal import fold_error, print_table
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
 _NUMBERS = ("tokens", "KV", "uses", "last used")

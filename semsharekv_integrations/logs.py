@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from semsharekv_integrations.checks import is_number, require
+from semsharekv_integrations.errors import is_number, require
 from semsharekv_integrations.report import ReuseReport
 
 LOGGER = logging.getLogger("semsharekv_integrations")

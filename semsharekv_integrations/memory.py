@@ -1,4 +1,14 @@
-"""What calls leave behind: KV in the store, the words of their replies, and the texts of their documents.
+"""What is forgotten while calls are under way, so that none of them brings it back.
+
+A call stores what it computed when it ends, and what was forgotten meanwhile may stand in that. Knows nothing about
+how KV is stored.
+
+What a finished prefill leaves for later: its exact part as a reference, the rest for its own session alone.
+
+KV that was computed behind a borrowed token is approximate. It never becomes a reference, or the error would be handed
+on as exact; the same session may continue from it, since its earlier answers rest on it anyway.
+
+What calls leave behind: KV in the store, the words of their replies, and the texts of their documents.
 
 Knows nothing about how KV is found or reused.
 """
@@ -7,25 +17,133 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
-from semsharekv_integrations.core.plan import ReusePlan, prefix_plan
-from semsharekv_integrations.forks import hold_at_forks
-from semsharekv_integrations.kv import UNPLACED, Reference, Rendered, Span, TokenIds
-from semsharekv_integrations.matching import segments_of
+from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, standing_within
 from semsharekv_integrations.model.selective import Outcome
-from semsharekv_integrations.parts import ModelParts
-from semsharekv_integrations.remember import references_of
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.request import Request, document_id
+from semsharekv_integrations.reuse.matching import segments_of
+from semsharekv_integrations.reuse.plan import ReusePlan, prefix_plan
+from semsharekv_integrations.runtime import ModelParts
 from semsharekv_integrations.store import KVStore
-from semsharekv_integrations.store.standing import has_form
-from semsharekv_integrations.under_way import Forgotten, Since, UnderWay
+from semsharekv_integrations.store.records import reference_id
+from semsharekv_integrations.store.standing import TextOf, has_form
+
+
+class Forgotten(NamedTuple):
+    """What somebody asked to be forgotten: all, a namespace, a session of it, or a document of it.
+
+    Attributes:
+        namespace: None for all of them.
+        session: None for all of them.
+        document_id: None for all that is there.
+        forms: the document's tokens, as far as they are known.
+    """
+
+    namespace: str | None = None
+    session: str | None = None
+    document_id: str | None = None
+    forms: Sequence[TokenIds] = ()
+
+    def covers(
+        self, namespace: str, session: str | None, names: Collection[str], token_ids: TokenIds, text_of: TextOf
+    ) -> bool:
+        """Whether a prompt of these ``token_ids``, with documents of these ``names``, has some of it."""
+        if self.namespace not in (None, namespace) or self.session not in (None, session):
+            return False
+        if self.document_id is None or self.document_id in names:
+            return True
+        return any(has_form(token_ids, form, text_of) for form in self.forms)
+
+
+class Since:
+    """A moment, from which on all that is forgotten is found, for as long as something holds it."""
+
+    _forgotten: Forgotten | None = None  # next, and the moment behind it
+    _later: Since | None = None
+
+    def forgotten(self) -> Iterator[Forgotten]:
+        """What was forgotten since."""
+        moment = self
+        while moment._later is not None and moment._forgotten is not None:
+            yield moment._forgotten
+            moment = moment._later
+
+
+class UnderWay:
+    """What was forgotten while calls were under way.
+
+    To begin a call takes no lock, so that an interruption leaves none taken; only one thread at a time may ``tell``.
+    """
+
+    def __init__(self) -> None:
+        self._now = Since()
+
+    def begin(self) -> Since:
+        """The present moment, in which a call begins."""
+        return self._now
+
+    def tell(self, forgotten: Forgotten) -> None:
+        """All calls that began must not bring this back."""
+        now, later = self._now, Since()
+        now._forgotten = forgotten
+        now._later = later
+        self._now = later
+
+
+def references_of(
+    token_ids: TokenIds,
+    layers: tuple[LayerKV, ...],
+    exact_tokens: int,
+    segments: tuple[Segment, ...],
+    namespace: str,
+    documents: Mapping[str, Span],
+    session: str | None = None,
+    borrowed: Mapping[str, Span] | None = None,
+) -> list[Reference]:
+    """The references that may be stored, none to two.
+
+    Args:
+        token_ids: [S] of prompt and answer.
+        layers: KV of the same tokens.
+        exact_tokens: number of leading tokens whose KV is that of a full prefill.
+        segments: of the prompt.
+        namespace: who may read them.
+        documents: the caller's, and where each stands. One that is not exact as a whole is not kept in part, where
+            it could not be told from others that begin alike.
+        session: whose conversation it is, or None.
+        borrowed: the documents that KV was borrowed from, which the exact part keeps no word of either.
+    """
+    found = []
+    exact = min(exact_tokens, len(token_ids))
+    kept = tuple(segment for segment in segments if segment.stop <= exact)
+    cut = [span.start for span in documents.values() if 0 <= span.start < exact < span.stop]
+    whole = min([exact, *cut, *(span.start for span in (borrowed or {}).values())])
+    if whole:
+        parts = tuple(_first_tokens(layer, whole) for layer in layers)
+        ids, own = token_ids[:whole], tuple(segment for segment in kept if segment.stop <= whole)
+        exactly = Reference(reference_id(namespace, ids), namespace, ids, parts, segments=own, session=session)
+        found.append(exactly.labelled(standing_within(documents, whole)))
+    if session is not None and exact < len(token_ids):
+        key = reference_id(namespace, token_ids)
+        rest = Reference(key, namespace, token_ids, layers, segments=kept, exact_tokens=exact, session=session)
+        found.append(rest.labelled({**(borrowed or {}), **documents}))
+    return found
+
+
+def _first_tokens(layer: LayerKV, num_tokens: int) -> LayerKV:
+    """A copy of the first tokens' KV, so that it does not keep the rest in memory; the whole as it is."""
+    if layer.keys.shape[2] == num_tokens:
+        return layer
+    return LayerKV(layer.keys[:, :, :num_tokens].clone(), layer.values[:, :, :num_tokens].clone())
+
 
 MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named
 

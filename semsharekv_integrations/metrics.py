@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from semsharekv_integrations.checks import require
-from semsharekv_integrations.errors import SemShareError
+from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.report import ReuseReport
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from semsharekv_integrations.modes import Mode
+from semsharekv_integrations.config import Mode
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,34 @@
-"""What a caller asked for, checked before anything is computed."""
+"""What a caller asked for, checked before anything is computed.
+
+Checks of what callers give to methods of the engine beside the options of a call: see ``request``.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.checks import IN_UTF8, MOST_NESTED, is_json, is_utf8, nesting, plain, require, shown
-from semsharekv_integrations.config import SamplingConfig, checked_stop
-from semsharekv_integrations.errors import PromptError
+from semsharekv_integrations.config import EngineConfig, SamplingConfig, checked_stop
+from semsharekv_integrations.errors import (
+    IN_UTF8,
+    MOST_NESTED,
+    PromptError,
+    check_lifetime,
+    is_json,
+    is_path,
+    is_utf8,
+    nesting,
+    plain,
+    require,
+    shown,
+)
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
-from semsharekv_integrations.model.chat_text import RENDERING_OPTIONS
-from semsharekv_integrations.model.prompt import Prompt
-from semsharekv_integrations.model.room import require_room
-from semsharekv_integrations.model.tool_format import Tool
+from semsharekv_integrations.text.chat_template import RENDERING_OPTIONS
+from semsharekv_integrations.text.prompt import Prompt, require_room
+from semsharekv_integrations.text.tool_format import Tool
 
 _CHOICES = ("auto", "none", "any")
 DOCUMENTS = "texts in a list, or texts by id in a dict"
@@ -308,3 +322,36 @@ def document_id(text: object) -> str:
     require(isinstance(text, str), "documents", text, DOCUMENTS)
     _checked_text("documents", text)
     return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()
+
+
+def checked_config(config: object) -> EngineConfig:
+    """The settings, or the usual ones."""
+    require(config is None or isinstance(config, EngineConfig), "config", config, "an EngineConfig or None")
+    return cast(EngineConfig, config) if config is not None else EngineConfig()
+
+
+def checked_path(path: object) -> Path:
+    """The path of a file."""
+    require(is_path(path), "path", path, "the path of a file")
+    return Path(cast(Any, path))
+
+
+def checked_prompts(prompts: object) -> Iterable[Prompt]:
+    """Several prompts; what each of them is has to be checked when it is its turn."""
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
+    require(several, "prompts", prompts, "a list of prompts, each text or a sequence of messages")
+    return cast(Iterable[Prompt], prompts)
+
+
+def checked_scope(namespace: object, session: object) -> tuple[str | None, str | None]:
+    """Names or None; a session has a namespace."""
+    require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
+    return checked_name_or_none("namespace", namespace), checked_name_or_none("session", session)
+
+
+def check_warming(documents: object, pinned: object, ttl_s: object, progress: object) -> None:
+    """Raise ``ValueError`` unless there are documents, and the rest is of its type; the texts are not looked at."""
+    require(documents is not None, "documents", documents, DOCUMENTS)
+    check_lifetime("ttl_s", ttl_s)
+    for name, value in (("pinned", pinned), ("progress", progress)):
+        require(isinstance(value, bool), name, value, "True or False")

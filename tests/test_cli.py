@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from semsharekv_integrations import SemShareEngine, chat
-from semsharekv_integrations.cli import main
+from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations.cli import chat
+from semsharekv_integrations.cli.main import main
 
 COMMANDS = ("demo", "chat", "bench", "quality", "inspect", "clear")
 CHAT = ("chat", "--max-new-tokens", "12")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
-from semsharekv_integrations.cli import main
+from semsharekv_integrations.cli.main import main
 from semsharekv_integrations.demo import articles, flow, models, parts, table
 from semsharekv_integrations.demo.flow import Call
 from tiny_models import EngineMaker, make_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from semsharekv_integrations.cli import main
+from semsharekv_integrations.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -21,18 +21,18 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from semsharekv_integrations.core.lsh import (
+from semsharekv_integrations.kv import TokenIds
+from semsharekv_integrations.lab import world
+from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
+from semsharekv_integrations.reuse.matching import (
     lsh_recall,
     mean_hamming_distance,
     nearest_tokens,
     paper_similarity,
     rotated_embeddings,
 )
-from semsharekv_integrations.index import Embedder, PooledEmbedder, SentenceEmbedder
-from semsharekv_integrations.kv import TokenIds
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.world import Document
-from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
+from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SentenceEmbedder
 
 Similarities = NDArray[np.float64]
 Measure = Callable[[Sequence[str], Sequence[str]], Similarities]

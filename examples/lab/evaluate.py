@@ -24,7 +24,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.lab import prompts, world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel, resolve
-from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
+from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 
 HELD_OUT_SEED = 90_000
 QUESTION_DOCUMENTS = (1, 2, 3, 4, 5, 6)

@@ -19,16 +19,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig
-from semsharekv_integrations.core.lsh import lsh_recall, rotated_embeddings
-from semsharekv_integrations.index import PooledEmbedder
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.lab.figures import UNTIMED, Figure, estimate_mean
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case
-from semsharekv_integrations.matching import LONGEST_EXACT_TOKENS
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.layers import decoder_layers
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, lsh_recall, rotated_embeddings
+from semsharekv_integrations.reuse.similarity import PooledEmbedder
 
 SIMILARITY = Figure("similarity", "similarity", ".2f", lambda p: p.own.extra.get("similarity"), over=lambda o: True)
 RECALL = Figure(

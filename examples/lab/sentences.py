@@ -12,7 +12,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.scenarios import Case, Scene, ask_about_scene, maybe_shuffle

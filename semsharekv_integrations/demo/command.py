@@ -8,9 +8,9 @@ import sys
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.cli.terminal import add_engine_arguments, load_engine
 from semsharekv_integrations.demo import models
-from semsharekv_integrations.engine_arguments import add_engine_arguments, load_engine
+from semsharekv_integrations.errors import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -75,7 +75,7 @@ def prepare(choice: Choice) -> None:
     """
     if choice.gguf is None:
         return
-    from semsharekv_integrations.model.gguf import convert
+    from semsharekv_integrations.model.loading import convert
 
     try:
         convert(choice.gguf, Path(choice.name))

@@ -19,10 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.errors import SemShareError
+from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.kv import Generation, Reference
 from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
 from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Corrupt, Subject, drop_guard

@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from semsharekv_integrations.cli.terminal import HelpFormatter
 from semsharekv_integrations.config import AuditConfig
 from semsharekv_integrations.lab import dataset, prompts, report, scenarios
 from semsharekv_integrations.lab.bench import JUDGINGS, Bench, Results, Study
@@ -51,8 +52,7 @@ from semsharekv_integrations.lab.policies import (
 from semsharekv_integrations.lab.scenarios import DRAWN, NEGATIVE_CONTROL, Scenario
 from semsharekv_integrations.lab.sized import SIZED, make_sized_case
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress_bars
-from semsharekv_integrations.model.prompt import PromptRenderer
-from semsharekv_integrations.terminal import HelpFormatter
+from semsharekv_integrations.text.prompt import PromptRenderer
 
 SCENARIOS = tuple(dict.fromkeys([*DRAWN, *SIZED]))
 FAMILIES = {"reworded": tuple(name for name in SIZED if name.startswith("reworded"))}  # of prompts at a length

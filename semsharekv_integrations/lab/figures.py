@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semsharekv_integrations.config import Mode
 from semsharekv_integrations.lab.policies import EXACT, FULL
-from semsharekv_integrations.modes import Mode
 from semsharekv_integrations.report import ReuseReport
 
 CONTROLS: tuple[Mode, ...] = ("off", "exact")  # modes that reuse nothing off the prefix

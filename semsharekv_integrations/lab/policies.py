@@ -17,8 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from semsharekv_integrations.checks import require
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.kv import Reference
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 

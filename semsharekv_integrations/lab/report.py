@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from semsharekv_integrations.cli.terminal import print_table
 from semsharekv_integrations.lab.bench import Results, Study
 from semsharekv_integrations.lab.figures import FIGURES, Estimate, Figure, Row
 from semsharekv_integrations.lab.policies import Subject
-from semsharekv_integrations.terminal import print_table
 
 PROGRAM = "semsharekv"
 UNKNOWN_COMMIT = "unknown"

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from semsharekv_integrations.langchain.chat_models import ChatSemShareKV
+from semsharekv_integrations.langchain.documents import DocumentTracker
 from semsharekv_integrations.langchain.llms import SemShareKVLLM
-from semsharekv_integrations.langchain.tracking import DocumentTracker
 from semsharekv_integrations.langchain.warming import SemShareKVWarmer
 
 if TYPE_CHECKING:

@@ -17,15 +17,22 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
 from pydantic import Field, SecretStr
 
-from semsharekv_integrations.concurrency import outcomes_of, raising
+from semsharekv_integrations.concurrency.streams import outcomes_of, raising
 from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
 from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
-from semsharekv_integrations.langchain.messages import engine_messages
-from semsharekv_integrations.langchain.outputs import details_of, usage_of
-from semsharekv_integrations.langchain.overflow import known_to_langchain
-from semsharekv_integrations.langchain.structured import Method, json_schema_of, parsed, parser_of
-from semsharekv_integrations.langchain.tools import ChatOptions, Tool, ToolCallChunks, engine_choice, openai_tools
+from semsharekv_integrations.langchain.messages import details_of, engine_messages, known_to_langchain, usage_of
+from semsharekv_integrations.langchain.tools import (
+    ChatOptions,
+    Method,
+    Tool,
+    ToolCallChunks,
+    engine_choice,
+    json_schema_of,
+    openai_tools,
+    parsed,
+    parser_of,
+)
 from semsharekv_integrations.model.loading import is_local
 
 

@@ -16,12 +16,9 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from semsharekv_integrations import kv
-from semsharekv_integrations.concurrency import all_of_streams, raising
-from semsharekv_integrations.langchain.base import LocalModel
-from semsharekv_integrations.langchain.options import CallOptions, SamplingFields, under_own_names
-from semsharekv_integrations.langchain.outputs import details_of, usage_of
-from semsharekv_integrations.langchain.overflow import known_to_langchain
-from semsharekv_integrations.streams import Stream
+from semsharekv_integrations.concurrency.streams import Stream, all_of_streams, raising
+from semsharekv_integrations.langchain.base import CallOptions, LocalModel, SamplingFields, under_own_names
+from semsharekv_integrations.langchain.messages import details_of, known_to_langchain, usage_of
 
 
 class SemShareKVLLM(LocalModel, BaseLLM):

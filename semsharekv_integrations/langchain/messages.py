@@ -1,10 +1,23 @@
-"""LangChain's messages as the mappings that chat templates take. Knows nothing about models."""
+"""LangChain's messages as the mappings that chat templates take. Knows nothing about models.
+
+Content blocks as text, in a history that any provider's model may have begun.
+
+Text is read. Reasoning and what a provider's own servers did is left out, as chat templates leave it out of earlier
+turns. What holds an image, a sound or a file is refused: the answer would be about something else without it.
+
+A finished generation as LangChain reports it: token usage, and details that are plain JSON.
+
+A prompt that is too long, as the error that LangChain's middleware and fallbacks look for.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -14,9 +27,10 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
-from semsharekv_integrations.checks import require
-from semsharekv_integrations.langchain.blocks import CALLS, RESULTS, block_call, block_text, joined_text, openai_call
+from semsharekv_integrations.errors import ContextWindowError, require
+from semsharekv_integrations.kv import Generation
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),
@@ -111,3 +125,162 @@ def _role(field: str, message: BaseMessage) -> str:
     role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
     require(role is not None, field, type(message).__name__, "a system, human, AI, tool, function or chat message")
     return str(role)
+
+
+ACCEPTED = "'text' or 'text-plain', with its text"
+CALLS = ("tool_call", "tool_use", "function_call")
+RESULTS = ("tool_result", "function_call_output")
+_TEXT_KEYS = {
+    "text": "text",
+    "text-plain": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "guard_content": "text",
+    "refusal": "refusal",
+}
+_LEFT_OUT = {  # in whatever message: they are no part of what is said
+    "thinking",
+    "redacted_thinking",
+    "reasoning",
+    "reasoning_content",
+    "citation",
+    "non_standard_annotation",
+    "prompt_cache_breakpoint",
+    "cache_point",
+    "invalid_tool_call",
+    "tool_call_chunk",
+    "input_json_delta",
+    "tool_reference",
+}
+_MEDIA = {
+    "image",
+    "image_url",
+    "input_image",
+    "image_generation_call",
+    "audio",
+    "input_audio",
+    "output_audio",
+    "video",
+    "video_url",
+    "file",
+    "input_file",
+    "file_data",
+    "media",
+    "document",
+}
+_CACHE_POINTS = ("cachePoint", "cache_point", "cacheControl")  # the only keys of blocks without a type
+
+
+def block_text(field: str, block: Any, *, in_answer: bool) -> str | None:
+    """The text of a content block, or None for one that is left out.
+
+    Args:
+        field: what the block is called in an error.
+        block: the block.
+        in_answer: whether a model wrote it: what is neither text nor media there is a provider's bookkeeping.
+
+    Raises:
+        ValueError: if the block cannot be read and matters.
+    """
+    if isinstance(block, str):
+        return block
+    require(isinstance(block, Mapping), field, type(block).__name__, "a text or a mapping with a type")
+    kind, value = block.get("type"), block.get("value")
+    if kind == "non_standard" and isinstance(value, Mapping):
+        return block_text(f"{field}.value", value, in_answer=in_answer)
+    if kind in _LEFT_OUT or (kind is None and block.keys() <= set(_CACHE_POINTS)):
+        return None
+    text = _own_text(field, block)
+    if text is None and in_answer and kind not in _MEDIA and kind not in _TEXT_KEYS:
+        said = block.get("content" if kind == "compaction" else "text")
+        return said if isinstance(said, str) else None
+    require(text is not None, f"{field}.type", kind, ACCEPTED)
+    return text
+
+
+def _own_text(field: str, block: Mapping[str, Any]) -> str | None:
+    """The text that a block of some type holds, in the place that its type has for it."""
+    kind, source = str(block.get("type")), block.get("source")
+    text: Any = block.get(_TEXT_KEYS[kind]) if kind in _TEXT_KEYS else None
+    if kind == "file" and block.get("source_type") == "text":
+        text = block.get("text")
+    elif kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
+        text = source.get("data")
+    elif kind == "document" and isinstance(source, Mapping) and source.get("type") == "content":
+        return joined_text(f"{field}.source.content", source.get("content"))
+    elif kind == "search_result":
+        return joined_text(f"{field}.content", block.get("content"))
+    elif kind == "json":
+        return json.dumps(block.get("json"), ensure_ascii=False)
+    return text if isinstance(text, str) else None
+
+
+def joined_text(field: str, content: Any) -> str:
+    """The text of blocks within a block; they may be one text, or nothing.
+
+    Raises:
+        ValueError: if one of them is no text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    require(isinstance(content, Sequence), field, type(content).__name__, "a text, or blocks in a list")
+    texts = (block_text(f"{field}[{at}]", block, in_answer=False) for at, block in enumerate(content))
+    return "".join(text for text in texts if text)
+
+
+def block_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The call that a block holds, in OpenAI's form; None if its arguments are no JSON, as those of a cut answer.
+
+    Raises:
+        ValueError: if the block has no name or no arguments.
+    """
+    given = next((block[key] for key in ("args", "input", "arguments") if key in block), None)
+    require(bool(block.get("name")) and given is not None, f"{field}.type", block.get("type"), f"{ACCEPTED}, or a call")
+    return openai_call(block["name"], given, block.get("call_id") or block.get("id") or "")
+
+
+def openai_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None:
+    """A call in OpenAI's form; None if its arguments are neither an object nor JSON text of one."""
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}", strict=False)
+    if not isinstance(arguments, Mapping):
+        return None
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+PROVIDER = "semsharekv"  # LangChain trusts reported usage where this is the model's provider too
+
+
+def usage_of(generation: Generation) -> UsageMetadata:
+    """Token counts; ``cache_read`` is the prompt tokens whose KV was not computed."""
+    report = generation.report
+    return UsageMetadata(
+        input_tokens=report.prompt_tokens,
+        output_tokens=report.output_tokens,
+        total_tokens=report.prompt_tokens + report.output_tokens,
+        input_token_details=InputTokenDetails(cache_read=report.reused_tokens),
+    )
+
+
+def details_of(generation: Generation, model_name: str) -> dict[str, Any]:
+    """Model, provider, finish reason, and the whole report as ``kv_cache``."""
+    return {
+        "model_name": model_name,
+        "model_provider": PROVIDER,
+        "finish_reason": generation.finish_reason,
+        "kv_cache": generation.report.to_dict(),
+    }
+
+
+class PromptOverflowError(ContextWindowError, ContextOverflowError):
+    """A ``ContextWindowError`` that LangChain knows too."""
+
+
+@contextmanager
+def known_to_langchain() -> Iterator[None]:
+    """Inside, a ``ContextWindowError`` becomes one that is LangChain's as well."""
+    try:
+        yield
+    except ContextWindowError as error:
+        raise PromptOverflowError(str(error)) from error

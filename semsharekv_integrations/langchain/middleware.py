@@ -11,8 +11,7 @@ from typing import Any
 
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 
-from semsharekv_integrations.langchain.base import LocalModel
-from semsharekv_integrations.langchain.calls import configured
+from semsharekv_integrations.langchain.base import LocalModel, configured
 from semsharekv_integrations.langchain.documents import documents_in, in_artifacts, named
 
 

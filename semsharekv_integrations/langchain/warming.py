@@ -7,8 +7,8 @@ from typing import Any
 
 from langchain_core.documents import BaseDocumentTransformer, Document
 
-from semsharekv_integrations.checks import check_lifetime, require
 from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.errors import check_lifetime, require
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.documents import engine_documents
 from semsharekv_integrations.request import checked_name_or_none

@@ -17,8 +17,8 @@ from llama_index.core.base.llms.types import CachePoint, ChatMessage, TextBlock
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
-from semsharekv_integrations.checks import require
-from semsharekv_integrations.forks import hold_at_forks
+from semsharekv_integrations.concurrency.threads import hold_at_forks
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.request import DocumentNotes, Documents, document_id
 
 CONTEXT_ARGUMENTS = ("context_str", "context_msg", "context")

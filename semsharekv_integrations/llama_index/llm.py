@@ -22,22 +22,21 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
-from semsharekv_integrations.checks import require
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.llama_index.refusals import handed_on
-from semsharekv_integrations.llama_index.structured import SchemaLLM
-from semsharekv_integrations.llama_index.tools import with_one_call
-from semsharekv_integrations.llama_index.translate import (
+from semsharekv_integrations.errors import require
+from semsharekv_integrations.llama_index.messages import (
     Responder,
     astream_responses,
     chat_response,
     completion_response,
     engine_messages,
+    handed_on,
     stream_responses,
     whole_response,
 )
+from semsharekv_integrations.llama_index.tools import SchemaLLM, with_one_call
 from semsharekv_integrations.model.loading import arguments_of
-from semsharekv_integrations.model.prompt import Prompt
+from semsharekv_integrations.text.prompt import Prompt
 
 
 class SemShareKVLLM(SchemaLLM):

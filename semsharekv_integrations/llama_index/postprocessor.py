@@ -1,16 +1,28 @@
-"""A query engine's last node postprocessor, which tells the LLM what was retrieved. Changes no nodes."""
+"""A query engine's last node postprocessor, which tells the LLM what was retrieved. Changes no nodes.
+
+KV ahead of time: a transformation of an ingestion pipeline that computes what queries will reuse.
+
+Changes no nodes. Knows nothing about how KV is computed or kept.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core import Settings
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import Field, field_validator
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TransformComponent
+from pydantic import computed_field
 
-from semsharekv_integrations.checks import require
+from semsharekv_integrations.errors import check_lifetime, require
 from semsharekv_integrations.llama_index.base import EngineLLM
+from semsharekv_integrations.llama_index.documents import NodeText
+from semsharekv_integrations.logs import log_trouble
+from semsharekv_integrations.request import checked_name_or_none
 
 
 def settings_llm() -> EngineLLM:
@@ -55,3 +67,74 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         self.llm.note(nodes, self.namespace)
         return nodes
+
+
+class SemShareKVWarmer(TransformComponent):
+    """Computes the KV of nodes when they are ingested, so that the first query that retrieves them reuses it.
+
+    Put it behind the splitter and whatever else changes nodes' texts::
+
+        IngestionPipeline(transformations=[SentenceSplitter(chunk_size=256), SemShareKVWarmer(llm=llm)])
+
+    A pipeline skips transformations that its cache has seen with the same nodes and settings. So that it does not skip
+    this one where the KV is gone, its settings tell where the KV is: in the store's directory, or in this process.
+    Not for pipelines that run in several processes, each of which would compute KV for itself; and in mode ``exact`` of
+    use only to prompts that begin with a node's text.
+
+    Attributes:
+        llm: whose engine keeps the KV; ``Settings.llm`` at construction if it is not given. Not serialized.
+        namespace: who may reuse it; None for the namespace of ``llm``.
+        pinned: whether the store never evicts it to make room. Default False.
+        ttl_s: seconds after their last use at which entries expire, or None to keep them while there is room.
+        progress: whether to show a progress bar. Default False. Not serialized.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+
+    llm: EngineLLM = Field(default_factory=settings_llm, exclude=True)
+    namespace: str | None = None
+    pinned: bool = False
+    ttl_s: float | None = None
+    progress: bool = Field(default=False, exclude=True)
+
+    @field_validator("ttl_s", mode="before")
+    @classmethod
+    def _checked_lifetime(cls, ttl_s: Any) -> Any:
+        check_lifetime("ttl_s", ttl_s)
+        return ttl_s
+
+    @computed_field(repr=False)  # type: ignore[prop-decorator]
+    @property
+    def kept_in(self) -> str:
+        """A digest of where the KV is, which is another one once that is gone, for the pipeline's cache to go by."""
+        engine = self.llm.engine
+        place = str(engine.config.store.directory or self.llm.object_name)
+        return hashlib.blake2b("\0".join([engine.name, place, self._namespace]).encode(), digest_size=8).hexdigest()
+
+    @property
+    def _namespace(self) -> str:
+        return checked_name_or_none("namespace", self.namespace) or self.llm.kv_namespace
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex serializes."""
+        return "SemShareKVWarmer"
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """The same nodes, when the KV of each that has text is stored; how many the store has no room for is logged.
+
+        Raises:
+            ContextWindowError: if a node's text is longer than the model's context window.
+        """
+        forms = {node.node_id: NodeText.of(node).forms for node in nodes}
+        texts = {key: found[0] for key, found in forms.items() if found}
+        stored = self.llm.engine.warm(texts, self._namespace, self.pinned, self.ttl_s, self.progress)
+        if stored < len(texts) and self.llm.engine.config.reuse.mode != "off":
+            log_trouble("nodes_not_kept", nodes=len(texts) - stored)
+        self.llm.note(nodes, self._namespace)
+        return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """As a call, without blocking the event loop."""
+        return await asyncio.to_thread(self, nodes, **kwargs)

@@ -3,6 +3,6 @@
 Versions that were not tested are refused here already, as some cannot even be imported from.
 """
 
-from semsharekv_integrations.model.versions import require_tested_transformers
+from semsharekv_integrations.versions import require_tested_transformers
 
 require_tested_transformers()

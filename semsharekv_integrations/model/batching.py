@@ -15,8 +15,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations.call import current_call
-from semsharekv_integrations.forks import tell_of_forks
+from semsharekv_integrations.concurrency.scheduler import get_current_job
+from semsharekv_integrations.concurrency.threads import tell_of_forks
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
 
@@ -30,7 +30,7 @@ class Row:
     def __init__(self, together: SharedDecoding) -> None:
         self.waits = self.late = self.shares = self.has_left = False
         self.thread = 0
-        self.call = current_call()
+        self.call = get_current_job()
         self.ids = torch.empty(1, 0)
         self.cache = DynamicCache()
         self.num_stored = 0  # tokens that have KV in the joint cache

@@ -19,8 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import cached_file
 
-from semsharekv_integrations.checks import is_whole, require, shown
-from semsharekv_integrations.errors import ModelLoadError
+from semsharekv_integrations.errors import ModelLoadError, is_whole, require, shown
 
 REFERENCE_MODEL = "semsharekv/reference"
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -1,6 +1,10 @@
 """Where a model comes from: configuration, tokenizer and weights, by name or as given objects.
 
 Each is read when first asked for, so that what a framework wants to know beforehand loads no weights.
+
+Where a model's input embeddings are: in their module, or kept elsewhere by accelerate until a pass needs them.
+
+A GGUF file as an ordinary transformers folder, so that it is dequantized once and not at every start.
 """
 
 from __future__ import annotations
@@ -8,12 +12,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -28,11 +35,10 @@ from transformers import (
 from transformers.utils import is_gguf_available, is_peft_available
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error, tqdm
 
-from semsharekv_integrations.checks import require
-from semsharekv_integrations.errors import ModelLoadError, SemShareError, UnsupportedModelError
+from semsharekv_integrations.errors import ModelLoadError, SemShareError, UnsupportedModelError, require
 from semsharekv_integrations.model.files import FILE_OPTIONS, REFERENCE_MODEL, ModelFiles, in_one_line, resolve
 from semsharekv_integrations.model.layers import PROMPT_LEARNING, require_loadable_decoder
-from semsharekv_integrations.model.versions import require_tested_transformers
+from semsharekv_integrations.versions import require_tested_transformers
 
 __all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "hide_progress_bars", "resolve", "window_of"]
 _APART = {"adapter_kwargs", "output_loading_info", "quantization_config", "torch_dtype"}
@@ -302,3 +308,79 @@ def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     fits = dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
     require(fits, "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")
     return "auto" if dtype == "auto" or found is None else found
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in.
+
+    Raises:
+        UnsupportedModelError: if the model's weights are nowhere.
+    """
+    module = model.get_input_embeddings()
+    hook = _offloading_hook(module)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    found: torch.device = module.weight.device
+    if found.type == "meta":
+        raise UnsupportedModelError(f"{type(model).__name__} has no weights: they are on device 'meta'")
+    return found
+
+
+def has_embeddings_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether accelerate keeps them on disk or host between passes."""
+    return _offloading_hook(model.get_input_embeddings()) is not None
+
+
+def embeddings_of(model: PreTrainedModel) -> torch.Tensor:
+    """The input embeddings of all tokens [V, hidden]; read from disk if that is where they are."""
+    module = model.get_input_embeddings()
+    hook = _offloading_hook(module)
+    weights: Mapping[str, torch.Tensor] = {"weight": module.weight} if hook is None else hook.weights_map
+    found = weights["weight"].detach()
+    return found.dequantize() if hasattr(found, "__tensor_flatten__") else found
+
+
+def _offloading_hook(module: torch.nn.Module) -> Any:
+    """What accelerate puts before a module to bring in its weights, or None if they are in it."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = (hook, *getattr(hook, "hooks", ()))
+    return next((one for one in hooks if getattr(one, "offload", False) and one.weights_map is not None), None)
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write ``folder``, whole or not at all, readable by its owner alone. Weights are kept in bfloat16.
+
+    Raises:
+        OSError: if the folder cannot be written.
+        ModelLoadError: if the file cannot be read, or is no model that transformers reads.
+    """
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
+    try:
+        source = NamedModel(str(path), "cpu", torch.bfloat16, {})
+        with _reading_once():
+            source.load().save_pretrained(part)
+            source.tokenizer.save_pretrained(part)
+        if not folder.exists():
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Let transformers, which asks gguf for a file's content three times and for a name map per module, ask once."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Slices a plain array, which takes a fifth of the time that slicing a memory map takes."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    names = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    vars(gguf).update(GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
+    try:
+        yield
+    finally:
+        vars(gguf).update(names)

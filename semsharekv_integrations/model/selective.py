@@ -17,18 +17,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from semsharekv_integrations.core.plan import ReusePlan, build_plan
-from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
+from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, Reference, Run, TokenIds
-from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.adapter import PROBE_SHIFT, ModelAdapter, Prefill, find_rotations
 from semsharekv_integrations.model.attention import blocked_attention, watched_attention
-from semsharekv_integrations.model.gathered import GatheredCache, gather
 from semsharekv_integrations.model.layers import decoder_layers, require_reuse_off_prefix, windows_of
-from semsharekv_integrations.model.rotation import PROBE_SHIFT, find_rotations
-from semsharekv_integrations.model.rows import LayerView, Measure, RowPass
-from semsharekv_integrations.modes import ReuseRules
+from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
 from semsharekv_integrations.report import Stopwatch
+from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
+from semsharekv_integrations.reuse.selection import Signal, deviation, priorities, selected
 
 
 class Outcome(NamedTuple):

@@ -22,8 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from semsharekv_integrations.checks import is_whole
-from semsharekv_integrations.errors import StoreFileError, StoreWriteError
+from semsharekv_integrations.errors import StoreFileError, StoreWriteError, is_whole
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.files import digest_tensors

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from semsharekv_integrations.concurrency.threads import tell_of_forks
 from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
-from semsharekv_integrations.forks import tell_of_forks
 from semsharekv_integrations.store.catalog import (
     CATALOG,
     Catalog,

@@ -17,9 +17,9 @@ from itertools import count
 import numpy as np
 import torch
 
+from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreWriteError
-from semsharekv_integrations.forks import hold_at_forks
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.namespace import Entry, Namespace, shorten

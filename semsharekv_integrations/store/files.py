@@ -23,8 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from semsharekv_integrations.checks import is_whole
-from semsharekv_integrations.errors import StoreFileError, StoreWriteError
+from semsharekv_integrations.errors import StoreFileError, StoreWriteError, is_whole
 from semsharekv_integrations.store.records import FileRecord
 
 FORMAT_VERSION = 1

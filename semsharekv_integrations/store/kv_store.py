@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from semsharekv_integrations.checks import plain
+from semsharekv_integrations.concurrency.threads import do_when_free, hold_at_forks, tell_of_forks
 from semsharekv_integrations.config import StoreConfig
-from semsharekv_integrations.forks import hold_at_forks, tell_of_forks
+from semsharekv_integrations.errors import plain
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, space_name
 from semsharekv_integrations.store.codec import pack_if_room
 from semsharekv_integrations.store.directory import KVDirectory
@@ -29,7 +29,6 @@ from semsharekv_integrations.store.namespace import Entry, Namespace, begins_wit
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
 from semsharekv_integrations.store.standing import entries_with, forms_of
-from semsharekv_integrations.threads import do_when_free
 
 
 class KVStore:

@@ -8,8 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import UNPLACED, Reference, Run, SpaceName, Span, TokenIds, standing_within
+from semsharekv_integrations.kv import (
+    UNPLACED,
+    Reference,
+    Run,
+    SpaceName,
+    Span,
+    TokenIds,
+    common_prefix_tokens,
+    standing_within,
+)
 from semsharekv_integrations.store.radix import Node, RadixTree
 from semsharekv_integrations.store.records import reference_id
 from semsharekv_integrations.store.runs import BYTES_PER_WINDOW, IndexedRun, RunIndex

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import Span, TokenIds, standing_within
+from semsharekv_integrations.kv import Span, TokenIds, common_prefix_tokens, standing_within
 
 if TYPE_CHECKING:
     from semsharekv_integrations.store.codec import PackedKV

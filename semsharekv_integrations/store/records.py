@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.checks import IN_UTF8, is_number, is_utf8, is_whole, require, shown
+from semsharekv_integrations.errors import IN_UTF8, is_number, is_utf8, is_whole, require, shown
 from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Segment, TokenIds
 
 _MOST_TOKENS = 2**31 - 1

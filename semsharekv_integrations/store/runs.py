@@ -20,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semsharekv_integrations.core.prefix import common_prefix_tokens
-from semsharekv_integrations.kv import TokenIds
+from semsharekv_integrations.kv import TokenIds, common_prefix_tokens
 
 BASE = 0x9E3779B97F4A7C15  # odd, hence invertible modulo 2**64
 FIRST_STEP_TOKENS = 64  # first stretch that is compared; each further one is twice as long

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from semsharekv_integrations.core.plan import ReusePlan, build_plan
+from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.model import attention
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.attention import MOST_BLOCKS, ROWS_PER_BLOCK, blocked_attention, blocks_of
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.modes import ReuseRules
+from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
 from tiny_models import make_model
 
 VOCAB, NUM_TOKENS, PREFIX_TOKENS, NUM_LAYERS = 99, 400, 90, 3

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
-from semsharekv_integrations.concurrency import outcomes_of
+from semsharekv_integrations.concurrency.streams import outcomes_of
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding, padded

@@ -21,8 +21,8 @@ from semsharekv_integrations.lab.figures import UNTIMED, Failure, Outcome
 from semsharekv_integrations.lab.policies import Subject, make_configs
 from semsharekv_integrations.lab.scenarios import Case, Scenario
 from semsharekv_integrations.lab.sized import make_sized_case
-from semsharekv_integrations.model.prompt import PromptRenderer
 from semsharekv_integrations.report import ReuseReport
+from semsharekv_integrations.text.prompt import PromptRenderer
 from tiny_models import make_model
 
 CONTROLS = ("off", "rerun", "exact")

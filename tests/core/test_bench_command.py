@@ -227,7 +227,7 @@ def test_help_names_policies_scenarios_and_the_format_of_data() -> None:
 
 
 def test_quality_is_another_name_of_the_command(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from semsharekv_integrations.cli import main
+    from semsharekv_integrations.cli.main import main
 
     assert main(["quality", "--workloads", "edited", *FEW, "--cases", "1", "--model", folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["scenario"] == "edited"

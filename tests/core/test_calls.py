@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
-from semsharekv_integrations.call import Call
+from semsharekv_integrations.concurrency.scheduler import Job
 from semsharekv_integrations.model.batching import SharedDecoding
 from tiny_models import EngineMaker
 
@@ -421,7 +421,7 @@ def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: Engine
 
 def test_a_call_ends_while_others_begin_to_wait_for_that() -> None:
     """Each of them is told, whenever it came."""
-    call: Call[int] = Call((number for number in range(1)), bool, lambda item: None)
+    call: Job[int] = Job((number for number in range(1)), bool, lambda item: None)
     heard: list[int] = []
 
     class Listener:

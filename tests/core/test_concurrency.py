@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations import SemShareEngine
-from semsharekv_integrations.calls import Calls
+from semsharekv_integrations.concurrency.scheduler import Scheduler
+from semsharekv_integrations.concurrency.streams import read_async
 from semsharekv_integrations.model.loading import GivenModel
-from semsharekv_integrations.streams import read_async
 from tiny_models import EngineMaker
 
 PROMPTS = [
@@ -167,7 +167,7 @@ async def test_tokens_without_text_can_be_cancelled(make_engine: EngineMaker, mo
     """A model that says nothing but special tokens gives the consumer no chunk to stop at."""
     engine, threads = make_engine(), threading.active_count() + 1  # one stays for calls to come
     steps = Steps(engine, monkeypatch)
-    monkeypatch.setattr("semsharekv_integrations.model.text.TextStream.push", lambda self, token_id: "")
+    monkeypatch.setattr("semsharekv_integrations.text.answer_stream.TextStream.push", lambda self, token_id: "")
     task = asyncio.create_task(engine.agenerate(PROMPTS[0], **LONG))
     await steps.wait()
     task.cancel()
@@ -256,7 +256,7 @@ async def test_a_bad_argument_comes_out_of_every_way_in(make_engine: EngineMaker
 async def test_context_variables_reach_the_thread() -> None:
     variable: ContextVar[int] = ContextVar("variable", default=0)
     variable.set(7)
-    items = read_async(Calls(2), lambda: (variable.get() + n for n in range(2)), bool)
+    items = read_async(Scheduler(2), lambda: (variable.get() + n for n in range(2)), bool)
     assert [value async for value in items] == [7, 8]
 
 
@@ -272,7 +272,7 @@ def test_a_closed_loop_does_not_break_the_thread() -> None:
             closed.set()
 
     async def take_one() -> None:
-        async for _ in read_async(Calls(2), items, bool):
+        async for _ in read_async(Scheduler(2), items, bool):
             return
 
     asyncio.run(take_one())

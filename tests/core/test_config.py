@@ -20,7 +20,7 @@ from semsharekv_integrations import (
     SemShareEngine,
     StoreConfig,
 )
-from semsharekv_integrations.modes import MODE_RULES, MODES, Mode, ReuseRules
+from semsharekv_integrations.config import MODE_RULES, MODES, Mode, ReuseRules
 from semsharekv_integrations.request import GenerateOptions, Request
 from tiny_models import EngineMaker
 
@@ -90,7 +90,7 @@ reworded = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("You are to 
 def reworded_long(engine: SemShareEngine) -> tuple[object, ...]:
     """Hashes are for long texts; here every text counts as one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semsharekv_integrations.matching.LONGEST_EXACT_TOKENS", 8)
+        patch.setattr("semsharekv_integrations.reuse.matching.LONGEST_EXACT_TOKENS", 8)
         return reworded(engine)
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from semsharekv_integrations.core.facts import guarded_tokens, unlike_facts
 from semsharekv_integrations.lab import world
+from semsharekv_integrations.reuse.facts import guarded_tokens, unlike_facts
 
 
 def words_of(text: str) -> list[str]:

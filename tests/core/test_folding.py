@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import PromptError
-from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.text.prompt import PromptRenderer
 from tool_templates import TEMPLATES, TOOLS, calling
 
 _TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"

@@ -17,7 +17,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all, reference
-from semsharekv_integrations import forks
+from semsharekv_integrations.concurrency import threads as forks
 from semsharekv_integrations.errors import StoreLockedError, StoreWriteError
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import KVDirectory

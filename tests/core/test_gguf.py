@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from semsharekv_integrations.model.gguf import convert
-from semsharekv_integrations.model.loading import NamedModel
+from semsharekv_integrations.model.loading import NamedModel, convert
 
 gguf = pytest.importorskip("gguf")
 LAYERS, HEADS, HIDDEN, WORDS = 2, 2, 64, ["<|end|>", "a", "b", "c", "ab", "abc"]

@@ -15,10 +15,9 @@ from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, SemShareError, UnsupportedModelError
-from semsharekv_integrations.model.answer_text import AnswerTexts
-from semsharekv_integrations.model.call_grammar import closed
-from semsharekv_integrations.model.grammar import AllowedTokens, Constraint, Grammars
-from semsharekv_integrations.model.tool_format import ToolFormat
+from semsharekv_integrations.text.answer_stream import AnswerTexts
+from semsharekv_integrations.text.grammar import AllowedTokens, Constraint, Grammars, closed
+from semsharekv_integrations.text.tool_format import ToolFormat
 from tiny_models import EngineMaker, make_model
 from tool_templates import TEMPLATES, TOOLS, tool, tool_tokenizer
 
@@ -338,7 +337,7 @@ def test_constrained_answers_do_not_depend_on_reuse(make_engine: EngineMaker) ->
 
 
 def test_the_wrapped_tokenizer_is_made_once(make_engine: EngineMaker, monkeypatch) -> None:
-    from semsharekv_integrations.model import grammar
+    from semsharekv_integrations.text import grammar
 
     made: list[int] = []
     real = grammar.from_tokenizer

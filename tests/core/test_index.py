@@ -19,10 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from semsharekv_integrations.index import Embedder, PooledEmbedder, SegmentIndex, SegmentMatch, SentenceEmbedder
 from semsharekv_integrations.kv import Reference, Segment, TokenIds
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
+from semsharekv_integrations.reuse.similarity import (
+    Embedder,
+    PooledEmbedder,
+    SegmentIndex,
+    SegmentMatch,
+    SentenceEmbedder,
+)
 from semsharekv_integrations.store.records import reference_id
 
 MATRIX = torch.randn(99, 12, generator=torch.Generator().manual_seed(3)) + 2

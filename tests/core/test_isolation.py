@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 import semsharekv_integrations
 from semsharekv_integrations import SemShareEngine, StoreConfig
 from semsharekv_integrations.config import ReuseConfig
-from semsharekv_integrations.index import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.report import Stopwatch
+from semsharekv_integrations.reuse.similarity import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.store import KVStore, radix
 from semsharekv_integrations.store import namespace as space
 from semsharekv_integrations.store.records import reference_id

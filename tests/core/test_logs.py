@@ -23,7 +23,7 @@ from semsharekv_integrations.logs import (
     log_call,
     log_trouble,
 )
-from semsharekv_integrations.planner import Planner
+from semsharekv_integrations.reuse.planner import Planner
 from tiny_models import EngineMaker
 
 DOCUMENT = "A flood hit the old town of Prorna in May , and the mayor said that many people were affected ."

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from semsharekv_integrations.core.lsh import (
+from semsharekv_integrations.reuse.matching import (
     lsh_recall,
     mean_hamming_distance,
     nearest_tokens,

@@ -11,11 +11,11 @@ import torch
 
 import methods
 from methods import METHODS, make_corruptions
-from semsharekv_integrations.core.plan import ReusePlan, build_plan, worthwhile
 from semsharekv_integrations.kv import Reference, Run
 from semsharekv_integrations.lab import scenarios
 from semsharekv_integrations.lab.bench import Bench, Study
 from semsharekv_integrations.lab.policies import UNGUARDED, Subject
+from semsharekv_integrations.reuse.plan import ReusePlan, build_plan, worthwhile
 from tiny_models import make_model
 
 

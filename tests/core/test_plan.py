@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.core.plan import (
+from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, Span
+from semsharekv_integrations.reuse.plan import (
     PROJECTION_SHARE,
     Borrowing,
     ReusePlan,
@@ -20,8 +22,6 @@ from semsharekv_integrations.core.plan import (
     prefix_plan,
     worthwhile,
 )
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, Span
-from semsharekv_integrations.modes import ReuseRules
 
 NUM_TOKENS, NUM_LAYERS, TAIL = 60, 5, 5
 RULES = ReuseRules(boundary_tokens=2, edit_tokens=4, attention_ratio=0.2, deviation_ratio=0.1, full_layers=1)

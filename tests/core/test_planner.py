@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import ReuseConfig, StoreConfig
-from semsharekv_integrations.core.plan import ReusePlan
-from semsharekv_integrations.index import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.kv import LayerKV, Reference, Rendered, Segment, TokenIds
-from semsharekv_integrations.matching import FuzzyMatcher, segments_of
-from semsharekv_integrations.model.prompt import Prompt, PromptRenderer
-from semsharekv_integrations.planner import LONGEST_QUESTION_TOKENS, Planner, question_of
+from semsharekv_integrations.reuse.matching import FuzzyMatcher, segments_of
+from semsharekv_integrations.reuse.plan import ReusePlan
+from semsharekv_integrations.reuse.planner import LONGEST_QUESTION_TOKENS, Planner, question_of
+from semsharekv_integrations.reuse.similarity import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.records import reference_id
+from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 
 NUM_LAYERS, TAIL, VOCAB, WIDTH = 8, 4, 5000, 64
 DOCUMENTS = {

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from semsharekv_integrations import PromptError
-from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.text.prompt import PromptRenderer
 from tiny_models import EngineMaker
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.core.plan import build_plan
-from semsharekv_integrations.core.relevance import MOST_OF_ONE, relevance, relevant_tokens
+from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.kv import Reference, Run
-from semsharekv_integrations.modes import ReuseRules
+from semsharekv_integrations.reuse.plan import build_plan
+from semsharekv_integrations.reuse.selection import MOST_OF_ONE, relevance, relevant_tokens
 
 SEGMENTS = ((0, 4), (4, 8), (8, 12))
 

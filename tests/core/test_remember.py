@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, Span
-from semsharekv_integrations.remember import references_of
+from semsharekv_integrations.memory import references_of
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.records import reference_id
 from tiny_models import EngineMaker

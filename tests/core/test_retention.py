@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
-from semsharekv_integrations.core.retention import (
+from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.decoding import Retainer
+from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.request import Request
+from semsharekv_integrations.reuse.selection import (
     NEIGHBOURHOOD_TOKENS,
     RECENT_TOKENS,
     SINK_TOKENS,
     retained_shares,
     retained_tokens,
 )
-from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.retaining import Retainer
-from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.modes import ReuseRules
-from semsharekv_integrations.request import Request
 from tiny_models import EngineMaker, make_model
 
 VOCAB, NUM_TOKENS = 99, 80

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semsharekv_integrations import ContextWindowError
-from semsharekv_integrations.model.prompt import PromptRenderer
-from semsharekv_integrations.model.room import require_room_for_text
+from semsharekv_integrations.text.prompt import PromptRenderer, require_room_for_text
 from tiny_models import EngineMaker
 
 WINDOW = 64

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semsharekv_integrations.core.prefix import common_prefix_tokens
+from semsharekv_integrations.kv import common_prefix_tokens
 from semsharekv_integrations.store import runs
 from semsharekv_integrations.store.runs import (
     MAX_CANDIDATES,

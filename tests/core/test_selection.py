@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.core.schedule import geometric_shares
-from semsharekv_integrations.core.selection import Signal, deviation, priorities, selected
+from semsharekv_integrations.reuse.selection import Signal, deviation, geometric_shares, priorities, selected
 
 shares = st.floats(0, 1)
 

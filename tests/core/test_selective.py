@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from methods import zero_kv
-from semsharekv_integrations.core.plan import Borrowing, ReusePlan, build_plan, prefix_plan
+from semsharekv_integrations.config import MODE_RULES, ReuseRules
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.lab.policies import UNGUARDED
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.gathered import gather
+from semsharekv_integrations.model.rows import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.modes import MODE_RULES, ReuseRules
+from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, prefix_plan
 from tiny_models import ARCHITECTURES, make_model
 
 VOCAB, NUM_TOKENS = 99, 48

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.lab.sized import SIZED, make_sized_case
-from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.text.prompt import PromptRenderer
 
 Builder = Callable[[str, int], Case]
 

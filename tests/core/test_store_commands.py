@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kept_prompts import FINGERPRINT, Clock, Tokens, config_of, lookup, opened, reference, tainted
-from semsharekv_integrations.cli import main
+from semsharekv_integrations.cli.main import main
 from semsharekv_integrations.store import KVStore, files
 from semsharekv_integrations.store.catalog import CATALOG, DAMAGED
 from stored_kv import kv_files

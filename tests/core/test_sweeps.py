@@ -18,8 +18,8 @@ from semsharekv_integrations.lab.bench import Bench, Study
 from semsharekv_integrations.lab.figures import Estimate, Outcome, Row, summarize
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Scenario
-from semsharekv_integrations.matching import LONGEST_EXACT_TOKENS
 from semsharekv_integrations.report import ReuseReport
+from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS
 from sentences import CHANGES, Change, change_sentences, sentence_cases
 from sweeps import CONTROL_POLICIES, Options
 from tiny_models import make_model

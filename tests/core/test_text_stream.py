@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StopStringCrite
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
-from semsharekv_integrations.model.text import TextStream
+from semsharekv_integrations.text.answer_stream import TextStream
 from tiny_models import EngineMaker, make_model
 
 TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(REFERENCE_MODEL))

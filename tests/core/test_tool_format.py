@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semsharekv_integrations import PromptError
-from semsharekv_integrations.model.prompt import PromptRenderer
-from semsharekv_integrations.model.text import TextStream
-from semsharekv_integrations.model.tool_format import ToolFormat
-from semsharekv_integrations.model.tool_parser import ToolCallParser
+from semsharekv_integrations.text.answer_stream import TextStream
+from semsharekv_integrations.text.prompt import PromptRenderer
+from semsharekv_integrations.text.tool_calls import ToolCallParser
+from semsharekv_integrations.text.tool_format import ToolFormat
 from tool_templates import NEWS, TEMPLATES, TOOLS, calling, tool_tokenizer
 
 FORMATS = {

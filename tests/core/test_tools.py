@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations import EngineConfig, Generation, PromptError, ReuseConfig, SemShareEngine, ToolCall
-from semsharekv_integrations.model.tool_format import ToolFormat
+from semsharekv_integrations.text.tool_format import ToolFormat
 from tiny_models import make_model
 from tool_templates import NEWS, TOOLS, calling, tool, tool_tokenizer
 

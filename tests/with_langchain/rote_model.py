@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from semsharekv_integrations.langchain.messages import engine_messages
 from semsharekv_integrations.langchain.tools import openai_tools
-from semsharekv_integrations.model.prompt import PromptRenderer
+from semsharekv_integrations.text.prompt import PromptRenderer
 from tool_templates import TAGGED
 
 MOST_STEPS, SURE_LOSS = 400, 0.05  # nats for each token of an answer

@@ -12,8 +12,8 @@ from langchain_core.runnables import RunnableLambda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport
+from semsharekv_integrations.config import MODES
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
-from semsharekv_integrations.modes import MODES
 
 EAGER = ReuseConfig(mode="identical", min_run_tokens=8, max_compute_ratio=1.0, max_deviation=100.0)
 ModelClass = type[ChatSemShareKV] | type[SemShareKVLLM]

@@ -23,7 +23,7 @@ from llama_index.core.base.llms.types import (
 
 from semsharekv_integrations import CallError
 from semsharekv_integrations.llama_index import SemShareKVLLM
-from semsharekv_integrations.llama_index.translate import engine_messages
+from semsharekv_integrations.llama_index.messages import engine_messages
 
 TEXT = TextBlock(text="Anna Kelsen.")
 ASKED, AGAIN = ChatMessage("Who?"), ChatMessage("Since when?")

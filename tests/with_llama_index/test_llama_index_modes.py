@@ -11,8 +11,8 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.schema import TextNode
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport
+from semsharekv_integrations.config import MODES
 from semsharekv_integrations.llama_index import SemShareKVLLM
-from semsharekv_integrations.modes import MODES
 
 EAGER = ReuseConfig(mode="identical", min_run_tokens=8, max_compute_ratio=1.0, max_deviation=100.0)
 DOCUMENTS = {

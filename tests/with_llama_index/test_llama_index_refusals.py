@@ -15,7 +15,7 @@ from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel
 
 from semsharekv_integrations import CallError, ContextWindowError, PromptError, SemShareEngine, SemShareError
-from semsharekv_integrations.flow import Flow
+from semsharekv_integrations.engine import Flow
 from semsharekv_integrations.llama_index import SemShareKVLLM
 
 DOCUMENTS = [Document(text=f"In {town} , the bridge was closed . " * 20) for town in ("Velmar", "Hexvia")]

@@ -1,0 +1,250 @@
+"""The plan of one prefill: where every token's KV comes from, what is computed, and what that will cost.
+
+Decided before anything is computed, from token ids alone, and carried out by ``model.selective``. Which borrowed tokens
+are computed again depends on the model's attention and on deviation, so the plan holds their budgets, not their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
+from semsharekv_integrations.reuse.selection import geometric_shares, relevance, relevant_tokens
+
+PROJECTION_SHARE = (
+    0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
+)
+
+
+class Borrowing(NamedTuple):
+    """Tokens ``targets`` [N] of the prompt take the KV of tokens ``sources`` [N] of ``reference``.
+
+    ``fuzzy`` [N] marks what was matched by similarity; a different token may stand there.
+    """
+
+    reference: Reference
+    targets: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    fuzzy: Mask
+
+
+@dataclass(frozen=True, eq=False)
+class ReusePlan:
+    """One prompt's prefill, decided.
+
+    Attributes:
+        token_ids: [T].
+        prefix: the stored prefix, borrowed as it is.
+        borrowings: what is borrowed behind it; no token twice.
+        must: [T] computed at every layer: without a source, at a boundary, relevant, or of the question.
+        question: [T] whose attention says what matters.
+        relevant: [T] borrowed, but computed at every layer since their documents share rare words with the question.
+        num_layers: of the model.
+        attention_tokens: how many borrowed tokens the question's attention selects, at the first layer; none where
+            some are relevant.
+        deviation_tokens: how many borrowed tokens deviation selects, likewise.
+        shares: what is left of both at each layer; never growing.
+        full_layers: first layers that compute every token behind the prefix.
+        max_deviation: above which the prompt is finished as a full prefill.
+        declined: why nothing, or nothing but the prefix, is borrowed, or None.
+        rotate_keys: whether borrowed keys are turned to where they stand now.
+    """
+
+    token_ids: TokenIds
+    prefix: PrefixMatch | None
+    borrowings: tuple[Borrowing, ...]
+    must: Mask
+    question: Mask
+    relevant: Mask
+    num_layers: int
+    attention_tokens: int
+    deviation_tokens: int
+    shares: tuple[float, ...]
+    full_layers: int
+    max_deviation: float
+    declined: str | None = None
+    rotate_keys: bool = True
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Length of the reused prefix."""
+        return self.prefix.num_tokens if self.prefix else 0
+
+    def document_spans(self) -> dict[str, Span]:
+        """The documents that borrowed KV may come from: each stands from the first token on that borrows from it.
+
+        KV comes from its own token and from those before it, so what stands behind in the same reference has no part.
+        """
+        starts: dict[str, int] = {}
+        for borrowing in self.borrowings:
+            for key, start in borrowing.reference.document_starts.items():
+                behind = borrowing.targets[borrowing.sources >= start]
+                if len(behind):
+                    starts[key] = min(int(behind.min()), starts.get(key, int(behind.min())))
+        return {key: Span(start, start + 1) for key, start in starts.items()}
+
+    @cached_property
+    def fuzzy(self) -> Mask:
+        """[T] borrowed by similarity."""
+        return self._marked([(b.targets, b.fuzzy) for b in self.borrowings])
+
+    @cached_property
+    def borrowed(self) -> Mask:
+        """[T] with KV from behind the prefix of some reference, whether or not it is computed again."""
+        return self._marked([(b.targets, True) for b in self.borrowings])
+
+    @cached_property
+    def optional(self) -> Mask:
+        """[T] borrowed, and computed only if selected."""
+        return self.borrowed & ~self.must
+
+    @cached_property
+    def predicted_rows(self) -> tuple[int, ...]:
+        """How many tokens each layer will compute, at most."""
+        behind, least = len(self.token_ids) - self.prefix_tokens, int(self.must.sum())
+        quotas = (self.attention_tokens, self.deviation_tokens)
+        most = int(self.optional.sum())
+        rows = [least + min(most, sum(int(np.ceil(share * quota)) for quota in quotas)) for share in self.shares]
+        return (*[behind] * self.full_layers, *rows[self.full_layers :])[: self.num_layers]
+
+    @property
+    def predicted_compute_ratio(self) -> float:
+        """Token-layers that this plan computes at most, over tokens times layers."""
+        total = len(self.token_ids) * self.num_layers
+        rows = float(sum(self.predicted_rows))
+        if self.attention_tokens:
+            rows += self.question.sum() * self.num_layers  # they run ahead, to see what they attend to
+        if self.borrowings and self.measured_layer < self.num_layers:
+            before = max(self.measured_layer - 1, 0)
+            rows += PROJECTION_SHARE * self.predicted_rows[before]
+        return rows / total
+
+    @property
+    def measured_layer(self) -> int:
+        """The layer at which fresh keys and values are compared with borrowed ones.
+
+        The one behind the full layers, where they also choose what is computed; without full layers half way up, where
+        the tokens that are computed anyway can only tell whether the rest is to be trusted.
+        """
+        return self.full_layers or (self.num_layers + 1) // 2
+
+    def __str__(self) -> str:
+        """One line for logs: counts, never text."""
+        return (
+            f"{len(self.token_ids)} tokens: {self.prefix_tokens} prefix, {int((self.borrowed & ~self.fuzzy).sum())} "
+            f"identical, {int(self.fuzzy.sum())} fuzzy, {int(self.must.sum())} computed at every layer, rows by layer "
+            f"{list(self.predicted_rows)}, compute ratio {self.predicted_compute_ratio:.3f}, declined: {self.declined}"
+        )
+
+    def _marked(self, marks: Sequence[tuple[NDArray[np.int64], Mask | bool]]) -> Mask:
+        mask = np.zeros(len(self.token_ids), dtype=bool)
+        for targets, value in marks:
+            mask[targets] = value
+        return mask
+
+
+def build_plan(
+    token_ids: TokenIds,
+    prefix: PrefixMatch | None,
+    runs: Sequence[Run],
+    matches: Sequence[Borrowing],
+    question: Mask,
+    rules: ReuseRules,
+    num_layers: int,
+    segments: Sequence[tuple[int, int]] = (),
+) -> ReusePlan:
+    """Decide what is borrowed and what is computed.
+
+    Args:
+        token_ids: [T].
+        prefix: the stored prefix to stand behind, or None.
+        runs: identical runs behind the prefix, in prompt order, none overlapping.
+        matches: similar tokens outside the runs.
+        question: [T] always computed.
+        rules: budgets and bounds.
+        num_layers: of the model.
+        segments: what may be relevant to the question, documents or else passages, as (start, stop).
+    """
+    start = prefix.num_tokens if prefix else 0
+    borrowings = (*map(_borrowing, runs), *matches)
+    must = np.zeros(len(token_ids), dtype=bool)
+    must[start:] = True
+    for borrowing in borrowings:
+        must[borrowing.targets] = False
+    for first, num_tokens in _boundaries(prefix, runs, rules):
+        must[first : first + num_tokens] = True
+    must |= question
+    must[:start] = False
+    optional = ~must
+    optional[:start] = False
+    scores = relevance(token_ids, segments, question)
+    relevant = relevant_tokens(scores, segments, optional, rules.relevance_ratio)
+    num_optional = 0 if relevant.any() else int(optional.sum())
+    return ReusePlan(
+        token_ids,
+        prefix,
+        borrowings,
+        must | relevant,
+        question,
+        relevant,
+        num_layers,
+        attention_tokens=int(np.ceil(rules.attention_ratio * num_optional)),
+        deviation_tokens=int(np.ceil(rules.deviation_ratio * num_optional)),
+        shares=geometric_shares(num_layers, 1.0, rules.final_share),
+        full_layers=min(rules.full_layers, num_layers),
+        max_deviation=rules.max_deviation,
+        rotate_keys=rules.rotate_keys,
+    )
+
+
+def worthwhile(plan: ReusePlan, rules: ReuseRules) -> ReusePlan:
+    """``plan``, or its exact prefix alone where borrowing more is predicted to save too little."""
+    reason = None
+    left = 1 - plan.prefix_tokens / len(plan.token_ids)
+    if not plan.borrowings:
+        reason = "nothing similar enough is stored"
+    elif plan.predicted_compute_ratio > rules.max_compute_ratio * left:
+        share = plan.predicted_compute_ratio / left
+        reason = f"predicted to compute {share:.0%} of what the prefix leaves, above max_compute_ratio"
+    return plan if reason is None else prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
+
+
+def prefix_plan(token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None) -> ReusePlan:
+    """Nothing but the prefix is borrowed; ``declined`` says why."""
+    behind = np.arange(len(token_ids)) >= (prefix.num_tokens if prefix else 0)
+    none = np.zeros_like(behind)
+    return ReusePlan(
+        token_ids, prefix, (), behind, behind, none, num_layers, 0, 0, (0.0,) * num_layers, 0, 0.0, declined
+    )
+
+
+def _borrowing(run: Run) -> Borrowing:
+    offsets = np.arange(run.num_tokens)
+    return Borrowing(run.reference, run.start + offsets, run.source_start + offsets, np.zeros(run.num_tokens, bool))
+
+
+def _boundaries(prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseRules) -> list[tuple[int, int]]:
+    """Where each run begins, and how many of its first tokens are computed: more of them behind an edit."""
+    before: Sequence[Run | None] = [Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None, *runs]
+    return [
+        (run.start, min(run.num_tokens, rules.edit_tokens if _follows_edit(last, run) else rules.boundary_tokens))
+        for last, run in zip(before, runs, strict=False)
+    ]
+
+
+def _follows_edit(last: Run | None, run: Run) -> bool:
+    """Whether both runs stand in one text with little changed between them."""
+    if last is None or last.reference.id != run.reference.id:
+        return False
+    gaps = (run.start - last.start - last.num_tokens, run.source_start - last.source_start - last.num_tokens)
+    return all(0 <= gap <= _LONGEST_EDIT_TOKENS for gap in gaps)
+
+
+_LONGEST_EDIT_TOKENS = 16

@@ -1,0 +1,192 @@
+"""How much each layer gets where it changes exponentially with depth, as budgets do in SemShareKV.
+
+Which borrowed tokens are recomputed: those that deviate most and those that the question attends to most.
+
+Each signal ranks the borrowed tokens and has a quota. A token's priority is its best rank as a share of that signal's
+quota: below 1 it is selected, and keeping only what lies below a smaller share gives a smaller set inside the larger
+one, as recomputing over depth needs (a token that was dropped has no hidden state to come back with).
+
+Which documents of a prompt its question is about, by Okapi BM25 over token ids alone.
+
+A document that the answer hangs on is computed as a whole: some of its tokens alone would still take their context from
+borrowed ones. The question's attention does not always find it, since a model may look only when it writes the answer;
+rare words in common do, and cost little. Not part of SemShareKV (arXiv 2509.24832).
+
+Which of a prompt's KV decoding keeps, over layers and over tokens. Kept tokens keep their positions.
+
+SemShareKV (arXiv 2509.24832, section 3) keeps a fraction that decays exponentially over the layers. How fast, and how
+many first and last tokens stay, is not confirmed against the paper. The reference model answers better from the same
+share in every layer, and much better if the documents that share rare words with the question stay whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import log
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import max_pool1d
+
+from semsharekv_integrations.kv import Mask, TokenIds
+
+
+def geometric_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
+    """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
+
+    Neither is negative. A ``last`` of 0 leaves nothing after the first layer.
+    """
+    if num_layers == 1:
+        return (first,)
+    if first == 0 or last == 0:
+        return (first, *[0.0] * (num_layers - 1))
+    factor = (last / first) ** (1 / (num_layers - 1))
+    return tuple(first * factor**layer for layer in range(num_layers))
+
+
+class Signal(NamedTuple):
+    """Scores [T], higher is more urgent, and how many tokens this signal may select."""
+
+    scores: torch.Tensor
+    quota_tokens: int
+
+
+def priorities(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
+    """[T] each token's best rank over the signals, as a share of their quotas; infinity if not ``eligible`` [T]."""
+    best = torch.full(eligible.shape, float("inf"), device=eligible.device)
+    places = eligible.nonzero()[:, 0]
+    for scores, quota_tokens in signals:
+        if quota_tokens > 0 and len(places):
+            order = places[scores[places].argsort(descending=True, stable=True)]
+            shares = torch.arange(len(order), device=best.device) / quota_tokens
+            best[order] = torch.minimum(best[order], shares)
+    return best
+
+
+def selected(priority: torch.Tensor, share: float) -> torch.Tensor:
+    """The tokens [T] that are kept when ``share`` of every quota is left."""
+    return priority < share
+
+
+def deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
+
+    The L2 norms of both differences, each as a share of the mean norm of the fresh ones, summed (the paper adds the
+    plain norms; keys are often much larger than values, which would then not count).
+
+    Args:
+        fresh: keys and values [B, H, N, D], computed for this prompt.
+        borrowed: keys and values [B, H, N, D], taken from a reference.
+    """
+    total = torch.zeros(fresh[0].shape[2], device=fresh[0].device)
+    for new, old in zip(fresh, borrowed, strict=True):
+        norms = new.float().pow(2).sum(dim=(0, 1, 3)).sqrt()  # [N]
+        differences = (new.float() - old.float()).pow(2).sum(dim=(0, 1, 3)).sqrt()  # [N]
+        total += differences / norms.mean().clamp_min(1e-6)
+    return total
+
+
+MOST_OF_ONE = 0.5  # share of the tokens that may be chosen, for a single document
+LEAST_OF_BEST = 0.5  # score of a document that counts, as a share of the best one's: less is words that many share
+_SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
+
+
+def relevance(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
+    """[T] for each token its segment's BM25 score to the question; 0 where they share nothing that others have not.
+
+    Args:
+        token_ids: [T].
+        segments: documents or passages, as (start, stop).
+        question: [T] marks the question, which is no part of the segments that it stands in.
+    """
+    scores = np.zeros(len(token_ids), dtype=np.float32)
+    texts = [Counter(token_ids[start:stop][~question[start:stop]].tolist()) for start, stop in segments]
+    rarities = _inverse_frequencies(set(token_ids[question].tolist()), texts)
+    mean_length = sum(text.total() for text in texts) / max(1, len(texts))
+    for (start, stop), text in zip(segments, texts, strict=True):
+        length = 1 - _LENGTH_SHARE + _LENGTH_SHARE * text.total() / max(1.0, mean_length)
+        terms = ((rarity, text[token_id]) for token_id, rarity in rarities.items())
+        scores[start:stop] = sum(r * n * (_SATURATION + 1) / (n + _SATURATION * length) for r, n in terms if n)
+    return scores
+
+
+def _inverse_frequencies(asked: set[int], texts: Sequence[Counter[int]]) -> dict[int, float]:
+    """By token asked for, the logarithm of how few of the texts have it; nothing for those that none or all have."""
+    found = {token_id: sum(token_id in text for text in texts) for token_id in asked}
+    return {token_id: log(len(texts) / count) for token_id, count in found.items() if 0 < count < len(texts)}
+
+
+def relevant_tokens(
+    scores: NDArray[np.float32], segments: Sequence[tuple[int, int]], eligible: Mask, ratio: float
+) -> Mask:
+    """[T] the ``eligible`` tokens of the segments with the highest scores.
+
+    Whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than ``ratio`` of
+    the eligible tokens. Where ``ratio`` is above 0, the first of them may take up to ``MOST_OF_ONE``: what is alone
+    with its question cannot be told from the rest.
+
+    Args:
+        scores: [T] as ``relevance`` gives them.
+        segments: that they are of.
+        eligible: [T] tokens that count and that may be chosen.
+        ratio: 0 to 1.
+    """
+    chosen = np.zeros_like(eligible)
+    share = max(ratio, MOST_OF_ONE) if ratio > 0 else 0.0
+    least = max(LEAST_OF_BEST * float(scores.max(initial=0.0)), np.finfo(np.float32).tiny)
+    for start, stop in sorted((s for s in segments if scores[s[0]] >= least), key=lambda s: -scores[s[0]]):
+        larger = chosen.copy()
+        larger[start:stop] |= eligible[start:stop]
+        if larger.sum() > share * eligible.sum():
+            break
+        if larger.any():
+            chosen, share = larger, ratio
+    return chosen
+
+
+SINK_TOKENS = 4  # first tokens, which much attention rests on whatever they say
+RECENT_TOKENS = 16  # last tokens
+NEIGHBOURHOOD_TOKENS = 7  # that stay or go together, as in SnapKV (arXiv 2404.14469): words are several tokens
+_HALVINGS = 40
+
+
+def retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[float, ...]:
+    """The share of the tokens that each layer keeps, ``ratio`` on average.
+
+    Args:
+        num_layers: of the model.
+        ratio: above 0, up to 1.
+        final_share: what the last layer keeps as a multiple of what the first one keeps, where none keeps more than
+            all: 1 is the same everywhere, less decays exponentially with depth, more grows.
+    """
+    shape = geometric_shares(num_layers, 1.0, final_share)
+    low, high = 0.0, 1 / min(shape)
+    for _ in range(_HALVINGS):  # the average grows with the scale
+        scale = (low + high) / 2
+        if sum(min(1.0, scale * share) for share in shape) < ratio * num_layers:
+            low = scale
+        else:
+            high = scale
+    return tuple(min(1.0, high * share) for share in shape)
+
+
+def retained_tokens(attended: torch.Tensor, share: float, relevant: torch.Tensor | None = None) -> torch.Tensor:
+    """Positions [N], ascending, of the tokens to keep.
+
+    Args:
+        attended: [heads, T] how much attention each token gets; a token counts by the head that looks at it most, and
+            by the most looked at of its neighbours.
+        share: of the tokens to keep, 0 to 1; sinks and recent tokens count, and stay even if there is no room.
+        relevant: [T] tokens that come before all others, or None.
+    """
+    num_tokens = attended.shape[1]
+    scores = max_pool1d(attended.amax(0)[None], NEIGHBOURHOOD_TOKENS, stride=1, padding=NEIGHBOURHOOD_TOKENS // 2)[0]
+    if relevant is not None:
+        scores = scores + relevant * (scores.max() + 1)
+    scores[:SINK_TOKENS] = scores[-RECENT_TOKENS:] = float("inf")
+    least = min(num_tokens, SINK_TOKENS + RECENT_TOKENS)
+    kept = max(least, round(share * num_tokens))
+    return scores.topk(kept).indices.sort().values

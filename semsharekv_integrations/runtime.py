@@ -1,0 +1,311 @@
+"""What exists once the model is there: its adapter, renderer, planner and executor, put together for one mode."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import closing
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from semsharekv_integrations.audit import Auditor
+from semsharekv_integrations.call import Answer, chunks_of
+from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
+from semsharekv_integrations.errors import PromptError, UnsupportedModelError
+from semsharekv_integrations.kv import GenerationChunk, Rendered
+from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.model.batching import SharedDecoding
+from semsharekv_integrations.model.decoding import Decoder, Retainer
+from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
+from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
+from semsharekv_integrations.model.state import State
+from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
+from semsharekv_integrations.request import Request
+from semsharekv_integrations.reuse.matching import FuzzyMatcher
+from semsharekv_integrations.reuse.plan import ReusePlan
+from semsharekv_integrations.reuse.planner import Planner, question_of, texts_of
+from semsharekv_integrations.reuse.selection import relevance, relevant_tokens
+from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
+from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.codec import read_references, write_references
+from semsharekv_integrations.text.answer_stream import AnswerText, AnswerTexts
+from semsharekv_integrations.text.prompt import PromptRenderer
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+_MOST_STATES = 8  # of which parts are kept, each with an index of passages
+
+
+class ModelParts:
+    """The parts that one engine works with.
+
+    Args:
+        source: of model and tokenizer; the weights are loaded.
+        config: settings of the engine.
+        store: where references are.
+        before: the parts for another state of the same model, or None.
+
+    Attributes:
+        store: as the model's present state sees it.
+
+    Raises:
+        UnsupportedModelError: if the model does not allow the configured mode.
+    """
+
+    adapter: ModelAdapter
+    renderer: PromptRenderer
+    _states: _States
+
+    def __init__(
+        self, source: ModelSource, config: EngineConfig, store: KVStore, before: ModelParts | None = None
+    ) -> None:
+        self.tokenizer = source.tokenizer
+        self.adapter = ModelAdapter(source.load(), config.reuse.wanted, before.adapter.watch if before else None)
+        self._states = before._states if before else _States(self.adapter.watch.state().key, config, store)
+        self._state = self.adapter.watch.state()
+        self.store = store = self._states.store_of(self._state)
+        self.num_layers = self.adapter.config.num_hidden_layers
+        self.renderer = before.renderer if before else PromptRenderer(self.tokenizer)
+        self._together = SharedDecoding(self.adapter, config.max_batch_size)
+        self._texts = AnswerTexts(self.tokenizer, self.adapter.end_ids)
+        self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
+        self._selective = selective = _selective_prefill(self.adapter, config.reuse)
+        self.reuse = reuse = config.reuse.settled(allowed=selective is not None)
+        self.mode = reuse.wanted
+        self._rules = rules = reuse.rules
+        shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
+        self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
+        self.index: SegmentIndex | None = None  # of texts that are matched by similarity
+        matcher = self._matcher(reuse, store, selective) if selective and rules.fuzzy else None
+        limit = self.adapter.stable_positions
+        self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
+        self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
+        self._states.keep(self._state.key, self)
+        if isinstance(source, NamedModel):
+            self._states.as_loaded = self._identity()
+
+    def current(self) -> ModelParts:
+        """The parts for the state that the model is in now, for one call; it leaves training mode.
+
+        Raises:
+            UnsupportedModelError: if the model does not allow the configured mode any more.
+        """
+        model, watch = self.adapter.model, self.adapter.watch
+        with self.adapter.exclusive():
+            if self.mode == "off":
+                if model.training:
+                    model.eval()
+                return self
+            state = watch.state()
+            if watch.in_training:
+                model.eval()
+                state = watch.state()
+            found = self._states.parts_of(state.key)
+            if found is None:
+                found = ModelParts(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
+            parts = copy(found)
+            parts._state = state
+            return parts
+
+    def indexes(self) -> list[SegmentIndex]:
+        """Those of all states that parts are kept for."""
+        return [parts.index for parts in self._states.kept() if parts.index is not None]
+
+    def hold(self) -> bool:
+        """Whether the model has been in their state all along since ``current``."""
+        return self.mode == "off" or self.adapter.watch.state() == self._state
+
+    def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
+        frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
+        embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
+        if config.embedder is not None:
+            embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
+        pieces = self.renderer.pieces_of
+        self.index = SegmentIndex(embedder)
+        return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config.rules)
+
+    def fingerprint(self) -> str:
+        """A digest of the model's state and of the tokenizer: stored KV and token ids are good for them alone."""
+        return _digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
+
+    def directory_fingerprint(self) -> str:
+        """As ``fingerprint``, apart for KV in 8 bits: what is rounded must not be found where all is exact."""
+        bits = self._states.config.store.kv_bits
+        return self.fingerprint() if bits is None else _digest(self.fingerprint(), f"{bits} bits")
+
+    def changed_identity(self) -> str:
+        """A digest of what answers depend on beside prompts and settings; "" if it is as it was loaded by name."""
+        now = self._identity()
+        return now if now != self._states.as_loaded else ""
+
+    def _identity(self) -> str:
+        model, tokenizer = self.adapter.model, self.tokenizer
+        return _digest(
+            self.adapter.watch.state().fingerprint,
+            self._states.vocabulary(tokenizer),
+            repr((tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))),
+            model.generation_config.to_json_string(use_diff=False),
+        )
+
+    def save(self, path: Path) -> int:
+        """Write what their state has stored to a file; how many entries."""
+        return write_references(path, self.store.fetch_all(), self.fingerprint())
+
+    def load(self, path: Path) -> int:
+        """Store what ``save`` wrote in the same state; how many entries are there now.
+
+        Raises:
+            StoreFileError: if the file is damaged, or of another model or state.
+        """
+        return sum(map(self.store.put, read_references(path, self.fingerprint(), self.adapter.device)))
+
+    def require_known(self, rendered: Rendered) -> None:
+        """Raise ``PromptError`` for a token that the model has no embedding for, as its tokenizer is another's."""
+        highest, size = int(rendered.token_ids.max()), self.adapter.config.vocab_size
+        if highest >= size:
+            piece = self.tokenizer.convert_ids_to_tokens(highest)
+            accepted = f"tokens below {size}: the model has no more, so the tokenizer is not this model's"
+            raise PromptError(f"prompt has token {highest} ({piece!r}); accepted is {accepted}")
+
+    def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
+        """The prefill that ``plan`` describes."""
+        if self._selective is not None:
+            return self._selective.run(plan, watch)
+        with watch.phase("forward"):
+            return prefill_behind_prefix(self.adapter, plan)
+
+    def begin_text(self, request: Request) -> AnswerText:
+        """What the request's answer will be read with.
+
+        Raises:
+            ValueError: if it asks for what sampling cannot be held to.
+        """
+        stop = request.sampling.stop + self.renderer.stops(request.prompt)
+        if not request.may_call:
+            return self._texts.plain(stop, request.json_schema)
+        return self._texts.calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
+
+    def decode(
+        self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, text: AnswerText, answer: Answer
+    ) -> Generator[GenerationChunk, None, None]:
+        """What each new token made certain, perhaps nothing, recorded in ``answer``, then what was held back.
+
+        With retention the cache is shortened behind the first token, which does not need it; that of ``prefill`` stays.
+        Closed or at its end, that of ``prefill`` has KV of the answer as well, but for the last token, else.
+        """
+        with answer.watch.phase("decode"):
+            decoder = Decoder(self.adapter, rendered.token_ids, sampling, self._together, text.constraint)
+        last = False
+        with closing(decoder.tokens(prefill, partial(answer.see, self._audited_tokens))) as steps:
+            while not last and not text.stopped:
+                with answer.watch.phase("decode"):
+                    token_id, last = next(steps)
+                    said = text.push(token_id)
+                answer.add(token_id, said)
+                yield from chunks_of(said)
+                if self._retainer is not None and len(answer.token_ids) == 1 and not last:
+                    with answer.watch.phase("retain"):
+                        decoder.cache = self._shortened(self._retainer, rendered, prefill.cache)
+                    answer.kept_bytes = self.adapter.kv_bytes(decoder.cache)
+        rest = text.finish()
+        answer.say(rest)
+        answer.end(whole=text.stopped or decoder.is_complete or decoder.is_end(answer.token_ids[-1]))
+        yield from chunks_of(rest)
+
+    def audit(
+        self, auditor: Auditor, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer
+    ) -> AuditResult | None:
+        """The answer's first tokens once more, behind a full prefill, if this call is drawn.
+
+        Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
+        """
+        risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
+        if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
+            return None
+        if not self.hold():  # a full prefill would be one of another state
+            return None
+        reused = torch.cat(answer.first_logits)  # [N, V]
+        answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)
+        return auditor.record(namespace, reused, self.adapter.logits_behind(rendered.token_ids, answered))
+
+    def _shortened(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
+        """What is kept of ``cache``: what the question is about first, then what it attends to."""
+        texts = texts_of(rendered)
+        question = question_of(rendered, self._rules.tail_tokens)
+        scores = relevance(rendered.token_ids, texts, question)
+        relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
+        return retainer.shortened(rendered.token_ids, question, relevant, cache)
+
+
+class _States:
+    """What the parts for all states of one model share, and the parts for the latest ones.
+
+    Args:
+        first: the state that the model was found in.
+        config: settings of the engine.
+        store: of the engine.
+    """
+
+    def __init__(self, first: str, config: EngineConfig, store: KVStore) -> None:
+        self.config = config
+        self.store = store
+        self.as_loaded = ""  # identity of a model that was loaded by name
+        self._first = first
+        self._parts: OrderedDict[str, ModelParts] = OrderedDict()
+        self._vocabularies: dict[int, str] = {}  # by the number of tokens: it takes long, and they only become more
+
+    def vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A digest of all tokens and their ids."""
+        size = len(tokenizer)
+        if size not in self._vocabularies:
+            self._vocabularies[size] = _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
+        return self._vocabularies[size]
+
+    def store_of(self, state: State) -> KVStore:
+        """The store as ``state`` sees it."""
+        return self.store.of_state("" if state.key == self._first else state.key)
+
+    def parts_of(self, key: str) -> ModelParts | None:
+        """Those that were kept for a state."""
+        if key in self._parts:
+            self._parts.move_to_end(key)
+        return self._parts.get(key)
+
+    def kept(self) -> list[ModelParts]:
+        """The parts for the latest states."""
+        return list(self._parts.values())
+
+    def keep(self, key: str, parts: ModelParts) -> None:
+        """Keep the parts for a state; what belongs to weights that are no longer there goes, as does the oldest."""
+        for other in [k for k, p in self._parts.items() if p.embeddings_at != parts.embeddings_at]:
+            del self._parts[other]
+        self._parts[key] = parts
+        while len(self._parts) > _MOST_STATES:
+            self._parts.popitem(last=False)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+
+
+def _selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
+    """What reuses KV off the prefix, if asked for; where ``auto`` asks, None for a model that does not allow it."""
+    if not config.is_approximate:
+        return None
+    try:
+        return SelectivePrefill(adapter)
+    except UnsupportedModelError as error:
+        if config.mode != "auto":
+            raise
+        name = type(adapter.model).__name__
+        warnings.warn(f"mode 'auto' reuses exact prefixes alone on {name}: {error}", stacklevel=2)
+        return None

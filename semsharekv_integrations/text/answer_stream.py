@@ -1,0 +1,255 @@
+"""What one answer's tokens say, and what they are held to: text, tool calls, JSON of a schema.
+
+Token ids to text, piece by piece: whole characters only, and nothing that may belong to a stop string.
+
+Where several stop strings stand in the text, the one that is complete first ends it (the longest, of several that
+end together): so the text does not depend on how it was cut into tokens. Special tokens have no text, but stop strings
+may name them, alone or among other characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations.text.grammar import Constraint, Grammars
+from semsharekv_integrations.text.tool_calls import Said, ToolCallParser
+from semsharekv_integrations.text.tool_format import Tool, ToolFormat
+
+
+class AnswerText:
+    """The text and the tool calls of one answer as it grows.
+
+    Args:
+        stream: tokens to text.
+        constraint: what the answer is held to, or None.
+    """
+
+    def __init__(self, stream: TextStream, constraint: Constraint | None) -> None:
+        self._stream = stream
+        self.constraint = constraint
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stream.stopped
+
+    def push(self, token_id: int) -> Said:
+        """What became certain with this token."""
+        return Said(self._stream.push(token_id))
+
+    def finish(self) -> Said:
+        """What was held back until now."""
+        return Said(self._stream.finish())
+
+
+class CallingText(AnswerText):
+    """An answer that may hold tool calls. Stop strings end its visible text; within a call they mean nothing.
+
+    Args:
+        stream: tokens to text, which goes on at stop strings that name no special tokens.
+        constraint: what the answer is held to, or None.
+        parser: finds the calls.
+        stop: all stop strings.
+    """
+
+    def __init__(
+        self, stream: TextStream, constraint: Constraint | None, parser: ToolCallParser, stop: Sequence[str]
+    ) -> None:
+        super().__init__(stream, constraint)
+        self._parser = parser
+        self._stop = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stream.stopped or self._stop.stopped
+
+    def push(self, token_id: int) -> Said:
+        """What became certain with this token."""
+        text, calls = self._parser.push(self._stream.push(token_id))
+        return Said(self._stop.push(text), calls)
+
+    def finish(self) -> Said:
+        """What was held back until now; nothing if a stop string ended the visible text."""
+        if self._stop.stopped:
+            return Said()
+        first, last = self._parser.push(self._stream.finish()), self._parser.finish()
+        return Said(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
+
+
+class AnswerTexts:
+    """Begins the answers of one model.
+
+    Args:
+        tokenizer: of the model.
+        end_ids: its end-of-sequence tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
+        self._grammars = Grammars(tokenizer, end_ids)
+
+    def plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerText:
+        """An answer without tool calls, of nothing yet; JSON of ``json_schema`` if that is not None.
+
+        Raises:
+            ValueError: if it is no schema, or nothing can be valid.
+            UnsupportedModelError: if it is there, and the tokenizer does not allow it.
+        """
+        constraint = None if json_schema is None else self._grammars.json(json_schema)
+        return AnswerText(TextStream(self._tokenizer, stop, special=self._special), constraint)
+
+    def calling(self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str) -> AnswerText:
+        """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
+
+        Raises:
+            UnsupportedModelError: if a call is forced, and the tokenizer does not allow it.
+        """
+        by_name = {tool["function"]["name"]: tool for tool in tools}
+        special = [text for text in stop if any(token in text for token in self._special.values())]
+        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer), self._special, stop)
+        constraint = self._held_to_calls(tool_format, by_name, choice)
+        return CallingText(stream, constraint, ToolCallParser(tool_format, by_name), stop)
+
+    def _held_to_calls(self, tool_format: ToolFormat, tools: Mapping[str, Tool], choice: str) -> Constraint | None:
+        """A call where one is wanted; where it is up to the model, only if a call's beginning cannot be mistaken."""
+        if choice == "any":
+            return self._grammars.forced_calls(tool_format, list(tools.values()))
+        if choice != "auto":
+            return self._grammars.forced_calls(tool_format, [tools[choice]])
+        unmistakable = bool(tool_format.opening) and self._grammars.is_possible
+        return self._grammars.opened_calls(tool_format, list(tools.values())) if unmistakable else None
+
+
+_INCOMPLETE = "\ufffd"
+_FIRST_MARKER = 0xD800  # lone surrogates stand for special tokens, as no decoded text has any
+
+
+class StopStrings:
+    """Ends a text at the first of some strings that is complete.
+
+    Args:
+        stop: the strings.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""  # may be the start of a stop string
+        self.stopped = False
+
+    def push(self, text: str, *, final: bool = False) -> str:
+        """What certainly stands before a stop string; sets ``stopped`` when one is complete. ``final`` lets all go."""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = self._held[: min(found)[1]], ""
+            return released
+        keep = 0 if final else self._possible_stop_chars()
+        cut = len(self._held) - keep
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
+
+    def _possible_stop_chars(self) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+
+class TextStream:
+    """The text of one generation as it grows.
+
+    Decoding starts a few tokens back, since some tokenizers put a space before a token only behind another one.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the text.
+        marks: special tokens that are part of the text.
+        special: the special tokens by id, if they are known already.
+        token_stop: strings that end the text where they name a special token or half of one; ``stop`` if None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        marks: Collection[int] = frozenset(),
+        special: Mapping[int, str] | None = None,
+        token_stop: Sequence[str] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._marks = marks
+        self._special = special_tokens(tokenizer) if special is None else special
+        silent = {token: id_ for id_, token in self._special.items() if id_ not in marks}
+        with_tokens, self._markers = _with_markers(stop if token_stop is None else token_stop, silent)
+        self._stop = StopStrings(stop)
+        self._token_stop = StopStrings(with_tokens)
+        self._endings = {id_ for id_, marker in self._markers.items() if marker in with_tokens}
+        self._ids: list[int] = []
+        self._context_start = 0  # decoding starts here
+        self._text_start = 0  # tokens before this are in the text already
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stop.stopped or self._token_stop.stopped
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token."""
+        self._ids.append(token_id)
+        ends = token_id in self._endings
+        return self._certain(self._new_text(final=ends) + self._markers.get(token_id, ""), final=ends)
+
+    def finish(self) -> str:
+        """The text held back until now; nothing if a stop string ended it."""
+        return "" if self.stopped else self._certain(self._new_text(final=True), final=True)
+
+    def _certain(self, text: str, *, final: bool) -> str:
+        """What certainly stands before a stop string, without the markers of special tokens."""
+        if self._markers:
+            text = self._token_stop.push(text, final=final)
+            text = "".join(char for char in text if char not in self._markers.values())
+        return self._stop.push(text, final=final or self._token_stop.stopped)
+
+    def _new_text(self, *, final: bool) -> str:
+        context = self._decode(self._ids[self._context_start : self._text_start])
+        whole = self._decode(self._ids[self._context_start :])
+        if len(whole) <= len(context) or (whole.endswith(_INCOMPLETE) and not final):
+            return ""
+        self._context_start, self._text_start = self._text_start, len(self._ids)
+        return whole[len(context) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        kept = [token_id for token_id in ids if token_id in self._marks or token_id not in self._special]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=not self._marks))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens that are no text, by id: those that the tokenizer has a use for, and those added as special."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return named | added
+
+
+def _with_markers(stop: Sequence[str], special: Mapping[str, int]) -> tuple[list[str], dict[int, str]]:
+    """The stop strings that name special tokens, with one character for each of these; and the characters, by id.
+
+    A special token that begins or ends with a stop string is one itself, as it is to transformers.
+    """
+    halved = {token for token in special if any(token.startswith(text) or token.endswith(text) for text in stop)}
+    named = sorted(halved.union(token for token in special if any(token in text for text in stop)), key=len)[::-1]
+    if not named:
+        return [], {}
+    markers = {token: chr(_FIRST_MARKER + at) for at, token in enumerate(named)}
+    pattern = re.compile("|".join(map(re.escape, named)))
+    found = [pattern.sub(lambda match: markers[match[0]], text) for text in stop if pattern.search(text)]
+    found += [markers[token] for token in named if token in halved and markers[token] not in found]
+    return found, {special[token]: marker for token, marker in markers.items()}

@@ -1,0 +1,271 @@
+"""Messages to text: through the tokenizer's chat template, or as plain lines where there is none.
+
+A template that refuses the messages, or leaves out what the system or the user says, gets them folded. Knows nothing
+about tokens.
+
+Messages brought into forms that strict chat templates take, from the least to the most changed.
+
+Some templates refuse a system message, two turns of one role in a row, an answer at the beginning, or empty turns.
+Nothing that was said is left out; who said it may be lost where a template has no word for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations.errors import PromptError
+from semsharekv_integrations.text.tool_calls import native_messages, plain_messages
+from semsharekv_integrations.text.tool_format import Tool, ToolFormat
+
+_REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+RENDERING_OPTIONS = (
+    frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    | {"messages", "conversations", "generation_indices"}
+) - {"documents"}  # which a template shows beside the messages, and which are none of ours
+_MOST_OPENED = 64  # characters of an answer that a template may write by itself
+_PARTS_AS_TEXT = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # by a template that takes no parts
+_SPEAKERS = ("user", "system", "assistant")  # of plain lines
+
+
+class ChatText:
+    """Renders messages with one tokenizer's template; safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls."""
+        return ToolFormat.of(self._tokenizer)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends an answer: without a template, the beginning of the next turn, which no special token marks."""
+        if self._tokenizer.chat_template is not None:
+            return ()
+        return tuple(f"\n{name}:" for role in _SPEAKERS for name in (role, role.capitalize()))
+
+    def of(self, messages: Messages, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None) -> str:
+        """The text of checked messages; a last assistant message is left open, to be continued.
+
+        Args:
+            messages: at least one.
+            tools: shown to the model, as its template does it or in the system message.
+            variables: more of them for the template, none of ``RENDERING_OPTIONS``.
+
+        Raises:
+            PromptError: if the template refuses them in every form.
+        """
+        template = self._tokenizer.chat_template
+        if "developer" not in str(template):
+            messages = without_developer(messages)
+        if variables:
+            self._warn_of_unread(variables)
+        has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+        form = self.tool_format if has_tools else ToolFormat()
+        if has_tools and not form.is_native:
+            messages, tools = plain_messages(messages, tools, form), ()
+        if template is None:
+            return _plain_lines(messages)
+        return self._first_whole(_also_in_parts(self._forms(messages, form)), tools, variables or {})
+
+    def _forms(self, messages: Messages, form: ToolFormat) -> Iterator[Messages]:
+        """Of the messages, the least changed first; at last those in which calls and results are text."""
+        if not form.is_native:
+            return foldings(messages)
+        as_text = (folded for plain in [plain_messages(messages, (), form)] for folded in foldings(plain))
+        with_calls = (native_messages(folded, form) for folded in foldings(messages))
+        return chain(with_calls, as_text if any(m["role"] == "tool" or "tool_calls" in m for m in messages) else ())
+
+    def _first_whole(self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
+        """The first form's text that leaves nothing out; else the first that there is, with a warning."""
+        partial, refusal, refused = None, None, []
+        for messages in forms:
+            try:
+                text = self._rendered(messages, tools, variables, open_end=_is_open(messages))
+            except _REFUSED as error:
+                refusal = refusal or error
+                refused.append(messages)
+                continue
+            if _shows_all(text, messages):
+                return text
+            partial = text if partial is None else partial
+        if partial is None:
+            partial = self._behind_mark(refused, tools, variables)
+            if partial is None:
+                raise PromptError(f"the model's chat template refuses the messages: {refusal}") from refusal
+            return partial
+        warnings.warn("the model's chat template leaves out or rewrites what some of the messages say", stacklevel=2)
+        return partial
+
+    def _behind_mark(
+        self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]
+    ) -> str | None:
+        """The first form with its last answer behind the mark of the turn, as it is, or None.
+
+        For templates that change an answer, as those do that strip reasoning from it, so that none can be left open.
+        """
+        for messages in filter(_is_open, forms):
+            with suppress(*_REFUSED):
+                before = self._rendered(messages[:-1], tools, variables, open_end=False)
+                if _shows_all(before, messages[:-1]):
+                    return _joined(before, _said(messages[-1]))
+        return None
+
+    def _rendered(
+        self, messages: Messages, tools: Sequence[Tool], variables: Mapping[str, Any], *, open_end: bool
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages,
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=not open_end,
+                continue_final_message=open_end,
+                **variables,
+            )
+        )
+
+    def _warn_of_unread(self, names: Iterable[str]) -> None:
+        """Say which variables the chat template does not mention, so that they change nothing."""
+        template = str(self._tokenizer.chat_template)
+        unread = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unread:
+            warnings.warn(
+                f"the model's chat template reads no {', '.join(unread)} of chat_template_kwargs", stacklevel=2
+            )
+
+
+def _also_in_parts(forms: Iterable[Messages]) -> Iterator[Messages]:
+    """The forms, then, for templates that read nothing else, each with its contents as lists of parts."""
+    tried = []
+    for messages in forms:
+        tried.append(messages)
+        yield messages
+    for messages in tried:
+        yield [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
+
+
+def _is_open(messages: Messages) -> bool:
+    """Whether the last message is the beginning of an answer."""
+    return messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+
+
+def _joined(before: str, answer: str) -> str:
+    """The answer behind its turn's mark, which may hold the first of it, such as the opening of thoughts."""
+    common = max(length for length in range(len(answer[:_MOST_OPENED]) + 1) if before.endswith(answer[:length]))
+    return before + answer[common:]
+
+
+def _shows_all(text: str, messages: Messages) -> bool:
+    """Whether all that the system and the user say stands in the text; templates may cut space around it."""
+    if messages and not isinstance(messages[0]["content"], str) and _PARTS_AS_TEXT.search(text):
+        return False
+    cursor = 0
+    for message in messages:
+        if message["role"] not in ("system", "user"):
+            continue
+        content = _said(message).strip()
+        at = text.find(content, cursor)
+        if at < 0 and content not in text:
+            return False
+        cursor = max(cursor, at + len(content))
+    return True
+
+
+def _plain_lines(messages: Messages) -> str:
+    warnings.warn("the tokenizer has no chat_template: messages are rendered as 'role: content' lines", stacklevel=2)
+    lines = [f"{message['role']}: {message['content']}" for message in messages]
+    return "\n".join(lines) if messages[-1]["role"] == "assistant" else "\n".join([*lines, "assistant:"])
+
+
+Messages = list[dict[str, Any]]
+_SILENCE = "..."  # what an empty turn of the user's says where a template wants words
+
+
+def foldings(messages: Messages) -> Iterator[Messages]:
+    """The messages as they are, then each form that differs from the one before."""
+    yield messages
+    for step in _STEPS:
+        folded = _merged(step(messages))
+        if folded and folded != messages:
+            messages = folded
+            yield messages
+
+
+def without_developer(messages: Messages) -> Messages:
+    """Messages of the developer as those of the system."""
+    return [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+
+
+def _merged(messages: Sequence[dict[str, Any]]) -> Messages:
+    """Neighbours of one role made one, but for tool results and what follows calls."""
+    merged: Messages = []
+    for message in messages:
+        before = merged[-1] if merged else None
+        mergeable = before is not None and before["role"] == message["role"] != "tool" and "tool_calls" not in before
+        if before is None or not mergeable:
+            merged.append(message)
+            continue
+        said = [content for content in (before["content"], message["content"]) if content]
+        calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
+        merged[-1] = before | calls | {"content": "\n\n".join(said)}
+    return merged
+
+
+def _with_one_system(messages: Messages) -> Messages:
+    """System messages behind the first turn as the user's words."""
+    start = _num_systems(messages)
+    later = (message | {"role": "user"} if message["role"] == "system" else message for message in messages[start:])
+    return [*messages[:start], *later]
+
+
+def _begun_by_user(messages: Messages) -> Messages:
+    """An answer at the beginning, such as a greeting, behind an empty turn of the user's."""
+    start = _num_systems(messages)
+    if start == len(messages) or messages[start]["role"] != "assistant":
+        return messages
+    return [*messages[:start], {"role": "user", "content": ""}, *messages[start:]]
+
+
+def _without_system(messages: Messages) -> Messages:
+    """System messages as the user's words."""
+    return [message | {"role": "user"} if message["role"] == "system" else message for message in messages]
+
+
+def _without_empty(messages: Messages) -> Messages:
+    """Empty messages left out, where no user's turn between answers would be missing."""
+    kept = [m for m in messages if m["content"].strip() or m["role"] in ("user", "tool") or "tool_calls" in m]
+    return [
+        message if message["role"] != "user" or message["content"].strip() else message | {"content": _SILENCE}
+        for message in _merged(kept)
+    ]
+
+
+def _num_systems(messages: Messages) -> int:
+    """How many system messages stand at the beginning."""
+    return next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
+
+
+_STEPS: tuple[Callable[[Messages], Messages], ...] = (
+    list,  # neighbours of one role are merged behind every step
+    _with_one_system,
+    _begun_by_user,
+    _without_system,
+    _without_empty,
+)
