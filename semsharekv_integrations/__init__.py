@@ -21,8 +21,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedVersionError,
     )
-    from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
-    from semsharekv_integrations.report import ReuseReport
+    from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport, ToolCall
 
 __version__ = "0.1.0"
 
@@ -39,8 +38,7 @@ _MODULES = {
         "UnsupportedModelError",
         "UnsupportedVersionError",
     ),
-    "kv": ("Generation", "GenerationChunk", "ToolCall"),
-    "report": ("ReuseReport",),
+    "report": ("Generation", "GenerationChunk", "ReuseReport", "ToolCall"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

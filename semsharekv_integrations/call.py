@@ -1,101 +1,185 @@
-"""One answer as it grows: its text, tokens and times, and the report that goes with it.
+"""One prompt's way through the engine: what each phase finds is written down here, and reported at the end.
 
-Knows nothing about models and stores: it is told what they did.
+Knows nothing about models and stores, which only tell it what they did.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from semsharekv_integrations.concurrency.scheduler import Job
 from semsharekv_integrations.config import Mode
-from semsharekv_integrations.kv import FinishReason, Generation, GenerationChunk, Mask, Rendered, ToolCall
+from semsharekv_integrations.forgetting import Since
+from semsharekv_integrations.kv import Mask, Rendered, Span, TokenIds
 from semsharekv_integrations.model.selective import Outcome
-from semsharekv_integrations.report import DocumentUse, ReuseReport, SourceUse, Stopwatch
+from semsharekv_integrations.report import (
+    AuditResult,
+    DocumentUse,
+    FinishReason,
+    Generation,
+    GenerationChunk,
+    ReuseReport,
+    SourceUse,
+    Stopwatch,
+    ToolCall,
+)
+from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.plan import ReusePlan
+from semsharekv_integrations.text.answer_stream import AnswerText
 from semsharekv_integrations.text.tool_calls import Said
 
 
 @dataclass
 class Answer:
-    """One generation as it grows."""
+    """What the model has said so far.
 
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    Attributes:
+        first_logits: those of the first tokens, each [B, V], for an audit.
+    """
+
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
-    ttft_s: float = 0.0
     finish_reason: FinishReason = "cancelled"
     first_logits: list[torch.Tensor] = field(default_factory=list)
-    kept_bytes: int | None = None  # of the prompt's KV, where not all of it was kept for decoding
 
-    def see(self, most: int, logits: torch.Tensor) -> None:
-        """Keep the logits [B, V] of the first ``most`` tokens, for an audit."""
-        if len(self.first_logits) < most:
+    def record_logits(self, limit: int, logits: torch.Tensor) -> None:
+        """Keep ``logits`` [B, V], unless there are those of ``limit`` tokens."""
+        if len(self.first_logits) < limit:
             self.first_logits.append(logits)
 
-    def add(self, token_id: int, said: Said) -> None:
-        """One more token, and what it made certain."""
-        if not self.token_ids:
-            self.ttft_s = self.watch.elapsed_s
-        self.token_ids.append(token_id)
-        self.say(said)
-
-    def say(self, said: Said) -> None:
-        """More text and tool calls."""
+    def add(self, said: Said) -> None:
+        """Add text and tool calls."""
         self.text += said.text
         self.tool_calls += said.tool_calls
 
-    def end(self, *, whole: bool) -> None:
-        """Nothing more; ``whole`` unless a limit cut it."""
-        self.finish_reason = ("tool_calls" if self.tool_calls else "stop") if whole else "length"
+    def end(self, *, is_whole: bool) -> None:
+        """Nothing follows. A limit cut the answer unless it ``is_whole``."""
+        self.finish_reason = ("tool_calls" if self.tool_calls else "stop") if is_whole else "length"
 
-    def generation(self, report: ReuseReport) -> Generation:
-        """The whole, with ``report``."""
-        return Generation(self.text, self.token_ids, self.finish_reason, report, tuple(self.tool_calls))
 
-    def completed(self, report: ReuseReport) -> ReuseReport:
-        """``report`` with what is known at the end."""
-        if self.kept_bytes is not None:
-            ratio = self.kept_bytes / report.kv_bytes
-            report = replace(report, kv_retained_bytes=self.kept_bytes, kv_retained_ratio=ratio)
-        return replace(
-            report,
-            ttft_s=self.ttft_s,
-            decode_s=self.watch.phases_s["decode"],
+class KVBytes(NamedTuple):
+    """Bytes of the prompt's KV after prefill, and what of it decoding kept."""
+
+    prefilled: int = 0
+    retained: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One prompt, from its request to its answer. The phases fill it in, each in its turn.
+
+    Attributes:
+        request: what was asked for; rendering may narrow it.
+        since: the moment at which it began. What is forgotten from then on, it must not bring back.
+        watch: seconds by phase.
+        answer: what decoding has said so far.
+        rendered: the prompt as tokens. Set by ``Runtime.render``.
+        reader: turns the answer's tokens into text and tool calls. Set by ``Runtime.render``.
+        plan: which KV is borrowed. Set by ``Runtime.plan``.
+        outcome: the prompt's KV, and what was computed for it. Set by ``Runtime.execute``.
+        kv_bytes: of the prompt. Set by ``Runtime.execute`` and ``Runtime.decode``.
+        mode: the mode it runs in. Set by ``Runtime.execute``.
+        ttft_s: seconds until the first new token. Set by ``add_token``.
+        audit: how the answer compares with that of a full prefill, if it was drawn.
+    """
+
+    request: Request
+    since: Since
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    answer: Answer = field(default_factory=Answer)
+    rendered: Rendered = field(init=False)
+    reader: AnswerText = field(init=False)
+    plan: ReusePlan = field(init=False)
+    outcome: Outcome = field(init=False)
+    kv_bytes: KVBytes = field(init=False)
+    mode: Mode = "off"
+    ttft_s: float = 0.0
+    audit: AuditResult | None = None
+
+    def count_wait(self, job: Job[Any] | None) -> None:
+        """Count the seconds that its ``job`` stood in line before it began."""
+        if job is not None and job.waited_s:
+            self.watch.count_before("wait", job.waited_s)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.rendered.token_ids)
+
+    @property
+    def reused(self) -> Mask:
+        """[T] prompt tokens whose KV was not computed at every layer."""
+        return ~self.outcome.computed
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """[S] of prompt and answer."""
+        return np.concatenate([self.rendered.token_ids, np.array(self.answer.token_ids, dtype=np.int64)])
+
+    @property
+    def document_spans(self) -> dict[str, Span]:
+        """Documents whose deletion must drop what the store keeps of this call, and where they stand in the prompt."""
+        return self.request.document_spans(self.rendered, self.plan.prefix)
+
+    def add_token(self, token_id: int, said: Said) -> Iterator[GenerationChunk]:
+        """Take one more token of the answer, and yield what it made certain as chunks; the first one may be empty."""
+        if not self.answer.token_ids:
+            self.ttft_s = self.watch.elapsed_s
+        self.answer.token_ids.append(token_id)
+        return self.add(said)
+
+    def add(self, said: Said) -> Iterator[GenerationChunk]:
+        """Take text and tool calls, and yield them as chunks: one of text, and one for each tool call."""
+        self.answer.add(said)
+        yield GenerationChunk(said.text)
+        yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
+
+    def generation(self) -> Generation:
+        """The whole answer with its report."""
+        answer = self.answer
+        calls = tuple(answer.tool_calls)
+        return Generation(answer.text, answer.token_ids, answer.finish_reason, self.report(), calls)
+
+    def report(self) -> ReuseReport:
+        """What the call reused and what it cost so far."""
+        plan, outcome, reused = self.plan, self.outcome, self.reused
+        fuzzy = int((plan.fuzzy & reused).sum())
+        prefix = min(plan.prefix_tokens, outcome.exact_tokens)
+        prefilled, retained = self.kv_bytes
+        return ReuseReport(
+            mode=self.mode,
+            prompt_tokens=len(reused),
+            prefix_tokens=prefix,
+            identical_tokens=int(reused.sum()) - fuzzy - prefix,
+            fuzzy_tokens=fuzzy,
+            recomputed_tokens=int(outcome.computed.sum()),
+            compute_ratio=min(1.0, outcome.compute_ratio),  # a pass that fell back also did what it was to save
+            declined=outcome.fell_back or plan.declined,
+            deviation=outcome.deviation,
+            sources=_count_sources(plan, reused),
+            documents=tuple(
+                DocumentUse(s.document_id, s.stop - s.start, int(reused[s.start : s.stop].sum()))
+                for s in self.rendered.segments
+            ),
+            audit=self.audit,
             phases_s=dict(self.watch.phases_s),
-            output_tokens=len(self.token_ids),
+            ttft_s=self.ttft_s,
+            decode_s=self.watch.phases_s.get("decode", 0.0),
+            output_tokens=len(self.answer.token_ids),
+            kv_bytes=prefilled,
+            kv_retained_bytes=retained,
+            kv_retained_ratio=retained / prefilled if prefilled else 1.0,
         )
 
 
-def report_of(mode: Mode, rendered: Rendered, plan: ReusePlan, outcome: Outcome, kv_bytes: int) -> ReuseReport:
-    """What is known once the prompt's KV is there."""
-    reused = ~outcome.computed
-    fuzzy = int((plan.fuzzy & reused).sum())
-    prefix = min(plan.prefix_tokens, outcome.exact_tokens)
-    return ReuseReport(
-        mode=mode,
-        prompt_tokens=len(reused),
-        prefix_tokens=prefix,
-        identical_tokens=int(reused.sum()) - fuzzy - prefix,
-        fuzzy_tokens=fuzzy,
-        recomputed_tokens=int(outcome.computed.sum()),
-        compute_ratio=min(1.0, outcome.compute_ratio),  # a pass that fell back also did what it was to save
-        declined=outcome.fell_back or plan.declined,
-        deviation=outcome.deviation,
-        sources=_sources(plan, reused),
-        documents=tuple(
-            DocumentUse(s.document_id, s.stop - s.start, int(reused[s.start : s.stop].sum())) for s in rendered.segments
-        ),
-        kv_bytes=kv_bytes,
-        kv_retained_bytes=kv_bytes,
-    )
-
-
-def _sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
+def _count_sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
     """How many tokens each reference gave, most first."""
     tokens: Counter[str] = Counter()
     if plan.prefix:
@@ -103,16 +187,3 @@ def _sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
     for borrowing in plan.borrowings:
         tokens[borrowing.reference.id] += int(reused[borrowing.targets].sum())
     return tuple(SourceUse(key, count) for key, count in tokens.most_common() if count)
-
-
-def chunks_of(said: Said) -> Iterator[GenerationChunk]:
-    """One chunk of text, perhaps empty, and one for each tool call."""
-    yield GenerationChunk(said.text)
-    yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
-
-
-def last_of(chunks: Iterator[GenerationChunk]) -> Generation:
-    """The generation that the last chunk carries."""
-    generation = [chunk.generation for chunk in chunks][-1]
-    assert generation is not None, "the last chunk carries the generation"
-    return generation

@@ -1,10 +1,8 @@
-"""The modes: which KV each borrows, and how much of that it computes again.
-
-Settings, all frozen and checked when made.
-"""
+"""Settings, all frozen and checked when made. A mode is a preset of ``ReuseConfig``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, Literal, cast, get_args
@@ -28,19 +26,34 @@ MODE_SETTINGS: tuple[ModeSetting, ...] = ("auto", *MODES)
 FASTEST: Mode = "identical"  # of the modes that meet the quality bar on the committed results: what ``auto`` asks for
 
 
+Eviction = Literal["value", "lru"]
+EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
+MOST_STOP_STRINGS, MOST_STOP_CHARS = 256, 1024  # all of them are looked for behind every token
+BY_MODE: Any = None  # the mode's own value, which ``ReuseConfig.resolve`` fills in
+_OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder")  # the first fields
+
+
 @dataclass(frozen=True)
-class ReuseRules:
-    """What decides which KV is borrowed and how much of it is computed again, with a value for every setting.
+class ReuseConfig:
+    """What may be borrowed, and how much of it is computed again.
+
+    Every setting but the first three is None for the mode's own value, which stands in ``PRESETS``.
 
     Attributes:
+        mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
+            anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described. ``auto``
+            is ``identical``, the fastest that meets the quality bar, or ``exact`` for models that do not allow it.
+        min_prefix_tokens: a shorter common prefix is computed afresh, at least 1; so is one under 5% of the prompt,
+            which would cost more than it saves.
+        embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
+            input embeddings.
         min_run_tokens: shortest run of identical tokens that is borrowed, at least 2.
         boundary_tokens: first tokens of each borrowed run that are computed.
         edit_tokens: as ``boundary_tokens``, for runs that follow changed words within the same text.
         tail_tokens: fewest tokens at the prompt's end that count as the question, at least 1.
         relevance_ratio: share of the borrowed tokens that is computed at every layer because their documents or
-            passages share rare words with the question, 0 to 1; whole documents, those that share most first, and
-            none that shares less than half as much as the first. Unless this is 0, the first of them may be up to half
-            of the borrowed tokens.
+            passages share rare words with the question (BM25), 0 to 1. Documents are taken whole, best first, down to
+            half the best score. Unless this is 0, the first one may exceed the share, up to half of these tokens.
         attention_ratio: where no document is relevant, share of the borrowed tokens that is computed because the
             question attends to them, 0 to 1.
         deviation_ratio: likewise, because they deviate from fresh KV; needs ``full_layers``.
@@ -64,144 +77,28 @@ class ReuseRules:
         retention_final_share: what the last layer keeps as a multiple of what the first one keeps, above 0.
     """
 
-    min_run_tokens: int = 16
-    boundary_tokens: int = 2
-    edit_tokens: int = 4
-    tail_tokens: int = 8
-    relevance_ratio: float = 0.12
-    attention_ratio: float = 0.05
-    deviation_ratio: float = 0.0
-    final_share: float = 0.7
-    full_layers: int = 0
-    max_deviation: float = 1.0
-    max_compute_ratio: float = 0.75
-    fuzzy: bool = False
-    min_similarity: float | None = None
-    min_token_similarity: float = 0.5
-    guard_facts: bool = True
-    lsh_bits: int = 256
-    rotate_keys: bool = True
-    retention_ratio: float | None = None
-    retention_final_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        for name, least in (("min_run_tokens", 2), ("boundary_tokens", 0), ("edit_tokens", 0), ("full_layers", 0)):
-            require(
-                is_whole(getattr(self, name), least), f"reuse.{name}", getattr(self, name), f"None or {least} or more"
-            )
-        require(is_whole(self.tail_tokens, 1), "reuse.tail_tokens", self.tail_tokens, "None or 1 or more")
-        for name in (
-            "attention_ratio",
-            "relevance_ratio",
-            "deviation_ratio",
-            "final_share",
-            "max_compute_ratio",
-            "min_token_similarity",
-        ):
-            require(is_share(getattr(self, name)), f"reuse.{name}", getattr(self, name), "None or 0 to 1")
-        for name in ("fuzzy", "guard_facts", "rotate_keys"):
-            require(isinstance(getattr(self, name), bool), f"reuse.{name}", getattr(self, name), "None, True or False")
-        for name in ("max_deviation", "retention_final_share"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, f"reuse.{name}", value, "None or above 0")
-        needs_layer = self.deviation_ratio > 0 or self.fuzzy
-        require(
-            not needs_layer or self.full_layers > 0,
-            "reuse.full_layers",
-            self.full_layers,
-            "1 or more where deviation_ratio is above 0 or fuzzy is on",
-        )
-        for name in ("min_similarity", "retention_ratio"):
-            value = getattr(self, name)
-            require(
-                value is None or (is_share(value) and value > 0), f"reuse.{name}", value, "None, or above 0 up to 1"
-            )
-        bits = self.lsh_bits
-        require(bits == 0 or is_whole(bits, 8), "reuse.lsh_bits", bits, "None, 0, or 8 or more")
-
-    def for_identical_tokens(self) -> ReuseRules:
-        """The rules where no different token is borrowed: no full layers, and so no deviation to choose by."""
-        return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
-
-
-MODE_RULES: dict[Mode, ReuseRules] = {
-    "identical": ReuseRules(),
-    "semantic": ReuseRules(
-        fuzzy=True,
-        full_layers=1,
-        deviation_ratio=0.15,
-        min_token_similarity=0.2,
-    ),
-    # SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
-    # confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most
-    # readers think not; turning favours it), how alike a reference must be, how retention is spread over layers. Not
-    # settings: the distance behind 0.8 (``paper_similarity``) and which tokens retention keeps (``core.retention``).
-    # Its attention recovery is read as the reason for the decay, and chooses nothing here.
-    "paper": ReuseRules(
-        fuzzy=True,
-        full_layers=1,
-        boundary_tokens=0,
-        edit_tokens=0,
-        attention_ratio=0.0,
-        relevance_ratio=0.0,
-        deviation_ratio=0.4,
-        final_share=0.25,
-        min_similarity=0.8,
-        min_token_similarity=0.0,
-        guard_facts=False,
-        max_deviation=10.0,
-        max_compute_ratio=1.0,
-        retention_ratio=0.58,
-        retention_final_share=0.25,
-    ),
-}
-
-
-Eviction = Literal["value", "lru"]
-EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
-MOST_STOP_STRINGS, MOST_STOP_CHARS = 256, 1024  # all of them are looked for behind every token
-
-
-@dataclass(frozen=True)
-class ReuseConfig:
-    """What may be reused.
-
-    Every setting but the first three is None for the mode's own value: see ``ReuseRules``, which explains them, and
-    ``MODE_RULES``.
-
-    Attributes:
-        mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
-            anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described. ``auto``
-            is ``identical``, the fastest that meets the quality bar, or ``exact`` for models that do not allow it.
-        min_prefix_tokens: a shorter common prefix is computed afresh, at least 1; so is one under 5% of the prompt,
-            which would cost more than it saves.
-        embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
-            input embeddings.
-    """
-
     mode: ModeSetting = "auto"
     min_prefix_tokens: int = 1
     embedder: str | None = None
-    min_run_tokens: int | None = None
-    boundary_tokens: int | None = None
-    edit_tokens: int | None = None
-    tail_tokens: int | None = None
-    relevance_ratio: float | None = None
-    attention_ratio: float | None = None
-    deviation_ratio: float | None = None
-    final_share: float | None = None
-    full_layers: int | None = None
-    max_deviation: float | None = None
-    max_compute_ratio: float | None = None
-    fuzzy: bool | None = None
-    min_similarity: float | None = None
-    min_token_similarity: float | None = None
-    guard_facts: bool | None = None
-    lsh_bits: int | None = None
-    rotate_keys: bool | None = None
-    retention_ratio: float | None = None
-    retention_final_share: float | None = None
+    min_run_tokens: int = BY_MODE
+    boundary_tokens: int = BY_MODE
+    edit_tokens: int = BY_MODE
+    tail_tokens: int = BY_MODE
+    relevance_ratio: float = BY_MODE
+    attention_ratio: float = BY_MODE
+    deviation_ratio: float = BY_MODE
+    final_share: float = BY_MODE
+    full_layers: int = BY_MODE
+    max_deviation: float = BY_MODE
+    max_compute_ratio: float = BY_MODE
+    fuzzy: bool = BY_MODE
+    min_similarity: float | None = BY_MODE
+    min_token_similarity: float = BY_MODE
+    guard_facts: bool = BY_MODE
+    lsh_bits: int = BY_MODE
+    rotate_keys: bool = BY_MODE
+    retention_ratio: float | None = BY_MODE
+    retention_final_share: float = BY_MODE
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -211,41 +108,116 @@ class ReuseConfig:
         require(self.embedder is None or named, "reuse.embedder", self.embedder, "None or a path or hub id")
         compares = self.embedder is None or self.mode == "semantic"
         require(compares, "reuse.embedder", self.embedder, "None but in mode 'semantic', which alone compares texts")
-        given = sorted(self._given())
+        given = sorted(field.name for field in fields(self)[len(_OF_EVERY_MODE) :] if self._has(field.name))
         require(self.is_approximate or not given, "reuse", ", ".join(given), f"nothing of it in mode {self.mode!r}")
-        _ = self.rules
+        if self.is_approximate and self.resolve() is self:
+            _check_rules(self)
 
     @property
-    def wanted(self) -> Mode:
-        """The mode itself, and for ``auto`` the one that it asks for."""
+    def preferred_mode(self) -> Mode:
+        """The mode itself; for ``auto`` the one that it asks for."""
         return FASTEST if self.mode == "auto" else self.mode
 
     @property
     def is_approximate(self) -> bool:
-        """Whether KV is reused off the prefix, if the model allows it."""
-        return self.wanted in MODE_RULES
-
-    @property
-    def rules(self) -> ReuseRules:
-        """The mode's rules with what was given here."""
-        return replace(MODE_RULES.get(self.wanted, ReuseRules()), **self._given())
-
-    def settled(self, *, allowed: bool) -> ReuseConfig:
-        """As it is for one model: what ``auto`` comes to, if the model has ``allowed`` what it asks for or not."""
-        if self.mode != "auto":
-            return self
-        if allowed:
-            return replace(self, mode=self.wanted)
-        return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)
+        """Whether KV is reused off the prefix, if the model supports it."""
+        return self.preferred_mode not in ("off", "exact")
 
     @property
     def indexed_run_tokens(self) -> int | None:
         """Shortest run of identical tokens that the store must find, or None where none is asked for."""
-        return self.rules.min_run_tokens if self.wanted in ("identical", "semantic") else None
+        return self.resolve().min_run_tokens if self.preferred_mode in ("identical", "semantic") else None
 
-    def _given(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in fields(ReuseRules)}
-        return {name: value for name, value in values.items() if value is not None}
+    def resolve(self, *, supported: bool = True) -> ReuseConfig:
+        """With every value in place, and ``auto`` replaced: by the preferred mode if the model supports it.
+
+        Else ``auto`` becomes ``exact``, to which no other setting applies.
+        """
+        if self.mode == "auto" and not supported:
+            return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)
+        preset = PRESETS.get(self.preferred_mode, self)
+        open_names = [field.name for field in fields(self) if not self._has(field.name) and preset._has(field.name)]
+        if not open_names and self.mode != "auto":
+            return self
+        return replace(self, mode=self.preferred_mode, **{name: getattr(preset, name) for name in open_names})
+
+    def without_fuzzy(self) -> ReuseConfig:
+        """As it is where no different token is borrowed: without full layers, and so no deviation to choose by."""
+        return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+
+def _check_rules(rules: ReuseConfig) -> None:
+    """Raise ``ValueError`` for a value that is out of bounds."""
+
+    def check(accepted: str, fits: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            require(fits(getattr(rules, name)), f"reuse.{name}", getattr(rules, name), accepted)
+
+    check("None or 2 or more", lambda value: is_whole(value, 2), "min_run_tokens")
+    check("None or 1 or more", lambda value: is_whole(value, 1), "tail_tokens")
+    check("None or 0 or more", lambda value: is_whole(value, 0), "boundary_tokens", "edit_tokens", "full_layers")
+    check("None or 0 to 1", is_share, "attention_ratio", "relevance_ratio", "deviation_ratio", "final_share")
+    check("None or 0 to 1", is_share, "max_compute_ratio", "min_token_similarity")
+    check("None, True or False", lambda value: isinstance(value, bool), "fuzzy", "guard_facts", "rotate_keys")
+    check("None or above 0", lambda value: is_number(value) and value > 0, "max_deviation", "retention_final_share")
+    needed = "1 or more where deviation_ratio is above 0 or fuzzy is on"
+    check(needed, lambda value: value > 0 or not (rules.deviation_ratio > 0 or rules.fuzzy), "full_layers")
+    is_part = lambda value: value is None or (is_share(value) and value > 0)  # noqa: E731
+    check("None, or above 0 up to 1", is_part, "min_similarity", "retention_ratio")
+    check("None, 0, or 8 or more", lambda value: value == 0 or is_whole(value, 8), "lsh_bits")
+
+
+PRESETS: dict[Mode, ReuseConfig] = {}  # of the modes that reuse KV off the prefix
+PRESETS["identical"] = ReuseConfig(
+    mode="identical",
+    min_run_tokens=16,
+    boundary_tokens=2,
+    edit_tokens=4,
+    tail_tokens=8,
+    relevance_ratio=0.12,
+    attention_ratio=0.05,
+    deviation_ratio=0.0,
+    final_share=0.7,
+    full_layers=0,
+    max_deviation=1.0,
+    max_compute_ratio=0.75,
+    fuzzy=False,
+    min_token_similarity=0.5,
+    guard_facts=True,
+    lsh_bits=256,
+    rotate_keys=True,
+    retention_final_share=1.0,
+)
+PRESETS["semantic"] = replace(
+    PRESETS["identical"], mode="semantic", fuzzy=True, full_layers=1, deviation_ratio=0.15, min_token_similarity=0.2
+)
+# SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
+# confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most readers
+# think not; turning favours it), how alike a reference must be, how retention is spread over layers. Not settings: the
+# distance behind 0.8 (``paper_similarity``) and which tokens retention keeps (``reuse.selection``). Its attention
+# recovery is read as the reason for the decay, and chooses nothing here.
+PRESETS["paper"] = replace(
+    PRESETS["identical"],
+    mode="paper",
+    fuzzy=True,
+    full_layers=1,
+    boundary_tokens=0,
+    edit_tokens=0,
+    attention_ratio=0.0,
+    relevance_ratio=0.0,
+    deviation_ratio=0.4,
+    final_share=0.25,
+    min_similarity=0.8,
+    min_token_similarity=0.0,
+    guard_facts=False,
+    max_deviation=10.0,
+    max_compute_ratio=1.0,
+    retention_ratio=0.58,
+    retention_final_share=0.25,
+)
 
 
 @dataclass(frozen=True)
@@ -362,7 +334,7 @@ class EngineConfig:
         limit = self.max_context_tokens
         require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
         rounds = self.store.kv_bits is not None
-        allowed = not rounds or self.reuse.mode in MODE_RULES
+        allowed = not rounds or self.reuse.mode in PRESETS
         require(allowed, "store.kv_bits", self.store.kv_bits, f"None in mode {self.reuse.mode!r}, whose KV is exact")
 
     @property

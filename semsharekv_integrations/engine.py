@@ -1,6 +1,4 @@
-"""One call's way from its prompt to its answer, one line per phase, and the counts of all calls.
-
-The engine: one prompt's way from text to text, one line per phase, and what a caller may do with the store.
+"""The engine: one prompt's way from text to text, one line per phase, and what a caller may do with the store.
 
 The flow is that of SemShareKV (arXiv 2509.24832, section 3), with exact prefixes and identical runs as sources beside
 its similar tokens. Knows nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see
@@ -12,9 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -23,18 +20,17 @@ import torch
 from tqdm.auto import tqdm
 
 from semsharekv_integrations.audit import Auditor
-from semsharekv_integrations.call import Answer, last_of, report_of
+from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.scheduler import JobLeft, Scheduler, check_wanted, get_current_job
-from semsharekv_integrations.concurrency.streams import Stream, Turns, all_of_streams, raising, read_async
+from semsharekv_integrations.concurrency.streams import PrefillQueue, Stream, all_of_streams, raising, read_async
 from semsharekv_integrations.concurrency.threads import free_in_children, hold_at_forks
 from semsharekv_integrations.config import EngineConfig, Mode
+from semsharekv_integrations.forgetting import Since
 from semsharekv_integrations.identity import Identified
-from semsharekv_integrations.kv import Generation, GenerationChunk, Rendered
 from semsharekv_integrations.logs import Observers, log_call
-from semsharekv_integrations.memory import Memory, Since
+from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, window_of
-from semsharekv_integrations.model.selective import Outcome
-from semsharekv_integrations.report import ReuseReport
+from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport
 from semsharekv_integrations.request import (
     Documents,
     GenerateOptions,
@@ -49,7 +45,7 @@ from semsharekv_integrations.request import (
     checked_scope,
     document_texts,
 )
-from semsharekv_integrations.runtime import ModelParts
+from semsharekv_integrations.runtime import Runtime
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.text.prompt import Prompt
 
@@ -57,90 +53,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COUNTS = ("requests", "prompt_tokens", "reused_tokens", "output_tokens")
-
-
-class Flow:
-    """The flow of every call of one engine.
-
-    Args:
-        calls: in which it runs.
-        turns: taken for the prefill, so that each call may reuse what the one before computed.
-        memory: where KV and replies are kept.
-        auditor: who checks reuse.
-        observers: who are told of reports.
-    """
-
-    def __init__(self, calls: Scheduler, turns: Turns, memory: Memory, auditor: Auditor, observers: Observers) -> None:
-        self._calls = calls
-        self._turns = turns
-        self._memory = memory
-        self._auditor = auditor
-        self._observers = observers
-        self._lock = hold_at_forks(threading.Lock())
-        self._counts: Counter[str] = Counter()
-
-    def counts(self) -> dict[str, float]:
-        """Requests and tokens since the start."""
-        with self._lock:
-            return {name: self._counts[name] for name in COUNTS}
-
-    def run(
-        self, request: Request, parts: ModelParts, context_window: int | None, since: Since
-    ) -> Generator[GenerationChunk, None, None]:
-        """One prompt's flow. Every phase is timed; loading the model is not part of it.
-
-        What was forgotten ``since`` then is not stored.
-        """
-        answer, call = Answer(), get_current_job()
-        if call is not None and call.waited_s:
-            answer.watch.count_before("wait", call.waited_s)
-        with answer.watch.phase("render"):
-            request, hints = self._memory.recognized(request)
-            rendered = parts.renderer.render(
-                request.prompt,
-                request.documents,
-                request.tools,
-                hints,
-                request.chat_template_kwargs,
-                context_window,
-            )
-            parts.require_known(rendered)
-            request.require_documents(rendered)
-            request = request.fitted(len(rendered.token_ids), context_window)
-            text = parts.begin_text(request)
-        suspended = self._auditor.suspends(request.namespace)
-        with self._turns.taken(answer.watch.phase("wait")):  # so that each may reuse what the one before computed
-            check_wanted()
-            parts = parts.current()
-            plan = parts.planner.plan(rendered, request.namespace, request.session, suspended, answer.watch)
-            outcome = parts.execute(plan, answer.watch)
-            keep = partial(self._memory.keep, parts, request, rendered, plan, outcome, since)
-            if self._calls.others_run:
-                keep()
-        report = report_of(parts.mode, rendered, plan, outcome, parts.adapter.kv_bytes(outcome.prefill.cache))
-        try:
-            yield from parts.decode(rendered, outcome.prefill, request.sampling, text, answer)
-        except JobLeft:
-            self._finish(outcome, answer, keep)
-            raise
-        with answer.watch.phase("remember"):
-            self._finish(outcome, answer, keep)
-        with answer.watch.phase("audit"):
-            audit = parts.audit(self._auditor, request.namespace, rendered, answer.completed(report), answer)
-        report = replace(answer.completed(report), audit=audit)
-        self._observers.tell(report)
-        yield GenerationChunk("", answer.generation(report))
-
-    def _finish(self, outcome: Outcome, answer: Answer, keep: Callable[[Sequence[int]], object]) -> None:
-        """Count the call, and remember what it said and its KV, as far as that is exact and whole."""
-        with self._lock:
-            self._counts.update(
-                requests=1,
-                prompt_tokens=len(outcome.computed),
-                reused_tokens=int((~outcome.computed).sum()),
-                output_tokens=len(answer.token_ids),
-            )
-        keep(answer.token_ids)
 
 
 class SemShareEngine(Identified):
@@ -162,7 +74,7 @@ class SemShareEngine(Identified):
     ) -> None:
         source = GivenModel(model, tokenizer)
         self._begin(source, config, getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._ready()
+        self._load()
 
     @classmethod
     def from_pretrained(
@@ -194,54 +106,37 @@ class SemShareEngine(Identified):
         self.auditor = Auditor(self.config.audit)
         self._observers = Observers(log_call)
         self._source = source
-        self._parts: ModelParts | None = None
+        self._runtime: Runtime | None = None
         self._loading = free_in_children(threading.RLock())
         self._lock = hold_at_forks(threading.Lock())
-        self._calls = Scheduler(self.config.calls_in_flight)
-        weakref.finalize(self, self._calls.dismiss)
-        self._turns = Turns()
+        self._scheduler = Scheduler(self.config.calls_in_flight)
+        weakref.finalize(self, self._scheduler.dismiss)
+        self._queue = PrefillQueue()
         self._memory = Memory(self.config, self._store)
-        self._flow = Flow(self._calls, self._turns, self._memory, self.auditor, self._observers)
-
-    def _ready(self) -> ModelParts:
-        if self._parts is None:
-            with self._loading:
-                if self._parts is None:
-                    self._calls.carry_out(partial(self._take_up, ModelParts(self._source, self.config, self._store)))
-        assert self._parts is not None
-        return self._parts
-
-    def _take_up(self, parts: ModelParts) -> None:
-        """Work with ``parts`` from now on, unless there are some: whoever waited for that may have been interrupted."""
-        with self._lock:
-            if self._parts is None:
-                if self.config.store.directory is not None:
-                    self._store.open(parts.directory_fingerprint(), parts.adapter.model.dtype, parts.adapter.device)
-                    weakref.finalize(self, self._store.abandon)
-                self._parts = parts
-                self._memory.begin(parts)
+        self._counts: Counter[str] = Counter()
+        self._counting = hold_at_forks(threading.Lock())
 
     @property
     def store(self) -> KVStore:
         """Where KV is kept, with that of the calls that ended until now."""
-        self._calls.settle()
+        self._scheduler.settle()
         return self._store
 
     @property
     def is_loaded(self) -> bool:
         """Whether the weights are in memory."""
-        return self._parts is not None
+        return self._runtime is not None
 
     @property
     def model(self) -> PreTrainedModel:
         """The transformers model, loaded if it was not."""
-        return self._ready().adapter.model
+        return self._load().adapter.model
 
     @property
     def mode(self) -> Mode:
         """The mode that calls run in; where ``auto`` is set, what the model allows, which has to be loaded for it."""
         setting = self.config.reuse.mode
-        return self._ready().mode if setting == "auto" else setting
+        return self._load().mode if setting == "auto" else setting
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -261,7 +156,7 @@ class SemShareEngine(Identified):
             PromptError: if the prompt cannot be rendered.
             ContextWindowError: if it leaves no room for a new token.
         """
-        return last_of(self._begun(prompt, options, _is_last).run_ahead())
+        return _take_last(self._start(prompt, options, _is_last).run_ahead())
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[GenerationChunk]:
         """The answer as it is generated; the last chunk carries the ``Generation``. Raises as ``generate`` does.
@@ -270,7 +165,7 @@ class SemShareEngine(Identified):
         its end whether or not it is read. Closing the iterator, or dropping it, cancels the call at the next token;
         what was computed until then is kept.
         """
-        return self._begun(prompt, options, _is_told)
+        return self._start(prompt, options, _is_told)
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
         """The answers to several prompts, in order; what they share is computed once, and they decode together.
@@ -278,25 +173,23 @@ class SemShareEngine(Identified):
         One that fails takes none of the others down: when all are done, the first error is raised.
         """
         with self.sharing():
-            begin = [partial(self._begun, prompt, options, _is_last) for prompt in checked_prompts(prompts)]
-            return [last_of(iter(chunks)) for chunks in raising(all_of_streams(begin))]
+            begin = [partial(self._start, prompt, options, _is_last) for prompt in checked_prompts(prompts)]
+            return [_take_last(chunks) for chunks in raising(all_of_streams(begin))]
 
     def sharing(self) -> AbstractContextManager[None]:
         """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
-        return self._calls.together()
+        return self._scheduler.together()
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
-        begin = partial(self._run, Request.of(checked_prompt(prompt), options), self._memory.under_way.begin())
-        async with aclosing(read_async(self._calls, begin, _is_last)) as chunks:
-            return last_of(iter([chunk async for chunk in chunks]))
+        async with aclosing(self._read_async(prompt, options, _is_last)) as chunks:
+            return _take_last([chunk async for chunk in chunks])
 
     async def astream(
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[GenerationChunk, None]:
         """As ``stream``, without blocking the event loop; the call goes on whether or not it is read."""
-        begin = partial(self._run, Request.of(checked_prompt(prompt), options), self._memory.under_way.begin())
-        async with aclosing(read_async(self._calls, begin, _is_told)) as chunks:
+        async with aclosing(self._read_async(prompt, options, _is_told)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -329,19 +222,18 @@ class SemShareEngine(Identified):
         namespace, texts = checked_namespace(namespace), document_texts(documents)
         if self.config.reuse.mode == "off":
             return 0
-        stored, parts = 0, self._ready()
+        stored, runtime, since = 0, self._load(), self._memory.under_way.begin()
         labels: dict[str, Any] = {"pinned": pinned, "expires_after_s": ttl_s}
         shown = tqdm(texts.items(), "computing KV", leave=False) if progress else texts.items()
         for key, text in shown:
-            request = Request.of(text, {"documents": {key: text}, "namespace": namespace})
-            rendered = parts.renderer.render(text, request.documents, window=self.context_window)
-            parts.require_known(rendered)
-            stored += self._calls.carry_out(partial(self._warm, parts, request, rendered, labels))
+            call = Call(Request.of(text, {"documents": {key: text}, "namespace": namespace}), since)
+            runtime.render(call, {}, self.context_window)
+            stored += self._scheduler.carry_out(partial(self._warm, call, runtime, labels))
         return stored
 
-    def _warm(self, parts: ModelParts, request: Request, rendered: Rendered, labels: Mapping[str, Any]) -> bool:
-        with self._turns.taken():
-            return self._memory.warm(parts.current(), request, rendered, **labels)
+    def _warm(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
+        with self._queue.admit():
+            return self._memory.warm(call, runtime.current(), **labels)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many. Calls under way leave none.
@@ -350,14 +242,14 @@ class SemShareEngine(Identified):
             StoreWriteError: if some of it could not be removed from the store's directory.
         """
         named = checked_name("document_id", document_id), checked_namespace(namespace)
-        self._calls.settle()
-        return self._calls.carry_out(partial(self._memory.forget, self._parts, *named))
+        self._scheduler.settle()
+        return self._scheduler.carry_out(partial(self._memory.forget, self._runtime, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
         """Drop the entries of one session or namespace, or all; how many. As ``forget`` for calls and errors."""
         namespace, session = checked_scope(namespace, session)
-        self._calls.settle()
-        return self._calls.carry_out(partial(self._clear, namespace, session))
+        self._scheduler.settle()
+        return self._scheduler.carry_out(partial(self._clear, namespace, session))
 
     def _clear(self, namespace: str | None, session: str | None) -> int:
         if session is None:
@@ -366,9 +258,11 @@ class SemShareEngine(Identified):
 
     def stats(self) -> dict[str, float]:
         """Counts of requests and tokens since the start, and the state of the store and of the audit."""
-        self._calls.settle()
+        self._scheduler.settle()
+        with self._counting:
+            counts = {name: self._counts[name] for name in COUNTS}
         stored = {f"store_{name}": value for name, value in self._store.stats().items()}
-        return {**self._flow.counts(), **stored, **self.auditor.stats()}
+        return {**counts, **stored, **self.auditor.stats()}
 
     def observe(self, callback: Callable[[ReuseReport], None]) -> None:
         """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
@@ -379,9 +273,9 @@ class SemShareEngine(Identified):
 
     def save(self, path: str | Path) -> int:
         """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
-        path, ready = checked_path(path), self._ready()
-        self._calls.settle()
-        return self._calls.carry_out(lambda: ready.current().save(path))
+        path, runtime = checked_path(path), self._load()
+        self._scheduler.settle()
+        return self._scheduler.carry_out(lambda: runtime.current().save(path))
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -389,26 +283,87 @@ class SemShareEngine(Identified):
         Raises:
             StoreFileError: if the file is damaged or was written with another model.
         """
-        path, ready = checked_path(path), self._ready()
-        return self._calls.carry_out(lambda: ready.current().load(path))
+        path, runtime = checked_path(path), self._load()
+        return self._scheduler.carry_out(lambda: runtime.current().load(path))
 
     def close(self) -> None:
         """Let go of the store's directory, as is done at exit; the engine goes on with what it has in memory."""
-        self._calls.settle()
-        self._calls.carry_out(self._store.close)
+        self._scheduler.settle()
+        self._scheduler.carry_out(self._store.close)
 
-    def _begun(
+    def _start(
         self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
     ) -> Stream[GenerationChunk]:
         request, since = Request.of(checked_prompt(prompt), options), self._memory.under_way.begin()
 
         def begin() -> Generator[GenerationChunk, None, None]:
-            return self._flow.run(request, self._ready(), self.context_window, since)  # interrupted, loading ends
+            return self._run(request, since, self._load())  # an interruption ends the loading as well
 
-        return Stream(self._calls, begin, shows)
+        return Stream(self._scheduler, begin, shows)
 
-    def _run(self, request: Request, since: Since) -> Generator[GenerationChunk, None, None]:
-        yield from self._flow.run(request, self._ready(), self.context_window, since)
+    def _read_async(
+        self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        request, since = Request.of(checked_prompt(prompt), options), self._memory.under_way.begin()
+
+        def begin() -> Generator[GenerationChunk, None, None]:
+            yield from self._run(request, since, self._load())
+
+        return read_async(self._scheduler, begin, shows)
+
+    def _run(self, request: Request, since: Since, runtime: Runtime) -> Generator[GenerationChunk, None, None]:
+        """Take one prompt to its answer: render, plan, execute, decode, remember, audit. Each phase is timed."""
+        call = Call(request, since)
+        call.count_wait(get_current_job())
+        known = self._memory.resolve_documents(call)
+        runtime.render(call, known, self.context_window)
+        with self._queue.admit(call.watch.phase("wait")):  # so that each may reuse what the one before computed
+            check_wanted()
+            runtime = runtime.current()
+            runtime.plan(call, is_suspended=self.auditor.suspends(call.request.namespace))
+            runtime.execute(call)
+            if self._scheduler.has_concurrent_calls:
+                self._memory.keep(call, runtime)
+        try:
+            yield from runtime.decode(call)
+        except JobLeft:
+            self._remember(call, runtime)
+            raise
+        self._remember(call, runtime)
+        runtime.audit(call, self.auditor)
+        generation = call.generation()
+        self._observers.tell(generation.report)
+        yield GenerationChunk("", generation)
+
+    def _remember(self, call: Call, runtime: Runtime) -> None:
+        """Count the call, and store its KV as far as that is exact and whole."""
+        with call.watch.phase("remember"):
+            reused = int(call.reused.sum())
+            counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))
+            with self._counting:
+                self._counts.update(dict(zip(COUNTS, counts, strict=True)))
+            self._memory.keep(call, runtime)
+
+    def _load(self) -> Runtime:
+        """The runtime; the first call loads the model."""
+        if self._runtime is None:
+            with self._loading:
+                if self._runtime is None:
+                    runtime = Runtime(self._source, self.config, self._store)
+                    self._scheduler.carry_out(partial(self._take_up, runtime))
+        assert self._runtime is not None
+        return self._runtime
+
+    def _take_up(self, runtime: Runtime) -> None:
+        """Work with ``runtime`` from now on, unless there is one: whoever waited for that may have been interrupted."""
+        with self._lock:
+            if self._runtime is None:
+                if self.config.store.directory is not None:
+                    adapter = runtime.adapter
+                    self._store.open(runtime.directory_fingerprint(), adapter.model.dtype, adapter.device)
+                    weakref.finalize(self, self._store.abandon)
+                self._runtime = runtime
+                self._memory.begin(runtime)
 
 
 def _is_told(chunk: GenerationChunk) -> bool:
@@ -417,3 +372,10 @@ def _is_told(chunk: GenerationChunk) -> bool:
 
 def _is_last(chunk: GenerationChunk) -> bool:
     return chunk.generation is not None
+
+
+def _take_last(chunks: Iterable[GenerationChunk]) -> Generation:
+    """The generation that the last chunk carries."""
+    *_, last = chunks
+    assert last.generation is not None, "the last chunk carries the generation"
+    return last.generation

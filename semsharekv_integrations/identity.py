@@ -1,9 +1,4 @@
-"""What copying and pickling come to for something that holds a model: it is shared, or made again.
-
-Knows nothing about engines.
-
-By what an engine's model is told from that of another, in caches of answers.
-"""
+"""How an object that holds a model is copied, pickled, and told from others in caches of answers."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from semsharekv_integrations.model.loading import ModelSource, NamedModel
-from semsharekv_integrations.runtime import ModelParts
+from semsharekv_integrations.runtime import Runtime
 
 
 class Remade:
@@ -33,7 +28,7 @@ class Identified(Remade):
     """What has a model, or knows where to get it."""
 
     _source: ModelSource
-    _parts: ModelParts | None
+    _runtime: Runtime | None
 
     def identity(self) -> str:
         """Equal for the same model in the same state, in every process; loads no weights.
@@ -41,5 +36,5 @@ class Identified(Remade):
         A model by name goes by how it is loaded and by its files, until it is changed in memory.
         """
         named = self._source.origin if isinstance(self._source, NamedModel) else ""
-        changed = self._parts.changed_identity() if self._parts is not None else ""
+        changed = self._runtime.changed_identity() if self._runtime is not None else ""
         return f"{named} {changed}".strip()

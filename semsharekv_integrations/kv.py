@@ -15,16 +15,13 @@ Axis legend, for every shape comment in this package:
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from semsharekv_integrations.report import ReuseReport
 
 
 def common_prefix_tokens(first: TokenIds, second: TokenIds) -> int:
@@ -73,7 +70,6 @@ TokenIds = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 SpaceName = str | tuple[str, str]  # a namespace, with a state of the model that is not the first
 UNPLACED = -1  # before all tokens
-FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 class LayerKV(NamedTuple):
@@ -253,57 +249,3 @@ class Rendered(NamedTuple):
     passages: Sequence[Segment] = ()
     question: tuple[int, int] | None = None
     unplaced: Mapping[str, int] = {}
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A tool that the model asks for.
-
-    Attributes:
-        id: what the tool's result refers to.
-        name: of one of the tools that were given.
-        arguments: by name, as JSON has them.
-    """
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
-
-    @classmethod
-    def of(cls, name: str, arguments: dict[str, Any]) -> ToolCall:
-        """A call with a random id."""
-        return cls(f"call_{secrets.token_hex(12)}", name, arguments)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The outcome of one call.
-
-    Attributes:
-        text: the new text, without stop strings, special tokens and tool calls.
-        token_ids: every token sampled, the end-of-sequence token and those of a stop string included.
-        finish_reason: ``stop`` (end of sequence, stop string, or whole JSON of the schema that was asked for),
-            ``tool_calls`` (the same, with tool calls), ``length``, or ``cancelled`` by the consumer.
-        report: what was reused and what it cost.
-        tool_calls: what the model asks for; at ``length`` those that were complete.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    report: ReuseReport
-    tool_calls: tuple[ToolCall, ...] = ()
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """A piece of text or a tool call as it is generated; the last one, perhaps empty, carries the whole generation."""
-
-    text: str
-    generation: Generation | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it says nothing, as those of tokens that end no piece of text."""
-        return not (self.text or self.tool_calls or self.generation)

@@ -1,101 +1,32 @@
-"""What is forgotten while calls are under way, so that none of them brings it back.
-
-A call stores what it computed when it ends, and what was forgotten meanwhile may stand in that. Knows nothing about
-how KV is stored.
-
-What a finished prefill leaves for later: its exact part as a reference, the rest for its own session alone.
+"""What calls leave behind: their KV in the store, and the texts of their documents.
 
 KV that was computed behind a borrowed token is approximate. It never becomes a reference, or the error would be handed
-on as exact; the same session may continue from it, since its earlier answers rest on it anyway.
-
-What calls leave behind: KV in the store, the words of their replies, and the texts of their documents.
-
-Knows nothing about how KV is found or reused.
+on as exact; the same session may continue from it, since its earlier answers rest on it anyway. Knows nothing about
+how KV is found or reused.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
+from semsharekv_integrations.forgetting import Forgotten, UnderWay
 from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, standing_within
-from semsharekv_integrations.model.selective import Outcome
-from semsharekv_integrations.report import Stopwatch
-from semsharekv_integrations.request import Request, document_id
+from semsharekv_integrations.request import document_id
 from semsharekv_integrations.reuse.matching import segments_of
-from semsharekv_integrations.reuse.plan import ReusePlan, prefix_plan
-from semsharekv_integrations.runtime import ModelParts
+from semsharekv_integrations.reuse.plan import prefix_plan
+from semsharekv_integrations.runtime import Runtime
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.records import reference_id
-from semsharekv_integrations.store.standing import TextOf, has_form
-
-
-class Forgotten(NamedTuple):
-    """What somebody asked to be forgotten: all, a namespace, a session of it, or a document of it.
-
-    Attributes:
-        namespace: None for all of them.
-        session: None for all of them.
-        document_id: None for all that is there.
-        forms: the document's tokens, as far as they are known.
-    """
-
-    namespace: str | None = None
-    session: str | None = None
-    document_id: str | None = None
-    forms: Sequence[TokenIds] = ()
-
-    def covers(
-        self, namespace: str, session: str | None, names: Collection[str], token_ids: TokenIds, text_of: TextOf
-    ) -> bool:
-        """Whether a prompt of these ``token_ids``, with documents of these ``names``, has some of it."""
-        if self.namespace not in (None, namespace) or self.session not in (None, session):
-            return False
-        if self.document_id is None or self.document_id in names:
-            return True
-        return any(has_form(token_ids, form, text_of) for form in self.forms)
-
-
-class Since:
-    """A moment, from which on all that is forgotten is found, for as long as something holds it."""
-
-    _forgotten: Forgotten | None = None  # next, and the moment behind it
-    _later: Since | None = None
-
-    def forgotten(self) -> Iterator[Forgotten]:
-        """What was forgotten since."""
-        moment = self
-        while moment._later is not None and moment._forgotten is not None:
-            yield moment._forgotten
-            moment = moment._later
-
-
-class UnderWay:
-    """What was forgotten while calls were under way.
-
-    To begin a call takes no lock, so that an interruption leaves none taken; only one thread at a time may ``tell``.
-    """
-
-    def __init__(self) -> None:
-        self._now = Since()
-
-    def begin(self) -> Since:
-        """The present moment, in which a call begins."""
-        return self._now
-
-    def tell(self, forgotten: Forgotten) -> None:
-        """All calls that began must not bring this back."""
-        now, later = self._now, Since()
-        now._forgotten = forgotten
-        now._later = later
-        self._now = later
+from semsharekv_integrations.store.standing import has_form
 
 
 def references_of(
@@ -193,7 +124,7 @@ class KnownTexts:
 
 
 class Memory:
-    """Puts what calls computed into the store.
+    """Puts what calls computed into the store, and forgets.
 
     Args:
         config: of the engine.
@@ -204,103 +135,83 @@ class Memory:
         self.known = KnownTexts()
         self.under_way = UnderWay()
         self._lock = hold_at_forks(threading.Lock())  # so that nothing is kept while something is forgotten
-        self._parts: ModelParts | None = None
+        self._runtime: Runtime | None = None
         self._is_off = config.reuse.mode == "off"
         self._store = store
 
-    def begin(self, parts: ModelParts) -> None:
-        """The model is there."""
-        self._parts = parts
+    def begin(self, runtime: Runtime) -> None:
+        """Take up the runtime, once the model is loaded."""
+        self._runtime = runtime
 
-    def recognized(self, request: Request) -> tuple[Request, dict[str, str]]:
-        """The request, its documents under known ids where it gives none; and all that may stand in its prompt."""
-        self.settle()
-        known = self.known.of(self._store.readable(request.namespace))
-        ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
-        nameless = {key: text.strip() for key, text in request.documents.items() if _is_nameless(key, text)}
-        return request.renamed({key: ids[text] for key, text in nameless.items() if text in ids}), known
+    def resolve_documents(self, call: Call) -> dict[str, str]:
+        """Give the call's unnamed documents the ids they are known under; return every known text by id."""
+        with call.watch.phase("render"):
+            self.settle()
+            request = call.request
+            known = self.known.of(self._store.readable(request.namespace))
+            ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
+            unnamed = {key: text.strip() for key, text in request.documents.items() if _is_unnamed(key, text)}
+            call.request = request.renamed({key: ids[text] for key, text in unnamed.items() if text in ids})
+        return known
 
-    def keep(
-        self,
-        parts: ModelParts,
-        request: Request,
-        rendered: Rendered,
-        plan: ReusePlan,
-        outcome: Outcome,
-        since: Since,
-        answered: Sequence[int] = (),
-    ) -> bool:
-        """Store the KV of a prompt and of what was ``answered``, as far as there is any; whether all of it is there.
+    def keep(self, call: Call, runtime: Runtime) -> bool:
+        """Store the KV of prompt and answer, as far as there is any; return whether all of it is there.
 
-        Nothing is stored of a call in which something stands that was forgotten ``since`` it began.
+        Nothing is stored of a call in which something stands that was forgotten since it began.
         """
-        token_ids = np.concatenate([rendered.token_ids, np.array(answered, dtype=np.int64)])
-        spans = request.document_spans(rendered, plan.prefix)
-        borrowed = plan.document_spans()
-        named = {key: text for key, text in request.documents.items() if not _is_nameless(key, text)}
-        with self._lock:
-            if self._is_forgotten(parts, request, token_ids, {*spans, *borrowed, *request.documents}, since):
-                return False
-            self.known.note(request.namespace, named)
-            stored = self._put(parts, token_ids, rendered, outcome, request.namespace, spans, request.session, borrowed)
-        self.settle(*([request.namespace] if named else []))
-        return stored
+        documents = call.request.documents
+        named = {key: text for key, text in documents.items() if not _is_unnamed(key, text)}
+        return self._keep(call, runtime, named)
 
-    def warm(self, parts: ModelParts, request: Request, rendered: Rendered, **labels: Any) -> bool:
-        """Compute and store the KV of one document, which is the whole prompt; whether it is there.
+    def warm(self, call: Call, runtime: Runtime, **labels: Any) -> bool:
+        """Compute and store the KV of one document, which is the whole prompt; return whether it is there.
 
         What was stored of another text under the same id is dropped.
 
         Args:
-            parts: of the engine.
-            request: whose only document is its prompt.
-            rendered: the same.
+            call: rendered, with one document, its prompt.
+            runtime: of the engine.
             labels: those of ``Reference``.
         """
+        request, rendered = call.request, call.rendered
         (key,) = request.documents
         former = self.known.of([request.namespace]).get(key)
         is_known = former == request.documents[key]
         with self._lock:
-            texts = [] if former is None else [parts.renderer.tokens_of(former)]
+            texts = [] if former is None else [runtime.renderer.tokens_of(former)]
             forms = [] if is_known else self._store.forms_of(key, request.namespace, texts)
             dropped = self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
             if dropped or not (is_known or former is None):
                 self.under_way.tell(Forgotten(request.namespace, document_id=key, forms=forms))
-        since = self.under_way.begin()
-        outcome = parts.execute(prefix_plan(rendered.token_ids, None, parts.num_layers, None), Stopwatch())
-        spans = request.document_spans(rendered, None)
-        with self._lock:
-            if self._is_forgotten(parts, request, rendered.token_ids, request.documents, since):
-                return False
-            self.known.note(request.namespace, request.documents)
-            stored = self._put(parts, rendered.token_ids, rendered, outcome, request.namespace, spans, None, **labels)
-        self.settle(request.namespace)
-        return stored
+        call.since = self.under_way.begin()
+        call.plan = prefix_plan(rendered.token_ids, None, runtime.num_layers, None)
+        runtime.execute(call)
+        return self._keep(call, runtime, request.documents, **labels)
 
-    def forget(self, parts: ModelParts | None, document_id: str, namespace: str) -> int:
-        """Drop every entry of ``namespace`` in which the document stands, and its text; how many entries.
+    def forget(self, runtime: Runtime | None, document_id: str, namespace: str) -> int:
+        """Drop every entry of ``namespace`` in which the document stands, and its text; return how many entries.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the disk.
         """
-        if parts is None:  # nothing is stored before there is a model
+        if runtime is None:  # nothing is stored before there is a model
             with self._lock:
                 self.under_way.tell(Forgotten(namespace, document_id=document_id))
             return 0
+        renderer = runtime.renderer
         with self._lock:
             text = self.known.of([namespace]).get(document_id)
-            tokens = [] if text is None else [parts.renderer.tokens_of(text)]
-            text_of = parts.renderer.text_of
+            tokens = [] if text is None else [renderer.tokens_of(text)]
             forms = self._store.forms_of(document_id, namespace, tokens)
             self.under_way.tell(Forgotten(namespace, document_id=document_id, forms=forms))
             self.known.forget(namespace, document_id)
-            dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=text_of)
+            dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=renderer.text_of)
         self.settle()
         self._store.require_gone()
         return dropped
 
     def clear(self, namespace: str | None, session: str | None) -> int:
-        """Drop the entries of one session or namespace, or everything; how many there were.
+        """Drop the entries of one session or namespace, or everything; return how many there were.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the disk.
@@ -315,26 +226,58 @@ class Memory:
         return dropped
 
     def settle(self, *namespaces: str) -> None:
-        """Keep no text of documents whose KV is gone, of the namespaces named and of those that lost entries."""
+        """Drop the texts of documents whose KV is gone, in the namespaces named and in those that lost entries."""
         for name, references in self._store.left_since(*namespaces).items():
             named = {key for reference in references for key in reference.document_starts}
             unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
             self.known.keep_only(name, named | {key for key, text in unnamed.items() if self._stands(text, references)})
-            for index in self._parts.indexes() if self._parts is not None else ():
+            for index in self._runtime.indexes() if self._runtime is not None else ():
                 index.keep_only(name, {reference.id for reference in references})
 
-    def _is_forgotten(
-        self, parts: ModelParts, request: Request, token_ids: TokenIds, names: Collection[str], since: Since
-    ) -> bool:
-        """Whether something of a call was forgotten since it began; asked with the lock held."""
-        asked = (request.namespace, request.session, names, token_ids, parts.renderer.text_of)
-        return any(forgotten.covers(*asked) for forgotten in since.forgotten())
+    def _keep(self, call: Call, runtime: Runtime, texts: Mapping[str, str], **labels: Any) -> bool:
+        """Store the call's KV, and note ``texts`` by id, unless some of it was forgotten since the call began."""
+        request = call.request
+        with self._lock:
+            if self._is_forgotten(call, runtime):
+                return False
+            self.known.note(request.namespace, texts)
+            stored = self._put(call, runtime, labels)
+        self.settle(*([request.namespace] if texts else []))
+        return stored
+
+    def _put(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
+        if self._is_off or not runtime.hold():  # KV of two states would be good for neither
+            return False
+        adapter, request = runtime.adapter, call.request
+        layers = adapter.layers_of(call.outcome.prefill.cache)
+        token_ids = call.token_ids[: layers[0].keys.shape[2]]
+        if len(token_ids) > (adapter.stable_positions or len(token_ids)):
+            return False
+        found = references_of(
+            token_ids,
+            layers,
+            call.outcome.exact_tokens,
+            tuple(segments_of(call.rendered)),
+            request.namespace,
+            call.document_spans,
+            request.session,
+            call.plan.document_spans(),
+        )
+        stored = [runtime.store.put(replace(reference, **labels)) for reference in found]
+        return all(stored)
+
+    def _is_forgotten(self, call: Call, runtime: Runtime) -> bool:
+        """Whether something of the call was forgotten since it began. The caller holds the lock."""
+        request = call.request
+        names = {*call.document_spans, *call.plan.document_spans(), *request.documents}
+        asked = (request.namespace, request.session, names, call.token_ids, runtime.renderer.text_of)
+        return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
 
     def _stands(self, text: str, references: Sequence[Reference]) -> bool:
         """Whether a document that no entry names stands in one of them all the same."""
-        if self._parts is None or not references:
+        if self._runtime is None or not references:
             return False
-        renderer = self._parts.renderer
+        renderer = self._runtime.renderer
         form = renderer.tokens_of(text)
         return any(has_form(reference.token_ids, form, renderer.text_of) for reference in references)
 
@@ -355,31 +298,7 @@ class Memory:
 
         return self._store.forget(namespace, document_id=key, spare=is_current)
 
-    def _put(
-        self,
-        parts: ModelParts,
-        token_ids: TokenIds,
-        rendered: Rendered,
-        outcome: Outcome,
-        namespace: str,
-        spans: Mapping[str, Span],
-        session: str | None,
-        borrowed: Mapping[str, Span] | None = None,
-        **labels: Any,
-    ) -> bool:
-        adapter = parts.adapter
-        if self._is_off or not parts.hold():  # KV of two states would be good for neither
-            return False
-        layers = adapter.layers_of(outcome.prefill.cache)
-        token_ids = token_ids[: layers[0].keys.shape[2]]
-        if len(token_ids) > (adapter.stable_positions or len(token_ids)):
-            return False
-        segments = tuple(segments_of(rendered))
-        found = references_of(token_ids, layers, outcome.exact_tokens, segments, namespace, spans, session, borrowed)
-        stored = [parts.store.put(replace(reference, **labels)) for reference in found]
-        return all(stored)
 
-
-def _is_nameless(key: str, text: str) -> bool:
+def _is_unnamed(key: str, text: str) -> bool:
     """Whether a document was given without an id."""
     return key == document_id(text)

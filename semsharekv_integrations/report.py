@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from semsharekv_integrations.config import Mode
+
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,60 @@ class ReuseReport:
         """Plain lists, numbers and strings, fit for JSON."""
         plain = asdict(self)
         return plain | {"sources": list(plain["sources"]), "documents": list(plain["documents"])}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that the model asks for.
+
+    Attributes:
+        id: what the tool's result refers to.
+        name: of one of the tools that were given.
+        arguments: by name, as JSON has them.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, arguments: dict[str, Any]) -> ToolCall:
+        """A call with a random id."""
+        return cls(f"call_{secrets.token_hex(12)}", name, arguments)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of one call.
+
+    Attributes:
+        text: the new text, without stop strings, special tokens and tool calls.
+        token_ids: every token sampled, the end-of-sequence token and those of a stop string included.
+        finish_reason: ``stop`` (end of sequence, stop string, or whole JSON of the schema that was asked for),
+            ``tool_calls`` (the same, with tool calls), ``length``, or ``cancelled`` by the consumer.
+        report: what was reused and what it cost.
+        tool_calls: what the model asks for; at ``length`` those that were complete.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    report: ReuseReport
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of text or a tool call as it is generated; the last one, perhaps empty, carries the whole generation."""
+
+    text: str
+    generation: Generation | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it carries no text, tool call or generation."""
+        return not (self.text or self.tool_calls or self.generation)
 
 
 class Stopwatch:

@@ -1,4 +1,4 @@
-"""What exists once the model is there: its adapter, renderer, planner and executor, put together for one mode."""
+"""Everything that needs the model's weights, wired for one mode: how a call is rendered, planned, run and decoded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from copy import copy
 from functools import partial
@@ -17,20 +17,19 @@ import numpy as np
 import torch
 
 from semsharekv_integrations.audit import Auditor
-from semsharekv_integrations.call import Answer, chunks_of
-from semsharekv_integrations.config import EngineConfig, ReuseConfig, SamplingConfig
+from semsharekv_integrations.call import Call, KVBytes
+from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import PromptError, UnsupportedModelError
-from semsharekv_integrations.kv import GenerationChunk, Rendered
-from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
+from semsharekv_integrations.kv import Rendered
+from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder, Retainer
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
-from semsharekv_integrations.model.selective import Outcome, SelectivePrefill, prefill_behind_prefix
+from semsharekv_integrations.model.selective import SelectivePrefill, prefill_behind_prefix
 from semsharekv_integrations.model.state import State
-from semsharekv_integrations.report import AuditResult, ReuseReport, Stopwatch
+from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
-from semsharekv_integrations.reuse.plan import ReusePlan
 from semsharekv_integrations.reuse.planner import Planner, question_of, texts_of
 from semsharekv_integrations.reuse.selection import relevance, relevant_tokens
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
@@ -45,14 +44,14 @@ if TYPE_CHECKING:
 _MOST_STATES = 8  # of which parts are kept, each with an index of passages
 
 
-class ModelParts:
-    """The parts that one engine works with.
+class Runtime:
+    """Adapter, renderer, planner and executor of one model in one state. Each method that takes a call fills in a part.
 
     Args:
         source: of model and tokenizer; the weights are loaded.
         config: settings of the engine.
         store: where references are.
-        before: the parts for another state of the same model, or None.
+        before: the runtime for another state of the same model, or None.
 
     Attributes:
         store: as the model's present state sees it.
@@ -66,10 +65,12 @@ class ModelParts:
     _states: _States
 
     def __init__(
-        self, source: ModelSource, config: EngineConfig, store: KVStore, before: ModelParts | None = None
+        self, source: ModelSource, config: EngineConfig, store: KVStore, before: Runtime | None = None
     ) -> None:
         self.tokenizer = source.tokenizer
-        self.adapter = ModelAdapter(source.load(), config.reuse.wanted, before.adapter.watch if before else None)
+        self.adapter = ModelAdapter(
+            source.load(), config.reuse.preferred_mode, before.adapter.watch if before else None
+        )
         self._states = before._states if before else _States(self.adapter.watch.state().key, config, store)
         self._state = self.adapter.watch.state()
         self.store = store = self._states.store_of(self._state)
@@ -79,13 +80,12 @@ class ModelParts:
         self._texts = AnswerTexts(self.tokenizer, self.adapter.end_ids)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         self._selective = selective = _selective_prefill(self.adapter, config.reuse)
-        self.reuse = reuse = config.reuse.settled(allowed=selective is not None)
-        self.mode = reuse.wanted
-        self._rules = rules = reuse.rules
-        shortens = rules.retention_ratio is not None and rules.retention_ratio < 1
-        self._retainer = Retainer(self.adapter, selective, rules) if selective and shortens else None
+        self.reuse = reuse = config.reuse.resolve(supported=selective is not None)
+        self.mode = reuse.preferred_mode
+        shortens = reuse.retention_ratio is not None and reuse.retention_ratio < 1
+        self._retainer = Retainer(self.adapter, selective, reuse) if selective and shortens else None
         self.index: SegmentIndex | None = None  # of texts that are matched by similarity
-        matcher = self._matcher(reuse, store, selective) if selective and rules.fuzzy else None
+        matcher = self._matcher(reuse, store, selective) if selective and reuse.fuzzy else None
         limit = self.adapter.stable_positions
         self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
         self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
@@ -93,7 +93,7 @@ class ModelParts:
         if isinstance(source, NamedModel):
             self._states.as_loaded = self._identity()
 
-    def current(self) -> ModelParts:
+    def current(self) -> Runtime:
         """The parts for the state that the model is in now, for one call; it leaves training mode.
 
         Raises:
@@ -111,7 +111,7 @@ class ModelParts:
                 state = watch.state()
             found = self._states.parts_of(state.key)
             if found is None:
-                found = ModelParts(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
+                found = Runtime(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
             parts = copy(found)
             parts._state = state
             return parts
@@ -131,7 +131,7 @@ class ModelParts:
             embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
         pieces = self.renderer.pieces_of
         self.index = SegmentIndex(embedder)
-        return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config.rules)
+        return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config)
 
     def fingerprint(self) -> str:
         """A digest of the model's state and of the tokenizer: stored KV and token ids are good for them alone."""
@@ -168,7 +168,87 @@ class ModelParts:
         """
         return sum(map(self.store.put, read_references(path, self.fingerprint(), self.adapter.device)))
 
-    def require_known(self, rendered: Rendered) -> None:
+    def render(self, call: Call, known: Mapping[str, str], window: int | None) -> None:
+        """Turn the prompt into tokens, and find its documents; those ``known`` need no naming.
+
+        Raises:
+            PromptError: if it cannot be rendered, or the tokenizer is another model's.
+            ContextWindowError: if it leaves no room for a new token in the context ``window``.
+            ValueError: for a document that is not in the prompt, or what decoding cannot be held to.
+        """
+        request = call.request
+        with call.watch.phase("render"):
+            call.rendered = self.renderer.render(
+                request.prompt,
+                request.documents,
+                tools=request.tools,
+                hints=known,
+                template_kwargs=request.chat_template_kwargs,
+                window=window,
+            )
+            self._require_embeddings(call.rendered)
+            request.require_documents(call.rendered)
+            call.request = request.fitted(call.prompt_tokens, window)
+            call.reader = self._begin_answer(call.request)
+
+    def plan(self, call: Call, *, is_suspended: bool) -> None:
+        """Decide what is borrowed; nothing but an exact prefix if an audit has suspended the namespace."""
+        request = call.request
+        call.plan = self.planner.plan(call.rendered, request.namespace, request.session, is_suspended, call.watch)
+
+    def execute(self, call: Call) -> None:
+        """Prefill the prompt as its plan says."""
+        if self._selective is not None:
+            call.outcome = self._selective.run(call.plan, call.watch)
+        else:
+            with call.watch.phase("forward"):
+                call.outcome = prefill_behind_prefix(self.adapter, call.plan)
+        num_bytes = self.adapter.kv_bytes(call.outcome.prefill.cache)
+        call.mode, call.kv_bytes = self.mode, KVBytes(num_bytes, num_bytes)
+
+    def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
+        """Yield one chunk a token (possibly empty, as a point to cancel at), then what was held back for stop strings.
+
+        Retention shortens the cache behind the first token, which does not need it. Without retention the cache of
+        ``call.outcome`` holds KV of prompt and answer afterwards, except the last token.
+        """
+        prefill, reader, answer = call.outcome.prefill, call.reader, call.answer
+        with call.watch.phase("decode"):
+            sampling = call.request.sampling
+            decoder = Decoder(self.adapter, call.rendered.token_ids, sampling, self._together, reader.constraint)
+        is_last = False
+        with closing(decoder.tokens(prefill, partial(answer.record_logits, self._audited_tokens))) as steps:
+            while not is_last and not reader.stopped:
+                with call.watch.phase("decode"):
+                    token_id, is_last = next(steps)
+                    said = reader.push(token_id)
+                yield from call.add_token(token_id, said)
+                if self._retainer is not None and len(answer.token_ids) == 1 and not is_last:
+                    with call.watch.phase("retain"):
+                        decoder.cache = self._shorten(self._retainer, call.rendered, prefill.cache)
+                    call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.kv_bytes(decoder.cache))
+        rest = reader.finish()
+        answer.end(is_whole=reader.stopped or decoder.is_complete or decoder.is_end(answer.token_ids[-1]))
+        yield from call.add(rest)
+
+    def audit(self, call: Call, auditor: Auditor) -> None:
+        """Compute the answer's first tokens once more, behind a full prefill, if the call is drawn, and compare.
+
+        Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
+        """
+        with call.watch.phase("audit"):
+            report = call.report()
+            risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
+            if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
+                return
+            if not self.hold():  # a full prefill would be one of another state
+                return
+            reused = torch.cat(call.answer.first_logits)  # [N, V]
+            answered = np.array(call.answer.token_ids[: len(reused) - 1], dtype=np.int64)
+            full = self.adapter.logits_behind(call.rendered.token_ids, answered)
+            call.audit = auditor.record(call.request.namespace, reused, full)
+
+    def _require_embeddings(self, rendered: Rendered) -> None:
         """Raise ``PromptError`` for a token that the model has no embedding for, as its tokenizer is another's."""
         highest, size = int(rendered.token_ids.max()), self.adapter.config.vocab_size
         if highest >= size:
@@ -176,73 +256,18 @@ class ModelParts:
             accepted = f"tokens below {size}: the model has no more, so the tokenizer is not this model's"
             raise PromptError(f"prompt has token {highest} ({piece!r}); accepted is {accepted}")
 
-    def execute(self, plan: ReusePlan, watch: Stopwatch) -> Outcome:
-        """The prefill that ``plan`` describes."""
-        if self._selective is not None:
-            return self._selective.run(plan, watch)
-        with watch.phase("forward"):
-            return prefill_behind_prefix(self.adapter, plan)
-
-    def begin_text(self, request: Request) -> AnswerText:
-        """What the request's answer will be read with.
-
-        Raises:
-            ValueError: if it asks for what sampling cannot be held to.
-        """
+    def _begin_answer(self, request: Request) -> AnswerText:
         stop = request.sampling.stop + self.renderer.stops(request.prompt)
         if not request.may_call:
             return self._texts.plain(stop, request.json_schema)
         return self._texts.calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
 
-    def decode(
-        self, rendered: Rendered, prefill: Prefill, sampling: SamplingConfig, text: AnswerText, answer: Answer
-    ) -> Generator[GenerationChunk, None, None]:
-        """What each new token made certain, perhaps nothing, recorded in ``answer``, then what was held back.
-
-        With retention the cache is shortened behind the first token, which does not need it; that of ``prefill`` stays.
-        Closed or at its end, that of ``prefill`` has KV of the answer as well, but for the last token, else.
-        """
-        with answer.watch.phase("decode"):
-            decoder = Decoder(self.adapter, rendered.token_ids, sampling, self._together, text.constraint)
-        last = False
-        with closing(decoder.tokens(prefill, partial(answer.see, self._audited_tokens))) as steps:
-            while not last and not text.stopped:
-                with answer.watch.phase("decode"):
-                    token_id, last = next(steps)
-                    said = text.push(token_id)
-                answer.add(token_id, said)
-                yield from chunks_of(said)
-                if self._retainer is not None and len(answer.token_ids) == 1 and not last:
-                    with answer.watch.phase("retain"):
-                        decoder.cache = self._shortened(self._retainer, rendered, prefill.cache)
-                    answer.kept_bytes = self.adapter.kv_bytes(decoder.cache)
-        rest = text.finish()
-        answer.say(rest)
-        answer.end(whole=text.stopped or decoder.is_complete or decoder.is_end(answer.token_ids[-1]))
-        yield from chunks_of(rest)
-
-    def audit(
-        self, auditor: Auditor, namespace: str, rendered: Rendered, report: ReuseReport, answer: Answer
-    ) -> AuditResult | None:
-        """The answer's first tokens once more, behind a full prefill, if this call is drawn.
-
-        Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
-        """
-        risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
-        if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
-            return None
-        if not self.hold():  # a full prefill would be one of another state
-            return None
-        reused = torch.cat(answer.first_logits)  # [N, V]
-        answered = np.array(answer.token_ids[: len(reused) - 1], dtype=np.int64)
-        return auditor.record(namespace, reused, self.adapter.logits_behind(rendered.token_ids, answered))
-
-    def _shortened(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
+    def _shorten(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
         """What is kept of ``cache``: what the question is about first, then what it attends to."""
         texts = texts_of(rendered)
-        question = question_of(rendered, self._rules.tail_tokens)
+        question = question_of(rendered, self.reuse.tail_tokens)
         scores = relevance(rendered.token_ids, texts, question)
-        relevant = relevant_tokens(scores, texts, np.ones_like(question), self._rules.relevance_ratio)
+        relevant = relevant_tokens(scores, texts, np.ones_like(question), self.reuse.relevance_ratio)
         return retainer.shortened(rendered.token_ids, question, relevant, cache)
 
 
@@ -260,7 +285,7 @@ class _States:
         self.store = store
         self.as_loaded = ""  # identity of a model that was loaded by name
         self._first = first
-        self._parts: OrderedDict[str, ModelParts] = OrderedDict()
+        self._parts: OrderedDict[str, Runtime] = OrderedDict()
         self._vocabularies: dict[int, str] = {}  # by the number of tokens: it takes long, and they only become more
 
     def vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -274,17 +299,17 @@ class _States:
         """The store as ``state`` sees it."""
         return self.store.of_state("" if state.key == self._first else state.key)
 
-    def parts_of(self, key: str) -> ModelParts | None:
+    def parts_of(self, key: str) -> Runtime | None:
         """Those that were kept for a state."""
         if key in self._parts:
             self._parts.move_to_end(key)
         return self._parts.get(key)
 
-    def kept(self) -> list[ModelParts]:
+    def kept(self) -> list[Runtime]:
         """The parts for the latest states."""
         return list(self._parts.values())
 
-    def keep(self, key: str, parts: ModelParts) -> None:
+    def keep(self, key: str, parts: Runtime) -> None:
         """Keep the parts for a state; what belongs to weights that are no longer there goes, as does the oldest."""
         for other in [k for k, p in self._parts.items() if p.embeddings_at != parts.embeddings_at]:
             del self._parts[other]

@@ -85,7 +85,8 @@ class RecallProbe:
         self._adapter = ModelAdapter(subject.model, "semantic")
         rotations = SelectivePrefill(self._adapter).rotations
         self._frequencies = next(r.inverse_frequencies for r in rotations if r is not None)
-        self._bits = {name: config.reuse.rules.lsh_bits for name, config in configs.items() if config.reuse.rules.fuzzy}
+        rules = {name: config.reuse.resolve() for name, config in configs.items()}
+        self._bits = {name: of_mode.lsh_bits for name, of_mode in rules.items() if of_mode.fuzzy}
         self._last: tuple[Case | None, dict[str, float]] = None, {}
 
     @contextmanager

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The ``semsharekv`` command: one module a command, which imports what is heavy once it runs."""

@@ -21,7 +21,7 @@ from semsharekv_integrations.cli.terminal import WordWrap, add_engine_arguments,
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import SemShareError, require
-from semsharekv_integrations.kv import Generation
+from semsharekv_integrations.report import Generation
 
 HELP = "/exit ends the chat, /reset forgets the conversation, /stats shows the store, Ctrl-C ends an answer"
 _MODEL = "model "

@@ -19,7 +19,7 @@ from semsharekv_integrations.errors import SemShareError
 
 _COMMANDS = {  # name: its module, and what it is for
     "demo": ("demo.command", "a summarization chain, a query engine and a chat, with their reuse"),
-    "chat": ("chat", "a chat in the terminal that shows what was reused"),
+    "chat": ("cli.chat", "a chat in the terminal that shows what was reused"),
     "bench": ("lab.command", "is the answer still right? what did reuse save?"),
     "inspect": ("inspect_command", "what a store's directory holds"),
     "clear": ("clear_command", "delete what a store's directory holds"),

@@ -118,7 +118,6 @@ def check_wanted() -> None:
         raise JobLeft
 
 
-T = TypeVar("T")
 LOOK_S = 0.1  # after which an idle thread looks about; so long may it hold up the interpreter's exit
 LINGER_S = 30.0  # that the last one waits for more to do: what libraries keep for a thread takes long to make anew
 
@@ -159,8 +158,8 @@ class Scheduler:
         return getattr(_SERVED, "calls", None) is self
 
     @property
-    def others_run(self) -> bool:
-        """Whether one call is not the only one, or others are to come."""
+    def has_concurrent_calls(self) -> bool:
+        """Whether more than one call is in progress, or others are to come."""
         return bool(self._groups) or len(self._begun) + len(self._line) > 1
 
     @contextmanager

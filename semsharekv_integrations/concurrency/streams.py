@@ -133,12 +133,11 @@ async def read_async(
         stream.close()
 
 
-T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-class Turns:
-    """Calls that run at the same time, one of which at a time has its turn."""
+class PrefillQueue:
+    """Admits one call at a time to plan and prefill; the others wait."""
 
     def __init__(self) -> None:
         self.go_on_in_child()
@@ -149,7 +148,7 @@ class Turns:
         self._turn = threading.Lock()
 
     @contextmanager
-    def taken(self, waiting: AbstractContextManager[object] | None = None) -> Iterator[None]:
+    def admit(self, waiting: AbstractContextManager[object] | None = None) -> Iterator[None]:
         """Wait for the turn, inside of ``waiting`` if it is not free, and have it inside."""
         if not self._turn.acquire(blocking=False):
             with waiting or nullcontext():

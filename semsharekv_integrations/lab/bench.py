@@ -22,11 +22,12 @@ import torch
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import SemShareError, require
-from semsharekv_integrations.kv import Generation, Reference
+from semsharekv_integrations.kv import Reference
 from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
 from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Corrupt, Subject, drop_guard
 from semsharekv_integrations.lab.prompts import right_share
 from semsharekv_integrations.lab.scenarios import Case, Scenario
+from semsharekv_integrations.report import Generation
 
 Judging = Literal["exact", "mentions"]
 JUDGINGS: tuple[Judging, ...] = get_args(Judging)

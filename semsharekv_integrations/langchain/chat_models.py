@@ -19,7 +19,6 @@ from pydantic import Field, SecretStr
 
 from semsharekv_integrations.concurrency.streams import outcomes_of, raising
 from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
-from semsharekv_integrations.kv import GenerationChunk
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import details_of, engine_messages, known_to_langchain, usage_of
 from semsharekv_integrations.langchain.tools import (
@@ -34,6 +33,7 @@ from semsharekv_integrations.langchain.tools import (
     parser_of,
 )
 from semsharekv_integrations.model.loading import is_local
+from semsharekv_integrations.report import GenerationChunk
 
 
 class ChatSemShareKV(LocalModel, BaseChatModel):

@@ -30,7 +30,7 @@ from langchain_core.messages import (
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from semsharekv_integrations.errors import ContextWindowError, require
-from semsharekv_integrations.kv import Generation
+from semsharekv_integrations.report import Generation
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),

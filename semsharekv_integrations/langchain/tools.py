@@ -26,8 +26,8 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.kv import GenerationChunk, ToolCall
 from semsharekv_integrations.langchain.base import CallOptions
+from semsharekv_integrations.report import GenerationChunk, ToolCall
 from semsharekv_integrations.request import GenerateOptions
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool

@@ -33,7 +33,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from semsharekv_integrations.errors import CallError, require
-from semsharekv_integrations.kv import Generation, GenerationChunk, ToolCall
+from semsharekv_integrations.report import Generation, GenerationChunk, ToolCall
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 Responder = Callable[[str, str | None, Sequence[ToolCall], Generation | None], Response]

@@ -23,9 +23,9 @@ from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import Model, PydanticProgramMode
 
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.kv import Generation, ToolCall
 from semsharekv_integrations.llama_index.base import EngineLLM
 from semsharekv_integrations.llama_index.messages import Responder, message_calls
+from semsharekv_integrations.report import Generation, ToolCall
 
 
 class ToolCallingLLM(EngineLLM):

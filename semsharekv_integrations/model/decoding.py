@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from semsharekv_integrations.config import ReuseRules, SamplingConfig
+from semsharekv_integrations.config import ReuseConfig, SamplingConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
@@ -158,7 +158,7 @@ class Retainer:
         UnsupportedModelError: if layers with caches of different lengths cannot be decoded from.
     """
 
-    def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, rules: ReuseRules) -> None:
+    def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, rules: ReuseConfig) -> None:
         if any(window is not None for window in selective.windows) or adapter.config._attn_implementation != "sdpa":
             raise UnsupportedModelError(
                 f"{type(adapter.model).__name__} has sliding windows or attn_implementation "
@@ -166,6 +166,7 @@ class Retainer:
             )
         self._adapter = adapter
         self._selective = selective
+        rules = rules.resolve()
         self._shares = retained_shares(selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share)
 
     def shortened(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:

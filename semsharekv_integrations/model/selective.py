@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import PROBE_SHIFT, ModelAdapter, Prefill, find_rotations
@@ -207,7 +207,7 @@ class SelectivePrefill:
     def _prove(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
         """A selective pass over the probe's own KV must end in the logits of its full prefill."""
         name = type(self._adapter.model).__name__
-        rules = ReuseRules(full_layers=1, attention_ratio=0.2, deviation_ratio=0.2)
+        rules = ReuseConfig(mode="identical", full_layers=1, attention_ratio=0.2, deviation_ratio=0.2)
         run = Run(0, Reference("probe", "probe", probe, layers), 0, len(probe) - 2)
         question = np.arange(len(probe)) >= len(probe) - 2
         plan = build_plan(probe, None, [run], [], question, rules, self.num_layers)

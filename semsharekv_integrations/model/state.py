@@ -137,7 +137,7 @@ class StateWatch:
         if tensor.device.type == "meta":
             return None
         version = 0 if tensor.is_inference() else tensor._version
-        marks = tensor.data_ptr(), tensor.dtype, version, sample_bytes([sample_of(tensor)])
+        marks = tensor.data_ptr(), tensor.dtype, tensor.stride(), version, sample_bytes([sample_of(tensor)])
         known = self._digests.get(id(tensor))
         if known is None or known.tensor() is not tensor or known.marks != marks:
             self._is_new = True
@@ -150,7 +150,8 @@ class _Snapshot:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.parts = active_parts(model)
-        modules = [part.module for part in self.parts]
+        self._modules = modules = [part.module for part in self.parts]
+        self._classes = list(map(type, modules))
         self.in_training = any(module.training for module in modules)
         self._adapter = next((part.module for part in self.parts if part.active is not None), None)
         self._dicts = [vars(module) for module in modules if not _is_plain(module)]
@@ -173,6 +174,7 @@ class _Snapshot:
         self._versions = [tensor._version for tensor in self._versioned]
         self._places = [tensor.data_ptr() for tensor in tracked]
         self._dtypes = [tensor.dtype for tensor in tracked]
+        self._strides = [tensor.stride() for tensor in tracked]
         self._samples = Samples(tracked)
 
     def holds(self) -> bool:
@@ -184,6 +186,8 @@ class _Snapshot:
                 and all(map(eq, map(attrgetter("_version"), self._versioned), self._versions))
                 and all(map(eq, map(methodcaller("data_ptr"), self._tracked), self._places))
                 and all(map(eq, map(attrgetter("dtype"), self._tracked), self._dtypes))
+                and all(map(eq, map(methodcaller("stride"), self._tracked), self._strides))
+                and list(map(type, self._modules)) == self._classes
                 and all(map(eq, map(list, map(dict.values, self._dicts)), self._values))
                 and all(map(same_settings, self.configs, self._settings))
                 and foreign_hooks(self._hooks) == self.hooks
@@ -347,8 +351,9 @@ def configs_in(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether it only holds others by name, as PEFT does by adapter."""
-    return isinstance(module, nn.ModuleDict | nn.ParameterDict) or type(module).__name__ == "BufferDict"
+    """Whether it only holds others by name, as PEFT does by adapter, and computes nothing itself."""
+    holds = isinstance(module, nn.ModuleDict | nn.ParameterDict) or type(module).__name__ == "BufferDict"
+    return holds and type(module).forward is nn.Module.forward
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, Reference, Rendered, Rotation, Segment, TokenIds, rotate
 from semsharekv_integrations.reuse.facts import guarded_tokens, unlike_facts
 from semsharekv_integrations.reuse.plan import Borrowing
@@ -180,14 +180,14 @@ class FuzzyMatcher:
         embed: Callable[[TokenIds], torch.Tensor],
         pieces: Callable[[TokenIds], Sequence[str]],
         inverse_frequencies: torch.Tensor | None,
-        rules: ReuseRules,
+        rules: ReuseConfig,
     ) -> None:
         self._store = store
         self._index = index
         self._embed = embed
         self._pieces = pieces
         self._frequencies = _usual_frequencies() if inverse_frequencies is None else inverse_frequencies
-        self._rules = rules
+        self._rules = rules.resolve()
 
     def segment_matches(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
         """Matches of each segment that is mostly uncovered with the stored one nearest to it, if that is near enough.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
 from semsharekv_integrations.reuse.selection import geometric_shares, relevance, relevant_tokens
 
@@ -156,7 +156,7 @@ def build_plan(
     runs: Sequence[Run],
     matches: Sequence[Borrowing],
     question: Mask,
-    rules: ReuseRules,
+    rules: ReuseConfig,
     num_layers: int,
     segments: Sequence[tuple[int, int]] = (),
 ) -> ReusePlan:
@@ -172,7 +172,7 @@ def build_plan(
         num_layers: of the model.
         segments: what may be relevant to the question, documents or else passages, as (start, stop).
     """
-    start = prefix.num_tokens if prefix else 0
+    rules, start = rules.resolve(), prefix.num_tokens if prefix else 0
     borrowings = (*map(_borrowing, runs), *matches)
     must = np.zeros(len(token_ids), dtype=bool)
     must[start:] = True
@@ -204,13 +204,13 @@ def build_plan(
     )
 
 
-def worthwhile(plan: ReusePlan, rules: ReuseRules) -> ReusePlan:
+def worthwhile(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
     """``plan``, or its exact prefix alone where borrowing more is predicted to save too little."""
     reason = None
     left = 1 - plan.prefix_tokens / len(plan.token_ids)
     if not plan.borrowings:
         reason = "nothing similar enough is stored"
-    elif plan.predicted_compute_ratio > rules.max_compute_ratio * left:
+    elif plan.predicted_compute_ratio > rules.resolve().max_compute_ratio * left:
         share = plan.predicted_compute_ratio / left
         reason = f"predicted to compute {share:.0%} of what the prefix leaves, above max_compute_ratio"
     return plan if reason is None else prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
@@ -230,7 +230,7 @@ def _borrowing(run: Run) -> Borrowing:
     return Borrowing(run.reference, run.start + offsets, run.source_start + offsets, np.zeros(run.num_tokens, bool))
 
 
-def _boundaries(prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseRules) -> list[tuple[int, int]]:
+def _boundaries(prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseConfig) -> list[tuple[int, int]]:
     """Where each run begins, and how many of its first tokens are computed: more of them behind an edit."""
     before: Sequence[Run | None] = [Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None, *runs]
     return [

@@ -37,7 +37,7 @@ class Planner:
         max_tokens: int | None,
     ) -> None:
         self._config = config
-        self._rules = config.rules
+        self._rules = config.resolve()
         self._store = store
         self._matcher = matcher
         self._num_layers = num_layers
@@ -116,7 +116,7 @@ class Planner:
         matches: Sequence[Borrowing],
         question: Mask,
     ) -> ReusePlan:
-        rules = self._rules if matches else self._rules.for_identical_tokens()
+        rules = self._rules if matches else self._rules.without_fuzzy()
         texts = texts_of(rendered)
         return build_plan(rendered.token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
 

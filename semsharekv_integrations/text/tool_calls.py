@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from semsharekv_integrations.errors import PromptError, is_json, shown
-from semsharekv_integrations.kv import ToolCall
+from semsharekv_integrations.report import ToolCall
 from semsharekv_integrations.text.tool_format import SHORT_ID_CHARS, Tool, ToolFormat
 
 _DECODER = json.JSONDecoder(strict=False)  # models write line ends into strings

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.model import attention
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
@@ -45,7 +45,9 @@ def selective_plan(adapter: ModelAdapter, full_layers: int) -> ReusePlan:
     """All but 130 tokens must be computed at every layer; those stood elsewhere in their reference."""
     stored = ids_of(1, 150)
     token_ids = np.concatenate([ids_of(2, 160), stored[10:140], ids_of(3, 110)])
-    rules = ReuseRules(full_layers=full_layers, deviation_ratio=0.2 * full_layers, max_deviation=100.0)
+    rules = ReuseConfig(
+        mode="identical", full_layers=full_layers, deviation_ratio=0.2 * full_layers, max_deviation=100.0
+    )
     question = np.arange(NUM_TOKENS) >= NUM_TOKENS - 8
     run = Run(160, reference_of(adapter, stored), 10, 130)
     return build_plan(token_ids, None, [run], [], question, rules, NUM_LAYERS)

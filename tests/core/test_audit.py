@@ -15,7 +15,7 @@ PROMPT = "Report on Prorna in the Daily Courier."
 
 def disagree(engine, monkeypatch) -> None:
     """Spoil the logits of every prefill that reuses something."""
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     prefill = adapter.prefill
 
     def spoilt(ids, prefix=None):
@@ -99,11 +99,11 @@ def test_approximate_reuse_is_held_against_a_full_prefill(
     """The divergence over the first tokens, worked out once more from the answer that was given."""
     engine = approximate(make_engine, mode, tokens=tokens)
     generation = engine.generate(SECOND, max_new_tokens=max_new_tokens, temperature=3.0, seed=2)
-    audit, adapter = generation.report.audit, engine._ready().adapter
+    audit, adapter = generation.report.audit, engine._load().adapter
     assert audit is not None and audit.tokens == compared == min(tokens, len(generation.token_ids))
     assert generation.report.identical_tokens + generation.report.fuzzy_tokens > 10
     assert audit.kl_divergence > 1e-4, "borrowed KV is not that of a full prefill"
-    ids = engine._ready().renderer.render(SECOND, {}).token_ids
+    ids = engine._load().renderer.render(SECOND, {}).token_ids
     steps = [
         adapter.prefill(np.concatenate([ids, np.array(generation.token_ids[:count], dtype=np.int64)])).logits
         for count in range(compared)
@@ -132,14 +132,14 @@ def test_kept_kv_is_audited_even_if_nothing_was_reused(make_engine: EngineMaker)
 
 def spoil_approximate(engine: SemShareEngine, monkeypatch) -> None:
     """Turn the logits of every pass that borrows off the prefix around."""
-    parts = engine._ready()
+    parts = engine._load()
     execute = parts.execute
 
-    def spoilt(plan, watch):
-        outcome = execute(plan, watch)
-        if not plan.borrowings:
-            return outcome
-        return outcome._replace(prefill=outcome.prefill._replace(logits=-outcome.prefill.logits))
+    def spoilt(call):
+        execute(call)
+        if call.plan.borrowings:
+            prefill = call.outcome.prefill
+            call.outcome = call.outcome._replace(prefill=prefill._replace(logits=-prefill.logits))
 
     monkeypatch.setattr(parts, "execute", spoilt)
 

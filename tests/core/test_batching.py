@@ -82,7 +82,7 @@ def test_calls_of_all_lengths_have_the_logits_and_kv_they_have_alone(architectur
 def test_a_batch_gives_what_each_gives_alone_in_order_and_in_fewer_passes(make_engine: EngineMaker) -> None:
     engine = make_engine("exact")
     wanted = [make_engine("off").generate(prompt, max_new_tokens=12).token_ids for prompt in PROMPTS]
-    with widths(engine._ready().adapter) as found:
+    with widths(engine._load().adapter) as found:
         generations = engine.generate_batch(PROMPTS, max_new_tokens=12)
     assert [generation.token_ids for generation in generations] == wanted
     assert max(found) >= 3 and len(found) < sum(found) / 1.5
@@ -95,7 +95,7 @@ def test_a_batch_gives_what_each_gives_alone_in_order_and_in_fewer_passes(make_e
 def test_batches_no_larger_than_asked_for(llama, tokenizer) -> None:
     for size in (1, 2):
         engine = SemShareEngine(llama, tokenizer, EngineConfig(max_batch_size=size))
-        with widths(engine._ready().adapter) as found, ThreadPoolExecutor(5) as pool:
+        with widths(engine._load().adapter) as found, ThreadPoolExecutor(5) as pool:
             list(pool.map(partial(engine.generate, max_new_tokens=6), PROMPTS))
         assert max(found) <= size
     with pytest.raises(ValueError, match="max_batch_size is 0; accepted is 1 or more calls"):
@@ -130,7 +130,7 @@ def test_a_forward_pass_that_fails_for_all_is_tried_for_each(make_engine: Engine
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(SharedDecoding, "_same_in_batches", lambda self: True)
-    with widths(engine._ready().adapter, out_of_memory) as found:
+    with widths(engine._load().adapter, out_of_memory) as found:
         assert [g.token_ids for g in engine.generate_batch(PROMPTS, max_new_tokens=8)] == wanted
     assert max(found) > 1
 
@@ -143,7 +143,7 @@ def test_a_stream_that_nobody_reads_is_not_waited_for(make_engine: EngineMaker, 
     with ThreadPoolExecutor(1) as pool:
         idle = engine.stream(PROMPTS[0], seed=4, **options)
         pool.submit(lambda: [next(idle) for _ in range(3)]).result()
-        (row,) = engine._ready()._together._rows
+        (row,) = engine._load()._together._rows
         row.shares = True  # as if it had decoded with others before
         assert engine.generate(PROMPTS[1], seed=1, **options).token_ids == wanted
         assert not waits, "nobody is at work on it"
@@ -201,7 +201,7 @@ def test_a_stream_dropped_in_the_middle_of_a_pass_spoils_no_other(llama, tokeniz
 @pytest.mark.parametrize("outcome", ["other logits", "error"])
 def test_a_model_that_takes_no_padding_decodes_each_by_itself(make_engine: EngineMaker, monkeypatch, outcome) -> None:
     engine = make_engine("exact")
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     padded_step = adapter.decode_padded
 
     def refusing(*args):
@@ -249,7 +249,7 @@ def test_waiting_for_the_turn_is_a_phase_of_its_own(make_engine: EngineMaker, mo
 
     monkeypatch.setattr(Stopwatch, "phase", watched)
     with ThreadPoolExecutor(1) as pool:
-        with engine._turns.taken():
+        with engine._queue.admit():
             call = pool.submit(engine.generate, PROMPTS[1], max_new_tokens=2)
             assert waits.wait(60)
         report = call.result().report

@@ -13,7 +13,6 @@ import torch
 from methods import make_corruptions
 from semsharekv_integrations import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
-from semsharekv_integrations.kv import Generation
 from semsharekv_integrations.lab import bench as lab_bench
 from semsharekv_integrations.lab import scenarios
 from semsharekv_integrations.lab.bench import EVERY_POLICY, Bench, Study, _Said
@@ -21,7 +20,7 @@ from semsharekv_integrations.lab.figures import UNTIMED, Failure, Outcome
 from semsharekv_integrations.lab.policies import Subject, make_configs
 from semsharekv_integrations.lab.scenarios import Case, Scenario
 from semsharekv_integrations.lab.sized import make_sized_case
-from semsharekv_integrations.report import ReuseReport
+from semsharekv_integrations.report import Generation, ReuseReport
 from semsharekv_integrations.text.prompt import PromptRenderer
 from tiny_models import make_model
 

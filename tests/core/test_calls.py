@@ -38,14 +38,14 @@ def answers_of(make_engine: EngineMaker, **options: Any) -> dict[str, list[int]]
 LOCKS: dict[str, Callable[[SemShareEngine], AbstractContextManager[Any]]] = {
     "loading": lambda engine: engine._loading,
     "engine": lambda engine: engine._lock,
-    "counts": lambda engine: engine._flow._lock,
-    "calls": lambda engine: engine._calls._lock,
-    "turn": lambda engine: engine._turns._turn,
+    "counts": lambda engine: engine._counting,
+    "calls": lambda engine: engine._scheduler._lock,
+    "turn": lambda engine: engine._queue._turn,
     "store": lambda engine: engine._store._lock,
     "documents": lambda engine: engine._memory.known._lock,
     "audit": lambda engine: engine.auditor._lock,
-    "batches": lambda engine: engine._ready()._together._turn,
-    "model": lambda engine: engine._ready().adapter._lock,
+    "batches": lambda engine: engine._load()._together._turn,
+    "model": lambda engine: engine._load().adapter._lock,
     "starting threads": lambda engine: threading._active_limbo_lock,  # type: ignore[attr-defined]
 }
 
@@ -211,7 +211,7 @@ def test_an_interruption_while_the_model_is_taken_up_leaves_an_engine_that_works
     for at in range(1, 10_000, 997):
         engine = SemShareEngine.from_pretrained("unused", EngineConfig(store=StoreConfig(directory=tmp_path)))
         engine._source = make_engine()._source
-        hit = interrupted(engine._ready, at)
+        hit = interrupted(engine._load, at)
         assert engine.generate(PROMPTS[0], max_new_tokens=2).token_ids == wanted
         engine.store.check()
         engine.close()
@@ -254,7 +254,7 @@ class Gate:
     def __init__(self, engine: SemShareEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
         self.entered: list[int] = []
-        adapter = engine._ready().adapter
+        adapter = engine._load().adapter
         prefill = adapter.prefill
 
         def gated(token_ids: Any, *rest: Any) -> Any:
@@ -305,7 +305,7 @@ async def test_who_left_the_line_is_gone_and_computes_nothing(llama, tokenizer, 
     gate.opened.set()
     await asyncio.gather(first, last)
     assert len(gate.entered) == engine.stats()["requests"] == 2
-    assert not engine._calls._line and not engine._calls._begun
+    assert not engine._scheduler._line and not engine._scheduler._begun
 
 
 async def test_first_come_first_served(llama, tokenizer, monkeypatch) -> None:
@@ -377,7 +377,7 @@ def test_the_bound_is_checked() -> None:
 def computing(engine: SemShareEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The threads in which each prefill and decode step is computed from now on."""
     found: list[int] = []
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     for name in ("prefill", "decode_step"):
         compute = getattr(adapter, name)
 
@@ -401,9 +401,9 @@ def test_one_thread_computes_call_after_call(make_engine: EngineMaker, monkeypat
     found = computing(engine, monkeypatch)
     for prompt in PROMPTS[:4]:
         engine.generate(prompt, max_new_tokens=3)
-        others = [t for t in engine._calls._threads.copy() if t.ident != found[0]]
+        others = [t for t in engine._scheduler._threads.copy() if t.ident != found[0]]
         wait_for_end_of(others)  # which leave as they are idle
-        assert found[0] in {thread.ident for thread in engine._calls._threads}
+        assert found[0] in {thread.ident for thread in engine._scheduler._threads}
     assert set(found) == {found[0]}
 
 
@@ -411,7 +411,7 @@ def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: Engine
     with collecting_here_alone():
         engine = make_engine()
         engine.generate(PROMPTS[0], max_new_tokens=3)
-        threads, known = list(engine._calls._threads), weakref.ref(engine)
+        threads, known = list(engine._scheduler._threads), weakref.ref(engine)
         assert threads
         del engine
         gc.collect()

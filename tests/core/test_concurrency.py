@@ -42,7 +42,7 @@ class Steps:
     def __init__(self, engine: SemShareEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.reached, self.go = threading.Event(), threading.Event()
-        adapter = engine._ready().adapter
+        adapter = engine._load().adapter
         step = adapter.decode_step
 
         def counted(*arguments: Any) -> Any:
@@ -59,7 +59,7 @@ class Steps:
 
 
 def break_decoding(engine: SemShareEngine, monkeypatch, after: int) -> None:
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     step, left = adapter.decode_step, iter(range(after))
 
     def failing(*args):
@@ -84,7 +84,7 @@ def test_threads_get_what_one_after_another_gets(make_engine: EngineMaker, optio
 def test_forward_passes_take_turns(make_engine: EngineMaker, llama, monkeypatch) -> None:
     """Some models keep state in their modules, such as the frequencies of their rope."""
     engine, owned = make_engine(), []
-    lock, forward = engine._ready().adapter._lock, llama.forward
+    lock, forward = engine._load().adapter._lock, llama.forward
 
     def watched(*args, **kwargs):
         owned.append(lock._is_owned())
@@ -131,7 +131,7 @@ async def test_tasks_get_the_same(make_engine: EngineMaker) -> None:
 
 async def test_the_event_loop_runs_on(make_engine: EngineMaker, monkeypatch) -> None:
     engine = make_engine()
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     prefill = adapter.prefill
     go = threading.Event()
 

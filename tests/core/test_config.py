@@ -20,7 +20,7 @@ from semsharekv_integrations import (
     SemShareEngine,
     StoreConfig,
 )
-from semsharekv_integrations.config import MODE_RULES, MODES, Mode, ReuseRules
+from semsharekv_integrations.config import MODES, PRESETS, Mode
 from semsharekv_integrations.request import GenerateOptions, Request
 from tiny_models import EngineMaker
 
@@ -121,7 +121,7 @@ def sampled(**options: Any) -> Callable[[SemShareEngine], tuple[str, list[int]]]
 
 
 def embedder(engine: SemShareEngine) -> str:
-    return type(engine._ready().planner._matcher._index.embedder).__name__  # type: ignore[union-attr]
+    return type(engine._load().planner._matcher._index.embedder).__name__  # type: ignore[union-attr]
 
 
 def compared_tokens(engine: SemShareEngine) -> int | None:
@@ -297,7 +297,7 @@ def test_bad_values_are_refused_by_name(config: type, name: str, value: object) 
         config(**{**others, name: value})
 
 
-RULES = {field.name for field in fields(ReuseRules)}
+RULES = {field.name for field in fields(ReuseConfig)} - {"mode", "min_prefix_tokens", "embedder"}
 
 
 @pytest.mark.parametrize("mode", ["off", "exact"])
@@ -314,16 +314,16 @@ def test_an_embedder_is_refused_where_no_texts_are_compared(mode: str) -> None:
         ReuseConfig(mode=mode, embedder="some/model")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mode", MODE_RULES)
+@pytest.mark.parametrize("mode", PRESETS)
 def test_rules_are_those_of_the_mode_with_what_was_given(mode: Mode) -> None:
-    assert ReuseConfig(mode=mode).rules == MODE_RULES[mode]
+    assert ReuseConfig(mode=mode).resolve() == PRESETS[mode]
     for name in RULES:
         value, _, _ = EFFECTS[ReuseConfig, name]
         if (name, mode) == ("deviation_ratio", "identical"):
             continue  # needs a full layer
-        rules = ReuseConfig(mode=mode, **{name: value}).rules
-        assert rules == replace(MODE_RULES[mode], **{name: value}), name
-    assert ReuseConfig(mode=mode, guard_facts=False, min_token_similarity=0.0).rules.guard_facts is False
+        rules = ReuseConfig(mode=mode, **{name: value}).resolve()
+        assert rules == replace(PRESETS[mode], **{name: value}), name
+    assert ReuseConfig(mode=mode, guard_facts=False, min_token_similarity=0.0).resolve().guard_facts is False
 
 
 @pytest.mark.parametrize("needy", [{"deviation_ratio": 0.1}, {"fuzzy": True}])
@@ -332,7 +332,7 @@ def test_rules_that_need_a_full_layer_say_so(needy: dict[str, Any]) -> None:
         ReuseConfig(mode="identical", **needy)
     with pytest.raises(ValueError, match="full_layers is 0"):
         ReuseConfig(mode="semantic", full_layers=0)
-    assert ReuseConfig(mode="identical", full_layers=1, **needy).rules.full_layers == 1
+    assert ReuseConfig(mode="identical", full_layers=1, **needy).resolve().full_layers == 1
 
 
 def test_rounded_kv_is_refused_where_answers_are_exact() -> None:
@@ -377,7 +377,7 @@ def test_unknown_names_are_refused(make_engine: EngineMaker) -> None:
             config(surprise=1)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, ReuseRules])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_settings_are_frozen(config: type) -> None:
     with pytest.raises(FrozenInstanceError):
         setattr(config(), fields(config)[0].name, 1)

@@ -275,7 +275,7 @@ def test_a_child_computes_while_its_parents_threads_are_in_the_middle(
         thread = threading.Thread(target=engine.generate, args=["Another"], kwargs={"max_new_tokens": 1})
         thread.start()
         assert inside.wait(60)
-        for lock in (engine._memory._lock, engine._memory.known._lock, engine.auditor._lock, engine._flow._lock):
+        for lock in (engine._memory._lock, engine._memory.known._lock, engine.auditor._lock, engine._counting):
             locks.enter_context(held_elsewhere(lock))
         in_child(use)
     go.set()

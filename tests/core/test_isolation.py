@@ -628,7 +628,7 @@ def test_the_work_of_a_plan_does_not_depend_on_what_others_have(make_engine: Eng
     work = []
     for num_foreign in (0, 1, 4):
         engine = engine_of(make_engine, mode)
-        parts = engine._ready()
+        parts = engine._load()
         parts.renderer.pieces_of(np.arange(len(engine.tokenizer)))  # texts of tokens are kept once for all
         for name in [f"a{number}" for number in range(num_foreign)]:
             seen(engine, name, FIRST)
@@ -651,5 +651,5 @@ def test_a_prompt_has_the_same_tokens_whoever_was_given_its_reply(make_engine: E
     engine = engine_of(make_engine, "exact")
     text, *_ = seen(engine, "a", FIRST, temperature=3.0, seed=4, max_new_tokens=30)
     prompt = [*FIRST, {"role": "assistant", "content": text}, {"role": "user", "content": "And ?"}]
-    mine = engine._ready().renderer.render(prompt, {}).token_ids.tolist()
-    assert mine == make_engine("exact")._ready().renderer.render(prompt, {}).token_ids.tolist()
+    mine = engine._load().renderer.render(prompt, {}).token_ids.tolist()
+    assert mine == make_engine("exact")._load().renderer.render(prompt, {}).token_ids.tolist()

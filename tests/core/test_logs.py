@@ -85,7 +85,7 @@ def test_cancelled_and_failed_calls_leave_no_record(make_engine: EngineMaker, li
     next(stream)
     stream.close()
     assert engine.stats()["requests"] == 1, "it counts as a request all the same"
-    monkeypatch.setattr(engine._ready().adapter, "decode_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._load().adapter, "decode_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate(PROMPT, max_new_tokens=9, temperature=3.0, seed=4)
     assert not seen and not lines.records

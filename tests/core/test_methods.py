@@ -53,7 +53,7 @@ def test_noise_repeats_with_its_seed(reference: Reference) -> None:
 
 def plan_of(name: str, reference: Reference) -> ReusePlan:
     """The plan for 40 stored tokens behind 10 new ones and before the question."""
-    rules = METHODS[name].reuse.rules
+    rules = METHODS[name].reuse.resolve()
     ids = np.concatenate([np.full(10, 3), reference.token_ids[:40], np.full(8, 4)])
     question = np.arange(len(ids)) >= 50
     plan = build_plan(ids, None, [Run(10, reference, 0, 40)], [], question, rules, 4, [(0, 50)])

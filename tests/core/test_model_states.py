@@ -105,6 +105,29 @@ def new_data(model: Any) -> Callable[[Any], Any]:
     return lambda _: setattr(weight, "data", before)
 
 
+def transpose(model: Any) -> Callable[[Any], Any]:
+    square = [w for w in model.model.layers.parameters() if w.ndim == 2 and w.shape[0] == w.shape[1]]
+    assert square
+
+    def turn(_: Any) -> None:
+        for weight in square:
+            weight.data = weight.data.t()  # the same memory, read in another order
+
+    turn(model)
+    return turn
+
+
+class Tripled(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return -3 * super().forward(input)
+
+
+def another_class(model: Any) -> Callable[[Any], Any]:
+    projection = model.model.layers[0].mlp.down_proj
+    projection.__class__ = Tripled
+    return lambda _: setattr(projection, "__class__", torch.nn.Linear)
+
+
 def cast(model: Any) -> None:
     model.bfloat16()
 
@@ -160,6 +183,8 @@ PLAIN: list[Change] = [
     one_row,
     one_weight,
     new_data,
+    transpose,
+    another_class,
     cast,
     resize,
     replace_module,
@@ -328,7 +353,7 @@ def test_many_states_take_no_more_room_than_one(model: Any, tokenizer: Any) -> N
         scale_attention(model)
         answer(engine)
     assert 0 < engine.store.stats()["bytes"] <= 2 * room
-    assert len(engine._ready()._states._parts) <= 8
+    assert len(engine._load()._states._parts) <= 8
     engine.store.check()
 
 

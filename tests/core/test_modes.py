@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from methods import zero_kv
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
 from semsharekv_integrations.lab.policies import UNGUARDED
-from semsharekv_integrations.report import Stopwatch
 from tiny_models import EngineMaker, make_model
 
 NARROW = {"mixtral": {"intermediate_size": 48}}
@@ -116,11 +115,12 @@ def test_moved_tokens_have_their_exact_kv_at_the_first_layer(make_engine: Engine
     """It depends on the token and its position alone: what was borrowed elsewhere must have been turned rightly."""
     engine = make_engine(model=model, reuse=of("identical", **EAGER))
     engine.generate(FIRST, **TOKENS)
-    parts = engine._ready()
+    parts = engine._load()
     rendered = parts.renderer.render(SECOND, {})
     plan = parts.planner.plan(rendered, "default", None, False)
     assert any((borrowing.targets != borrowing.sources).any() for borrowing in plan.borrowings)
-    outcome = parts.execute(plan, Stopwatch())
+    assert parts._selective is not None
+    outcome = parts._selective.run(plan)
     assert not outcome.computed[plan.borrowed].all()
     found, wanted = outcome.prefill.cache.layers[0], parts.adapter.prefill(rendered.token_ids).cache.layers[0]
     torch.testing.assert_close(found.keys, wanted.keys, atol=1e-4, rtol=1e-3)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Run, Span
 from semsharekv_integrations.reuse.plan import (
     PROJECTION_SHARE,
@@ -24,7 +24,9 @@ from semsharekv_integrations.reuse.plan import (
 )
 
 NUM_TOKENS, NUM_LAYERS, TAIL = 60, 5, 5
-RULES = ReuseRules(boundary_tokens=2, edit_tokens=4, attention_ratio=0.2, deviation_ratio=0.1, full_layers=1)
+RULES = ReuseConfig(
+    mode="identical", boundary_tokens=2, edit_tokens=4, attention_ratio=0.2, deviation_ratio=0.1, full_layers=1
+)
 
 
 def reference(name: str, num_tokens: int = 200) -> Reference:
@@ -42,7 +44,7 @@ def tail(num_tokens: int = NUM_TOKENS) -> np.ndarray:
 def plan_of(
     runs: Sequence[Run],
     matches: Sequence[Borrowing] = (),
-    rules: ReuseRules = RULES,
+    rules: ReuseConfig = RULES,
     prefix_tokens: int = 0,
     prefix_of: Reference = ONE,
 ) -> ReusePlan:
@@ -142,11 +144,13 @@ def test_the_predicted_ratio_counts_rows_the_look_ahead_and_the_measuring() -> N
     plan = plan_of([Run(10, ONE, 30, 40)])
     rows = sum(plan.predicted_rows) + TAIL * NUM_LAYERS + PROJECTION_SHARE * NUM_TOKENS
     assert plan.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS))
-    blind = plan_of([Run(10, ONE, 30, 40)], rules=ReuseRules(attention_ratio=0.0))
+    blind = plan_of([Run(10, ONE, 30, 40)], rules=ReuseConfig(mode="identical", attention_ratio=0.0))
     assert blind.measured_layer == 3, "half way up"
     rows = sum(blind.predicted_rows) + PROJECTION_SHARE * blind.predicted_rows[2]
     assert blind.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS))
-    everywhere = plan_of([Run(10, ONE, 30, 40)], rules=ReuseRules(attention_ratio=0.0, full_layers=99))
+    everywhere = plan_of(
+        [Run(10, ONE, 30, 40)], rules=ReuseConfig(mode="identical", attention_ratio=0.0, full_layers=99)
+    )
     assert everywhere.predicted_compute_ratio == 1.0, "nothing is left to measure for"
 
 
@@ -158,24 +162,24 @@ def test_plans_that_borrow_nothing_measure_nothing() -> None:
 
 class TestWorthwhile:
     def test_plans_that_save_enough_are_kept(self) -> None:
-        plan = plan_of([Run(10, ONE, 30, 45)], rules=ReuseRules())
-        assert worthwhile(plan, ReuseRules()) is plan and plan.declined is None
+        plan = plan_of([Run(10, ONE, 30, 45)], rules=ReuseConfig(mode="identical"))
+        assert worthwhile(plan, ReuseConfig(mode="identical")) is plan and plan.declined is None
 
     def test_nothing_found_is_a_reason(self) -> None:
-        declined = worthwhile(plan_of([], prefix_tokens=20), ReuseRules())
+        declined = worthwhile(plan_of([], prefix_tokens=20), ReuseConfig(mode="identical"))
         assert declined.declined == "nothing similar enough is stored"
         assert declined.prefix_tokens == 20 and not declined.borrowings
         assert computed(declined) == list(range(20, 60))
 
     def test_too_little_saved_is_a_reason(self) -> None:
-        plan = plan_of([Run(50, ONE, 30, 6)], rules=ReuseRules(), prefix_tokens=20)
-        declined = worthwhile(plan, ReuseRules())
+        plan = plan_of([Run(50, ONE, 30, 6)], rules=ReuseConfig(mode="identical"), prefix_tokens=20)
+        declined = worthwhile(plan, ReuseConfig(mode="identical"))
         assert not declined.borrowings and declined.prefix_tokens == 20
         assert "max_compute_ratio" in (declined.declined or "") and "%" in (declined.declined or "")
 
     def test_the_bound_is_on_what_the_prefix_leaves(self) -> None:
         """Behind a long prefix little is left to compute anyway; borrowing must save a share of that little."""
-        rules = ReuseRules(attention_ratio=0.0, boundary_tokens=0, max_compute_ratio=0.53)
+        rules = ReuseConfig(mode="identical", attention_ratio=0.0, boundary_tokens=0, max_compute_ratio=0.53)
         half = [Run(40, ONE, 100, 10)]
         kept = plan_of(half, rules=rules, prefix_tokens=40)
         rows = 10 * NUM_LAYERS + PROJECTION_SHARE * 10
@@ -243,7 +247,7 @@ def plans(draw: st.DrawFn) -> ReusePlan:
             runs.append(Run(position, ONE if kind == "one" else OTHER, draw(st.integers(0, 100)), length))
         position += length
     full_layers = draw(st.integers(1, NUM_LAYERS + 1))
-    rules = ReuseRules(
+    rules = ReuseConfig(
         boundary_tokens=draw(st.integers(0, 5)),
         edit_tokens=draw(st.integers(0, 9)),
         attention_ratio=draw(st.floats(0, 1)),

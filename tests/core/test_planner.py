@@ -101,11 +101,11 @@ class Fixture:
         self.store = KVStore(StoreConfig(), min_run_tokens=self.config.indexed_run_tokens)
         self.renderer = renderer
         matcher = None
-        if self.config.rules.fuzzy:
+        if self.config.resolve().fuzzy:
             frequencies = 10_000.0 ** (-torch.arange(0, 16, 2) / 16)
             index = SegmentIndex(PooledEmbedder(EMBEDDINGS))
             embed = lambda ids: EMBEDDINGS[torch.from_numpy(ids)]  # noqa: E731
-            matcher = FuzzyMatcher(self.store, index, embed, renderer.pieces_of, frequencies, self.config.rules)
+            matcher = FuzzyMatcher(self.store, index, embed, renderer.pieces_of, frequencies, self.config.resolve())
         self.planner = Planner(self.config, self.store, matcher, NUM_LAYERS, max_tokens)
 
     def keep(self, rendered: Rendered, namespace: str = "a", **labels: Any) -> Reference:

@@ -96,10 +96,10 @@ def test_the_next_turn_is_what_the_template_says_whatever_tokens_the_reply_had(
     monkeypatch.undo()
     turn = next_turn(first.text)
     plain = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    assert said._ready().renderer.render(turn, {}).token_ids.tolist() == plain
+    assert said._load().renderer.render(turn, {}).token_ids.tolist() == plain
     second = said.generate(turn, max_new_tokens=6)
     assert second.token_ids == wanted.generate(turn, max_new_tokens=6).token_ids
-    stored = [*said._ready().renderer.render(ASK, {}).token_ids.tolist(), *first.token_ids]
+    stored = [*said._load().renderer.render(ASK, {}).token_ids.tolist(), *first.token_ids]
     assert second.report.prefix_tokens >= num_common(stored[:-1], plain) >= first.report.prompt_tokens
 
 
@@ -116,7 +116,7 @@ def test_what_one_namespace_was_told_changes_no_prompt_of_another(make_engine, t
     engine.generate(ASK, namespace="a")
     monkeypatch.undo()
     told, fresh = (
-        each._ready().renderer.render(next_turn("flood"), {}).token_ids.tolist() for each in (engine, make_engine())
+        each._load().renderer.render(next_turn("flood"), {}).token_ids.tolist() for each in (engine, make_engine())
     )
     assert told == fresh
 

@@ -183,7 +183,7 @@ class TestSegments:
 
     def test_a_tokenizer_without_offsets_finds_none_and_forget_still_works(self, make_engine, tokenizer) -> None:
         engine = make_engine()
-        real = engine._ready().renderer._tokenizer
+        real = engine._load().renderer._tokenizer
         slow = SimpleNamespace(
             is_fast=False,
             bos_token=real.bos_token,
@@ -197,7 +197,7 @@ class TestSegments:
                 assert not return_offsets_mapping
                 return real(text, **options)
 
-        engine._ready().renderer._tokenizer = Slow(**vars(slow))
+        engine._load().renderer._tokenizer = Slow(**vars(slow))
         report = engine.generate("News: a flood.", documents={"d": "a flood."}, max_new_tokens=2).report
         assert report.documents == ()
         assert engine.forget("d") == 1

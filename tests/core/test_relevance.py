@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.config import ReuseRules
+from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Reference, Run
 from semsharekv_integrations.reuse.plan import build_plan
 from semsharekv_integrations.reuse.selection import MOST_OF_ONE, relevance, relevant_tokens
@@ -104,7 +104,7 @@ def test_no_more_than_the_share_and_one_document(scores: list[float], ratio: flo
 def test_a_plan_computes_what_is_relevant_at_every_layer() -> None:
     ids, question = asked([1, 2, 3, 9, 1, 2, 4, 9, 1, 5, 6, 9, 3], 1)
     run = Run(0, Reference("r", "n", ids, ()), 0, 12)
-    rules = ReuseRules(relevance_ratio=0.01, attention_ratio=0.5, boundary_tokens=0, final_share=0.1)
+    rules = ReuseConfig(mode="identical", relevance_ratio=0.01, attention_ratio=0.5, boundary_tokens=0, final_share=0.1)
     plan = build_plan(ids, None, [run], [], question, rules, 3, SEGMENTS)
     assert np.flatnonzero(plan.relevant).tolist() == [0, 1, 2, 3]
     assert np.flatnonzero(plan.must).tolist() == [0, 1, 2, 3, 12]

@@ -92,7 +92,7 @@ class TestReferences:
 
 def assert_exact(engine: SemShareEngine, namespace: str = "default") -> None:
     """Every stored reference holds what a full prefill of its tokens gives."""
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     for reference in engine.store.fetch_all(namespace):
         fresh = adapter.layers_of(adapter.prefill(reference.token_ids).cache)
         for stored, wanted in zip(reference.layers, fresh, strict=True):
@@ -127,7 +127,7 @@ def test_what_borrowed_leaves_its_exact_part_alone(engine: SemShareEngine) -> No
     generation = engine.generate(SECOND, documents=DOCUMENTS, **ANSWER)
     assert borrowed(generation.report) > 10 and tainted(engine) == 0
     new = [reference for reference in engine.store.fetch_all() if reference.id not in before]
-    rendered = engine._ready().renderer.render(SECOND, DOCUMENTS)
+    rendered = engine._load().renderer.render(SECOND, DOCUMENTS)
     for reference in new:
         assert len(reference.token_ids) < len(rendered.token_ids), "neither all of the prompt, nor the answer"
         assert np.array_equal(reference.token_ids, rendered.token_ids[: len(reference.token_ids)])
@@ -155,7 +155,7 @@ def test_its_session_continues_from_it(engine: SemShareEngine) -> None:
 
 def continued(engine: SemShareEngine, text: str, session: str | None) -> Reference:
     """What ``session`` would continue ``text`` from."""
-    ids = engine._ready().renderer.render(text, {}).token_ids
+    ids = engine._load().renderer.render(text, {}).token_ids
     match = engine.store.longest_prefix(ids, "default", max_tokens=len(ids), session=session)
     assert match is not None
     return match.reference
@@ -221,7 +221,7 @@ def test_exact_parts_hold_no_word_of_what_was_borrowed(make_engine: EngineMaker,
         engine._memory.known.forget()
     assert len(engine.generate(SECOND, **ANSWER).report.sources) >= 1
     (new,) = [reference for reference in engine.store.fetch_all() if reference.id not in before]
-    segments = engine._ready().renderer.render(SECOND, DOCUMENTS).segments
+    segments = engine._load().renderer.render(SECOND, DOCUMENTS).segments
     assert len(new.token_ids) > 3 and [s for s in segments if s.start < len(new.token_ids)] == []
     engine.forget("fire")
     assert new.id in {reference.id for reference in engine.store.references()}

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
-from semsharekv_integrations.config import ReuseRules
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.decoding import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill
@@ -84,7 +83,7 @@ def test_relevant_tokens_come_before_all_others() -> None:
 def retaining(architecture: str, ratio: float) -> tuple[ModelAdapter, SelectivePrefill, Retainer]:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
     selective = SelectivePrefill(adapter)
-    rules = ReuseRules(retention_ratio=ratio, retention_final_share=0.3)
+    rules = ReuseConfig(mode="identical", retention_ratio=ratio, retention_final_share=0.3)
     return adapter, selective, Retainer(adapter, selective, rules)
 
 
@@ -183,10 +182,10 @@ def test_the_document_asked_for_is_kept_whole(make_engine: EngineMaker) -> None:
     filler = "\n\n".join(f"A word on number {n} and nothing else to say ." for n in range(20))
     prompt = "\n\n".join([documents["Prorna"], filler, documents["Velmar"], filler, "Who came in Velmar ?"])
     engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.2))
-    parts = engine._ready()
+    parts = engine._load()
     rendered = parts.renderer.render(prompt, documents)
     whole = parts.adapter.prefill(rendered.token_ids)
-    short = parts._shortened(parts._retainer, rendered, whole.cache)
+    short = parts._shorten(parts._retainer, rendered, whole.cache)
     (asked,) = [segment for segment in rendered.segments if segment.document_id == "Velmar"]
     for before, after in zip(whole.cache.layers, short.layers, strict=True):
         kept = set(_places(before.keys, after.keys))
@@ -229,7 +228,7 @@ def test_stored_references_are_whole(make_engine: EngineMaker) -> None:
     first = engine.generate(PROMPT, **TOKENS)
     (kept,) = engine.store.fetch_all()
     assert len(kept.token_ids) == first.report.prompt_tokens, "the answer stands on a part of the KV"
-    adapter = engine._ready().adapter
+    adapter = engine._load().adapter
     for stored, wanted in zip(kept.layers, adapter.layers_of(adapter.prefill(kept.token_ids).cache), strict=True):
         torch.testing.assert_close(stored.keys, wanted.keys, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(stored.values, wanted.values, atol=1e-4, rtol=1e-3)
@@ -241,9 +240,9 @@ def test_stored_references_are_whole(make_engine: EngineMaker) -> None:
 def test_the_first_token_waits_for_no_retention(make_engine: EngineMaker) -> None:
     engine = make_engine(reuse=ReuseConfig(mode="identical", retention_ratio=0.3))
     request, since = Request.of(PROMPT, {"max_new_tokens": 9}), engine._memory.under_way.begin()
-    chunks = engine._run(request, since)
+    chunks = engine._run(request, since, engine._load())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._ready()._retainer, "shortened", None)
+        patch.setattr(engine._load()._retainer, "shortened", None)
         next(chunks)
     last = [*chunks][-1].generation
     assert last is not None and last.report.kv_retained_ratio < 0.7

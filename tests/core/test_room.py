@@ -75,7 +75,7 @@ def test_far_beyond_the_window_no_more_is_tokenized_than_a_little(make_engine: E
 def test_it_is_refused_while_others_compute(make_engine: EngineMaker) -> None:
     """Nothing of it waits for the turn of another call, and none waits for it."""
     engine = make_engine("exact", max_context_tokens=1000)
-    with engine._turns.taken():
+    with engine._queue.admit():
         for call in (lambda: engine.generate(FAR_BEYOND), lambda: engine.warm([FAR_BEYOND])):
             with pytest.raises(ContextWindowError):
                 call()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from methods import zero_kv
-from semsharekv_integrations.config import MODE_RULES, ReuseRules
+from semsharekv_integrations.config import PRESETS, ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.lab.policies import UNGUARDED
@@ -29,7 +29,9 @@ from tiny_models import ARCHITECTURES, make_model
 VOCAB, NUM_TOKENS = 99, 48
 MIXTURES = {name: {"intermediate_size": 48, "moe_intermediate_size": 48} for name in ("mixtral", "qwen3_moe", "olmoe")}
 KIN: dict[str, dict[str, Any]] = {**ARCHITECTURES, **MIXTURES, "cohere": {}, "starcoder2": {}, "olmo3": {}}
-RULES = ReuseRules(attention_ratio=0.2, deviation_ratio=0.2, full_layers=1, final_share=0.3, max_deviation=100.0)
+RULES = ReuseConfig(
+    mode="identical", attention_ratio=0.2, deviation_ratio=0.2, full_layers=1, final_share=0.3, max_deviation=100.0
+)
 
 
 def selective_of(architecture: str, **changes: Any) -> tuple[ModelAdapter, SelectivePrefill]:
@@ -55,12 +57,12 @@ def tail(num_tokens: int, length: int = 4) -> np.ndarray:
 
 
 def plan_of(
-    token_ids: TokenIds, runs: Sequence[Run], rules: ReuseRules = RULES, prefix: PrefixMatch | None = None
+    token_ids: TokenIds, runs: Sequence[Run], rules: ReuseConfig = RULES, prefix: PrefixMatch | None = None
 ) -> ReusePlan:
     return build_plan(token_ids, prefix, runs, [], tail(len(token_ids)), rules, 3)
 
 
-def moved_plan(adapter: ModelAdapter, rules: ReuseRules = RULES, prefix_tokens: int = 0) -> ReusePlan:
+def moved_plan(adapter: ModelAdapter, rules: ReuseConfig = RULES, prefix_tokens: int = 0) -> ReusePlan:
     """A prompt that shares its middle with a reference, seven tokens further on."""
     stored = ids_of(1)
     token_ids = np.concatenate([ids_of(2, 17), stored[10:40], ids_of(3, 6)])
@@ -176,7 +178,7 @@ def test_too_much_deviation_ends_as_a_full_prefill(llama_selective: tuple[ModelA
 def test_zeroed_kv_is_given_up_without_full_layers_too(architecture: str, prefix_tokens: int) -> None:
     """As mode ``identical`` plans: what it measures half way up has no rows to go on with, so all is done afresh."""
     adapter, selective = selective_of(architecture)
-    rules = replace(MODE_RULES["identical"], attention_ratio=0.2)
+    rules = replace(PRESETS["identical"], attention_ratio=0.2)
     plan = moved_plan(adapter, rules, prefix_tokens)
     plan = replace(plan, borrowings=tuple(b._replace(reference=zero_kv(b.reference)) for b in plan.borrowings))
     outcome, full = selective.run(plan), adapter.prefill(plan.token_ids)

@@ -130,7 +130,7 @@ def fired(rows: list[Row]) -> list[Row]:
 
 
 def rules_of(study: Study, name: str):
-    return study.configs[name].reuse.rules
+    return study.configs[name].reuse.resolve()
 
 
 def test_retention_keeps_what_its_names_say(subject: Subject) -> None:
@@ -145,7 +145,7 @@ def test_each_signal_of_the_budget_stands_alone() -> None:
     signals = sweeps.make_budget_policies(Options())
     for signal, configs in signals.items():
         for reuse in configs.values():
-            rules = reuse.rules
+            rules = reuse.resolve()
             acts = {
                 "deviation": rules.deviation_ratio > 0,
                 "attention": rules.attention_ratio > 0,
@@ -156,7 +156,7 @@ def test_each_signal_of_the_budget_stands_alone() -> None:
             assert {name for name, does in acts.items() if does} == expected.get(signal, {signal, "boundaries"})
             assert rules.max_compute_ratio == 1 and (rules.full_layers == 1) == acts["deviation"]
     assert [r.deviation_ratio for r in signals["deviation"].values()] == list(sweeps.SIGNAL_RATIOS)
-    both = list(signals["both"].values())[-1].rules
+    both = list(signals["both"].values())[-1].resolve()
     assert both.deviation_ratio + both.attention_ratio == pytest.approx(sweeps.SIGNAL_RATIOS[-1])
 
 

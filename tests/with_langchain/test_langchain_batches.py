@@ -26,7 +26,7 @@ def model(request: pytest.FixtureRequest, make_engine: EngineMaker) -> Model:
 @pytest.fixture
 def widths(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many calls each padded decode step was for."""
-    adapter, found = model.engine._ready().adapter, []
+    adapter, found = model.engine._load().adapter, []
     step = adapter.decode_padded
 
     def watched(ids, *rest):

@@ -100,7 +100,7 @@ def test_streams_and_batches_report_it_too(path: str) -> None:
 def test_settings_reach_the_engine_and_identify_the_model(cls: ModelClass, path: str) -> None:
     config = EngineConfig(reuse=ReuseConfig(mode="semantic", attention_ratio=0.3))
     model = cls(model=path, config=config, max_tokens=4)
-    assert model.engine.config.reuse.rules.attention_ratio == 0.3 and model.mode == "semantic"
+    assert model.engine.config.reuse.resolve().attention_ratio == 0.3 and model.mode == "semantic"
     assert call(model, FIRST)[0]["mode"] == "semantic"
     others = [
         cls(model=path, config=EngineConfig(reuse=ReuseConfig(mode="semantic", attention_ratio=0.2)), max_tokens=4),

@@ -81,7 +81,7 @@ async def test_tokens_go_to_the_run_that_they_belong_to(model: Model) -> None:
 
 
 async def test_the_event_loop_goes_on_meanwhile(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, turned = model.engine._ready().adapter, threading.Event()
+    adapter, turned = model.engine._load().adapter, threading.Event()
     prefill = adapter.prefill
 
     def held(*arguments: Any) -> Any:

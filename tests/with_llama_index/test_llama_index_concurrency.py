@@ -79,7 +79,7 @@ def test_closing_a_stream_cancels_it(llm: SemShareKVLLM, passes: Passes, call: s
 
 async def _ended(llm: SemShareKVLLM) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while llm.engine._calls._begun:
+        while llm.engine._scheduler._begun:
             await asyncio.sleep(0)
 
 

@@ -67,7 +67,7 @@ def test_moved_nodes_are_counted(model_path: Path) -> None:
 def test_settings_reach_the_engine_and_come_back_from_files(model_path: Path) -> None:
     config = EngineConfig(reuse=ReuseConfig(mode="semantic", attention_ratio=0.3))
     llm = SemShareKVLLM(model=str(model_path), config=config, max_tokens=4)
-    assert llm.engine.config.reuse.rules.attention_ratio == 0.3
+    assert llm.engine.config.reuse.resolve().attention_ratio == 0.3
     assert raw_of(llm, FIRST, chat=False)["kv_cache"]["mode"] == "semantic"
     assert llm.to_dict()["config"]["reuse"]["attention_ratio"] == 0.3
     again = SemShareKVLLM.from_dict(llm.to_dict())

@@ -15,7 +15,6 @@ from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel
 
 from semsharekv_integrations import CallError, ContextWindowError, PromptError, SemShareEngine, SemShareError
-from semsharekv_integrations.engine import Flow
 from semsharekv_integrations.llama_index import SemShareKVLLM
 
 DOCUMENTS = [Document(text=f"In {town} , the bridge was closed . " * 20) for town in ("Velmar", "Hexvia")]
@@ -102,7 +101,7 @@ async def test_what_the_engine_raises_comes_out(settings: Any, kind: Any, monkey
     def fail(*_: object) -> Any:
         raise kind("told by the engine")
 
-    monkeypatch.setattr(Flow, "run", fail)
+    monkeypatch.setattr(SemShareEngine, "_run", fail)
     expected = kind if issubclass(kind, SemShareError) else CallError
     for name, ask in ways(settings.llm).items():
         error = await outcome(ask)

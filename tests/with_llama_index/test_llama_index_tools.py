@@ -101,9 +101,9 @@ def test_bad_tools_are_refused_by_name(llm: SemShareKVLLM) -> None:
 
 
 def test_several_calls_only_where_they_are_allowed() -> None:
-    from semsharekv_integrations.kv import ToolCall
     from semsharekv_integrations.llama_index.messages import chat_response, message_calls
     from semsharekv_integrations.llama_index.tools import with_one_call
+    from semsharekv_integrations.report import ToolCall
 
     calls = [ToolCall("1", "forecast", {}), ToolCall("2", "mayor", {})]
 
