@@ -1,7 +1,7 @@
-"""The catalog of one directory of KV files, in SQLite: which tokens lie in which file, and the prompts that need them.
+"""The catalog of one directory, in SQLite: which tokens lie in which KV file, and which prompts need them.
 
-Every row carries a digest over its fields, because SQLite does not notice a flipped byte in a value, and wrong token
-ids would serve wrong KV. It finds damage, not forgery. Knows nothing about KV files, nor which records fit together.
+Every row carries a digest over its fields: SQLite does not notice a flipped byte in a value, and wrong token ids would
+serve wrong KV. The digest finds damage, not forgery. Knows nothing about KV files, nor which records fit together.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ CATALOG = "catalog.sqlite"
 DAMAGED = "catalog.damaged"
 _LOG = f"{CATALOG}-wal"
 _SIDECARS = (_LOG, f"{CATALOG}-shm", f"{CATALOG}-journal")
-_TRANSIENT = "ABORT AUTH BUSY CANTOPEN FULL INTERRUPT IOERR LOCKED NOLFS NOMEM PERM PROTOCOL"
-# What says something about the disk or other processes, not about the bytes of the catalog.
-_SURROUNDINGS = {getattr(sqlite3, f"SQLITE_{name}") for name in _TRANSIENT.split()}
-_PAGE_ERROR = re.compile(r"error code=(\d+)")  # by which a check says that it could not read a page
+# Errors of the disk or other processes, which say nothing about the bytes of the catalog.
+_TRANSIENT_NAMES = "ABORT AUTH BUSY CANTOPEN FULL INTERRUPT IOERR LOCKED NOLFS NOMEM PERM PROTOCOL"
+_TRANSIENT = {getattr(sqlite3, f"SQLITE_{name}") for name in _TRANSIENT_NAMES.split()}
+_PAGE_ERROR = re.compile(r"error code=(\d+)")  # in what a check reports when it could not read a page
 
 
 class UnusableCatalogError(Exception):
@@ -84,7 +84,7 @@ class Catalog:
         self._fingerprint = fingerprint
 
     def change(self, gone: Mapping[str, Iterable[str]], put: Contents) -> None:
-        """Delete the ids that are gone from the tables named, then insert or replace what is put, in one transaction.
+        """Delete ids by table, then insert or replace what is put, in one transaction.
 
         Raises:
             sqlite3.Error, UnicodeEncodeError: if that fails; the catalog is as before.
@@ -95,32 +95,25 @@ class Catalog:
             self._insert(put)
 
     def replace(self, contents: Contents) -> None:
-        """Make ``contents`` all that there is, in one transaction."""
+        """Replace all rows, in one transaction."""
         with self._transact():
             for table in _TABLES:
                 self._db.execute(f"DELETE FROM {table.name}")
             self._insert(contents)
 
     def read(self) -> Contents:
-        """All that there is."""
+        """All sound rows, and the number of the others."""
         return _read(self._db, self._fingerprint)
 
     def find_files(self, nodes: Iterable[str]) -> Iterator[str]:
-        """Ids of the files in which those of ``nodes`` lie that are there, once for each.
-
-        Raises:
-            sqlite3.Error: if it cannot be read.
-        """
+        """The file of each of ``nodes`` that the catalog has."""
         for id in nodes:
             yield from (file for (file,) in self._db.execute("SELECT file FROM nodes WHERE id = ?", (id,)))
 
     def empty_log(self) -> None:
-        """Move what the log has into the catalog: until then the log still has rows that were deleted.
+        """Move the log into the catalog: until then the log still has rows that were deleted.
 
-        While another process reads the catalog nothing happens.
-
-        Raises:
-            sqlite3.Error: if it cannot be written.
+        Does nothing while another process reads the catalog.
         """
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
@@ -129,10 +122,10 @@ class Catalog:
         self._db.close()
 
     def abandon(self) -> None:
-        """In a child that was forked: never touch the connection again, not even to close it.
+        """In a forked child: never touch the connection again, not even to close it.
 
         SQLite would take the parent's locks for its own, and closing would write to the parent's files. Python closes
-        what nothing refers to, so one reference too many is counted.
+        what nothing refers to, so this counts one reference too many.
         """
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._db))
         self._db = sqlite3.connect(":memory:")
@@ -162,7 +155,7 @@ def open_catalog(path: Path, fingerprint: str) -> tuple[Catalog, Contents]:
     """Open or create the catalog in the directory ``path``, and read all of it.
 
     Raises:
-        UnusableCatalogError: if nothing can be done with it but ``set_aside``.
+        UnusableCatalogError: if nothing but ``set_aside`` helps.
         OSError, sqlite3.Error: if the disk does not allow it.
     """
     file = path / CATALOG
@@ -187,7 +180,7 @@ def open_catalog(path: Path, fingerprint: str) -> tuple[Catalog, Contents]:
 
 
 def look_into(path: Path, fingerprint: str) -> Contents:
-    """The catalog in the directory ``path`` as it is now; nothing is changed, and its owner may write meanwhile.
+    """Read the catalog in the directory ``path`` as it is now, while its owner may write. Changes nothing.
 
     Raises:
         UnusableCatalogError, sqlite3.Error, OSError: if it cannot be read.
@@ -210,12 +203,12 @@ def set_aside(path: Path) -> None:
 
 
 def forget_set_aside(path: Path) -> None:
-    """Delete what ``set_aside`` renamed in the directory ``path``, if it did."""
+    """Delete a catalog that was set aside."""
     path.joinpath(DAMAGED).unlink(missing_ok=True)
 
 
 def _create_tables(database: sqlite3.Connection) -> None:
-    """In an empty database; in another they must be there, and it must be one that can be written."""
+    """Create the tables in an empty database; require them in another, and that it can be written."""
     found = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
     wanted = [f"CREATE TABLE {t.name} ({t.columns}, digest BLOB) WITHOUT ROWID" for t in _TABLES]
     (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -231,22 +224,22 @@ def _create_tables(database: sqlite3.Connection) -> None:
 def _check(database: sqlite3.Connection) -> None:
     (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
     unread = _PAGE_ERROR.search(state)
-    if unread and _tells_of_surroundings(int(unread[1])):
+    if unread and _is_transient(int(unread[1])):
         raise OSError(f"a page of the catalog cannot be read: {state}")
     if state != "ok":
         raise UnusableCatalogError(state)
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether it is the bytes of the catalog that are wrong; names in a damaged schema may not even be text."""
+    """Whether the bytes of the catalog are wrong; names in a damaged schema may not even be text."""
     if isinstance(error, sqlite3.Error):
-        return not _tells_of_surroundings(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR))
+        return not _is_transient(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR))
     return isinstance(error, UnicodeDecodeError)
 
 
-def _tells_of_surroundings(code: int) -> bool:
-    """Also what is refused because of a file beside the catalog; plain READONLY is what a damaged head asks for."""
-    return code & 0xFF in _SURROUNDINGS or (code & 0xFF == sqlite3.SQLITE_READONLY != code)
+def _is_transient(code: int) -> bool:
+    """Includes refusals because of a file beside the catalog; a damaged head causes plain READONLY."""
+    return code & 0xFF in _TRANSIENT or (code & 0xFF == sqlite3.SQLITE_READONLY != code)
 
 
 def _require_version(database: sqlite3.Connection) -> None:
@@ -272,7 +265,7 @@ def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
 
 
 def _unpack(table: _Table, values: Sequence[Any]) -> Any:
-    """What a row says, or None if it says nothing that could have been written."""
+    """The record of a row, or None if its values could not have been written."""
     try:
         record = table.unpack(*values)
         return record if is_sound(record) else None

@@ -1,9 +1,9 @@
 """The KV of one model on disk: a directory with a catalog and KV files, safe against crashes.
 
-The catalog alone says what is there; nothing is kept beside it but how many nodes each file has. A KV file is written
-whole before the catalog names it, and deleted after the catalog has forgotten it, so a crash leaves at worst a file
-that nothing names, which the next opening deletes. What is damaged on disk is dropped, together with what hangs on it,
-and counted; it is never a wrong answer. Knows nothing about matching, eviction or expiry.
+The catalog alone says what is there; memory holds no copy of its rows, only how many nodes lie in each file. A KV file
+is written whole before the catalog names it, and deleted after the catalog has forgotten it. So a crash leaves at worst
+a file that nothing names, which the next opening deletes. Damaged rows and files are dropped with everything that needs
+them, and counted; they never cause a wrong answer. Knows nothing about matching, eviction or expiry.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _inherited: set[str] = set()  # what was open when this process was forked: SQLi
 class KVDirectory:
     """The KV of one model on disk, locked against other processes.
 
-    Not thread-safe: several threads may take turns with it, under a lock of the caller. A child that is forked while
-    it is open has no use of it: there it fails, and what it does is of no consequence to the parent.
+    Not thread-safe: the caller's lock guards it. In a child that is forked every method fails, without consequence for
+    the parent.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        """Open or create ``path``/``fingerprint``, and drop from it what cannot be used.
+        """Open or create ``path``/``fingerprint``, and delete what cannot be used there.
 
         Raises:
             StoreLockedError: if another process has it open, or had when it forked this one.
@@ -113,34 +113,26 @@ class KVDirectory:
         return found._replace(nodes=keep_rooted(found.nodes))
 
     def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
-        """Write a new KV file, with the tokens at dim 2 of every tensor, and return its id.
+        """Write a new KV file as ``KVFiles.write`` does, and return its id.
 
-        It is in use once a node is recorded that lies in it; ``discard`` it if that does not come about.
-
-        Raises:
-            StoreWriteError: if it cannot be written; nothing is left of it.
-            ValueError: if a tensor has another number of tokens.
+        ``record`` a node in it, or ``discard`` it.
         """
         file = self._on_disk.write(uuid.uuid4().hex, tensors, num_tokens)
         self._files[file.id] = file
         return file.id
 
     def discard(self, file: str) -> None:
-        """Delete a file that was written, if no node lies in it."""
+        """Delete a file that was written, unless a node lies in it."""
         if file in self._files and not self._uses[file]:
             del self._files[file]
             self._on_disk.remove(file)
 
     def read(self, file: str) -> dict[str, torch.Tensor]:
-        """As ``KVFiles.read``, which counts what is wrong; to drop the nodes that lie in it is up to the caller."""
+        """As ``KVFiles.read``. The caller drops the nodes that lie in a damaged file."""
         return self._on_disk.read(self.file(file))
 
     def file(self, file: str) -> FileRecord:
-        """What is known of a file in use, or of one just written.
-
-        Raises:
-            StoreFileError: if it is neither.
-        """
+        """The record of a file in use, or just written; raises ``StoreFileError`` if there is none."""
         if file not in self._files:
             raise StoreFileError(f"{self.path} has no KV file {file!r}")
         return self._files[file]
@@ -153,7 +145,7 @@ class KVDirectory:
         gone_nodes: Iterable[str] = (),
         gone_entries: Iterable[str] = (),
     ) -> None:
-        """Forget the gone, then insert or replace the others, in one transaction; then delete files out of use.
+        """Delete the gone, then insert or replace the others, in one transaction; then delete files out of use.
 
         Raises:
             StoreWriteError: if the catalog cannot be written; nothing has changed.
@@ -180,16 +172,13 @@ class KVDirectory:
         self._on_disk.remove(*(file.id for file in ended), most=MOST_REMOVED)
 
     def sweep(self) -> None:
-        """Delete some of the files out of use that are still there."""
+        """Delete at most ``MOST_REMOVED`` files out of use that are still there."""
         self._on_disk.remove(most=MOST_REMOVED)
 
     def scrub(self, *, whole: bool = True) -> None:
-        """Delete what still names forgotten tokens and documents: the catalog's log, and one that was set aside.
+        """Empty the catalog's log and delete a catalog that was set aside: both may name forgotten tokens.
 
-        If ``whole``, files out of use that are still there go as well.
-
-        Raises:
-            StoreWriteError: if that fails.
+        With ``whole``, delete all files out of use as well. Raises ``StoreWriteError`` if any of this fails.
         """
         self._on_disk.remove(most=None if whole else 0)
         try:
@@ -199,13 +188,12 @@ class KVDirectory:
             raise self._write_failed(f"{self.path} still names what is forgotten: {error}") from error
 
     def counts(self) -> dict[str, int]:
-        """What went wrong since opening.
+        """Troubles since opening.
 
-        ``damaged``: catalogs, rows and files whose bytes are not those written. ``foreign``: catalogs and files of
-        another model or format version. ``vanished``: files that are missing. ``unavailable``: reads that failed for
-        want of handles or memory, or because the disk failed; the files stay. ``orphans``: rows, files and temporaries
-        that were left without what they belong to, deleted when opened. ``write_failed``: files and changes of the
-        catalog that could not be written.
+        ``damaged``: catalogs, rows and files with other bytes than were written. ``foreign``: catalogs and files of
+        another model or format version. ``vanished``: missing files. ``unavailable``: reads that failed because handles
+        or memory ran out, or the disk failed; the files stay. ``orphans``: rows, files and temporaries without what
+        they belong to, deleted at opening. ``write_failed``: files and transactions that could not be written.
         """
         return dict(self._counts)
 
@@ -219,14 +207,14 @@ class KVDirectory:
         assert self.num_bytes == sum(sizes[file] for file in self._uses), "bytes of files in use"
 
     def close(self) -> None:
-        """Delete what was written and not recorded, and let other processes in. May be called again."""
+        """Delete files that were written and not recorded, and release the lock. May be called again."""
         if self._is_open:
             self._on_disk.remove(*(self._files.keys() - self._in_use().keys()))
         self._is_open = False
         self._resources.close()
 
     def go_on_in_child(self) -> None:
-        """Give it up: it is the parent's. This process cannot open the directory any more."""
+        """Leave the directory to the parent. This process cannot open it any more."""
         if self._is_open:
             self._is_open = False
             _inherited.add(os.path.realpath(self.path))
@@ -250,7 +238,7 @@ class KVDirectory:
             return open_catalog(self.path, self._fingerprint)
 
     def _keep(self, found: Contents) -> Contents:
-        """What of ``found`` is sound; all else is deleted, from the catalog and from the disk, and counted."""
+        """Delete and count what of ``found`` is not sound, in the catalog and on disk; the rest."""
         sizes = self._on_disk.measure()
         kept = keep_sound(found, sizes)
         missing = [file.id for file in found.files if file.id not in sizes]
@@ -317,7 +305,7 @@ class DirectoryLock:
 
 
 class PeekedEntry(NamedTuple):
-    """An entry on disk, with the tokens of its whole path and the bytes of their KV, those shared with others too."""
+    """An entry on disk, with the tokens and KV bytes of its whole path, shared ones included."""
 
     entry: EntryRecord
     num_tokens: int
@@ -325,14 +313,14 @@ class PeekedEntry(NamedTuple):
 
 
 class Peeked(NamedTuple):
-    """What a look from outside finds: the sound entries, and how many records are damaged or lack what they need."""
+    """The sound entries of a directory, and how many records are damaged or lack what they need."""
 
     entries: list[PeekedEntry]
     num_unusable: int
 
 
 def find_directories(path: Path) -> list[Path]:
-    """The directories of single models under ``path``, by their names, which are fingerprints.
+    """The directories of single models under ``path``, sorted; their names are fingerprints.
 
     Raises:
         StoreFileError: if ``path`` is missing, or cannot be read.
@@ -345,12 +333,9 @@ def find_directories(path: Path) -> list[Path]:
 
 
 def peek(path: Path) -> Peeked:
-    """What is in ``path``, a directory of a single model.
+    """List what is in ``path``, the directory of a single model, while another process may write there.
 
-    Takes no lock and changes nothing; another process may have it open, and write.
-
-    Raises:
-        StoreFileError: if it cannot be read.
+    Takes no lock and changes nothing. Raises ``StoreFileError`` if it cannot be read.
     """
     fingerprint = path.absolute().name
     try:

@@ -1,14 +1,14 @@
-"""The lowest tier: KV in the files of a directory, bounded, and a catalog that says what prompts need it.
+"""The disk tier: KV in the files of a directory, bounded, and a catalog that says which prompts need it.
 
-All that one call changes is one transaction of the catalog, at its end; KV that is written, or gives room to other KV,
-is a transaction of its own before. A change that the catalog refuses (disk full) is owed: it waits for the next one.
+Whatever one call of the store changes is one transaction of the catalog, at its end. Only a KV file that is written, or
+deleted to make room, has a transaction of its own before that. A change that the catalog refuses (disk full) is owed:
+the next transaction includes it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,12 +29,12 @@ _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
 
 
 class DiskTier:
-    """KV of nodes in files; without a directory it keeps nothing. Not safe to use from several threads by itself.
+    """Keeps the KV of nodes in files; without a directory, nothing. Not thread-safe: the store's lock guards it.
 
     Args:
-        tier: counts what lies here.
-        counts: of troubles.
-        give_up: loses the KV of a node, or of one behind it, that is in no other tier.
+        tier: counts the bytes of each node, and chooses what goes first.
+        counts: of troubles; incremented here.
+        give_up: drops a node (or one behind it) that no other tier holds.
     """
 
     def __init__(self, tier: Tier, counts: Counter[str], give_up: Callable[[Node], None]) -> None:
@@ -43,22 +43,17 @@ class DiskTier:
         self._counts = counts
         self._give_up = give_up
         self._home = (torch.float32, torch.device("cpu"))
-        self._nodes: dict[str, NodeRecord | None] = {}  # not in the catalog yet, by id; None is gone
+        self._nodes: dict[str, NodeRecord | None] = {}  # what the next transaction writes, by id; None: deletes
         self._entries: dict[str, EntryRecord | None] = {}
-        self._has_news = False  # since the catalog was told, or refused to be
+        self._has_news = False  # whether any of this came after the last transaction, be it refused or not
 
     def attach(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> None:
-        """Keep KV in ``directory`` from now on; what is read from it goes to ``device`` as ``dtype``."""
+        """Use ``directory`` from now on; KV that is read from it goes to ``device`` as ``dtype``."""
         self._directory = directory
         self._home = dtype, device
 
     def read(self, node: Node) -> PackedKV:
-        """The KV of ``node`` in the file that it lies in, mapped into memory.
-
-        Raises:
-            UnavailableFileError: if the system cannot read the file now.
-            StoreFileError: if the file is damaged, or gone.
-        """
+        """Map the KV of ``node`` into memory; raises as ``KVFiles.read`` does."""
         assert self._directory is not None and node.on_disk is not None
         file, first = node.on_disk
         whole = PackedKV(self._directory.read(file), *self._home)
@@ -68,7 +63,7 @@ class DiskTier:
         return whole.view_part(first, stop)
 
     def save(self, node: Node, packed: PackedKV, namespace: str) -> bool:
-        """Write a node, if there is a directory, room, and all that comes before it."""
+        """Write a node; whether there was a directory, room, and everything before the node on disk."""
         before = node.path()[:-1]
         if self._directory is None or any(earlier.on_disk is None for earlier in before):
             return False
@@ -81,13 +76,13 @@ class DiskTier:
         except (StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return False
-        if not self._move([node], [FileRange(file, 0)], namespace):
+        if not self._move([node], file, namespace):
             return False
         self.tier.add(node, self._directory.file(file).num_bytes)
         return True
 
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
-        """Nodes, and entries, are no longer here."""
+        """Remove nodes, and the entries ``keys``."""
         gone = [node for node in nodes if node.on_disk is not None]
         self.forget((node.id for node in gone), keys)
         for node in gone:
@@ -95,7 +90,7 @@ class DiskTier:
             node.on_disk = None
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """``upper`` has become the first tokens of what ``lower`` was; both lie in its file from now on."""
+        """Divide the bytes and the place of ``lower``, whose first tokens ``upper`` took over."""
         if lower.on_disk is None:
             return
         file, first = lower.on_disk
@@ -107,28 +102,28 @@ class DiskTier:
         self._put([upper, lower], namespace)
 
     def adopt(self, node: Node, place: FileRange, file_tokens: int) -> None:
-        """``node`` was found in a file, in which nodes with so many tokens in all were found."""
+        """Count a node that was found at ``place``, in a file whose nodes have ``file_tokens`` tokens in all."""
         assert self._directory is not None
         node.on_disk = place
         self.tier.add(node, self._directory.file(place.file).num_bytes * len(node.token_ids) // file_tokens)
 
     def put_entry(self, entry: EntryRecord) -> None:
-        """The catalog, if there is one, has ``entry`` after the next ``commit``."""
+        """Insert or replace an entry with the next transaction."""
         if self._directory is not None:
             self._entries[entry.id] = entry
             self._has_news = True
 
     def forget(self, nodes: Iterable[str], entries: Iterable[str]) -> None:
-        """The catalog has none of these ids after the next ``commit``."""
+        """Delete these ids with the next transaction."""
         if self._directory is not None:
             self._nodes |= dict.fromkeys(nodes)
             self._entries |= dict.fromkeys(entries)
             self._has_news = True
 
     def commit(self, *, retry: bool = True) -> bool:
-        """Tell the catalog all that changed, in one transaction; whether it knows everything now.
+        """Write all changes to the catalog in one transaction; whether none is owed now.
 
-        Unless ``retry``, what it refused before waits until something else has changed.
+        Without ``retry``, changes that were refused before wait until something else changes.
         """
         if self._directory is None or not self._owes or not (retry or self._has_news):
             return not self._owes
@@ -148,9 +143,9 @@ class DiskTier:
         return True
 
     def purge(self, nodes: Iterable[Node], namespace: str) -> bool:
-        """Rewrite files of which ``nodes``, all of a namespace, need only a part, so that forgotten tokens leave them.
+        """Rewrite files that ``nodes``, all of a namespace, need only in part, so that forgotten tokens leave the disk.
 
-        Whether that went well.
+        Returns whether every file could be rewritten.
         """
         if self._directory is None:
             return True
@@ -163,12 +158,12 @@ class DiskTier:
         return all(rewritten)
 
     def sweep(self) -> None:
-        """Delete some of the files that nothing needs any more."""
+        """Delete some of the files that no node needs any more."""
         if self._directory is not None:
             self._directory.sweep()
 
     def scrub(self, *, whole: bool) -> bool:
-        """Delete what still names forgotten tokens and documents: see ``KVDirectory.scrub``. Whether nothing does."""
+        """As ``KVDirectory.scrub``; whether nothing on disk names forgotten tokens and documents any more."""
         try:
             if self._directory is not None:
                 self._directory.scrub(whole=whole)
@@ -178,7 +173,7 @@ class DiskTier:
         return not self._owes
 
     def fit(self) -> None:
-        """Bring what was found within the bound; pinned nodes go last, but they go."""
+        """Evict what was found beyond the bound; pinned nodes go last, but they go."""
         self._make_room(0, ())
         while self.num_bytes > self.tier.max_bytes:
             least = min(self.tier.sizes, key=lambda node: node.pins > 0, default=None)
@@ -188,7 +183,7 @@ class DiskTier:
             self.commit()
 
     def close(self, entries: Iterable[EntryRecord]) -> None:
-        """Write ``entries`` down once more, and let go of the directory; nothing is here afterwards."""
+        """Write ``entries`` once more and close the directory; the tier is empty afterwards."""
         if self._directory is None:
             return
         for entry in entries:
@@ -198,7 +193,7 @@ class DiskTier:
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the directory as it is; nothing is here afterwards."""
+        """Leave the directory as it is; the tier is empty afterwards."""
         for node in list(self.tier.sizes):
             self.tier.remove(node)
             node.on_disk = None
@@ -208,16 +203,16 @@ class DiskTier:
 
     @property
     def num_bytes(self) -> int:
-        """Of all KV files."""
+        """Size of all KV files in use."""
         return self._directory.num_bytes if self._directory is not None else 0
 
     def counts(self) -> dict[str, int]:
-        """What was found wrong: see ``KVDirectory.counts``."""
+        """See ``KVDirectory.counts``."""
         found = self._directory.counts() if self._directory is not None else {}
         return {f"{DISK}_{name}": count for name, count in found.items()}
 
     def check(self, nodes: Collection[Node], keys: set[str]) -> None:
-        """The law: of ``nodes`` and entries ``keys`` it has those that say so, and the catalog has no others."""
+        """The law: tier and catalog have exactly those of ``nodes`` that are on disk, and the entries ``keys``."""
         here = set(self.tier.sizes)
         assert here == {node for node in nodes if node.on_disk is not None}, "nodes on disk"
         for node in here:
@@ -237,7 +232,7 @@ class DiskTier:
         return bool(self._nodes or self._entries)
 
     def _make_room(self, num_bytes: int, protected: Collection[Node]) -> bool:
-        """Whether so much fits, after what must go for it has gone; nothing goes if it does not fit in the end."""
+        """Evict until ``num_bytes`` more fit; whether they do. Evicts nothing if they could not fit anyway."""
         assert self._directory is not None
         if self.num_bytes + num_bytes <= self.tier.max_bytes:
             return True
@@ -260,7 +255,7 @@ class DiskTier:
         return False
 
     def _rewrite(self, nodes: Sequence[Node], namespace: str) -> bool:
-        """Move nodes to one new file; whether that went well, else they stay in the old one."""
+        """Copy nodes to one new file; whether that worked, else they stay in the old one."""
         assert self._directory is not None
         num_tokens = [len(node.token_ids) for node in nodes]
         try:
@@ -271,20 +266,21 @@ class DiskTier:
         except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return False
-        starts = accumulate(num_tokens[:-1], initial=0)
-        if not self._move(nodes, [FileRange(file, start) for start in starts], namespace):
+        if not self._move(nodes, file, namespace):
             return False
         num_bytes = self._directory.file(file).num_bytes
         for node, own_tokens in zip(nodes, num_tokens, strict=True):
             self.tier.shrink(node, num_bytes * own_tokens // sum(num_tokens))
         return True
 
-    def _move(self, nodes: Sequence[Node], places: Sequence[FileRange], namespace: str) -> bool:
-        """Have nodes lie in a new file, and the catalog told; if it cannot be, the file goes and they stay."""
+    def _move(self, nodes: Sequence[Node], file: str, namespace: str) -> bool:
+        """Commit that nodes follow each other in a new file; if the catalog refuses, undo it and delete the file."""
         assert self._directory is not None
         former = [(node.on_disk, self._nodes.get(node.id)) for node in nodes]
-        for node, place in zip(nodes, places, strict=True):
-            node.on_disk = place
+        first = 0
+        for node in nodes:
+            node.on_disk = FileRange(file, first)
+            first += len(node.token_ids)
         self._put(nodes, namespace)
         if self.commit():
             return True
@@ -293,7 +289,7 @@ class DiskTier:
             del self._nodes[node.id]
             if owed is not None:
                 self._nodes[node.id] = owed
-        self._directory.discard(places[0].file)
+        self._directory.discard(file)
         return False
 
     def _put(self, nodes: Iterable[Node], namespace: str) -> None:
@@ -317,5 +313,5 @@ def _record(node: Node, namespace: str) -> NodeRecord:
 
 
 def _plain(record: NodeRecord) -> tuple[str, ...]:
-    """What a node's place says, comparable."""
+    """A record's fields, comparable."""
     return record.id, str(record.parent), record.token_ids.tobytes().hex(), record.file, str(record.first)
