@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
@@ -56,6 +57,12 @@ class Embeddings(NamedTuple):
         return rotated_embeddings(self.matrix[torch.from_numpy(ids)], torch.arange(len(ids)), self.inverse_frequencies)
 
 
+def distract(rng: Random, document: Document) -> Document:
+    """The same wording and kinds on another town, with values of its own: what a retriever confuses it with."""
+    other = world.edit(rng, document, tuple(sorted(document.facts)))
+    return replace(other, town=rng.choice([town for town in world.TOWNS if town != document.town]))
+
+
 def embeddings_of(name: str) -> Embeddings:
     source = NamedModel(name, device="cpu", dtype="float32", options={})
     model, tokenizer = source.load(), source.tokenizer
@@ -84,7 +91,7 @@ def versions(rng: Random, documents: Sequence[Document]) -> dict[str, list[Docum
         "edited": [world.edit(rng, document) for document in documents],
         "facts changed": [world.edit(rng, document, tuple(sorted(document.facts))) for document in documents],
         "facts swapped": [world.swap(*pair)[0] for pair in zip(documents, neighbours, strict=True)],
-        "other town": [world.distract(rng, document) for document in documents],
+        "other town": [distract(rng, document) for document in documents],
         APART: [other for document in documents for other in unrelated(rng, documents, document)],
     }
 

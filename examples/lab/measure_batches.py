@@ -24,7 +24,7 @@ from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemSh
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.figures import find_quartiles
 from semsharekv_integrations.lab.policies import PRESETS, REFERENCE, load_subject
-from semsharekv_integrations.lab.report import origin, setting_of, write_whole
+from semsharekv_integrations.lab.report import describe_machine, describe_origin, write_whole
 
 PROMPTS = 16
 COLUMNS = ("calls in one pass", "tokens a second", "times as fast", "answers", "prompt tokens reused")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = " ".join(map(str, args.sizes))
     given = f"--preset {args.preset} --seed {args.seed} --rounds {args.rounds} --sizes {sizes} --tokens {args.tokens}"
     command = f"python examples/lab/measure_batches.py {given} --documents {args.documents}"
-    about = setting_of(model.model) | origin(command)
+    about = describe_machine(model.model) | describe_origin(command)
     commit = about["commit"][:12] + " with uncommitted changes" * about["uncommitted_changes"]
     came = f"`{command}` at commit {commit}: {args.preset} in {about['dtype']} on {about['device']}, one thread."
     how = f"{PROMPTS} prompts, n = {args.rounds} rounds, median and quartiles; what prompts share is computed once"

@@ -32,7 +32,7 @@ from semsharekv_integrations import StoreConfig
 from semsharekv_integrations.config import EVICTIONS, Eviction
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
 from semsharekv_integrations.lab.figures import Estimate, find_quartiles
-from semsharekv_integrations.lab.report import origin, setting_of, write_whole
+from semsharekv_integrations.lab.report import describe_machine, describe_origin, write_whole
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 from semsharekv_integrations.store import KVStore
@@ -491,7 +491,7 @@ def measured(plan: Plan, seed: int, progress: Progress) -> tuple[Bench, Outcomes
             costs(longer, seed, count, length, shape, f"{length} tokens", Path(path))
     prefills(bench, ModelAdapter(model, "off"), seed)
     outcomes = traced(plan, seed, progress, half_cost_tokens(model))
-    return bench, outcomes, {**setting_of(model), "shape": shape, "seed": seed}
+    return bench, outcomes, {**describe_machine(model), "shape": shape, "seed": seed}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -507,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Progress(console=console) as progress:
         bench, outcomes, about = measured(Plan.quick() if args.quick else Plan(), args.seed, progress)
     given = [f"--seed {args.seed}", f"--threads {args.threads}", *(["--quick"] if args.quick else [])]
-    about |= origin(f"python {shlex.quote('examples/lab/measure_store.py')} {' '.join(given)}")
+    about |= describe_origin(f"python {shlex.quote('examples/lab/measure_store.py')} {' '.join(given)}")
     text = report(bench, outcomes, about)
     if args.out is None:
         Console(file=sys.stdout).print(Markdown(text))

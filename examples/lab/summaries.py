@@ -16,7 +16,7 @@ from random import Random
 from rouge_score.rouge_scorer import RougeScorer
 
 from semsharekv_integrations.lab import command, prompts, world
-from semsharekv_integrations.lab.figures import FIGURES, Figure, estimate_mean, take_mean
+from semsharekv_integrations.lab.figures import FIGURES, Figure, estimate_mean
 from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.scenarios import (
     DEFAULT_LAYOUTS,
@@ -50,7 +50,7 @@ ROUGE = (
         "full prefill's ROUGE-L",
         ".3f",
         lambda p: p.full and score_rouge_l(p.full.text, p.full.expected),
-        take_mean,
+        estimate_mean,
     ),
     Figure(
         "rouge_l_to_full",
@@ -85,9 +85,10 @@ def _make_case(rng: Random, count: int, layouts: Sequence[Layout]) -> Case:
 
 
 def _make_query(rng: Random, template: Template, documents: Sequence[Document]) -> Query:
-    if template.layout != "completion":
+    layout, wrap = template
+    if layout != "completion":
         return make_query(template, documents, rng.choice(prompts.SUMMARY_REQUESTS))
-    wording = prompts.SUMMARY_WRAPS[template.wrap % len(prompts.SUMMARY_WRAPS)]
+    wording = prompts.SUMMARY_WRAPS[wrap % len(prompts.SUMMARY_WRAPS)]
     return Query(wording.format(docs=prompts.join(documents)), map_texts(documents))
 
 

@@ -13,9 +13,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,7 +27,6 @@ from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcom
 from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Corrupt, Subject, drop_guard
 from semsharekv_integrations.lab.prompts import right_share
 from semsharekv_integrations.lab.scenarios import Case, Scenario
-from semsharekv_integrations.report import Generation
 
 Judging = Literal["exact", "mentions"]
 JUDGINGS: tuple[Judging, ...] = get_args(Judging)
@@ -41,7 +40,6 @@ _FAILURES = (SemShareError, MemoryError, RuntimeError)
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 
 Watch = Callable[[Case, str, int], AbstractContextManager[dict[str, Any]]]
-Regroup = Callable[[Sequence[Outcome]], list[Outcome]]
 
 
 @contextmanager
@@ -55,8 +53,6 @@ class Study:
     """All that is needed to measure and to tabulate.
 
     Attributes:
-        title: of the report.
-        scenarios: what is asked, behind what.
         configs: engine settings by policy.
         corrupt: what is done to the stored references of a policy, by its name.
         judging: whether the right answer is ``exact``, in the words of the case, or ``mentions`` its facts, in any
@@ -74,7 +70,7 @@ class Study:
     judging: Judging = "exact"
     watch: Watch = watch_nothing
     figures: Sequence[Figure] = FIGURES
-    regroup: Regroup = list
+    regroup: Callable[[Sequence[Outcome]], list[Outcome]] = list
     about: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,25 +81,11 @@ class Results:
     outcomes: list[Outcome] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def add(self, other: Results) -> None:
-        """Take in what another scenario gave."""
-        self.outcomes += other.outcomes
-        self.failures += other.failures
-
     def fail(self, scenario: Scenario, policy: str, reason: str) -> None:
         """Record once what was not measured."""
         failure = Failure(scenario.name, scenario.length, policy, reason)
         if failure not in self.failures:
             self.failures.append(failure)
-
-
-class _Said(NamedTuple):
-    """What one call gave."""
-
-    generation: Generation
-    store_s: float | None = None
-    store_bytes: int | None = None
-    extra: Mapping[str, Any] = {}
 
 
 class Bench:
@@ -112,10 +94,6 @@ class Bench:
     Policies that the model does not allow are left out, with their reasons in ``missing``. A full prefill named ``off``
     is added if there is none. On random weights there is no deviation guard, and no answer is right or wrong.
 
-    Args:
-        subject: what is measured on.
-        study: what is measured.
-
     Raises:
         ValueError: if ``off`` is no full prefill, or ``corrupt`` names no policy.
     """
@@ -123,13 +101,13 @@ class Bench:
     def __init__(self, subject: Subject, study: Study) -> None:
         self.subject = subject
         self.study = study
+        self.engines: dict[str, SemShareEngine] = {}
+        self.missing: dict[str, str] = {}
+        self.filler = SemShareEngine(subject.model, subject.tokenizer, _FILLER)
         configs = {FULL: _FULL_CONFIG, **study.configs}
         require(configs[FULL].reuse.mode == "off", f"configs[{FULL!r}].reuse.mode", configs[FULL].reuse.mode, "'off'")
         unknown = sorted(study.corrupt.keys() - configs.keys())
         require(not unknown, "corrupt", ", ".join(unknown), f"policies of this run: {', '.join(configs)}")
-        self.engines: dict[str, SemShareEngine] = {}
-        self.missing: dict[str, str] = {}
-        self.filler = SemShareEngine(subject.model, subject.tokenizer, _FILLER)
         for name, config in configs.items():
             try:
                 self.engines[name] = self._start_engine(drop_guard(config) if subject.is_random else config)
@@ -146,14 +124,14 @@ class Bench:
         """How many calls ``measure`` makes at most."""
         return scenario.total * len(scenario.rounds) * len(self.engines)
 
-    def measure(self, scenario: Scenario, advance: Callable[[], None] = lambda: None) -> Results:
+    def measure(self, scenario: Scenario, results: Results, advance: Callable[[], None] = lambda: None) -> None:
         """Every case under every policy, in every round; who goes first is drawn anew for each.
 
         Args:
             scenario: what is asked, behind what.
+            results: to which is added.
             advance: called for every call, done or failed.
         """
-        results = Results()
         for name, reason in self.missing.items():
             results.fail(scenario, name, reason)
         if scenario.problem:
@@ -166,21 +144,24 @@ class Bench:
                 continue
             failed: set[str] = set()
             for turn in scenario.rounds:
-                said: dict[str, _Said] = {}
+                blank = Outcome(scenario.name, scenario.length, "", index, turn, expected=case.answer)
                 order = Random(f"{scenario.name} {scenario.length} {index} {turn}")
+                said: dict[str, Outcome] = {}
                 for name in order.sample(list(self.engines), len(self.engines)):
                     advance()
                     if name in failed:
                         continue
                     try:
-                        said[name] = self._call(name, case, references, scenario.max_new_tokens, turn)
+                        outcome = replace(blank, policy=name)
+                        said[name] = self._call(outcome, case, references, scenario.max_new_tokens)
                     except _FAILURES as error:
                         failed.add(name)
                         results.fail(scenario, name, _explain(error))
-                results.outcomes += [
-                    self._judge(scenario, index, turn, name, case, said) for name in self.engines if name in said
-                ]
-        return results
+                full = said[FULL].text.strip() if FULL in said else None
+                for name in self.engines:
+                    if name in said:
+                        agrees = None if full is None else said[name].text.strip() == full
+                        results.outcomes.append(replace(said[name], agrees=agrees))
 
     def make_references(self, case: Case) -> list[Reference]:
         """What the case's references leave in a store, exact and in their order."""
@@ -192,21 +173,33 @@ class Bench:
             self.filler.clear()
 
     def _call(
-        self, name: str, case: Case, references: Sequence[Reference], max_new_tokens: int | None, turn: int
-    ) -> _Said:
-        """One call behind ``references`` alone."""
-        engine, store_s, room = self.engines[name], None, max_new_tokens or self.count_room(case)
+        self, outcome: Outcome, case: Case, references: Sequence[Reference], max_new_tokens: int | None
+    ) -> Outcome:
+        """One call behind ``references`` alone; ``outcome`` with what came of it."""
+        engine, store_s, room = self.engines[outcome.policy], None, max_new_tokens or self.count_room(case)
+        collects = gc.isenabled()
         try:
             if engine.config.reuse.mode != "off":
-                store_s = self._store(name, references)
-            with _collection_paused(), self.study.watch(case, name, turn) as extra:
+                store_s = self._store(outcome.policy, references)
+            gc.disable()  # so that no call pays for another one's garbage
+            with self.study.watch(case, outcome.policy, outcome.round) as extra:
                 generation = engine.generate(
                     case.target.prompt, documents=case.target.documents, namespace=NAMESPACE, max_new_tokens=room
                 )
-            num_bytes = None if store_s is None else engine.store.stats()["bytes"]
-            return _Said(generation, store_s, num_bytes, extra)
+            store_bytes = None if store_s is None else engine.store.stats()["bytes"]
         finally:
+            if collects:
+                gc.enable()
             engine.clear()
+        report, text = generation.report, generation.text
+        outcome = replace(outcome, report=report, text=text, store_s=store_s, store_bytes=store_bytes, extra=extra)
+        if self.subject.is_random:
+            return outcome
+        right, stale = (
+            is_answer(text, answer, values, self.study.judging)
+            for answer, values in ((case.answer, case.values), (case.stale, case.stale_values))
+        )
+        return replace(outcome, right=right, stale=stale)
 
     def _store(self, name: str, references: Sequence[Reference]) -> float:
         """Put the references into a policy's store; how many seconds it took."""
@@ -224,40 +217,6 @@ class Bench:
             return FREE_TOKENS
         answer_tokens = len(self.subject.tokenizer.encode(case.answer, add_special_tokens=False))
         return max(answer_tokens + EXTRA_TOKENS, FREE_TOKENS if self.study.judging == "mentions" else 0)
-
-    def _judge(
-        self, scenario: Scenario, index: int, turn: int, name: str, case: Case, said: Mapping[str, _Said]
-    ) -> Outcome:
-        (generation, store_s, store_bytes, extra), full = said[name], said.get(FULL)
-        judging = None if self.subject.is_random else self.study.judging
-        return Outcome(
-            scenario=scenario.name,
-            length=scenario.length,
-            policy=name,
-            case=index,
-            round=turn,
-            report=generation.report,
-            text=generation.text,
-            expected=case.answer,
-            right=judging and is_answer(generation.text, case.answer, case.values, judging),
-            agrees=None if full is None else generation.text.strip() == full.generation.text.strip(),
-            stale=judging and is_answer(generation.text, case.stale, case.stale_values, judging),
-            store_s=store_s,
-            store_bytes=store_bytes,
-            extra=extra,
-        )
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Keep Python's garbage collector from running, so that no call pays for another one's garbage."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _explain(error: BaseException) -> str:
@@ -284,9 +243,7 @@ def is_answer(said: str, answer: str | None, values: Sequence[str], judging: Jud
     """
     if answer is None:
         return None
-    return right_share(said, answer) == 1 if judging == "exact" else all(_mentions(said, value) for value in values)
-
-
-def _mentions(said: str, value: str) -> bool:
-    words = r"\s+".join(map(re.escape, value.split()))
-    return re.search(rf"(?<!\w){words}(?!\w)", said, re.IGNORECASE) is not None
+    if judging == "exact":
+        return right_share(said, answer) == 1
+    words = [r"\s+".join(map(re.escape, value.split())) for value in values]
+    return all(re.search(rf"(?<!\w){pattern}(?!\w)", said, re.IGNORECASE) for pattern in words)

@@ -26,7 +26,7 @@ import ast
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     """Give ``parser`` the arguments of this command, and this module's text for its help."""
     parser.description = __doc__
     parser.epilog = f"--data: {dataset.__doc__}"
+    parser.set_defaults(program="semsharekv")
     names = f"drawn: {', '.join(DRAWN)}; at a length: {', '.join(SIZED)} (default: all)"
     about = " ".join(f"{name}: {policy.about}" for name, policy in policies.items()).replace("%", "%%")
     few, many = scenarios.DEFAULT_DOCUMENTS
@@ -107,6 +108,7 @@ def parse(
     parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
     add_arguments(parser, policies)
     parser.description = description
+    parser.set_defaults(program=f"python {Path(sys.argv[0]).as_posix()}")
     return parser.parse_args(arguments)
 
 
@@ -144,8 +146,8 @@ def prepare(
     found = [_draw_scenario(args, subject, name) for name in drawn]
     found += [_size_scenario(args, subject, name, length) for length in lengths for name in sized]
     most = args.cases or (QUICK_CASES if args.quick else None)
-    for name, make in ((dataset.DATA, dataset.data_cases), (NEGATIVE_CONTROL, dataset.unlike_cases)):
-        cases = list(make(examples, args.seed, choose_layouts(args, subject)))[:most]
+    for name in (dataset.DATA, NEGATIVE_CONTROL):
+        cases = list(dataset.make_own_cases(name, examples, args.seed, choose_layouts(args, subject)))[:most]
         found += [Scenario(name, cases, len(cases), max_new_tokens=args.max_new_tokens)] if cases else []
     is_exact = subject.name == REFERENCE_MODEL and not args.data
     study = Study(
@@ -184,8 +186,9 @@ def _choose_scenarios(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def _draw_scenario(args: argparse.Namespace, subject: Subject, name: str) -> Scenario:
-    count = choose_cases(args)
-    cases = scenarios.make_cases(name, count, args.seed, choose_documents(args), choose_layouts(args, subject))
+    count = args.cases or (QUICK_CASES if args.quick else CASES)
+    few, many = args.documents or (QUICK_DOCUMENTS if args.quick else scenarios.DEFAULT_DOCUMENTS)
+    cases = scenarios.make_cases(name, count, args.seed, (few, many), choose_layouts(args, subject))
     return Scenario(name, cases, count, max_new_tokens=args.max_new_tokens)
 
 
@@ -206,17 +209,6 @@ def _size_scenario(args: argparse.Namespace, subject: Subject, name: str, length
     return Scenario(name, cases, len(cases), length, range(repeats + 1), new_tokens)
 
 
-def choose_cases(args: argparse.Namespace) -> int:
-    """How many cases a drawn scenario has."""
-    return args.cases or (QUICK_CASES if args.quick else CASES)
-
-
-def choose_documents(args: argparse.Namespace) -> tuple[int, int]:
-    """Fewest and most documents of a drawn prompt."""
-    few, many = args.documents or (QUICK_DOCUMENTS if args.quick else scenarios.DEFAULT_DOCUMENTS)
-    return few, many
-
-
 def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[prompts.Layout]:
     """Those asked for, else all usual ones of a model that knows messages, else plain text."""
     return args.layouts or (scenarios.DEFAULT_LAYOUTS if subject.tokenizer.chat_template else ("completion",))
@@ -225,22 +217,25 @@ def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[promp
 def run_study(
     study: Study, subject: Subject, args: argparse.Namespace, make_bench: Callable[[Subject, Study], Bench] = Bench
 ) -> Results:
-    """Measure one scenario after the other, and report.
-
-    Args:
-        study: what is measured.
-        subject: on what.
-        args: with ``seed``, ``out`` and ``json``.
-        make_bench: what runs it.
-    """
-    about = report.describe(study, subject, args.seed)
+    """Measure one scenario after the other, and report as ``args`` ask for."""
+    about = {
+        **report.describe_origin(report.record_command(args.program)),
+        **report.describe_machine(subject.model),
+        "title": study.title,
+        "model": subject.name,
+        "note": subject.note,
+        "seed": args.seed,
+        "judging": study.judging,
+        "policies": {name: asdict(config) for name, config in study.configs.items()},
+        "about_policies": dict(study.about),
+    }
     bench, results, began, console = make_bench(subject, study), Results(), time.perf_counter(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(map(bench.count_calls, study.scenarios)))
         for scenario in study.scenarios:
             progress.update(task, description=f"{scenario.name} {scenario.length or ''}")
-            results.add(bench.measure(scenario, lambda: progress.advance(task)))
+            bench.measure(scenario, results, lambda: progress.advance(task))
             rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
             about["seconds"] = round(time.perf_counter() - began, 1)
             if args.out is not None:

@@ -13,32 +13,39 @@ and, as the negative control ``unlike``, behind the stored documents of another 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import MappingProxyType
+from typing import Annotated
 
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from semsharekv_integrations.errors import shown
 from semsharekv_integrations.lab import prompts
 from semsharekv_integrations.lab.prompts import Layout
-from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL, Case, Query, shuffle
+from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
 from semsharekv_integrations.lab.world import Document
 
-FIELDS = ("documents", "question", "stored", "answer")
 DATA = "data"
-_LONGEST_SHOWN = 60  # characters of a value in an error
-_A_TEXT = "a string that is not blank"
+ACCEPTED = {  # by field
+    "documents": "an object of one or more texts by id, none of them blank",
+    "question": "a string that is not blank",
+    "stored": "null, or an object of one or more texts by id, none of them blank",
+    "answer": "null, or a string that is not blank",
+}
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
+Texts = Annotated[dict[str, Text], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(BaseModel):
     """One line: texts by id, the question, what was stored (None for the same documents), what is right (or None)."""
 
-    documents: Mapping[str, str]
-    question: str
-    stored: Mapping[str, str] | None
-    answer: str | None
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    documents: Texts
+    question: Text
+    stored: Texts | None = None
+    answer: Text | None = None
 
     @property
     def texts(self) -> set[str]:
@@ -55,71 +62,41 @@ def read_examples(path: Path) -> list[Example]:
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [_read_example(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    _require(bool(found), str(path), "the file", "", "one JSON object a line, at least one")
+    if not found:
+        raise ValueError(f"{path}: the file is empty; accepted is one JSON object a line, at least one")
     return found
 
 
 def _read_example(where: str, line: str) -> Example:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {_show(line)} is no JSON ({error}); accepted is one JSON object a line") from error
-    _require(isinstance(fields, dict), where, "the line", fields, "a JSON object")
-    unknown = sorted(fields.keys() - set(FIELDS))
-    _require(not unknown, where, "a field", ", ".join(unknown), ", ".join(FIELDS))
-    documents, stored = _read_texts(where, "documents", fields.get("documents")), fields.get("stored")
-    if stored is None:
-        _require(len(documents) > 1, where, "documents", documents, "two or more where 'stored' is not given")
-    else:
-        stored = _read_texts(where, "stored", stored)
-    question, answer = fields.get("question"), fields.get("answer")
-    _require(_is_text(question), where, "question", question, _A_TEXT)
-    _require(answer is None or _is_text(answer), where, "answer", answer, f"null, or {_A_TEXT}")
-    return Example(documents, question, stored, answer)
+        example = Example.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, *rest = map(str, first["loc"] or ("the line",))
+        value = None if first["type"] == "missing" else first["input"]
+        field = name + "".join(f"[{part!r}]" for part in rest)
+        accepted = ACCEPTED["question"] if rest else ACCEPTED.get(name, f"a JSON object of {', '.join(ACCEPTED)}")
+        raise ValueError(f"{where}: {field} is {shown(value)}; accepted is {accepted}") from error
+    if example.stored is None and len(example.documents) < 2:
+        accepted = "two or more where 'stored' is not given"
+        raise ValueError(f"{where}: documents is {shown(example.documents)}; accepted is {accepted}")
+    return example
 
 
-def _read_texts(where: str, name: str, value: object) -> Mapping[str, str]:
-    _require(isinstance(value, dict) and bool(value), where, name, value, "an object of one or more texts by id")
-    assert isinstance(value, dict)
-    for key, text in value.items():
-        _require(_is_text(text), where, f"{name}[{key!r}]", text, _A_TEXT)
-    return MappingProxyType(value)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _require(ok: bool, where: str, name: str, value: object, accepted: str) -> None:
-    if not ok:
-        raise ValueError(f"{where}: {name} is {_show(value)}; accepted is {accepted}")
-
-
-def _show(value: object) -> str:
-    text = repr(dict(value) if isinstance(value, Mapping) else value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-
-
-def data_cases(examples: Sequence[Example], seed: int, layouts: Sequence[Layout]) -> Iterator[Case]:
-    """One case for each example."""
+def make_own_cases(name: str, examples: Sequence[Example], seed: int, layouts: Sequence[Layout]) -> Iterator[Case]:
+    """One case for each example; of the negative control if there is another one that shares no text with it."""
     for index, example in enumerate(examples):
-        yield _make_case(Random(f"{DATA} {seed} {index}"), DATA, example, example, layouts)
-
-
-def unlike_cases(examples: Sequence[Example], seed: int, layouts: Sequence[Layout]) -> Iterator[Case]:
-    """The negative control: one case for each example for which there is another one that shares no text with it."""
-    for index, example in enumerate(examples):
-        rng = Random(f"{NEGATIVE_CONTROL} {seed} {index}")
-        others = [other for other in examples if not other.texts & example.texts]
+        rng = Random(f"{name} {seed} {index}")
+        others = [other for other in examples if not other.texts & example.texts] if name != DATA else [example]
         if others:
-            yield _make_case(rng, NEGATIVE_CONTROL, example, rng.choice(others), layouts)
+            yield _make_case(rng, name, example, others[0] if name == DATA else rng.choice(others), layouts)
 
 
 def _make_case(rng: Random, name: str, example: Example, earlier: Example, layouts: Sequence[Layout]) -> Case:
     """Both prompts in the same template, as an application has one."""
-    stored = _make_documents(earlier.documents if earlier.stored is None else earlier.stored)
+    stored: Sequence[Document] = _make_documents(earlier.stored or earlier.documents)
     if earlier.stored is None:
-        stored = list(shuffle(rng, stored))
+        stored = shuffle(rng, stored)
     layout, wrap = rng.choice(layouts), rng.randrange(len(prompts.SYSTEM_WRAPS))
 
     def make_query(documents: Sequence[Document], question: str) -> Query:

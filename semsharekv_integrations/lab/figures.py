@@ -28,13 +28,9 @@ class Outcome:
     """One call: a case under one policy, in one round.
 
     Attributes:
-        scenario: of the case.
-        length: tokens that its prompt was asked to have, or None if it was drawn.
-        policy: what ran.
+        length: tokens that the prompt was asked to have, or None if it was drawn.
         case: index within the scenario.
         round: from 1 on; 0 is not timed.
-        report: what the engine says of the call.
-        text: what was generated.
         expected: the right answer, or None if it is not known.
         right: whether ``text`` is the right answer; None if that is not known.
         agrees: whether it is what a full prefill gives; None if that failed.
@@ -49,7 +45,7 @@ class Outcome:
     policy: str
     case: int
     round: int
-    report: ReuseReport
+    report: ReuseReport = field(default_factory=lambda: ReuseReport("off", 0))
     text: str = ""
     expected: str | None = None
     right: bool | None = None
@@ -86,14 +82,6 @@ class Failure:
     reason: str
 
 
-class Estimate(NamedTuple):
-    """A value and what it lies between: its 95% interval over cases or, of a single case, quartiles over rounds."""
-
-    value: float
-    low: float
-    high: float
-
-
 class Pair(NamedTuple):
     """A call, and those of a full prefill and of exact reuse on its case in its round, unless they failed."""
 
@@ -102,34 +90,32 @@ class Pair(NamedTuple):
     exact: Outcome | None
 
 
-Values = Sequence[tuple[int, float]]  # each with the index of its case
+class Estimate(NamedTuple):
+    """A value and what it lies between: its 95% interval over cases or, of a single case, quartiles over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+Values = Mapping[int, Sequence[float]]  # by case, one for each round
 
 
 def estimate_share(values: Values, seed: int) -> Estimate:
     """Of cases, each of which counts once, with Wilson's 95% interval."""
-    found = _take_first(values)
-    return wilson(int(sum(found)), len(found))
+    return estimate_binomial(int(sum(found[0] for found in values.values())), len(values))
 
 
 def estimate_mean(values: Values, seed: int) -> Estimate:
     """Over cases, each of which counts once, with the 95% interval of a bootstrap."""
-    return bootstrap(_take_first(values), np.mean, seed)
-
-
-def take_mean(values: Values, seed: int) -> Estimate:
-    """As ``estimate_mean``, without an interval."""
-    found = _take_first(values)
-    return Estimate(*(sum(found) / len(found),) * 3)
+    return bootstrap([found[0] for found in values.values()], np.mean, seed)
 
 
 def estimate_median(values: Values, seed: int) -> Estimate:
     """Median over cases with the 95% interval of a bootstrap; of a single case over rounds, with quartiles."""
-    by_case: dict[int, list[float]] = {}
-    for case, value in values:
-        by_case.setdefault(case, []).append(value)
-    if len(by_case) > 1:
-        return bootstrap([median(found) for found in by_case.values()], np.median, seed)
-    return find_quartiles([value for _, value in values])
+    if len(values) > 1:
+        return bootstrap([median(found) for found in values.values()], np.median, seed)
+    return find_quartiles(next(iter(values.values())))
 
 
 def find_quartiles(values: Sequence[float]) -> Estimate:
@@ -138,11 +124,23 @@ def find_quartiles(values: Sequence[float]) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def _take_first(values: Values) -> list[float]:
-    first: dict[int, float] = {}
-    for case, value in values:
-        first.setdefault(case, value)
-    return list(first.values())
+def estimate_binomial(right: int, asked: int) -> Estimate:
+    """A share and Wilson's 95% interval of it."""
+    z, share = 1.96, right / asked
+    centre = share + z * z / (2 * asked)
+    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))
+    return Estimate(share, max(min(low, share), 0.0), min(max(high, share), 1.0))  # rounding may put it outside
+
+
+def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0) -> Estimate:
+    """A figure of one value or more with the 95% interval of a bootstrap; a single point where no value differs."""
+    sample = np.array(values, dtype=float)
+    if (sample == sample[0]).all():
+        return Estimate(*(float(sample[0]),) * 3)
+    drawn = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
+    low, high = np.percentile(figure(sample[drawn], axis=1), (2.5, 97.5))
+    return Estimate(float(figure(sample)), float(low), float(high))
 
 
 class Figure(NamedTuple):
@@ -156,6 +154,7 @@ class Figure(NamedTuple):
         statistic: of these values over the timed calls.
         over: which calls; default: those that count.
         scale: of the figure as it is written.
+        short: above its column on a terminal; nothing for a figure that is not shown there.
     """
 
     name: str
@@ -165,12 +164,23 @@ class Figure(NamedTuple):
     statistic: Callable[[Values, int], Estimate] = estimate_median
     over: Callable[[Outcome], bool] = lambda outcome: outcome.is_counted
     scale: float = 1.0
+    short: str = ""
 
 
 def _compare_right(pair: Pair) -> float | None:
     """Percentage points for this case: 0 if both or none is right."""
-    known = pair.full is not None and pair.own.right is not None and pair.full.right is not None
-    return 100.0 * (pair.own.right - pair.full.right) if known else None  # type: ignore[operator, union-attr]
+    if pair.full is None or pair.own.right is None or pair.full.right is None:
+        return None
+    return 100.0 * (pair.own.right - pair.full.right)
+
+
+def _read_full_stale(pair: Pair) -> bool | None:
+    return None if pair.full is None else pair.full.stale
+
+
+def _read_divergence(pair: Pair) -> float | None:
+    audit = pair.own.report.audit
+    return None if audit is None else audit.kl_divergence
 
 
 def _divide_ttft(other: Outcome | None, own: Outcome) -> float | None:
@@ -178,9 +188,8 @@ def _divide_ttft(other: Outcome | None, own: Outcome) -> float | None:
     return None if other is None else other.report.ttft_s / own.report.ttft_s
 
 
-def _read_divergence(pair: Pair) -> float | None:
-    audit = pair.own.report.audit
-    return None if audit is None else audit.kl_divergence
+def _is_rest(outcome: Outcome) -> bool:
+    return not outcome.is_counted
 
 
 def _measure_overhead(pair: Pair) -> float | None:
@@ -189,28 +198,22 @@ def _measure_overhead(pair: Pair) -> float | None:
 
 
 FIGURES = (
-    Figure("accuracy", "accuracy", ".3f", lambda p: p.own.right, estimate_share),
-    Figure("full_accuracy", "full prefill's", ".3f", lambda p: p.full.right if p.full else None, take_mean),
-    Figure("difference_points", "difference in points", "+.1f", _compare_right, estimate_mean),
-    Figure("agreement", "agreement", ".3f", lambda p: p.own.agrees, estimate_share),
-    Figure("stale_rate", "stale", ".3f", lambda p: p.own.stale, estimate_share),
-    Figure("full_stale_rate", "full prefill's stale", ".3f", lambda p: p.full.stale if p.full else None, take_mean),
+    Figure("accuracy", "accuracy", ".3f", lambda p: p.own.right, estimate_share, short="right"),
+    Figure("full_accuracy", "full prefill's", ".3f", lambda p: p.full.right if p.full else None, estimate_share),
+    Figure("difference_points", "difference in points", "+.1f", _compare_right, estimate_mean, short="points to off"),
+    Figure("agreement", "agreement", ".3f", lambda p: p.own.agrees, estimate_share, short="agrees"),
+    Figure("stale_rate", "stale", ".3f", lambda p: p.own.stale, estimate_share, short="stale"),
+    Figure("full_stale_rate", "full prefill's stale", ".3f", _read_full_stale, estimate_share),
     Figure("kl_divergence", "KL", ".2g", _read_divergence),
-    Figure("kv_kept_ratio", "KV kept", ".3f", lambda p: p.own.report.kv_retained_ratio),
-    Figure("compute_ratio", "compute", ".3f", lambda p: p.own.report.compute_ratio),
-    Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens),
+    Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens, short="tokens"),
     Figure("reused_tokens", "reused", ".0f", lambda p: p.own.report.reused_tokens),
-    Figure("ttft_s", "TTFT, ms", ".1f", lambda p: p.own.report.ttft_s, scale=1000),
-    Figure("ttft_ratio", "times faster than off", ".2f", lambda p: _divide_ttft(p.full, p.own)),
-    Figure("exact_ratio", "than exact", ".2f", lambda p: _divide_ttft(p.exact, p.own)),
-    Figure("overhead", "overhead", ".2f", _measure_overhead),
-    Figure(
-        "rest_ttft_ratio",
-        "than off, rest",
-        ".2f",
-        lambda p: _divide_ttft(p.full, p.own),
-        over=lambda outcome: not outcome.is_counted,
-    ),
+    Figure("compute_ratio", "compute", ".3f", lambda p: p.own.report.compute_ratio, short="compute"),
+    Figure("ttft_s", "TTFT, ms", ".1f", lambda p: p.own.report.ttft_s, scale=1000, short="TTFT, ms"),
+    Figure("ttft_ratio", "times faster than off", ".2f", lambda p: _divide_ttft(p.full, p.own), short="x off"),
+    Figure("rest_ttft_ratio", "than off, rest", ".2f", lambda p: _divide_ttft(p.full, p.own), over=_is_rest),
+    Figure("exact_ratio", "than exact", ".2f", lambda p: _divide_ttft(p.exact, p.own), short="x exact"),
+    Figure("overhead", "overhead", ".2f", _measure_overhead, short="overhead"),
+    Figure("kv_kept_ratio", "KV kept", ".3f", lambda p: p.own.report.kv_retained_ratio),
     Figure("kv_bytes", "KV, MB", ".1f", lambda p: p.own.report.kv_bytes, scale=1e-6),
     Figure("store_bytes", "in store, MB", ".1f", lambda p: p.own.store_bytes, scale=1e-6),
     Figure("store_s", "into store, ms", ".1f", lambda p: p.own.store_s, scale=1000),
@@ -223,13 +226,9 @@ class Row:
     """One policy in one scenario at one length.
 
     Attributes:
-        scenario: its name.
-        length: tokens asked for, or None.
-        policy: what ran.
-        cases: how many there were.
-        fired: on how many of them KV was reused off the exact prefix.
-        counted: how many count.
-        rounds: timed rounds of each.
+        fired: on how many of the cases KV was reused off the exact prefix.
+        counted: how many of them the figures are over.
+        rounds: timed rounds of each case.
         figures: by name, those for which there is something to take them from.
         note: why it was not measured, or why nothing was reused.
     """
@@ -268,8 +267,7 @@ def summarize(
     groups: dict[tuple[str, int | None, str], list[Pair]] = {(o.scenario, o.length, o.policy): [] for o in outcomes}
     for (scenario, length, *_), said in calls.items():
         for policy, own in said.items():
-            pair = Pair(own, said.get(FULL), said.get(EXACT))
-            groups[scenario, length, policy].append(pair)
+            groups[scenario, length, policy].append(Pair(own, said.get(FULL), said.get(EXACT)))
     rows = {key: _make_row(Row(*key), pairs, figures, seed) for key, pairs in groups.items()}
     for failure in failures:
         key = (failure.scenario, failure.length, failure.policy)
@@ -282,8 +280,11 @@ def _make_row(row: Row, pairs: Sequence[Pair], figures: Sequence[Figure], seed: 
     timed = [pair for pair in pairs if pair.own.round != UNTIMED]
     found = {}
     for figure in figures:
-        read = [(pair.own.case, figure.read(pair)) for pair in timed if figure.over(pair.own)]
-        values = [(case, float(value)) for case, value in read if value is not None]
+        values: dict[int, list[float]] = {}
+        for pair in timed:
+            value = figure.read(pair) if figure.over(pair.own) else None
+            if value is not None:
+                values.setdefault(pair.own.case, []).append(float(value))
         if values:
             found[figure.name] = figure.statistic(values, seed)
     return replace(
@@ -295,28 +296,3 @@ def _make_row(row: Row, pairs: Sequence[Pair], figures: Sequence[Figure], seed: 
         figures=found,
         note=(timed[-1].own.report.declined or "") if timed and row.length is not None else "",
     )
-
-
-def wilson(right: int, asked: int) -> Estimate:
-    """A share and Wilson's 95% interval of it."""
-    z, share = 1.96, right / asked
-    centre = share + z * z / (2 * asked)
-    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))
-    return Estimate(share, max(min(low, share), 0.0), min(max(high, share), 1.0))  # rounding may put it outside
-
-
-def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0) -> Estimate:
-    """A figure of ``values`` with the 95% interval of a bootstrap; a single point where no value differs.
-
-    Args:
-        values: one or more, one for each case.
-        figure: of an array along an axis, such as ``np.median``.
-        seed: of the resampling.
-    """
-    sample = np.array(values, dtype=float)
-    if (sample == sample[0]).all():
-        return Estimate(*(float(sample[0]),) * 3)
-    drawn = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
-    low, high = np.percentile(figure(sample[drawn], axis=1), (2.5, 97.5))
-    return Estimate(float(figure(sample)), float(low), float(high))

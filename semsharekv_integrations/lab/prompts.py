@@ -59,14 +59,11 @@ def build_messages(layout: Layout, documents: Sequence[Document], question: str,
     system = _message("system", _pick(PLAIN_SYSTEMS, wrap))
     if layout == "user":
         return [system, _message("user", _pick(USER_WRAPS, wrap).format(docs=join(documents), question=question))]
-    turns = [turn for document in documents for turn in document_turn(document)]
+    turns = []  # in each the user hands over one document and the assistant restates its core facts
+    for document in documents:
+        request = f"{document.text}\n\n{SUMMARY_REQUESTS[0]}"
+        turns += [_message("user", request), _message("assistant", document.summary)]
     return [system, *turns, _message("user", question)]
-
-
-def document_turn(document: Document) -> list[Message]:
-    """A turn in which the user hands over one document and the assistant restates its core facts."""
-    request = f"{document.text}\n\n{SUMMARY_REQUESTS[0]}"
-    return [_message("user", request), _message("assistant", document.summary)]
 
 
 def _message(role: str, content: str) -> Message:

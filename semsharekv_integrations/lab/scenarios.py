@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple
 
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import prompts, world
 from semsharekv_integrations.lab.prompts import Layout, Message
 from semsharekv_integrations.lab.world import Document
@@ -89,11 +91,7 @@ class Scene(NamedTuple):
     target: Sequence[Document]
 
 
-class Template(NamedTuple):
-    """Where documents stand, and in which words."""
-
-    layout: Layout
-    wrap: int
+Template = tuple[Layout, int]  # where documents stand, and in which wording
 
 
 def _reorder(rng: Random, count: int) -> Scene:
@@ -110,23 +108,14 @@ def _renew_half(rng: Random, count: int) -> Scene:
     return Scene(seen, rng.sample([*rng.sample(old, count // 2), *new], count))
 
 
-def _reword(rng: Random, count: int) -> Scene:
-    """The same facts in other words and among other filler."""
+def _change_each(change: Callable[[Random, Document], Document], rng: Random, count: int) -> Scene:
+    """Every document is another, often at another place."""
     documents = world.make_documents(rng, count)
-    return Scene([documents], maybe_shuffle(rng, [world.reword(rng, document) for document in documents]))
+    return Scene([documents], maybe_shuffle(rng, [change(rng, document) for document in documents]))
 
 
-def _edit(rng: Random, count: int) -> Scene:
-    """One fact of every document is another."""
-    documents = world.make_documents(rng, count)
-    return Scene([documents], maybe_shuffle(rng, [world.edit(rng, document) for document in documents]))
-
-
-def _change(rng: Random, count: int) -> Scene:
-    """The same wording with other facts throughout."""
-    documents = world.make_documents(rng, count)
-    changed = [world.edit(rng, document, tuple(sorted(document.facts))) for document in documents]
-    return Scene([documents], maybe_shuffle(rng, changed))
+def _edit_throughout(rng: Random, document: Document) -> Document:
+    return world.edit(rng, document, tuple(sorted(document.facts)))
 
 
 def _swap(rng: Random, count: int) -> Scene:
@@ -149,9 +138,9 @@ SCENES: Mapping[str, Callable[[Random, int], Scene]] = MappingProxyType(
     {
         "reordered": _reorder,
         "shared": _renew_half,
-        "reworded": _reword,
-        "edited": _edit,
-        "changed": _change,
+        "reworded": partial(_change_each, world.reword),  # the same facts in other words and among other filler
+        "edited": partial(_change_each, world.edit),  # one fact of every document is another
+        "changed": partial(_change_each, _edit_throughout),  # the same wording with other facts
         "swapped": _swap,
         NEGATIVE_CONTROL: _replace_all,
     }
@@ -172,27 +161,25 @@ def make_cases(
         name: one of ``DRAWN``.
         num_cases: how many.
         seed: of all that is drawn.
-        num_documents: fewest and most documents of a target; every number between is equally likely.
+        num_documents: fewest and most of a target; every number between is equally likely.
         layouts: where documents may stand; in ``turns`` they always stand in the system message.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
     fewest, most = num_documents
-    if name not in DRAWN:
-        raise ValueError(f"scenario is {name!r}; accepted is one of {', '.join(DRAWN)}")
-    if not MIN_DOCUMENTS <= fewest <= most <= MAX_DOCUMENTS:
-        raise ValueError(f"num_documents is {num_documents}; accepted is from {MIN_DOCUMENTS} up to {MAX_DOCUMENTS}")
-    if not layouts:
-        raise ValueError("layouts is empty; accepted is at least one")
-    rngs = (Random(f"{name} {seed} {index}") for index in range(num_cases))
-    return (_make_case(rng, name, rng.randint(fewest, most), layouts) for rng in rngs)
+    sizes_fit = MIN_DOCUMENTS <= fewest <= most <= MAX_DOCUMENTS
+    require(name in DRAWN, "scenario", name, f"one of {', '.join(DRAWN)}")
+    require(sizes_fit, "num_documents", num_documents, f"from {MIN_DOCUMENTS} up to {MAX_DOCUMENTS}")
+    require(len(layouts) > 0, "layouts", layouts, "one or more")
 
+    def make_case(rng: Random) -> Case:
+        count = rng.randint(fewest, most)
+        if name == "turns":
+            return _continue_conversation(rng, count)
+        return ask_about_scene(rng, name, SCENES[name](rng, count), layouts)
 
-def _make_case(rng: Random, name: str, count: int, layouts: Sequence[Layout]) -> Case:
-    if name == "turns":
-        return _continue_conversation(rng, count)
-    return ask_about_scene(rng, name, SCENES[name](rng, count), layouts)
+    return (make_case(Random(f"{name} {seed} {index}")) for index in range(num_cases))
 
 
 def ask_about_scene(
@@ -200,13 +187,8 @@ def ask_about_scene(
 ) -> Case:
     """The prompts of a scene.
 
-    Args:
-        rng: draws wordings, and what is asked.
-        name: of the case's scenario.
-        scene: the documents.
-        layouts: where they may stand.
-        fact: a document of the target and the kind that is asked for; default: one that the references state
-            otherwise, if any is.
+    ``fact`` is a document of the target and the kind that is asked for; default: one that the references state
+    otherwise, if any is.
     """
     seen = [document for group in scene.seen for document in group]
     asked, kind = fact or _choose_fact(rng, seen, scene.target)
@@ -214,8 +196,7 @@ def ask_about_scene(
     used = draw_template(rng, layouts)
     references = [make_query(used, group, world.ask(rng, rng.choice(group))[0]) for group in scene.seen]
 
-    def make_target() -> Query:
-        """In the references' template, or in another one."""
+    def make_target() -> Query:  # in the references' template, or in another one
         return make_query(rng.choice((used, draw_template(rng, layouts))), scene.target, question)
 
     stale = _find_stale(seen, asked, kind)
@@ -235,12 +216,10 @@ def _continue_conversation(rng: Random, count: int) -> Case:
     """A conversation about documents in the system message goes on, under another system line."""
     documents = world.make_documents(rng, count)
     *earlier, last = world.converse(rng, documents, rng.randint(1, MAX_EARLIER_TURNS))
-    known = {answer for _, answer in (*earlier, last)}
-    while True:
+    answer = last[1]
+    while answer in {told for _, told in (*earlier, last)}:
         asked, kind = _choose_fact(rng, (), documents)
         question, answer = world.ask(rng, asked, kind)
-        if answer not in known:
-            break
 
     def make_chat(turns: Sequence[tuple[str, str]], final: str) -> Query:
         system, user = prompts.build_messages("system", documents, final, rng.randrange(_NUM_WRAPS))
@@ -254,7 +233,8 @@ def _continue_conversation(rng: Random, count: int) -> Case:
 
 def make_query(template: Template, documents: Sequence[Document], question: str) -> Query:
     """The documents and the question in the template's words."""
-    return Query(prompts.build(template.layout, documents, question, template.wrap), map_texts(documents))
+    layout, wrap = template
+    return Query(prompts.build(layout, documents, question, wrap), map_texts(documents))
 
 
 def map_texts(documents: Sequence[Document]) -> Mapping[str, str]:
@@ -264,7 +244,7 @@ def map_texts(documents: Sequence[Document]) -> Mapping[str, str]:
 
 def draw_template(rng: Random, layouts: Sequence[Layout]) -> Template:
     """Any of the layouts in any of its wordings, each as likely."""
-    return Template(rng.choice(layouts), rng.randrange(_NUM_WRAPS))
+    return rng.choice(layouts), rng.randrange(_NUM_WRAPS)
 
 
 def _choose_fact(rng: Random, seen: Sequence[Document], target: Sequence[Document]) -> tuple[Document, str]:
@@ -296,16 +276,12 @@ def shuffle(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
 
 def make_apart(references: Sequence[Query], make: Callable[[], Query]) -> Query:
     """The first query made that has no whole document in the text with which a reference begins too."""
-    query = make()
-    while any(_shares_document(reference, query) for reference in references):
+    while True:
         query = make()
-    return query
-
-
-def _shares_document(reference: Query, query: Query) -> bool:
-    before, text = _flatten(reference.prompt), _flatten(query.prompt)
-    ends = [text.index(document) + len(document) for document in query.documents.values()]
-    return before.startswith(text[: min(ends)])
+        text = _flatten(query.prompt)
+        end = min(text.index(document) + len(document) for document in query.documents.values())
+        if not any(_flatten(reference.prompt).startswith(text[:end]) for reference in references):
+            return query
 
 
 def _flatten(prompt: str | list[Message]) -> str:

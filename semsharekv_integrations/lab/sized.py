@@ -15,11 +15,13 @@ from itertools import cycle
 from random import Random
 from types import MappingProxyType
 
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import prompts, world
 from semsharekv_integrations.lab.prompts import Message
 from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL, Case, Query
 from semsharekv_integrations.lab.world import Document
 
+NEXT_TURN = "next_turn"
 REWORDED_SHARES = (0.1, 0.3, 0.5)
 FEWEST_SENTENCES = 16  # of a prompt: two documents
 FEWEST_TOKENS_OF_A_SENTENCE = 4
@@ -57,35 +59,35 @@ def _cut(num_sentences: int, documents: Iterable[Document]) -> list[Document]:
     return found
 
 
-def _continue_conversation(pool: _Pool, rng: Random, num_sentences: int) -> Case:
-    """A conversation goes on: its history is known to the end of the last reply, and a user turn follows."""
+_Scene = tuple[Sequence[Document], Sequence[Document]]  # those of the reference and those of the target
+
+
+def _repeat(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
     documents = pool.take_known(num_sentences)
-    question, told = _ask(rng, documents)
-    messages = prompts.build_messages("turns", documents, question)
-    return _make_case((_make_query(messages[:-1], documents),), _make_query(messages, documents), told)
+    return documents, documents
 
 
-def _reorder(pool: _Pool, rng: Random, num_sentences: int) -> Case:
+def _reorder(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
     """The same documents in another order, another one first, and another question."""
     documents = pool.take_known(num_sentences)
     first = rng.randrange(1, len(documents))
     rest = [document for place, document in enumerate(documents) if place != first]
-    return _make_pair(rng, documents, [documents[first], *rng.sample(rest, len(rest))])
+    return documents, [documents[first], *rng.sample(rest, len(rest))]
 
 
-def _renew_half(pool: _Pool, rng: Random, num_sentences: int) -> Case:
+def _renew_half(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
     """Every other document is new, the first one too; those known come in another order."""
     known, fresh = pool.take_known(num_sentences), pool.take_fresh(num_sentences)
     old = known[: len(fresh)][1::2][::-1]
-    mixed: list[Document] = list(fresh[: len(known)])
+    mixed = fresh[: len(known)]
     mixed[1::2] = old[: len(mixed[1::2])]
-    return _make_pair(rng, known, mixed)
+    return known, mixed
 
 
-def _reword(share: float, pool: _Pool, rng: Random, num_sentences: int) -> Case:
+def _reword(share: float, pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
     """A share of each document's sentences, at least one, is in other words; facts and order stay."""
     documents = pool.take_known(num_sentences)
-    return _make_pair(rng, documents, [_reword_partly(rng, document, share) for document in documents])
+    return documents, [_reword_partly(rng, document, share) for document in documents]
 
 
 def _reword_partly(rng: Random, document: Document, share: float) -> Document:
@@ -95,14 +97,14 @@ def _reword_partly(rng: Random, document: Document, share: float) -> Document:
     return replace(document, sentences=tuple((other if i in changed else document.sentences)[i] for i in range(count)))
 
 
-def _replace_all(pool: _Pool, rng: Random, num_sentences: int) -> Case:
+def _replace_all(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
     """Documents on other towns: all that is alike is the style, and the words around the documents."""
-    return _make_pair(rng, pool.take_known(num_sentences), pool.take_fresh(num_sentences))
+    return pool.take_known(num_sentences), pool.take_fresh(num_sentences)
 
 
-SIZED: Mapping[str, Callable[[_Pool, Random, int], Case]] = MappingProxyType(
+SIZED: Mapping[str, Callable[[_Pool, Random, int], _Scene]] = MappingProxyType(
     {
-        "next_turn": _continue_conversation,
+        NEXT_TURN: _repeat,
         "reordered": _reorder,
         "shared": _renew_half,
         **{f"reworded_{share:.0%}"[:-1]: partial(_reword, share) for share in REWORDED_SHARES},
@@ -123,52 +125,40 @@ def make_sized_case(name: str, length: int, seed: int, count: Callable[[str | li
     Raises:
         ValueError: if two documents do not fit in ``length``, or there is no such scenario.
     """
-    if name not in SIZED:
-        raise ValueError(f"scenario is {name!r}; accepted is one of {', '.join(SIZED)}")
-    pool = _Pool(seed)
-
-    def make(num_sentences: int) -> Case:
-        return replace(SIZED[name](pool, Random(f"{name} {seed}"), num_sentences), scenario=name)
-
+    require(name in SIZED, "scenario", name, f"one of {', '.join(SIZED)}")
+    make = partial(_make_case, name, seed, _Pool(seed))
     tokens = cache(lambda num_sentences: count(make(num_sentences).target.prompt))
     sizes = range(FEWEST_SENTENCES, FEWEST_SENTENCES + length // FEWEST_TOKENS_OF_A_SENTENCE)
     place = bisect_right(sizes, length, key=tokens)
     while place and tokens(sizes[place - 1]) > length:  # other words are not quite as many
         place -= 1
-    if not place:
-        least = tokens(FEWEST_SENTENCES)
-        raise ValueError(f"length is {length}; accepted is {least} tokens or more in scenario {name!r}")
+    require(place > 0, "length", length, f"{tokens(FEWEST_SENTENCES)} tokens or more in scenario {name!r}")
     return make(sizes[place - 1])
 
 
-_Told = tuple[Document, str] | None  # the document that was asked about and the kind, where the prompt states it once
+def _make_case(name: str, seed: int, pool: _Pool, num_sentences: int) -> Case:
+    rng = Random(f"{name} {seed}")
+    seen, asked = SIZED[name](pool, rng, num_sentences)
+    if name == NEXT_TURN:  # the history is known to the end of the last reply, and a user turn follows
+        question, answer, value = _ask(rng, asked)
+        messages = prompts.build_messages("turns", asked, question)
+        reference, target = _make_query(messages[:-1], asked), _make_query(messages, asked)
+    else:
+        question, *_ = _ask(rng, seen)
+        reference = _make_query(prompts.build_messages("system", seen, question, WRAP), seen)
+        question, answer, value = _ask(rng, asked)
+        target = _make_query(prompts.build_messages("system", asked, question, WRAP), asked)
+    return Case(name, (reference,), target, answer, values=(value,) if answer else ())
 
 
-def _make_pair(rng: Random, seen: Sequence[Document], asked: Sequence[Document]) -> Case:
-    reference, _ = _make_chat(rng, seen)
-    target, told = _make_chat(rng, asked)
-    return _make_case((reference,), target, told)
-
-
-def _make_chat(rng: Random, documents: Sequence[Document]) -> tuple[Query, _Told]:
-    question, told = _ask(rng, documents)
-    return _make_query(prompts.build_messages("system", documents, question, WRAP), documents), told
-
-
-def _make_case(references: tuple[Query, ...], target: Query, told: _Told) -> Case:
-    if told is None:
-        return Case("", references, target, None)
-    document, kind = told
-    return Case("", references, target, document.answer(kind), values=(document.facts[kind],))
-
-
-def _ask(rng: Random, documents: Sequence[Document]) -> tuple[str, _Told]:
-    """A question; what it asks for is not told if the sentence was cut off, or if a town has several reports."""
+def _ask(rng: Random, documents: Sequence[Document]) -> tuple[str, str | None, str]:
+    """A question, its answer and the fact; no answer if its sentence was cut off or a town has several reports."""
     document = rng.choice(documents)
     kind = rng.choice(sorted(document.facts))
+    question, answer = world.ask(rng, document, kind)
     is_stated = any(sentence.kind == kind for sentence in document.sentences)
     is_only = sum(other.town == document.town for other in documents) == 1
-    return world.ask(rng, document, kind)[0], (document, kind) if is_stated and is_only else None
+    return question, answer if is_stated and is_only else None, document.facts[kind]
 
 
 def _make_query(messages: list[Message], documents: Sequence[Document]) -> Query:

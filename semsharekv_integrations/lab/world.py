@@ -186,19 +186,10 @@ def _draw_other_value(rng: Random, kind: str, value: str) -> str:
 
 def swap(first: Document, second: Document) -> tuple[Document, Document]:
     """Exchange between two documents the values of every kind that both state; wordings stay."""
-    shared = first.facts.keys() & second.facts.keys()
-    taken = {kind: second.facts[kind] for kind in shared}
-    given = {kind: first.facts[kind] for kind in shared}
-    return (
-        replace(first, facts=MappingProxyType({**first.facts, **taken})),
-        replace(second, facts=MappingProxyType({**second.facts, **given})),
-    )
-
-
-def distract(rng: Random, document: Document) -> Document:
-    """The same wording and kinds on another town, with values of its own: what a retriever confuses it with."""
-    other = edit(rng, document, tuple(sorted(document.facts)))
-    return replace(other, town=rng.choice([town for town in TOWNS if town != document.town]))
+    both = first.facts.keys() & second.facts.keys()
+    taken, given = ({kind: document.facts[kind] for kind in both} for document in (second, first))
+    swapped = MappingProxyType({**first.facts, **taken}), MappingProxyType({**second.facts, **given})
+    return replace(first, facts=swapped[0]), replace(second, facts=swapped[1])
 
 
 def ask(rng: Random, document: Document, kind: str | None = None) -> tuple[str, str]:

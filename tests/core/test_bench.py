@@ -15,7 +15,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.lab import bench as lab_bench
 from semsharekv_integrations.lab import scenarios
-from semsharekv_integrations.lab.bench import EVERY_POLICY, Bench, Study, _Said
+from semsharekv_integrations.lab.bench import EVERY_POLICY, Bench, Results, Study
 from semsharekv_integrations.lab.figures import UNTIMED, Failure, Outcome
 from semsharekv_integrations.lab.policies import Subject, make_configs
 from semsharekv_integrations.lab.scenarios import Case, Scenario
@@ -47,14 +47,20 @@ def sized(subject: Subject, name: str, length: int, repeats: int = 2, max_new_to
     return Scenario(name, [case], 1, length, range(repeats + 1), max_new_tokens)
 
 
-def outcomes_of(bench: Bench, case: Case, index: int = 0) -> list[Outcome]:
-    return bench.measure(Scenario(case.scenario, [case], 1)).outcomes
+def measured(bench: Bench, scenario: Scenario, *advance) -> Results:
+    results = Results()
+    bench.measure(scenario, results, *advance)
+    return results
+
+
+def outcomes_of(bench: Bench, case: Case) -> list[Outcome]:
+    return measured(bench, Scenario(case.scenario, [case], 1)).outcomes
 
 
 @pytest.mark.parametrize("name", scenarios.DRAWN)
 def test_controls_agree_with_a_full_prefill(name: str, subject: Subject) -> None:
     drawn = Scenario(name, scenarios.make_cases(name, 2, 1, (2, 3)), 2, max_new_tokens=8)
-    outcomes = bench_of(subject, *CONTROLS).measure(drawn).outcomes
+    outcomes = measured(bench_of(subject, *CONTROLS), drawn).outcomes
     assert [(o.case, o.policy) for o in outcomes] == [(case, policy) for case in range(2) for policy in CONTROLS]
     for outcome in outcomes:
         full = outcomes[outcome.case * len(CONTROLS)]
@@ -88,7 +94,7 @@ def test_every_reference_is_there_as_a_full_prefill_leaves_it(subject: Subject) 
 def test_every_call_finds_the_references_and_nothing_else(name: str, subject: Subject) -> None:
     """Else the second round would find its own prompt, whole, as an exact prefix."""
     bench = bench_of(replace(subject, is_random=True), *MODES)
-    results = bench.measure(sized(subject, name, 400))
+    results = measured(bench, sized(subject, name, 400))
     assert not results.failures
     assert [(o.round, o.policy) for o in results.outcomes] == [(turn, name) for turn in range(3) for name in MODES]
     (prompt_tokens,) = {o.report.prompt_tokens for o in results.outcomes}
@@ -111,7 +117,7 @@ def test_rounds_are_told_apart_and_every_call_is_watched(subject: Subject) -> No
     calls: list[None] = []
     bench = bench_of(replace(subject, is_random=True), "off", "retained", watch=watch)
     scenario = sized(subject, "unlike", 300)
-    outcomes = bench.measure(scenario, lambda: calls.append(None)).outcomes
+    outcomes = measured(bench, scenario, lambda: calls.append(None)).outcomes
     assert len(calls) == len(outcomes) == bench.count_calls(scenario) == 2 * 3
     assert sorted(watched) == [(policy, turn) for policy in ("off", "retained") for turn in (UNTIMED, 1, 2)]
     for outcome in outcomes:
@@ -123,26 +129,44 @@ def test_rounds_are_told_apart_and_every_call_is_watched(subject: Subject) -> No
             assert outcome.store_bytes > outcome.report.kv_bytes / 2 and outcome.store_s > 0
 
 
-def said(text: str, **report) -> _Said:
-    return _Said(Generation(text, [5], "stop", ReuseReport("identical", 100, **report)))
+class Scripted:
+    """An engine that says what it is told to, and raises what is an error."""
+
+    config = EngineConfig(reuse=ReuseConfig(mode="off"))
+
+    def __init__(self, *texts: str | Exception, **report) -> None:
+        self.texts = list(texts)
+        self.report = ReuseReport("identical", 100, ttft_s=1.0, **report)
+        self.calls = 0
+
+    def generate(self, prompt: object, **options: object) -> Generation:
+        text = self.texts[min(self.calls, len(self.texts) - 1)]
+        self.calls += 1
+        if isinstance(text, Exception):
+            raise text
+        return Generation(text, [5], "stop", self.report)
+
+    def clear(self) -> None:
+        pass
 
 
-def judged(subject: Subject, case: Case, own: _Said, full: _Said) -> Outcome:
-    scenario = Scenario(case.scenario, [case], 1)
-    return bench_of(subject)._judge(scenario, 3, 1, "x", case, {"x": own, "off": full})
+def judged(subject: Subject, case: Case, own: Scripted, full: Scripted) -> Outcome:
+    bench = bench_of(subject)
+    bench.engines = {"off": full, "x": own}  # type: ignore[dict-item]
+    return next(outcome for outcome in outcomes_of(bench, case) if outcome.policy == "x")
 
 
 def test_answers_are_judged_by_their_words(subject: Subject) -> None:
     case = case_of("edited")
     assert case.stale is not None
-    found = [judged(subject, case, said(text), said(f" {case.answer}")) for text in (case.answer, case.stale)]
+    found = [judged(subject, case, Scripted(text), Scripted(f" {case.answer}")) for text in (case.answer, case.stale)]
     assert [(o.right, o.agrees, o.stale) for o in found] == [(True, True, False), (False, False, True)]
-    other = judged(subject, case, said(f"{case.answer} More."), said(f"{case.answer} More.\n"))
+    other = judged(subject, case, Scripted(f"{case.answer} More."), Scripted(f"{case.answer} More.\n"))
     assert (other.right, other.agrees, other.stale) == (False, True, False)
-    unopposed = judged(subject, replace(case, stale=None), said(""), said(""))
+    unopposed = judged(subject, replace(case, stale=None), Scripted(""), Scripted(""))
     assert unopposed.stale is None and unopposed.agrees and not unopposed.right
-    assert (other.expected, other.case, other.policy) == (case.answer, 3, "x")
-    alone = bench_of(subject)._judge(Scenario("x", [case], 1), 0, 1, "x", case, {"x": said("")})
+    assert (other.expected, other.case, other.policy) == (case.answer, 0, "x")
+    alone = judged(subject, case, Scripted(""), Scripted(SemShareError("no")))
     assert alone.agrees is None, "the full prefill failed"
 
 
@@ -156,7 +180,7 @@ def test_answers_are_judged_by_their_words(subject: Subject) -> None:
     ],
 )
 def test_reuse_fires_off_the_prefix_alone(report: dict[str, int], fired: bool, reused: int, subject: Subject) -> None:
-    outcome = judged(subject, case_of("edited"), said("", **report), said(""))
+    outcome = judged(subject, case_of("edited"), Scripted("", **report), Scripted(""))
     assert (outcome.fired, outcome.report.reused_tokens) == (fired, reused)
     assert outcome.is_counted == fired, "of drawn prompts"
     assert replace(outcome, length=512).is_counted and replace(outcome, report=ReuseReport("exact", 9)).is_counted
@@ -217,25 +241,6 @@ def test_a_store_without_room_for_the_references_is_refused(subject: Subject) ->
         outcomes_of(bench, case_of("reordered"))
 
 
-class Broken:
-    """An engine that fails from its second call on."""
-
-    config = EngineConfig(reuse=ReuseConfig(mode="off"))
-
-    def __init__(self, error: Exception) -> None:
-        self.calls = 0
-        self.error = error
-
-    def generate(self, prompt: object, **options: object) -> Generation:
-        self.calls += 1
-        if self.calls > 1:
-            raise self.error
-        return Generation("", [5], "stop", ReuseReport("off", 100, ttft_s=1.0))
-
-    def clear(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -246,9 +251,9 @@ class Broken:
     ],
 )
 def test_a_policy_that_fails_is_named_and_the_others_go_on(error: Exception, reason: str, subject: Subject) -> None:
-    bench, broken = bench_of(subject, "off"), Broken(error)
+    bench, broken = bench_of(subject, "off"), Scripted("", error)
     bench.engines["broken"] = broken  # type: ignore[assignment]
-    results = bench.measure(sized(subject, "unlike", 300, repeats=3))
+    results = measured(bench, sized(subject, "unlike", 300, repeats=3))
     assert results.failures == [Failure("unlike", 300, "broken", reason)]
     assert broken.calls == 2, "it is not asked again about this case"
     assert sum(outcome.policy == "off" for outcome in results.outcomes) == 4
@@ -256,20 +261,20 @@ def test_a_policy_that_fails_is_named_and_the_others_go_on(error: Exception, rea
 
 def test_a_bug_is_no_figure(subject: Subject) -> None:
     bench = bench_of(subject)
-    bench.engines["broken"] = Broken(RuntimeError("shapes differ"))  # type: ignore[assignment]
+    bench.engines["broken"] = Scripted("", RuntimeError("shapes differ"))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="shapes differ"):
-        bench.measure(sized(subject, "unlike", 300, repeats=3))
+        measured(bench, sized(subject, "unlike", 300, repeats=3))
 
 
 def test_references_that_cannot_be_made_fail_for_all(subject: Subject) -> None:
     small = make_model("llama", len(subject.tokenizer), max_position_embeddings=256)
-    results = bench_of(replace(subject, model=small), "off").measure(sized(subject, "unlike", 400, repeats=1))
+    results = measured(bench_of(replace(subject, model=small), "off"), sized(subject, "unlike", 400, repeats=1))
     (failure,) = results.failures
     assert failure.policy == EVERY_POLICY and "context window of 256" in failure.reason and not results.outcomes
 
 
 def test_a_scenario_without_cases_says_why(subject: Subject) -> None:
-    results = bench_of(subject).measure(Scenario("shared", (), 0, 9000, problem="beyond the window"))
+    results = measured(bench_of(subject), Scenario("shared", (), 0, 9000, problem="beyond the window"))
     assert results.failures == [Failure("shared", 9000, EVERY_POLICY, "beyond the window")] and not results.outcomes
 
 
@@ -278,5 +283,5 @@ def test_policies_that_a_model_does_not_allow_are_named(subject: Subject, monkey
         raise SemShareError("no rotary positions")
 
     monkeypatch.setattr(Bench, "_start_engine", refuse)
-    results = bench_of(subject, "exact").measure(Scenario("x", (), 0))
+    results = measured(bench_of(subject, "exact"), Scenario("x", (), 0))
     assert [(f.policy, f.reason) for f in results.failures] == [(p, "no rotary positions") for p in ("off", "exact")]

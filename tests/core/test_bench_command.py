@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from semsharekv_integrations.lab import command, report
+from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.bench import Bench
 from semsharekv_integrations.lab.figures import UNTIMED
 from semsharekv_integrations.lab.policies import POLICIES
@@ -126,10 +126,10 @@ def test_a_run_that_breaks_leaves_what_was_measured_before(
 ) -> None:
     measure = Bench.measure
 
-    def break_at_the_second(self: Bench, scenario, *args):
+    def break_at_the_second(self: Bench, scenario, *args) -> None:
         if scenario.name == "edited":
             raise KeyboardInterrupt
-        return measure(self, scenario, *args)
+        measure(self, scenario, *args)
 
     monkeypatch.setattr(Bench, "measure", break_at_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -231,4 +231,3 @@ def test_quality_is_another_name_of_the_command(folder: str, capsys: pytest.Capt
 
     assert main(["quality", "--workloads", "edited", *FEW, "--cases", "1", "--model", folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["scenario"] == "edited"
-    assert report.PROGRAM == "semsharekv"

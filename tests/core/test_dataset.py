@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations.lab import prompts
-from semsharekv_integrations.lab.dataset import Example, data_cases, read_examples, unlike_cases
+from semsharekv_integrations.lab.dataset import DATA, Example, make_own_cases, read_examples
 from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL
 
 GOOD: dict[str, Any] = {"documents": {"a": "One {odd} text.", "b": "Another text."}, "question": "What?"}
@@ -33,18 +33,21 @@ def test_lines_are_read_with_what_they_leave_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: '{' is no JSON"),
+        ("{", "line 2: the line is '{'; accepted is a JSON object of documents, question"),
         ("[1]", r"line 2: the line is \[1\]; accepted is a JSON object"),
-        ({**GOOD, "anwser": "x"}, "line 2: a field is 'anwser'; accepted is documents, question, stored, answer"),
+        (
+            {**GOOD, "anwser": "x"},
+            "line 2: anwser is 'x'; accepted is a JSON object of documents, question, stored, answer",
+        ),
         ({"question": "What?"}, "line 2: documents is None; accepted is an object of one or more texts by id"),
         ({**GOOD, "documents": {}}, "line 2: documents is {}"),
         ({**GOOD, "documents": {"a": " "}, "stored": {"b": "x"}}, r"line 2: documents\['a'\] is ' '; accepted is"),
         ({**GOOD, "documents": {"a": "x"}}, "line 2: documents is {'a': 'x'}; accepted is two or more where 'stored'"),
         ({**GOOD, "stored": {"a": 3}}, r"line 2: stored\['a'\] is 3; accepted is a string that is not blank"),
-        ({**GOOD, "stored": []}, r"line 2: stored is \[\]; accepted is an object"),
+        ({**GOOD, "stored": []}, r"line 2: stored is \[\]; accepted is null, or an object"),
         ({"documents": GOOD["documents"]}, "line 2: question is None; accepted is a string"),
         ({**GOOD, "answer": 7}, "line 2: answer is 7; accepted is null, or a string"),
-        ({**GOOD, "question": ["x" * 500]}, r"line 2: question is \['x{58}\.\.\.; accepted"),
+        ({**GOOD, "question": ["x" * 500]}, r"line 2: question is \['x{150,}\.\.\.x{150,}'\]; accepted"),
     ],
 )
 def test_a_bad_line_is_named_with_its_field(tmp_path: Path, line: object, message: str) -> None:
@@ -53,7 +56,7 @@ def test_a_bad_line_is_named_with_its_field(tmp_path: Path, line: object, messag
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.jsonl: the file is ''"):
+    with pytest.raises(ValueError, match=r"data\.jsonl: the file is empty; accepted is one JSON object"):
         read(tmp_path, "")
 
 
@@ -64,7 +67,7 @@ def text_of(prompt: str | list[prompts.Message]) -> str:
 @pytest.mark.parametrize("layout", ["system", "user", "completion"])
 def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: prompts.Layout) -> None:
     example = {**GOOD, "answer": "odd"}
-    (case,) = data_cases(read(tmp_path, example), 0, [layout])
+    (case,) = make_own_cases(DATA, read(tmp_path, example), 0, [layout])
     (reference,), target = case.references, case.target
     assert dict(target.documents) == GOOD["documents"] == dict(reference.documents)
     assert list(target.documents) != list(reference.documents), "stored in another order"
@@ -76,15 +79,17 @@ def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: prompts.Layo
 
 
 def test_what_was_stored_stands_in_the_reference(tmp_path: Path) -> None:
-    (case,) = data_cases(read(tmp_path, {**GOOD, "stored": {"z": "An old text."}}), 0, ["completion"])
+    (case,) = make_own_cases(DATA, read(tmp_path, {**GOOD, "stored": {"z": "An old text."}}), 0, ["completion"])
     assert dict(case.references[0].documents) == {"z": "An old text."} and case.answer is None and not case.values
 
 
 def test_the_negative_control_shares_no_text(tmp_path: Path) -> None:
     other = {"documents": {"c": "A third text.", "d": "A fourth text."}, "question": "Which?"}
     same = {**GOOD, "question": "Who?"}
-    cases = list(unlike_cases(read(tmp_path, GOOD, same, other), 0, ["completion"]))
+    cases = list(make_own_cases(NEGATIVE_CONTROL, read(tmp_path, GOOD, same, other), 0, ["completion"]))
     assert [case.scenario for case in cases] == [NEGATIVE_CONTROL] * 3
     for case in cases:
         assert not set(case.references[0].documents.values()) & set(case.target.documents.values())
-    assert not list(unlike_cases(read(tmp_path, GOOD, same), 0, ["completion"])), "there is no other one"
+    assert not list(make_own_cases(NEGATIVE_CONTROL, read(tmp_path, GOOD, same), 0, ["completion"])), (
+        "there is no other one"
+    )

@@ -11,10 +11,10 @@ from semsharekv_integrations.lab.figures import (
     Failure,
     Outcome,
     bootstrap,
+    estimate_binomial,
     estimate_mean,
     find_quartiles,
     summarize,
-    wilson,
 )
 from semsharekv_integrations.report import AuditResult, ReuseReport
 
@@ -47,11 +47,11 @@ DRAWN = [
 def test_figures_are_over_the_cases_on_which_reuse_fired() -> None:
     first, row = summarize(DRAWN)
     assert (row.scenario, row.policy, row.cases, row.fired, row.counted) == ("edited", "identical", 5, 4, 4)
-    assert row["accuracy"].value == 0.5 and row["full_accuracy"] == (0.75, 0.75, 0.75)
+    assert row["accuracy"].value == 0.5 and row["full_accuracy"] == estimate_binomial(3, 4)
     assert row["difference_points"].value == -25
     assert -75 <= row["difference_points"].low < -25 < row["difference_points"].high <= 0
-    assert row["agreement"] == wilson(3, 4)
-    assert row["full_stale_rate"].value == pytest.approx(1 / 3) and row["stale_rate"] == wilson(2, 3)
+    assert row["agreement"] == estimate_binomial(3, 4)
+    assert row["full_stale_rate"].value == pytest.approx(1 / 3) and row["stale_rate"] == estimate_binomial(2, 3)
     assert row["compute_ratio"].value == pytest.approx(0.25)
     assert row["ttft_ratio"].value == 3.0  # of 2, 4, 2 and 6
     assert 2 <= row["ttft_ratio"].low < 3 < row["ttft_ratio"].high <= 6
@@ -108,7 +108,11 @@ def test_rows_keep_scenarios_lengths_and_policies_apart() -> None:
     ],
 )
 def test_wilson_intervals_are_the_known_ones(right: int, asked: int, low: float, high: float) -> None:
-    assert wilson(right, asked) == (right / asked, pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert estimate_binomial(right, asked) == (
+        right / asked,
+        pytest.approx(low, abs=1e-4),
+        pytest.approx(high, abs=1e-4),
+    )
 
 
 def difference(right: list[bool], full_right: list[bool], seed: int = 0) -> Estimate:
@@ -134,7 +138,7 @@ def test_a_paired_difference_has_the_interval_of_its_pairs() -> None:
 def test_an_interval_holds_its_share_and_stays_within_none_and_all() -> None:
     for asked in range(1, 130):
         for right in range(asked + 1):
-            share, low, high = wilson(right, asked)
+            share, low, high = estimate_binomial(right, asked)
             assert 0 <= low <= share <= high <= 1, (right, asked)
 
 
@@ -203,4 +207,4 @@ def test_memory_decoding_and_divergence_are_read_from_the_report() -> None:
 
 
 def test_statistics_of_one_value_are_that_value() -> None:
-    assert bootstrap([3.0, 3.0], max) == find_quartiles([3.0]) == estimate_mean([(0, 3.0), (0, 9.0)], 0) == (3, 3, 3)
+    assert bootstrap([3.0, 3.0], max) == find_quartiles([3.0]) == estimate_mean({0: [3.0, 9.0]}, 0) == (3, 3, 3)

@@ -8,7 +8,7 @@ import pytest
 
 import peers
 from peers import Peer, PeerBench, PeerError
-from semsharekv_integrations.lab.bench import Study
+from semsharekv_integrations.lab.bench import Results, Study
 from semsharekv_integrations.lab.figures import summarize
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
@@ -26,7 +26,8 @@ def subject(tokenizer) -> Subject:
 def test_missing_peers_are_named(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("langchain_huggingface", "llama_index.llms.huggingface"):
         monkeypatch.setitem(sys.modules, module, None)
-    results = PeerBench(subject, Study("", (), {})).measure(SCENARIO)
+    results = Results()
+    PeerBench(subject, Study("", (), {})).measure(SCENARIO, results)
     assert [failure.policy for failure in results.failures] == [*peers.make_peers(subject)]
     assert all(failure.reason.startswith("not installed: l") for failure in results.failures)
 
@@ -34,7 +35,8 @@ def test_missing_peers_are_named(subject: Subject, monkeypatch: pytest.MonkeyPat
 def test_a_peer_is_timed_beside_the_policies(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(peers, "make_peers", lambda _: {"Mine": lambda: Peer("Mine", asked.append)})
-    results = PeerBench(subject, Study("", (), {})).measure(SCENARIO)
+    results = Results()
+    PeerBench(subject, Study("", (), {})).measure(SCENARIO, results)
     assert not results.failures and asked == ["Warm up.", MESSAGES, MESSAGES]
     off, mine = summarize(results.outcomes)
     assert mine.policy == "Mine" and mine["ttft_s"].value > 0 and mine["ttft_ratio"] is not None and off["ttft_s"]

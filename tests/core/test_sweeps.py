@@ -14,7 +14,7 @@ import plots
 import sweeps
 from probes import RecallProbe, SimilarityProbe
 from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.bench import Bench, Study
+from semsharekv_integrations.lab.bench import Bench, Results, Study
 from semsharekv_integrations.lab.figures import Estimate, Outcome, Row, summarize
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Scenario
@@ -100,9 +100,8 @@ def test_every_sweep_has_its_controls_and_runs(name: str, subject: Subject, tmp_
     assert study.scenarios[-1].name.startswith("unlike")
     few = {policy: study.configs[policy] for policy in ("off", list(study.configs)[-1])}
     first = study.scenarios[0]
-    results = Bench(subject, replace(study, configs=few)).measure(
-        Scenario(first.name, first.cases, 1, max_new_tokens=2)
-    )
+    results, short = Results(), Scenario(first.name, first.cases, 1, max_new_tokens=2)
+    Bench(subject, replace(study, configs=few)).measure(short, results)
     rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
     assert len(rows) == 2 and not results.failures
     assert ("similarity" in rows[0].figures) == (name in ("sentences", "similarity"))
