@@ -29,7 +29,7 @@ from semsharekv_integrations.forgetting import Since
 from semsharekv_integrations.identity import Identified
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
-from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, window_of
+from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, get_window
 from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport
 from semsharekv_integrations.request import (
     Documents,
@@ -146,7 +146,7 @@ class SemShareEngine(Identified):
     @property
     def context_window(self) -> int | None:
         """Most tokens of prompt and answer together, or None if nothing bounds it; loads no weights."""
-        return self.config.max_context_tokens or window_of(self._source.config)
+        return self.config.max_context_tokens or get_window(self._source.config)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """The whole answer to a text prompt or to messages (mappings with ``role`` and ``content``).

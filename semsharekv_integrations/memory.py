@@ -249,7 +249,7 @@ class Memory:
         if self._is_off or not runtime.hold():  # KV of two states would be good for neither
             return False
         adapter, request = runtime.adapter, call.request
-        layers = adapter.layers_of(call.outcome.prefill.cache)
+        layers = adapter.read_layers(call.outcome.prefill.cache)
         token_ids = call.token_ids[: layers[0].keys.shape[2]]
         if len(token_ids) > (adapter.stable_positions or len(token_ids)):
             return False

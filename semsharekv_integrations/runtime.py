@@ -71,8 +71,8 @@ class Runtime:
         self.adapter = ModelAdapter(
             source.load(), config.reuse.preferred_mode, before.adapter.watch if before else None
         )
-        self._states = before._states if before else _States(self.adapter.watch.state().key, config, store)
-        self._state = self.adapter.watch.state()
+        self._states = before._states if before else _States(self.adapter.watch.get_state().key, config, store)
+        self._state = self.adapter.watch.get_state()
         self.store = store = self._states.store_of(self._state)
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = before.renderer if before else PromptRenderer(self.tokenizer)
@@ -100,15 +100,15 @@ class Runtime:
             UnsupportedModelError: if the model does not allow the configured mode any more.
         """
         model, watch = self.adapter.model, self.adapter.watch
-        with self.adapter.exclusive():
+        with self.adapter.lock():
             if self.mode == "off":
                 if model.training:
                     model.eval()
                 return self
-            state = watch.state()
+            state = watch.get_state()
             if watch.in_training:
                 model.eval()
-                state = watch.state()
+                state = watch.get_state()
             found = self._states.parts_of(state.key)
             if found is None:
                 found = Runtime(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
@@ -122,7 +122,7 @@ class Runtime:
 
     def hold(self) -> bool:
         """Whether the model has been in their state all along since ``current``."""
-        return self.mode == "off" or self.adapter.watch.state() == self._state
+        return self.mode == "off" or self.adapter.watch.get_state() == self._state
 
     def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
@@ -150,7 +150,7 @@ class Runtime:
     def _identity(self) -> str:
         model, tokenizer = self.adapter.model, self.tokenizer
         return _digest(
-            self.adapter.watch.state().fingerprint,
+            self.adapter.watch.get_state().fingerprint,
             self._states.vocabulary(tokenizer),
             repr((tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))),
             model.generation_config.to_json_string(use_diff=False),
@@ -203,7 +203,7 @@ class Runtime:
         else:
             with call.watch.phase("forward"):
                 call.outcome = prefill_behind_prefix(self.adapter, call.plan)
-        num_bytes = self.adapter.kv_bytes(call.outcome.prefill.cache)
+        num_bytes = self.adapter.measure_kv(call.outcome.prefill.cache)
         call.mode, call.kv_bytes = self.mode, KVBytes(num_bytes, num_bytes)
 
     def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
@@ -217,7 +217,7 @@ class Runtime:
             sampling = call.request.sampling
             decoder = Decoder(self.adapter, call.rendered.token_ids, sampling, self._together, reader.constraint)
         is_last = False
-        with closing(decoder.tokens(prefill, partial(answer.record_logits, self._audited_tokens))) as steps:
+        with closing(decoder.decode(prefill, partial(answer.record_logits, self._audited_tokens))) as steps:
             while not is_last and not reader.stopped:
                 with call.watch.phase("decode"):
                     token_id, is_last = next(steps)
@@ -226,7 +226,7 @@ class Runtime:
                 if self._retainer is not None and len(answer.token_ids) == 1 and not is_last:
                     with call.watch.phase("retain"):
                         decoder.cache = self._shorten(self._retainer, call.rendered, prefill.cache)
-                    call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.kv_bytes(decoder.cache))
+                    call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.measure_kv(decoder.cache))
         rest = reader.finish()
         answer.end(is_whole=reader.stopped or decoder.is_complete or decoder.is_end(answer.token_ids[-1]))
         yield from call.add(rest)
@@ -245,7 +245,7 @@ class Runtime:
                 return
             reused = torch.cat(call.answer.first_logits)  # [N, V]
             answered = np.array(call.answer.token_ids[: len(reused) - 1], dtype=np.int64)
-            full = self.adapter.logits_behind(call.rendered.token_ids, answered)
+            full = self.adapter.compute_logits(call.rendered.token_ids, answered)
             call.audit = auditor.record(call.request.namespace, reused, full)
 
     def _require_embeddings(self, rendered: Rendered) -> None:
@@ -268,7 +268,7 @@ class Runtime:
         question = question_of(rendered, self.reuse.tail_tokens)
         scores = relevance(rendered.token_ids, texts, question)
         relevant = relevant_tokens(scores, texts, np.ones_like(question), self.reuse.relevance_ratio)
-        return retainer.shortened(rendered.token_ids, question, relevant, cache)
+        return retainer.shorten(rendered.token_ids, question, relevant, cache)
 
 
 class _States:

@@ -24,7 +24,7 @@ from semsharekv_integrations.lab.figures import UNTIMED, Figure, estimate_mean
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.layers import decoder_layers
+from semsharekv_integrations.model.layers import find_layers
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, lsh_recall, rotated_embeddings
 from semsharekv_integrations.reuse.similarity import PooledEmbedder
@@ -232,7 +232,7 @@ class CallProbe:
     def __init__(self, subject: Subject) -> None:
         self._device = subject.model.device
         config = subject.model.config.get_text_config(decoder=True)
-        self._clock = LayerClock(decoder_layers(subject.model, config), self._device)
+        self._clock = LayerClock(find_layers(subject.model, config), self._device)
 
     @contextmanager
     def watch(self, case: Case, policy: str, turn: int) -> Iterator[dict[str, Any]]:

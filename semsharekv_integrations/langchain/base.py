@@ -34,7 +34,7 @@ from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import IN_UTF8, is_utf8, require
 from semsharekv_integrations.langchain.documents import in_artifacts, in_marked_blocks, tracked_documents, with_found
 from semsharekv_integrations.langchain.messages import PROVIDER
-from semsharekv_integrations.model.loading import arguments_of
+from semsharekv_integrations.model.loading import merge_arguments
 from semsharekv_integrations.request import GenerateOptions, Request, checked_name_or_none
 
 _OTHER_NAMES = {
@@ -368,7 +368,7 @@ def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
         config = replace(config, reuse=replace(config.reuse, mode=given["mode"]))
     options = given.get("model_kwargs", {})
     require(isinstance(options, Mapping), "model_kwargs", options, "None or a dict")
-    arguments = arguments_of(given.get("device"), given.get("dtype", "auto"), options)
+    arguments = merge_arguments(given.get("device"), given.get("dtype", "auto"), options)
     engine = SemShareEngine.from_pretrained(str(name), config, **arguments)
     return {"engine": engine, "model": name, "mode": config.reuse.mode, "config": config}
 

@@ -35,7 +35,7 @@ from semsharekv_integrations.llama_index.messages import (
     whole_response,
 )
 from semsharekv_integrations.llama_index.tools import SchemaLLM, with_one_call
-from semsharekv_integrations.model.loading import arguments_of
+from semsharekv_integrations.model.loading import merge_arguments
 from semsharekv_integrations.text.prompt import Prompt
 
 
@@ -113,7 +113,7 @@ class SemShareKVLLM(SchemaLLM):
         require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
         super().__init__(**fields)
         self._engine = engine or SemShareEngine.from_pretrained(
-            self.model, self._engine_config(), **arguments_of(self.device, self.dtype, self.model_kwargs)
+            self.model, self._engine_config(), **merge_arguments(self.device, self.dtype, self.model_kwargs)
         )
         self._check_fields()
 

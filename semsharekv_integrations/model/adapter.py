@@ -138,7 +138,7 @@ class ModelAdapter:
         cache = self._cache_from(prefix) if prefix else self._empty_cache()
         return Prefill(self.forward(token_ids[start:], cache, start), cache)
 
-    def logits_behind(self, token_ids: TokenIds, answered: TokenIds) -> torch.Tensor:
+    def compute_logits(self, token_ids: TokenIds, answered: TokenIds) -> torch.Tensor:
         """Logits [N + 1, V] after a full prefill of ``token_ids`` [T] and after each token of ``answered`` [N]."""
         cache = self._empty_cache()
         logits = [self.forward(token_ids, cache, 0)]
@@ -147,7 +147,7 @@ class ModelAdapter:
             logits.append(self._forward(torch.from_numpy(answered)[None], cache, positions, keep=len(answered))[0])
         return torch.cat(logits)
 
-    def exclusive(self) -> AbstractContextManager[object]:
+    def lock(self) -> AbstractContextManager[object]:
         """Keeps other threads from running the model meanwhile."""
         return self._lock
 
@@ -167,17 +167,17 @@ class ModelAdapter:
         ids = torch.from_numpy(token_ids).to(rows.device)[rows]
         return self._forward(ids[None], cache, rows, attention_mask=mask)
 
-    def kv_at(self, token_ids: TokenIds, start: int) -> tuple[LayerKV, ...]:
+    def compute_kv(self, token_ids: TokenIds, start: int) -> tuple[LayerKV, ...]:
         """KV of ``token_ids`` [N] by themselves, at positions from ``start`` on."""
         cache = self._empty_cache()
         self.forward(token_ids, cache, start)
-        return self.layers_of(cache)
+        return self.read_layers(cache)
 
     def probe_ids(self) -> TokenIds:
         """A few token ids [N] to try the model on."""
         return torch.arange(_PROBE_TOKENS).remainder(self.config.vocab_size).numpy()
 
-    def same_logits(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+    def is_close(self, one: torch.Tensor, other: torch.Tensor) -> bool:
         """Whether two computations of the same logits [B, V] differ by no more than rounding.
 
         The mean square counts, not the maximum, which grows with the vocabulary.
@@ -209,13 +209,13 @@ class ModelAdapter:
         mask = (slots >= torch.from_numpy(pads)[:, None]).long().to(self.device)
         return self._forward(ids, cache, torch.tensor(positions)[:, None], attention_mask=mask)
 
-    def layers_of(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
+    def read_layers(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
         """The cache's keys and values, without copying; all layers hold the same tokens."""
         layers = tuple(LayerKV(layer.keys, layer.values) for layer in cache.layers)
         assert len({tensor.shape[2] for layer in layers for tensor in layer}) == 1, "layers differ in length"
         return layers
 
-    def kv_bytes(self, cache: DynamicCache) -> int:
+    def measure_kv(self, cache: DynamicCache) -> int:
         """Bytes of the keys and values in the cache; recurrent states are not counted."""
         kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
@@ -268,11 +268,11 @@ class ModelAdapter:
             whole = self.prefill(ids)
             if len(whole.cache.layers) == 0 or any(not isinstance(layer, DynamicLayer) for layer in whole.cache.layers):
                 return False
-            first = Reference("probe", "probe", ids[:half], self.layers_of(self.prefill(ids[:half]).cache))
+            first = Reference("probe", "probe", ids[:half], self.read_layers(self.prefill(ids[:half]).cache))
             logits = self.prefill(ids, PrefixMatch(first, half)).logits
         except (TypeError, AttributeError, ValueError):  # the model takes no such cache
             return False
-        return self.same_logits(logits, whole.logits)
+        return self.is_close(logits, whole.logits)
 
 
 PROBE_SHIFT = 23  # positions

@@ -217,7 +217,7 @@ class SharedDecoding:
             together = adapter.decode_padded(last, joint, list(_PROBE_TOKENS), pads)
         except (TypeError, ValueError, RuntimeError):  # the model takes no such mask
             return False
-        return all(adapter.same_logits(one[None], other) for one, other in zip(together, alone, strict=True))
+        return all(adapter.is_close(one[None], other) for one, other in zip(together, alone, strict=True))
 
 
 def padded(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:

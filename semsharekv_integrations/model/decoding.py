@@ -66,7 +66,7 @@ class Decoder:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed  # torch's own needs a file handle
         self._random = torch.Generator(device=adapter.device).manual_seed(seed)
 
-    def tokens(
+    def decode(
         self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[tuple[int, bool], None, None]:
         """Each new token, and whether it is the last. Closing it ends the call.
@@ -169,7 +169,7 @@ class Retainer:
         rules = rules.resolve()
         self._shares = retained_shares(selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share)
 
-    def shortened(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:
+    def shorten(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:
         """What is kept of ``cache``, which itself stays as it is.
 
         Args:

@@ -84,7 +84,7 @@ def _is_kv_cache(annotation: str) -> bool:
     return "Cache" in annotation or (renamed and "dict" not in annotation)
 
 
-def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
+def find_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
     """The modules that keys and values come from, in order.
 
     Raises:

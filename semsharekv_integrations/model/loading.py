@@ -40,7 +40,7 @@ from semsharekv_integrations.model.files import FILE_OPTIONS, REFERENCE_MODEL, M
 from semsharekv_integrations.model.layers import PROMPT_LEARNING, require_loadable_decoder
 from semsharekv_integrations.versions import require_tested_transformers
 
-__all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "hide_progress_bars", "resolve", "window_of"]
+__all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "get_window", "hide_progress_bars", "resolve"]
 _APART = {"adapter_kwargs", "output_loading_info", "quantization_config", "torch_dtype"}
 _SECRETS = {"token"}
 
@@ -186,7 +186,7 @@ class NamedModel:
         return model.eval()
 
 
-def arguments_of(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def merge_arguments(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``SemShareEngine.from_pretrained``: device and dtype may stand in ``options`` instead.
 
     Raises:
@@ -222,7 +222,7 @@ def hide_progress_bars() -> None:
     modeling_gguf_pytorch_utils.tqdm = tqdm  # one that can be turned off, in place of one that cannot
 
 
-def window_of(config: PreTrainedConfig) -> int | None:
+def get_window(config: PreTrainedConfig) -> int | None:
     """Most positions that the model was made for, or None if its configuration does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 

@@ -22,7 +22,7 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import PROBE_SHIFT, ModelAdapter, Prefill, find_rotations
 from semsharekv_integrations.model.attention import blocked_attention, watched_attention
-from semsharekv_integrations.model.layers import decoder_layers, require_reuse_off_prefix, windows_of
+from semsharekv_integrations.model.layers import find_layers, require_reuse_off_prefix, windows_of
 from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
@@ -130,9 +130,9 @@ class SelectivePrefill:
     def __init__(self, adapter: ModelAdapter) -> None:
         require_reuse_off_prefix(adapter.model, adapter.config, adapter.mode)
         self._adapter = adapter
-        self._view = LayerView(decoder_layers(adapter.model, adapter.config), windows_of(adapter.config))
+        self._view = LayerView(find_layers(adapter.model, adapter.config), windows_of(adapter.config))
         probe = adapter.probe_ids()
-        here, there = (adapter.kv_at(probe, start) for start in (0, PROBE_SHIFT))
+        here, there = (adapter.compute_kv(probe, start) for start in (0, PROBE_SHIFT))
         self.rotations = find_rotations(adapter.model, here, there, PROBE_SHIFT)
         self._prove(probe, here)
 
@@ -152,7 +152,7 @@ class SelectivePrefill:
         if not plan.borrowings:
             with watch.phase("forward"):
                 return prefill_behind_prefix(self._adapter, plan)
-        with self._adapter.exclusive(), torch.inference_mode():
+        with self._adapter.lock(), torch.inference_mode():
             with watch.phase("gather"):
                 cache = gather(plan, self.rotations)
             state = _State.of(plan, self._adapter.device)
@@ -200,7 +200,7 @@ class SelectivePrefill:
         rows = _positions(question, self._adapter.device)
         hidden = torch.from_numpy(absent).to(rows.device)
         ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, self._adapter.model.dtype, hidden)
-        with self._adapter.exclusive(), watched_attention(self._adapter.config) as collected, ahead.installed():
+        with self._adapter.lock(), watched_attention(self._adapter.config) as collected, ahead.installed():
             self._adapter.forward_rows(token_ids, rows, cache, ahead.first_mask)
         return collected
 
@@ -215,7 +215,7 @@ class SelectivePrefill:
             logits = self.run(plan).prefill.logits
         except (TypeError, AttributeError, ValueError, RuntimeError, LookupError) as error:
             raise UnsupportedModelError(f"{name} cannot compute some rows alone ({error}); use mode='exact'") from error
-        if not self._adapter.same_logits(logits, self._adapter.prefill(probe).logits):
+        if not self._adapter.is_close(logits, self._adapter.prefill(probe).logits):
             raise UnsupportedModelError(f"{name} gives other logits if some rows are computed alone; use mode='exact'")
 
 

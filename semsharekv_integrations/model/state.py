@@ -83,7 +83,7 @@ class StateWatch:
         self._digests: dict[int, _Known] = {}
         self._offloaded: dict[tuple[int, str], tuple[Any, bytes]] = {}
 
-    def state(self) -> State:
+    def get_state(self) -> State:
         """The state that the model is in now."""
         with self._lock:
             if self._seen is None or not self._seen.holds():

@@ -38,7 +38,7 @@ def ids_of(seed: int, num_tokens: int = NUM_TOKENS) -> TokenIds:
 
 
 def reference_of(adapter: ModelAdapter, token_ids: TokenIds) -> Reference:
-    return Reference("r", "n", token_ids, adapter.layers_of(adapter.prefill(token_ids).cache))
+    return Reference("r", "n", token_ids, adapter.read_layers(adapter.prefill(token_ids).cache))
 
 
 def selective_plan(adapter: ModelAdapter, full_layers: int) -> ReusePlan:

@@ -110,7 +110,7 @@ def test_approximate_reuse_is_held_against_a_full_prefill(
     ]
     whole = torch.cat(steps)
     answered = np.array(generation.token_ids[: compared - 1], dtype=np.int64)
-    torch.testing.assert_close(adapter.logits_behind(ids, answered), whole, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(adapter.compute_logits(ids, answered), whole, atol=1e-4, rtol=1e-3)
 
 
 def test_every_compared_token_must_agree() -> None:

@@ -55,7 +55,7 @@ def decoded(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, together:
         ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
         logits.append(row.step(ids, prefill.cache))
     row.leave()
-    return torch.cat(logits), adapter.layers_of(prefill.cache)
+    return torch.cat(logits), adapter.read_layers(prefill.cache)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -194,7 +194,7 @@ def test_a_stream_dropped_in_the_middle_of_a_pass_spoils_no_other(llama, tokeniz
     assert len(dropped) == 3 and together._rows == [rows[0]] and not together._group
     rows[0].leave()
     torch.testing.assert_close(torch.cat(logits[0]), wanted[0][0], atol=2e-4, rtol=1e-4)
-    for layer, wanted_layer in zip(adapter.layers_of(prefills[0].cache), wanted[0][1], strict=True):
+    for layer, wanted_layer in zip(adapter.read_layers(prefills[0].cache), wanted[0][1], strict=True):
         torch.testing.assert_close(layer.keys, wanted_layer.keys, atol=2e-4, rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
 from semsharekv_integrations.llama_index import SemShareKVLLM as LlamaIndexLLM
-from semsharekv_integrations.model.loading import NamedModel, arguments_of
+from semsharekv_integrations.model.loading import NamedModel, merge_arguments
 from tiny_models import make_model
 
 PROMPT = "The mayor of Velmar"
@@ -150,7 +150,7 @@ def test_a_dtype_is_one_by_whatever_name_and_wherever_it_stands(folder: Path, dt
 
 
 def test_fields_and_options_must_agree() -> None:
-    assert arguments_of("cpu", "float16", {"device": torch.device("cpu"), "dtype": torch.float16})
+    assert merge_arguments("cpu", "float16", {"device": torch.device("cpu"), "dtype": torch.float16})
     for options in ({"device": "cuda"}, {"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"config": object()}):
         for cls in (SemShareKVLLM, ChatSemShareKV, LlamaIndexLLM):
             with pytest.raises(ValueError, match=rf"{next(iter(options))}.* is .*accepted is"):

@@ -396,8 +396,8 @@ def test_a_file_is_of_one_state(adapted: Any, tokenizer: Any, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_every_value_counts(tokenizer: Any, dtype: torch.dtype) -> None:
     model = make_model("llama", 50).to(dtype)
-    fingerprint = StateWatch(model).state().fingerprint
-    assert StateWatch(copy.deepcopy(model)).state().fingerprint == fingerprint
+    fingerprint = StateWatch(model).get_state().fingerprint
+    assert StateWatch(copy.deepcopy(model)).get_state().fingerprint == fingerprint
     generator = torch.Generator().manual_seed(0)
     weight = model.model.layers[2].mlp.down_proj.weight.data.view(-1)
     seen = {fingerprint}
@@ -407,17 +407,17 @@ def test_every_value_counts(tokenizer: Any, dtype: torch.dtype) -> None:
         changed[places] = -changed[places]
         other = copy.deepcopy(model)
         other.model.layers[2].mlp.down_proj.weight.data.view(-1).copy_(changed)
-        seen.add(StateWatch(other).state().fingerprint)
+        seen.add(StateWatch(other).get_state().fingerprint)
     assert len(seen) == 41
 
 
 def test_looking_costs_no_change(model: Any, tokenizer: Any) -> None:
     """Nothing that the engine itself does, nor another one at the same time, looks like a change."""
     watch = StateWatch(model)
-    before = watch.state()
+    before = watch.get_state()
     for mode in (*MODES, "off"):
         engine = engine_of(model, tokenizer, mode)
         for prompt in (PROMPT, LONGER, f"First . {LONGER}"):
             answer(engine, prompt)
-    assert watch.state() == before
+    assert watch.get_state() == before
     assert isinstance(model, LlamaForCausalLM)

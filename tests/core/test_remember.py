@@ -94,7 +94,7 @@ def assert_exact(engine: SemShareEngine, namespace: str = "default") -> None:
     """Every stored reference holds what a full prefill of its tokens gives."""
     adapter = engine._load().adapter
     for reference in engine.store.fetch_all(namespace):
-        fresh = adapter.layers_of(adapter.prefill(reference.token_ids).cache)
+        fresh = adapter.read_layers(adapter.prefill(reference.token_ids).cache)
         for stored, wanted in zip(reference.layers, fresh, strict=True):
             torch.testing.assert_close(stored.keys, wanted.keys, atol=1e-4, rtol=1e-3)
             torch.testing.assert_close(stored.values, wanted.values, atol=1e-4, rtol=1e-3)

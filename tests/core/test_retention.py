@@ -101,7 +101,7 @@ def test_decoding_equals_attention_with_the_dropped_tokens_masked(architecture: 
     adapter, _, retainer = retaining(architecture, 0.5)
     token_ids, answered = ids_of(1), [5, 17, 8, 60]
     prefill = adapter.prefill(token_ids)
-    short = retainer.shortened(token_ids, ~no_tokens(), no_tokens(), prefill.cache)
+    short = retainer.shorten(token_ids, ~no_tokens(), no_tokens(), prefill.cache)
     kept = [_places(whole.keys, part.keys) for whole, part in zip(prefill.cache.layers, short.layers, strict=True)]
     assert len({len(places) for places in kept}) == 3 and all(len(places) < NUM_TOKENS for places in kept[1:])
 
@@ -111,7 +111,7 @@ def test_decoding_equals_attention_with_the_dropped_tokens_masked(architecture: 
         logits.append(adapter.decode_step(torch.from_numpy(ids)[None], short))
     wanted = _masked_logits(make_model(architecture, VOCAB), ids, kept)[:, NUM_TOKENS:]
     torch.testing.assert_close(torch.cat(logits), wanted[0], atol=1e-4, rtol=1e-3)
-    full = adapter.logits_behind(token_ids, np.array(answered))[1:]
+    full = adapter.compute_logits(token_ids, np.array(answered))[1:]
     assert not torch.allclose(torch.cat(logits), full, atol=1e-3), "what was dropped made a difference"
 
 
@@ -144,7 +144,7 @@ def test_the_whole_cache_is_neither_changed_nor_shared() -> None:
     adapter, _, retainer = retaining("llama", 0.5)
     prefill = adapter.prefill(ids_of(2))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in prefill.cache.layers]
-    short = retainer.shortened(ids_of(2), ~no_tokens(), no_tokens(), prefill.cache)
+    short = retainer.shorten(ids_of(2), ~no_tokens(), no_tokens(), prefill.cache)
     adapter.decode_step(torch.from_numpy(np.append(ids_of(2), 5))[None], short)
     for layer, (keys, values) in zip(prefill.cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
@@ -155,7 +155,7 @@ def test_the_most_attended_of_each_layer_stay() -> None:
     token_ids = ids_of(3)
     prefill = adapter.prefill(token_ids)
     question = np.arange(NUM_TOKENS) >= NUM_TOKENS - 6
-    short = retainer.shortened(token_ids, question, no_tokens(), prefill.cache)
+    short = retainer.shorten(token_ids, question, no_tokens(), prefill.cache)
     eager = make_model("llama", VOCAB)
     eager.set_attn_implementation("eager")
     with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_what_is_relevant_stays_in_every_layer() -> None:
     relevant = no_tokens()
     relevant[20:30] = True
     prefill = adapter.prefill(token_ids)
-    short = retainer.shortened(token_ids, ~relevant, relevant, prefill.cache)
+    short = retainer.shorten(token_ids, ~relevant, relevant, prefill.cache)
     for whole, part in zip(prefill.cache.layers, short.layers, strict=True):
         assert {*range(20, 30)} <= set(_places(whole.keys, part.keys))
 
@@ -229,7 +229,7 @@ def test_stored_references_are_whole(make_engine: EngineMaker) -> None:
     (kept,) = engine.store.fetch_all()
     assert len(kept.token_ids) == first.report.prompt_tokens, "the answer stands on a part of the KV"
     adapter = engine._load().adapter
-    for stored, wanted in zip(kept.layers, adapter.layers_of(adapter.prefill(kept.token_ids).cache), strict=True):
+    for stored, wanted in zip(kept.layers, adapter.read_layers(adapter.prefill(kept.token_ids).cache), strict=True):
         torch.testing.assert_close(stored.keys, wanted.keys, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(stored.values, wanted.values, atol=1e-4, rtol=1e-3)
     again = engine.generate(PROMPT, **TOKENS)

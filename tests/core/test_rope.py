@@ -44,9 +44,9 @@ def ids_of(num_tokens: int = 20) -> np.ndarray:
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "cohere"])
 def test_moved_keys_are_those_of_the_new_place(architecture: str) -> None:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
-    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
     rotations = find_rotations(adapter.model, here, there, SHIFT)
-    elsewhere = adapter.kv_at(ids_of(), 3 * SHIFT)
+    elsewhere = adapter.compute_kv(ids_of(), 3 * SHIFT)
     for index, rotation in enumerate(rotations):
         assert rotation is not None
         assert rotation.interleaved == (architecture == "cohere")
@@ -58,7 +58,7 @@ def test_moved_keys_are_those_of_the_new_place(architecture: str) -> None:
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
 def test_every_rope_type_turns_by_its_own_frequencies(rope: dict[str, Any]) -> None:
     adapter = ModelAdapter(make_model("llama", VOCAB, rope_parameters=rope), "identical")
-    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
     for index, rotation in enumerate(find_rotations(adapter.model, here, there, SHIFT)):
         assert rotation is not None
         back = rotate(there[index].keys, torch.full((20,), -SHIFT), rotation)
@@ -67,11 +67,11 @@ def test_every_rope_type_turns_by_its_own_frequencies(rope: dict[str, Any]) -> N
 
 def test_layer_0_is_exact_for_an_identical_token_behind_another_context() -> None:
     adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
-    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
     rotations = find_rotations(adapter.model, here, there, SHIFT)
     assert rotations[0] is not None
     changed = np.concatenate([ids_of()[::-1], ids_of()])
-    whole = adapter.kv_at(changed, 0)
+    whole = adapter.compute_kv(changed, 0)
     moved = rotate(here[0].keys, torch.full((20,), 20), rotations[0])
     torch.testing.assert_close(moved, whole[0].keys[:, :, 20:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(here[0].values, whole[0].values[:, :, 20:], atol=1e-5, rtol=1e-4)
@@ -110,6 +110,6 @@ def test_half_precision_keys_are_turned_in_float32() -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
 def test_learned_positions_are_refused(architecture: str) -> None:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
-    here, there = (adapter.kv_at(ids_of(), start) for start in (0, SHIFT))
+    here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
     with pytest.raises(UnsupportedModelError, match="layer 0: keys at another position"):
         find_rotations(adapter.model, here, there, SHIFT)
