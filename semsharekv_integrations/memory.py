@@ -148,7 +148,7 @@ class Memory:
         with call.watch.phase("render"):
             self.settle()
             request = call.request
-            known = self.known.of(self._store.readable(request.namespace))
+            known = self.known.of(self._store.list_readable(request.namespace))
             ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
             unnamed = {key: text.strip() for key, text in request.documents.items() if _is_unnamed(key, text)}
             call.request = request.renamed({key: ids[text] for key, text in unnamed.items() if text in ids})
@@ -179,7 +179,7 @@ class Memory:
         is_known = former == request.documents[key]
         with self._lock:
             texts = [] if former is None else [runtime.renderer.tokens_of(former)]
-            forms = [] if is_known else self._store.forms_of(key, request.namespace, texts)
+            forms = [] if is_known else self._store.find_forms(key, request.namespace, texts)
             dropped = self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
             if dropped or not (is_known or former is None):
                 self.under_way.tell(Forgotten(request.namespace, document_id=key, forms=forms))
@@ -202,7 +202,7 @@ class Memory:
         with self._lock:
             text = self.known.of([namespace]).get(document_id)
             tokens = [] if text is None else [renderer.tokens_of(text)]
-            forms = self._store.forms_of(document_id, namespace, tokens)
+            forms = self._store.find_forms(document_id, namespace, tokens)
             self.under_way.tell(Forgotten(namespace, document_id=document_id, forms=forms))
             self.known.forget(namespace, document_id)
             dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=renderer.text_of)
@@ -227,7 +227,7 @@ class Memory:
 
     def settle(self, *namespaces: str) -> None:
         """Drop the texts of documents whose KV is gone, in the namespaces named and in those that lost entries."""
-        for name, references in self._store.left_since(*namespaces).items():
+        for name, references in self._store.collect_left(*namespaces).items():
             named = {key for reference in references for key in reference.document_starts}
             unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
             self.known.keep_only(name, named | {key for key, text in unnamed.items() if self._stands(text, references)})

@@ -297,7 +297,7 @@ class _States:
 
     def store_of(self, state: State) -> KVStore:
         """The store as ``state`` sees it."""
-        return self.store.of_state("" if state.key == self._first else state.key)
+        return self.store.view_state("" if state.key == self._first else state.key)
 
     def parts_of(self, key: str) -> Runtime | None:
         """Those that were kept for a state."""

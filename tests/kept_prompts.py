@@ -96,10 +96,10 @@ def store_of(max_tokens: int = 1000, **settings: Any) -> tuple[KVStore, Clock]:
 def lookup(store: KVStore, tokens: Tokens, namespace: str = "a", session: str | None = None) -> int:
     """How many tokens are found; what is delivered is compared."""
     ids = np.array(tokens, dtype=np.int64)
-    match = store.longest_prefix(ids, namespace, max_tokens=len(tokens), session=session)
+    match = store.find_prefix(ids, namespace, max_tokens=len(tokens), session=session)
     if match is None:
         return 0
-    assert match.reference.namespace in store.readable(namespace)
+    assert match.reference.namespace in store.list_readable(namespace)
     assert tuple(match.reference.token_ids[: match.num_tokens]) == tokens[: match.num_tokens]
     assert_whole(match.reference, 0.005 if store.config.kv_bits else 0.0)
     return match.num_tokens
@@ -113,7 +113,7 @@ def put_all(store: KVStore, clock: Clock, prompts: Iterable[Tokens], **labels: A
 
 
 def runs_of(store: KVStore, tokens: Tokens, namespace: str = "a") -> list[Run]:
-    return store.identical_runs(np.array(tokens, dtype=np.int64), namespace, start=0, stop=len(tokens))
+    return store.find_runs(np.array(tokens, dtype=np.int64), namespace, start=0, stop=len(tokens))
 
 
 def distinct_tokens(prompts: Iterable[Tokens]) -> int:

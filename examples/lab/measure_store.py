@@ -190,10 +190,10 @@ def lookups(bench: Bench, store: KVStore, texts: Texts, stored: list[TokenIds], 
     novel = [texts.random(num_tokens) for _ in range(50)]
 
     def prefix(among: list[TokenIds]) -> Callable[[], Any]:
-        return lambda: store.longest_prefix(texts.pick(among), NAMESPACE, max_tokens=num_tokens - 1)
+        return lambda: store.find_prefix(texts.pick(among), NAMESPACE, max_tokens=num_tokens - 1)
 
     def run(among: list[TokenIds]) -> Callable[[], Any]:
-        return lambda: store.identical_runs(texts.pick(among), NAMESPACE, start=0, stop=num_tokens - 1)
+        return lambda: store.find_runs(texts.pick(among), NAMESPACE, start=0, stop=num_tokens - 1)
 
     assert prefix(prompts)() and run(runs)() and not run(novel)()
     bench.time(f"prefix {key}", prefix(prompts))
@@ -214,7 +214,7 @@ def puts(bench: Bench, store: KVStore, texts: Texts, num_tokens: int, shape: Sha
 def promotions(bench: Bench, store: KVStore, stored: list[TokenIds], num_tokens: int, key: str) -> None:
     """The first lookup of entries that lie low: each is found once."""
     left = iter(stored[:: max(1, len(stored) // (bench.plan.repeats + 1))])
-    bench.time(f"promotion {key}", lambda: store.longest_prefix(next(left), NAMESPACE, max_tokens=num_tokens - 1))
+    bench.time(f"promotion {key}", lambda: store.find_prefix(next(left), NAMESPACE, max_tokens=num_tokens - 1))
     assert store.stats()["promoted"] > bench.plan.repeats
 
 
@@ -332,7 +332,7 @@ def traced(plan: Plan, seed: int, progress: Progress, half_cost_tokens: float) -
     for request in trace(seed, plan.requests):
         for rule, store in stores.items():
             length = request.prompt_tokens
-            match = store.longest_prefix(request.token_ids, NAMESPACE, max_tokens=length - 1)
+            match = store.find_prefix(request.token_ids, NAMESPACE, max_tokens=length - 1)
             found = match.num_tokens if match else 0
             whole, saved = (n + n * n / 2 / half_cost_tokens for n in (length, found))
             outcomes[rule].append(Outcome(request.phase, length, found, whole, saved))

@@ -201,7 +201,7 @@ class FuzzyMatcher:
         if not wanted:
             return []
         texts = [rendered.token_ids[s.start : s.stop] for s in wanted]
-        found = [self._nearest(texts, name) for name in self._store.readable(namespace)]
+        found = [self._nearest(texts, name) for name in self._store.list_readable(namespace)]
         least = self._rules.min_similarity
         threshold = self._index.embedder.threshold if least is None else least
         fetched: dict[str, Reference | None] = {}
@@ -230,7 +230,7 @@ class FuzzyMatcher:
         target = self._embed(rendered.token_ids)
         candidates = [
             (paper_similarity(mean_hamming_distance(target, self._embed(reference.token_ids))), reference)
-            for name in self._store.readable(namespace)
+            for name in self._store.list_readable(namespace)
             for reference in self._store.references(name)[-MOST_CANDIDATES:]
         ]
         similarity, found = max(candidates, key=lambda pair: pair[0], default=(0.0, None))

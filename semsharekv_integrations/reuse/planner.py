@@ -73,7 +73,7 @@ class Planner:
 
     def _prefix(self, rendered: Rendered, namespace: str, session: str | None) -> tuple[PrefixMatch | None, str | None]:
         limit = len(rendered.token_ids) - 1
-        match = self._store.longest_prefix(rendered.token_ids, namespace, max_tokens=limit, session=session)
+        match = self._store.find_prefix(rendered.token_ids, namespace, max_tokens=limit, session=session)
         if match is None:
             return None, "no stored prefix"
         if match.num_tokens < self._config.min_prefix_tokens:
@@ -89,7 +89,7 @@ class Planner:
         runs: list[Run] = []
         if self._config.indexed_run_tokens is not None:
             with watch.phase("lookup"):
-                runs = self._store.identical_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
+                runs = self._store.find_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
         question = question_of(rendered, self._rules.tail_tokens)
         question[:start] = False
         matches = []

@@ -40,7 +40,7 @@ class KVStore:
         config: bounds.
         clock: seconds that only grow; passed in by tests.
         wall_clock: seconds since the epoch, for what outlives the process; may jump.
-        min_run_tokens: shortest run that ``identical_runs`` finds, at least 1; None if it is never asked, which saves
+        min_run_tokens: shortest run that ``find_runs`` finds, at least 1; None if it is never asked, which saves
             about 20 bytes for each stored token, not counted in the byte bounds.
     """
 
@@ -59,7 +59,7 @@ class KVStore:
         self._entries = Entries(config, clock, wall_clock, min_run_tokens)
         tell_of_forks(self)
 
-    def of_state(self, state: str) -> KVStore:
+    def view_state(self, state: str) -> KVStore:
         """As one state of the model sees it, ``""`` being the first, which alone is kept on disk."""
         view = copy(self)
         view._state = state
@@ -100,12 +100,12 @@ class KVStore:
         """Close, as soon as nobody is at work here. Never waits, so that the garbage collector may call it anywhere."""
         do_when_free(self._lock, self._entries.close)
 
-    def readable(self, namespace: str) -> list[str]:
+    def list_readable(self, namespace: str) -> list[str]:
         """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""
         shared = self.config.shared_namespace
         return [namespace] if shared in (None, namespace) else [namespace, plain(shared)]
 
-    def longest_prefix(
+    def find_prefix(
         self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
     ) -> PrefixMatch | None:
         """The entry of ``namespace`` that agrees longest with the start of ``token_ids``, and for how many tokens.
@@ -117,7 +117,7 @@ class KVStore:
             while True:
                 found = [
                     match
-                    for name in self.readable(namespace)
+                    for name in self.list_readable(namespace)
                     if (space := self._find_namespace(name)) is not None
                     and (match := space.find_prefix(token_ids, max_tokens, session if name == namespace else None))
                 ]
@@ -135,7 +135,7 @@ class KVStore:
                     self._entries.counts["misses"] += 1
                     return None
 
-    def identical_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
+    def find_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
         """Stretches of ``token_ids[start:stop]`` that stand anywhere in entries of ``namespace``; exact KV only.
 
         In order, without overlap, each at least ``min_run_tokens`` long and as long as its entry agrees. Every window
@@ -144,7 +144,7 @@ class KVStore:
         """
         with self._working():
             runs: list[Run] = []
-            for name in self.readable(namespace):
+            for name in self.list_readable(namespace):
                 for first, last in find_gaps(runs, start, stop):
                     runs += self._find_runs(token_ids, name, first, last)
                 runs.sort(key=lambda run: run.start)
@@ -230,7 +230,7 @@ class KVStore:
             doomed = [entry for entry in found if spare is None or not spare(entry.reference)]
             return self._entries.remove_all(doomed, self._entries.list_names(namespace))
 
-    def forms_of(self, document_id: str, namespace: str, tokens: Sequence[TokenIds]) -> list[TokenIds]:
+    def find_forms(self, document_id: str, namespace: str, tokens: Sequence[TokenIds]) -> list[TokenIds]:
         """The tokens of a document: those given, and those that entries have where they say that it stands."""
         with self._lock:
             return forms_of(document_id, self._entries.select(namespace), tokens)
@@ -244,7 +244,7 @@ class KVStore:
         """Raise ``StoreWriteError`` if what was forgotten last still lies on disk, which could not be written."""
         self._entries.require_gone()
 
-    def left_since(self, *namespaces: str) -> dict[str, list[Reference]]:
+    def collect_left(self, *namespaces: str) -> dict[str, list[Reference]]:
         """What is left in the namespaces that lost entries since this was asked last, and in those named."""
         with self._lock:
             lost, self._entries.lost = self._entries.lost | set(namespaces), set()
@@ -272,7 +272,7 @@ class KVStore:
 
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
         with self._working():
-            entry = self._entries.find(reference_id, self.readable(namespace), self._state)
+            entry = self._entries.find(reference_id, self.list_readable(namespace), self._state)
             return self._entries.load(entry, entry.node.path()) if entry is not None else None
 
     def _find_namespace(self, namespace: str) -> Namespace | None:

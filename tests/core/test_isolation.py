@@ -72,12 +72,12 @@ def kept(found: Reference | None) -> tuple[Any, ...] | None:
 
 
 def by_prefix(store: KVStore, namespace: str, tokens: tuple[int, ...] = SECRET, session: str | None = None) -> Any:
-    match = store.longest_prefix(ids_of(tokens), namespace, max_tokens=len(tokens), session=session)
+    match = store.find_prefix(ids_of(tokens), namespace, max_tokens=len(tokens), session=session)
     return match and (match.num_tokens, kept(match.reference))
 
 
 def by_run(store: KVStore, namespace: str, tokens: tuple[int, ...] = SECRET) -> Any:
-    found = store.identical_runs(ids_of((0, *tokens)), namespace, start=0, stop=len(tokens) + 1)
+    found = store.find_runs(ids_of((0, *tokens)), namespace, start=0, stop=len(tokens) + 1)
     return [(run.start, run.source_start, run.num_tokens, kept(run.reference)) for run in found]
 
 
@@ -471,12 +471,23 @@ class TestTheSegmentIndex:
 
 
 # Methods that look for nothing, and those that administrators use on all namespaces at once.
-NO_QUERIES = {"open", "close", "abandon", "put", "stats", "check", "clear", "of_state", "go_on_in_child", "left_since"}
+NO_QUERIES = {
+    "open",
+    "close",
+    "abandon",
+    "put",
+    "stats",
+    "check",
+    "clear",
+    "view_state",
+    "go_on_in_child",
+    "collect_left",
+}
 NO_QUERIES |= {"require_gone"}
 ADMINISTRATIVE = {"references", "fetch_all"}
-HOUSEKEEPING = {"left_since"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
+HOUSEKEEPING = {"collect_left"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {
-    KVStore: {"readable", "longest_prefix", "identical_runs", "fetch", "forget", "forms_of"},
+    KVStore: {"list_readable", "find_prefix", "find_runs", "fetch", "forget", "find_forms"},
     SegmentIndex: {"sync", "nearest", "forget", "keep_only"},
 }
 

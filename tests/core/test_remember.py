@@ -86,7 +86,7 @@ class TestReferences:
             assert store.put(reference)
             store.check()
         assert sum(r.is_tainted for r in found) == int(session is not None and exact_tokens < 20)
-        for run in store.identical_runs(ids, "n", start=0, stop=20):
+        for run in store.find_runs(ids, "n", start=0, stop=20):
             assert run.start + run.num_tokens <= exact_tokens, "nothing approximate is found as a run"
 
 
@@ -156,7 +156,7 @@ def test_its_session_continues_from_it(engine: SemShareEngine) -> None:
 def continued(engine: SemShareEngine, text: str, session: str | None) -> Reference:
     """What ``session`` would continue ``text`` from."""
     ids = engine._load().renderer.render(text, {}).token_ids
-    match = engine.store.longest_prefix(ids, "default", max_tokens=len(ids), session=session)
+    match = engine.store.find_prefix(ids, "default", max_tokens=len(ids), session=session)
     assert match is not None
     return match.reference
 

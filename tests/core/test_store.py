@@ -173,7 +173,7 @@ def assert_whole_or_fail(found: object) -> bool:
 def test_a_beginning_brings_only_its_own_pieces() -> None:
     store, clock = store_of()
     put_all(store, clock, FORKS)
-    match = store.longest_prefix(np.array((1, 2, 3, 9)), "a", max_tokens=4)
+    match = store.find_prefix(np.array((1, 2, 3, 9)), "a", max_tokens=4)
     assert match is not None and match.num_tokens == 3
     assert len(match.reference.token_ids) == match.reference.layers[0].keys.shape[2] == 3
 
@@ -182,7 +182,7 @@ def test_documents_that_begin_in_what_is_found_are_told_whoever_named_them() -> 
     store, _ = store_of()
     store.put(reference((1, 2, 3, 4), document_starts={"d": 1, "e": 3, "f": UNPLACED}))
     store.put(reference((1, 2, 3, 5)))
-    found = store.longest_prefix(np.array((1, 2, 3, 5, 6)), "a", max_tokens=4)
+    found = store.find_prefix(np.array((1, 2, 3, 5, 6)), "a", max_tokens=4)
     assert found is not None and found.num_tokens == 4
     assert found.reference.document_starts["d"] == 1 and "e" not in found.reference.document_starts
 
@@ -256,7 +256,7 @@ def test_runs_are_found_at_any_offset_from_any_entry_and_count_as_a_use() -> Non
     store, clock = store_of(max_tokens=9)
     put_all(store, clock, [(9, 1, 2, 3), (8, 8, 4, 5), (7,)])
     ids = np.array((4, 5, 0, 1, 2, 3, 4, 5), dtype=np.int64)
-    found = store.identical_runs(ids, "a", start=2, stop=8)
+    found = store.find_runs(ids, "a", start=2, stop=8)
     assert [(run.start, run.source_start, run.num_tokens) for run in found] == [(3, 1, 3), (6, 2, 2)]
     for run in found:
         assert_whole(run.reference)
@@ -264,7 +264,7 @@ def test_runs_are_found_at_any_offset_from_any_entry_and_count_as_a_use() -> Non
     runs_of(store, (1, 2))
     put_all(store, clock, [(6, 6, 6, 6)])
     assert len(runs_of(store, (1, 2))) == 1 and runs_of(store, (4, 5)) == [], "what was found more often stays"
-    assert store.identical_runs(ids, "b", start=0, stop=8) == []
+    assert store.find_runs(ids, "b", start=0, stop=8) == []
 
 
 def test_runs_end_with_their_entry() -> None:
@@ -346,7 +346,7 @@ def test_own_entries_win_ties_and_exact_ones_win_against_tainted_ones() -> None:
     store.put(reference((1, 2, 3, 4), "all"))
 
     def found(session: str | None = None) -> tuple[str, bool, int]:
-        match = store.longest_prefix(np.array((1, 2, 3, 4, 5)), "a", max_tokens=5, session=session)
+        match = store.find_prefix(np.array((1, 2, 3, 4, 5)), "a", max_tokens=5, session=session)
         assert match is not None
         assert_whole(match.reference)
         return match.reference.namespace, match.reference.is_tainted, match.num_tokens

@@ -110,7 +110,7 @@ class Worker:
     def look_up(self) -> None:
         ids, namespace = drawn_ids(self.rng), self.rng.choice(NAMESPACES)
         session = self.rng.choice((None, *SESSIONS))
-        match = self.store.longest_prefix(ids, namespace, max_tokens=len(ids) - 1, session=session)
+        match = self.store.find_prefix(ids, namespace, max_tokens=len(ids) - 1, session=session)
         if match is not None:
             assert 0 < match.num_tokens < len(ids)
             assert (match.reference.token_ids[: match.num_tokens] == ids[: match.num_tokens]).all()
@@ -118,7 +118,7 @@ class Worker:
 
     def look_for_runs(self) -> None:
         ids, namespace = drawn_ids(self.rng), self.rng.choice(NAMESPACES)
-        for run in self.store.identical_runs(ids, namespace, start=0, stop=len(ids)):
+        for run in self.store.find_runs(ids, namespace, start=0, stop=len(ids)):
             source = run.reference.token_ids[run.source_start : run.source_start + run.num_tokens]
             assert (source == ids[run.start : run.start + run.num_tokens]).all() and not run.reference.is_tainted
             self.see(run.reference, namespace)

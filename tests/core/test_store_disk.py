@@ -778,7 +778,7 @@ def test_a_reference_read_from_disk_outlives_its_entry(tmp_path: Path) -> None:
     clock = Clock()
     store = opened_at(tmp_path, clock, max_tokens=0)
     put_all(store, clock, [(1, 2, 3)])
-    match = store.longest_prefix(np.array((1, 2, 3)), "a", max_tokens=3)
+    match = store.find_prefix(np.array((1, 2, 3)), "a", max_tokens=3)
     assert match is not None
     store.clear()
     store.close()

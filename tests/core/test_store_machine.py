@@ -267,7 +267,7 @@ class StoreMachine(RuleBasedStateMachine):
     def look_up(self, tokens: Tokens, namespace: str, session: str | None, short: int) -> None:
         self.begin()
         most = max(0, len(tokens) - short)
-        match = self.store.longest_prefix(np.array(tokens), namespace, max_tokens=most, session=session)
+        match = self.store.find_prefix(np.array(tokens), namespace, max_tokens=most, session=session)
         own_session = (namespace, session)
         mine = [k for k in self.readable(namespace) if not k.tainted or (k.namespace, k.session) == own_session]
         longest = min(max((k.shared_with(tokens) for k in mine), default=0), most)
@@ -292,7 +292,7 @@ class StoreMachine(RuleBasedStateMachine):
         own = [k.tokens for k in exact if k.namespace == namespace]
         covered: set[int] = set()
         by_own: set[int] = set()
-        for run in self.store.identical_runs(np.array(tokens), namespace, start=start, stop=stop):
+        for run in self.store.find_runs(np.array(tokens), namespace, start=start, stop=stop):
             found = tuple(run.reference.token_ids[run.source_start : run.source_start + run.num_tokens].tolist())
             assert found == tokens[run.start : run.start + run.num_tokens]
             assert any(self.is_entry(k, run.reference) for k in exact)
