@@ -143,13 +143,13 @@ def test_whatever_ends_the_chat_what_it_holds_is_saved(
     monkeypatch.setattr(chat, "_read_line", read_line)
     if leave == "twice":  # the second one while a first one ends the answer
 
-        def shown_turn(conversation: chat.Conversation, text: str, console: Any) -> None:
+        def answer(conversation: chat.Conversation, text: str, console: Any) -> None:
             conversation.say(text, lambda piece: None)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(chat, "_shown_turn", shown_turn)
+        monkeypatch.setattr(chat, "_answer_on_screen", answer)
     if leave == "broken":
-        monkeypatch.setattr(chat, "_shown_turn", lambda *_: (_ for _ in ()).throw(OSError("pipe")))
+        monkeypatch.setattr(chat, "_answer_on_screen", lambda *_: (_ for _ in ()).throw(OSError("pipe")))
     assert run(*CHAT, "--save", str(tmp_path / "kv")) == (leave == "broken")
     assert (tmp_path / "kv").exists()
 

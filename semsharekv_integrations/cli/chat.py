@@ -1,8 +1,8 @@
 """``semsharekv chat``: a chat in the terminal that shows, for every answer, what was reused.
 
-Ctrl-C ends an answer, and the chat where none is being written. Nothing is written to disk unless ``--save`` names a
-file; however the chat ends, what it holds then is saved. With ``--json`` each line of standard input is a turn, and
-each line of standard output is a JSON object.
+Ctrl-C ends an answer, or the chat if no answer is being written. Nothing is written to disk unless ``--save`` names a
+file; what the chat holds is saved however it ends. With ``--json`` each line of standard input is a turn, and each line
+of standard output is a JSON object.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -24,11 +24,11 @@ from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.report import Generation
 
 HELP = "/exit ends the chat, /reset forgets the conversation, /stats shows the store, Ctrl-C ends an answer"
-_MODEL = "model "
+_SPEAKER = "model "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of ``semsharekv chat``."""
     add_engine_arguments(parser)
     parser.add_argument("--system", default="You are a helpful assistant.", help="system message; empty for none")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
@@ -37,23 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat until the input ends, and save whatever ended it.
+    """Chat until the input ends, and save in any case; returns the exit code.
 
     Raises:
-        SemShareError: if the model or the file cannot be loaded, or the file not be written.
+        SemShareError: if the model or the file cannot be loaded, or the file cannot be written.
         ValueError: for an argument that is out of bounds.
     """
-    SamplingConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    SamplingConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature)  # refuses them before it loads
     if args.save:
-        there = args.save.absolute().parent.is_dir() and not args.save.is_dir()
-        require(there, "save", str(args.save), "a file in a folder that exists")
+        can_save = args.save.absolute().parent.is_dir() and not args.save.is_dir()
+        require(can_save, "save", str(args.save), "a file in a folder that exists")
     engine = load_engine(args)
     if args.save and args.save.exists():
         engine.load(args.save)
-    conversation = Conversation(engine, args.system or None, args.max_new_tokens, args.temperature)
+    conversation = Conversation(engine, args.system, args.max_new_tokens, args.temperature)
     try:
         run_chat(conversation, Console(), as_json=args.json)
-    except KeyboardInterrupt:  # a second one, while the first one ended an answer
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending an answer
         pass
     finally:
         if args.save:
@@ -61,63 +61,58 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass
 class Conversation:
-    """The messages so far; a turn that fails leaves them as they were."""
+    """The messages so far. A turn that fails leaves them as they were; an empty ``system`` is no message."""
 
-    engine: SemShareEngine
-    system: str | None
-    max_new_tokens: int
-    temperature: float
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, engine: SemShareEngine, system: str, max_new_tokens: int, temperature: float) -> None:
+        self.engine = engine
+        self._options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "session": "chat"}
+        self._system = system
         self.reset()
 
     def reset(self) -> None:
         """Start again with the system message alone."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def say(self, text: str, show: Callable[[str], None]) -> Generation | None:
-        """One turn; ``show`` gets the answer piece by piece.
+        """Take one turn; ``show`` gets the answer piece by piece.
 
         Returns:
-            None if Ctrl-C ended the answer: what there was of it is part of the conversation.
+            None if Ctrl-C ended the answer. What there was of it is part of the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "session": "chat"}
-        said: list[str] = []
+        said = ""
         generation: Generation | None = None
         try:
-            with closing(self.engine.stream(messages, **options)) as chunks:  # type: ignore[arg-type]
+            with closing(self.engine.stream(messages, **self._options)) as chunks:
                 for chunk in chunks:
-                    said.append(chunk.text)
+                    said += chunk.text
                     show(chunk.text)
                     generation = chunk.generation
         except KeyboardInterrupt:
             generation = None
-        answer = generation.text if generation else "".join(said)
-        if answer or generation:
+        if said or generation:
+            answer = generation.text if generation else said
             self.messages = [*messages, {"role": "assistant", "content": answer}]
         return generation
 
 
 def run_chat(conversation: Conversation, console: Console, *, as_json: bool) -> None:
-    """Turns until the input ends or the user leaves."""
+    """Take turns until the input ends or the user leaves."""
     if not as_json:
         console.print(f"[bold]{conversation.engine.name}[/] · mode {conversation.engine.mode} · {HELP}")
-    for text in _turns(console, as_json=as_json):
+    for text in _read_turns(console, as_json=as_json):
         if text == "/reset":
             conversation.reset()
         elif text == "/stats":
             console.print_json(data=conversation.engine.stats())
         elif as_json:
-            _json_turn(conversation, text)
+            _answer_in_json(conversation, text)
         else:
-            _shown_turn(conversation, text, console)
+            _answer_on_screen(conversation, text, console)
 
 
-def _turns(console: Console, *, as_json: bool) -> Iterator[str]:
+def _read_turns(console: Console, *, as_json: bool) -> Iterator[str]:
     while True:
         try:
             line = _read_line(console, as_json=as_json)
@@ -132,36 +127,37 @@ def _turns(console: Console, *, as_json: bool) -> Iterator[str]:
 
 
 def _read_line(console: Console, *, as_json: bool) -> str:
-    """A line with its end, or nothing where there is no more; a terminal is prompted."""
+    """Read a line with its end, or an empty string at the end of the input. A terminal gets a prompt."""
     if as_json or not sys.stdin.isatty():
         return sys.stdin.readline()
     return f"{console.input('[bold cyan]you[/] ')}\n"
 
 
-def _json_turn(conversation: Conversation, text: str) -> None:
+def _answer_in_json(conversation: Conversation, text: str) -> None:
     pieces: list[str] = []
+    line: dict[str, Any]
     try:
         generation = conversation.say(text, pieces.append)
     except (SemShareError, ValueError) as error:
         line = {"error": str(error)}
     else:
-        reason = generation.finish_reason if generation else "interrupted"
-        report = generation.report.to_dict() if generation else None
-        said = generation.text if generation else "".join(pieces)
-        line = {"text": said, "finish_reason": reason, "kv_cache": report}  # type: ignore[dict-item]
-    sys.stdout.write(json.dumps(line) + "\n")
+        line = {"text": "".join(pieces), "finish_reason": "interrupted", "kv_cache": None}
+        if generation:
+            report = generation.report.to_dict()
+            line = {"text": generation.text, "finish_reason": generation.finish_reason, "kv_cache": report}
+    sys.stdout.write(f"{json.dumps(line)}\n")
     sys.stdout.flush()
 
 
-def _shown_turn(conversation: Conversation, text: str, console: Console) -> None:
-    console.print(f"[bold green]{_MODEL}[/]", end="")
-    shown = WordWrap(lambda part: console.out(part, end="", highlight=False), console.width, len(_MODEL))
+def _answer_on_screen(conversation: Conversation, text: str, console: Console) -> None:
+    console.print(f"[bold green]{_SPEAKER}[/]", end="")
+    wrapper = WordWrap(lambda part: console.out(part, end="", highlight=False), console.width, len(_SPEAKER))
     try:
-        generation = conversation.say(text, shown.add)
+        generation = conversation.say(text, wrapper.add)
     except (SemShareError, ValueError) as error:
         console.print(f"\n{error}", style="red", markup=False, highlight=False)
         return
-    shown.end()
+    wrapper.end()
     if generation is None:
         console.print("\n[dim]interrupted; once more ends the chat[/]")
         return

@@ -1,14 +1,10 @@
-"""What fits a terminal: tables that become lists, text that is wrapped as it comes, and errors in few columns.
-
-The arguments that say which engine a command runs on, and the engine that they say.
-"""
+"""What the commands share: the arguments that name an engine, and output that fits a terminal."""
 
 from __future__ import annotations
 
 import argparse
-from argparse import HelpFormatter as ArgparseFormatter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from textwrap import TextWrapper, wrap
 from typing import TYPE_CHECKING, Any
 
@@ -22,28 +18,54 @@ from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ReuseCon
 if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
 
+DEFAULT_MODEL = "semsharekv/reference"
 MAX_COLUMNS = 80
 _UNBOUNDED = 10_000  # columns
 
 
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL, about_default: str = DEFAULT_MODEL
+) -> None:
+    """Add what names a model, how it is loaded and what it may reuse."""
+    parser.add_argument("--model", default=default, help=f"folder or hub id (default: {about_default})")
+    parser.add_argument("--mode", choices=MODE_SETTINGS, default="auto", help="what may be reused (default: auto)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+
+
+def load_engine(args: argparse.Namespace) -> SemShareEngine:
+    """Load the engine that ``args`` names, weights included; a terminal shows that something happens."""
+    console = Console(stderr=True)
+    is_shown = console.is_terminal and not args.json
+    with console.status(f"Loading {args.model}") if is_shown else nullcontext():
+        from semsharekv_integrations.engine import SemShareEngine
+        from semsharekv_integrations.model.loading import hide_progress_bars
+
+        hide_progress_bars()
+        config = EngineConfig(reuse=ReuseConfig(mode=args.mode))
+        engine = SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
+        _ = engine.model  # loads the weights
+    return engine
+
+
 def print_table(console: Console, table: Table) -> None:
-    """Print the table, or its rows as lists where it is wider than the terminal."""
+    """Print the table, or its rows as lists if it is wider than the terminal."""
     unbounded = console.options.update(max_width=_UNBOUNDED)
     if Measurement.get(console, unbounded, table).maximum <= console.width:
         console.print(table)
         return
     if table.title:
         console.print(table.title, style="bold", markup=False, highlight=False)
-    columns = [list(column.cells) for column in table.columns]
-    headers = [_text(column.header) for column in table.columns]
-    for row in zip(*columns, strict=True):
-        _print_row(console, [(header, _text(cell)) for header, cell in zip(headers, row, strict=True)])
+    headers = [_as_text(column.header) for column in table.columns]
+    for row in zip(*(list(column.cells) for column in table.columns), strict=True):
+        _print_row(console, headers, [_as_text(cell) for cell in row])
 
 
-def _print_row(console: Console, cells: list[tuple[Text, Text]]) -> None:
-    """The cells that are not empty, each with its name, the first as a heading; what is too long goes on below."""
+def _print_row(console: Console, headers: list[Text], cells: list[Text]) -> None:
+    """Print each non-empty cell behind its header, the first one as the heading of the others."""
     lead = "- "
-    for header, cell in cells:
+    for header, cell in zip(headers, cells, strict=True):
         if not cell.plain.strip():
             continue
         name = f"{header.plain.replace(chr(10), ' ')}: " if header.plain else ""
@@ -52,18 +74,18 @@ def _print_row(console: Console, cells: list[tuple[Text, Text]]) -> None:
         lead = "  "
 
 
-def _text(cell: RenderableType) -> Text:
+def _as_text(cell: RenderableType) -> Text:
     return cell.copy() if isinstance(cell, Text) else Text.from_markup(str(cell))
 
 
 def fold_error(message: str) -> str:
-    """The message as one line where it fits, else as a paragraph; words are never cut, so that paths can be copied."""
+    """Fold the message to 80 columns. Words are never cut, so that paths can be copied."""
     wrapper = TextWrapper(MAX_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrapper.wrap(" ".join(message.split())))
 
 
-class HelpFormatter(ArgparseFormatter):
-    """Of at most 80 columns; keeps paragraphs and indented lines of a description apart."""
+class HelpFormatter(argparse.HelpFormatter):
+    """Formats help in at most 80 columns; paragraphs and indented lines of a description stay apart."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, width=MAX_COLUMNS - 2, **kwargs)
@@ -74,12 +96,12 @@ class HelpFormatter(ArgparseFormatter):
             lines = paragraph.splitlines()
             if not any(line.startswith(" ") for line in lines):
                 lines = [" ".join(lines)]
-            paragraphs.append("\n".join(part for line in lines for part in _wrapped(line, width)))
+            paragraphs.append("\n".join(part for line in lines for part in _wrap_line(line, width)))
         return "\n\n".join(paragraphs)
 
 
-def _wrapped(line: str, width: int) -> list[str]:
-    """The line as it is where it fits, else in several that are indented likewise."""
+def _wrap_line(line: str, width: int) -> list[str]:
+    """Wrap the line if it is too long; the parts keep its indent, and those after the first get two columns more."""
     if len(line) <= width:
         return [line]
     indent = line[: len(line) - len(line.lstrip())]
@@ -90,7 +112,7 @@ class WordWrap:
     """Writes text that comes in pieces, and begins a new line before a word that would cross the edge.
 
     Args:
-        write: where it goes.
+        write: takes what is to be written.
         width: columns of a line.
         column: where the first line begins.
     """
@@ -102,70 +124,30 @@ class WordWrap:
         self._word = ""
 
     def add(self, text: str) -> None:
-        """Write all of the words that are complete; the last one may go on."""
+        """Write every word that is complete; the last one may go on in the next piece."""
         for char in text:
             if not char.isspace():
                 self._word += char
                 continue
-            self._put_word()
+            self.end()
             if char == "\n":
-                self._write("\n")
-                self._column = 0
+                self._break_line()
             elif self._column < self._width:
                 self._write(" ")
                 self._column += 1
 
     def end(self) -> None:
         """Write the last word."""
-        self._put_word()
-
-    def _put_word(self) -> None:
         word, self._word = self._word, ""
-        if self._column and self._column + len(word) > self._width and len(word) <= self._width:
-            self._write("\n")
-            self._column = 0
+        if self._column and self._column + len(word) > self._width >= len(word):
+            self._break_line()
         while word:
             piece, word = word[: self._width - self._column], word[self._width - self._column :]
             self._write(piece)
             self._column += len(piece)
             if word:
-                self._write("\n")
-                self._column = 0
+                self._break_line()
 
-
-DEFAULT_MODEL = "semsharekv/reference"
-
-
-def add_engine_arguments(
-    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL, known: str | None = None
-) -> None:
-    """What names a model, how it is loaded and what it may reuse; ``known`` says what the default is."""
-    parser.add_argument("--model", default=default, help=f"folder or hub id (default: {known or DEFAULT_MODEL})")
-    parser.add_argument("--mode", choices=MODE_SETTINGS, default="auto", help="what may be reused (default: auto)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
-
-
-def load_engine(args: argparse.Namespace) -> SemShareEngine:
-    """The engine for ``args``, with its weights in memory."""
-    with _busy(f"Loading {args.model}", quiet=args.json):
-        from semsharekv_integrations.engine import SemShareEngine
-        from semsharekv_integrations.model.loading import hide_progress_bars
-
-        hide_progress_bars()
-        config = EngineConfig(reuse=ReuseConfig(mode=args.mode))
-        engine = SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
-        _ = engine.model
-    return engine
-
-
-@contextmanager
-def _busy(title: str, *, quiet: bool) -> Iterator[None]:
-    """Something moves on standard error's terminal, and vanishes when done."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield
-        return
-    with console.status(title):
-        yield
+    def _break_line(self) -> None:
+        self._write("\n")
+        self._column = 0

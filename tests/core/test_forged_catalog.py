@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all, runs_of
-from semsharekv_integrations import inspect_command
+from semsharekv_integrations.cli import store as store_command
 from semsharekv_integrations.kv import Segment
 from semsharekv_integrations.store.catalog import _TABLES, CATALOG, _digest
 from semsharekv_integrations.store.directory import peek
@@ -68,7 +68,7 @@ def assert_harmless(path: Path) -> None:
     entries = peek(path / FINGERPRINT).entries
     for as_json in (False, True):
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            inspect_command.run(Namespace(directory=path, namespace=None, document=None, json=as_json))
+            store_command.run_inspect(Namespace(directory=path, namespace=None, document=None, json=as_json))
     clock = Clock()
     store = opened(config_of(0, directory=path), clock)
     assert len(store.references()) <= len(entries)

