@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.scheduler import JobLeft, Scheduler, check_wanted, get_current_job
-from semsharekv_integrations.concurrency.streams import PrefillQueue, Stream, all_of_streams, raising, read_async
+from semsharekv_integrations.concurrency.streams import PrefillQueue, Stream, raise_first_error, read_all, read_async
 from semsharekv_integrations.concurrency.threads import free_in_children, hold_at_forks
 from semsharekv_integrations.config import EngineConfig, Mode
 from semsharekv_integrations.forgetting import Since
@@ -174,11 +174,11 @@ class SemShareEngine(Identified):
         """
         with self.sharing():
             begin = [partial(self._start, prompt, options, _is_last) for prompt in checked_prompts(prompts)]
-            return [_take_last(chunks) for chunks in raising(all_of_streams(begin))]
+            return [_take_last(chunks) for chunks in raise_first_error(read_all(begin))]
 
     def sharing(self) -> AbstractContextManager[None]:
         """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
-        return self._scheduler.together()
+        return self._scheduler.group_jobs()
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""

@@ -1,13 +1,12 @@
-"""One call: what it yields, who reads it, and whether anybody still does.
+"""Calls in progress: who waits, which thread computes, and what becomes of a call that nobody reads any more.
 
-Calls in flight: who waits, who computes, in which thread, and what becomes of a call that nobody reads any more.
+A call is a ``Job``: a generator that the threads of a ``Scheduler`` compute, while callers only read what comes of it.
+A signal, such as Ctrl-C, and the garbage collector can thus stop a caller at any point, but no computation half-way:
+what they do to a job is to put it into a queue, without a lock. Jobs beyond the bound wait in line without a thread,
+and nothing of them is computed.
 
-Threads of a ``Calls`` compute, so many at once; callers only read what comes of it. A signal, such as Ctrl-C, and the
-garbage collector can thus stop a caller at any point, but nothing half-way: what they do to a call is to put it into
-a queue, without a lock. Calls beyond the bound wait in line without a thread, and nothing of them is computed.
-
-An idle thread waits for a bell of its own, not for a queue that it has together with others: one that wakes up and
-finds that another took what came goes on to wait, and ``SimpleQueue.get`` then forgets its timeout (Python 3.11).
+An idle thread waits for a bell of its own, not for a shared queue: one that wakes up and finds that another took the
+job goes on to wait, and ``SimpleQueue.get`` then forgets its timeout (Python 3.11).
 """
 
 from __future__ import annotations
@@ -26,32 +25,35 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from semsharekv_integrations.concurrency.threads import carried_out, start_thread, tell_of_forks
+from semsharekv_integrations.concurrency.threads import carry_out, start_thread, tell_of_forks
 from semsharekv_integrations.logs import log_trouble
 
 T = TypeVar("T")
+LOOK_S = 0.1  # after which an idle thread looks about; so long may it hold up the interpreter's exit
+LINGER_S = 30.0  # that the last one waits for more to do: what libraries keep for a thread takes long to make anew
+_SERVED = threading.local()  # ``scheduler``: whose thread this is
 GROUP: ContextVar[deque[Job[Any]] | None] = ContextVar("group", default=None)  # those that belong together
 _CURRENT: ContextVar[Job[Any] | None] = ContextVar("call", default=None)
 
 
 class JobLeft(BaseException):
-    """Is raised where a call stands when nobody wants more of it; it may take care of what it has."""
+    """Raised inside a job that nobody wants any more; the job may still save what it has."""
 
 
 class JobEnd:
-    """Marks the end of what a call yields, with the error that ended it, if any."""
+    """Marks the end of what a job yields, with the error that ended it, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 class Job(Generic[T]):
-    """One call.
+    """One call, as a generator that threads compute.
 
     Args:
         items: what it yields, computed on the way.
         shows: which of them its reader is told of.
-        deliver: takes these, and the ``End``, in the thread that computes.
+        deliver: takes these, and the ``JobEnd``, in the thread that computes.
         loop: in which it is read, if in one.
 
     Attributes:
@@ -98,7 +100,7 @@ class Job(Generic[T]):
         return self.is_wanted or self.runs_ahead if self.loop is None else self.loop.is_running()
 
     def end(self) -> None:
-        """Let go of what it held, and tell those who wait for that."""
+        """Release what it held, and tell those who wait for that."""
         self.items = None
         self.context = contextvars.Context()
         self.has_ended = True
@@ -107,27 +109,21 @@ class Job(Generic[T]):
 
 
 def get_current_job() -> Job[Any] | None:
-    """The call that the running code belongs to."""
+    """The job that the running code belongs to."""
     return _CURRENT.get()
 
 
 def check_wanted() -> None:
-    """Raise ``CallLeft`` if nobody wants the call that the running code belongs to."""
-    call = _CURRENT.get()
-    if call is not None and call.is_left:
+    """Raise ``JobLeft`` if nobody wants the job that the running code belongs to."""
+    job = _CURRENT.get()
+    if job is not None and job.is_left:
         raise JobLeft
-
-
-LOOK_S = 0.1  # after which an idle thread looks about; so long may it hold up the interpreter's exit
-LINGER_S = 30.0  # that the last one waits for more to do: what libraries keep for a thread takes long to make anew
-
-_SERVED = threading.local()  # ``calls``: whose thread this is
 
 
 class Scheduler:
     """The calls of one engine, served first in, first out; one at a time takes its first step.
 
-    A call that was begun goes from item to item as its reader asks for them, unless it runs ahead. While others stand
+    A job that was begun goes from item to item as its reader asks for them, unless it runs ahead. While others stand
     in line, all that were begun run ahead to their end, so that a reader who is busy elsewhere holds up nobody.
 
     Args:
@@ -155,15 +151,15 @@ class Scheduler:
     @property
     def serves_here(self) -> bool:
         """Whether the running thread is one of these: what it calls, it computes itself."""
-        return getattr(_SERVED, "calls", None) is self
+        return getattr(_SERVED, "scheduler", None) is self
 
     @property
     def has_concurrent_calls(self) -> bool:
-        """Whether more than one call is in progress, or others are to come."""
+        """Whether more than one job is in progress, or others are to come."""
         return bool(self._groups) or len(self._begun) + len(self._line) > 1
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def group_jobs(self) -> Iterator[None]:
         """Calls made inside belong together: each may count on others to come, and an interruption ends them all."""
         group: deque[Job[Any]] = deque()
         former = GROUP.set(group)
@@ -179,40 +175,40 @@ class Scheduler:
             self._groups.discard(id(group))
             GROUP.reset(former)
 
-    def ask(self, call: Job[Any]) -> None:
-        """Say that a call is wanted."""
-        self._mail.append(call)
+    def ask(self, job: Job[Any]) -> None:
+        """Say that a job is wanted."""
+        self._mail.append(job)
         self._wake_one()
         if not self._threads and self._starting:
             starting: list[bool] = []
             start_thread(partial(self._serve, starting))
             self._starting = starting  # only now, as an interruption may come in between
 
-    def leave(self, call: Job[Any]) -> None:
-        """Say that nobody wants more of a call. Takes no lock and waits for nothing, so may be called anywhere."""
-        if call.has_ended or call.is_left:
+    def leave(self, job: Job[Any]) -> None:
+        """Say that nobody wants more of a job. Takes no lock and waits for nothing, so may be called anywhere."""
+        if job.has_ended or job.is_left:
             return
-        call.is_left = True
-        is_computed = call.is_driven and (call.is_wanted or call.runs_ahead)
-        if call.has_begun and not is_computed:  # also while its thread has yet to see that its reader wants no more
-            self._leaving.append(call)
-        self._mail.append(call)
+        job.is_left = True
+        is_computed = job.is_driven and (job.is_wanted or job.runs_ahead)
+        if job.has_begun and not is_computed:  # also while its thread has yet to see that its reader wants no more
+            self._leaving.append(job)
+        self._mail.append(job)
         self._wake_one()
 
     def settle(self) -> None:
         """Wait until calls that were left between two items are gone; what they leave behind is in place then."""
         while self._leaving and not self.serves_here:
-            call, heard = self._leaving[0], SimpleQueue[None]()
-            call.listeners.append(heard)
-            if call.has_ended:
-                self._forget_leaving(call)
+            job, heard = self._leaving[0], SimpleQueue[None]()
+            job.listeners.append(heard)
+            if job.has_ended:
+                self._forget_leaving(job)
                 continue
-            self.ask(call)
+            self.ask(job)
             heard.get()
 
     def carry_out(self, work: Callable[[], T]) -> T:
         """What ``work`` returns. It is carried out whole, even if a signal's handler raises in the caller."""
-        return work() if self.serves_here else carried_out(work)
+        return work() if self.serves_here else carry_out(work)
 
     def dismiss(self) -> None:
         """No thread waits any longer for more to do than it has to. Takes no lock, so may be called anywhere."""
@@ -227,26 +223,26 @@ class Scheduler:
         here = threading.current_thread()
         self._threads.add(here)
         starting.append(True)
-        _SERVED.calls = self
+        _SERVED.scheduler = self
         has_computed, idle_since = False, perf_counter()
         while True:
             bell = threading.Lock()
             bell.acquire()
             (self._idle.append if has_computed else self._idle.appendleft)(bell)
-            call = self._next(bell)  # only now: whatever comes later finds the bell
-            if call is None:
+            job = self._take_next(bell)  # only now: whatever comes later finds the bell
+            if job is None:
                 alive = threading.main_thread().is_alive()
                 lingers = alive and perf_counter() - idle_since < LINGER_S
                 is_rung = bell.acquire(timeout=LOOK_S if alive else LOOK_S / 10)
-                if not is_rung and self._retires(here, bell, lingers=lingers):
+                if not is_rung and self._may_retire(here, bell, lingers=lingers):
                     return
                 continue
-            while call is not None:
-                self._drive(call)
-                call = self._next(bell)
+            while job is not None:
+                self._drive(job)
+                job = self._take_next(bell)
             has_computed, idle_since = True, perf_counter()
 
-    def _retires(self, here: threading.Thread, bell: threading.Lock, *, lingers: bool) -> bool:
+    def _may_retire(self, here: threading.Thread, bell: threading.Lock, *, lingers: bool) -> bool:
         """Whether a thread that nobody woke is not needed, which then counts no more.
 
         Of several that are idle, the one that computed last stays: for calls that are not ended, and for those to come
@@ -266,10 +262,10 @@ class Scheduler:
                 return False
             return True
 
-    def _next(self, bell: threading.Lock) -> Job[Any] | None:
-        """The call that the thread with this bell is to drive, if there is one; others are woken for what is left."""
+    def _take_next(self, bell: threading.Lock) -> Job[Any] | None:
+        """The job that the thread with this bell is to drive, if there is one; others are woken for what is left."""
         with self._lock:
-            ready = self._ready()
+            ready = self._take_ready()
             if not ready:
                 return None
             with suppress(ValueError):
@@ -279,39 +275,39 @@ class Scheduler:
                 self._wake_one()
             return ready[0]
 
-    def _ready(self) -> list[Job[Any]]:
+    def _take_ready(self) -> list[Job[Any]]:
         """Read the mail and begin calls if there is room; those that go on and that no thread drives."""
         new: list[Job[Any]] = []
         while self._mail:
-            call = self._mail.popleft()
-            if call.has_ended or call in self._begun:
+            job = self._mail.popleft()
+            if job.has_ended or job in self._begun:
                 continue
-            if not call.is_left:
-                self._line[call] = None
-                new.append(call)
+            if not job.is_left:
+                self._line[job] = None
+                new.append(job)
             else:
-                self._line.pop(call, None)
-                self._end(call, JobEnd(CancelledError()))
+                self._line.pop(job, None)
+                self._end(job, JobEnd(CancelledError()))
         self._begin(new)
-        ready = [call for call in self._begun if not call.is_driven and self._goes_on(call)]
-        self._employ(sum(call.is_driven for call in self._begun) + len(ready))
+        ready = [job for job in self._begun if not job.is_driven and self._should_go_on(job)]
+        self._employ(sum(job.is_driven for job in self._begun) + len(ready))
         return ready
 
-    def _goes_on(self, call: Job[Any]) -> bool:
-        return bool(call.is_wanted or call.runs_ahead or call.is_left or self._line or not call.is_read)
+    def _should_go_on(self, job: Job[Any]) -> bool:
+        return bool(job.is_wanted or job.runs_ahead or job.is_left or self._line or not job.is_read)
 
     def _begin(self, new: list[Job[Any]]) -> None:
         """Begin with the first in line, if one may."""
         if not threading.main_thread().is_alive():
-            for call in [call for call in self._line if not call.is_read]:
-                del self._line[call]
-                self._end(call, JobEnd(CancelledError()))
-        if len(self._begun) >= self._most or any(not call.has_begun or call.is_left for call in self._begun):
+            for job in [job for job in self._line if not job.is_read]:
+                del self._line[job]
+                self._end(job, JobEnd(CancelledError()))
+        if len(self._begun) >= self._most or any(not job.has_begun or job.is_left for job in self._begun):
             return
-        for call in [*islice(self._line, 1)]:
-            del self._line[call]
-            call.waited_s = 0.0 if call in new else perf_counter() - call.asked_at
-            self._begun[call] = None
+        for job in [*islice(self._line, 1)]:
+            del self._line[job]
+            job.waited_s = 0.0 if job in new else perf_counter() - job.asked_at
+            self._begun[job] = None
 
     def _employ(self, driving: int) -> None:
         """As many threads as calls to drive, and one to look at the mail, within the bound."""
@@ -324,55 +320,55 @@ class Scheduler:
                 self._threads.discard(thread)
                 return
 
-    def _drive(self, call: Job[Any]) -> None:
+    def _drive(self, job: Job[Any]) -> None:
         """Compute until nobody wants more for now."""
         end = JobEnd()
-        while not call.is_left and call.is_read:
-            assert call.items is not None
+        while not job.is_left and job.is_read:
+            assert job.items is not None
             try:
-                item = call.context.run(next, call.items, end)
+                item = job.context.run(next, job.items, end)
             except BaseException as error:
                 end.error = CancelledError() if isinstance(error, JobLeft) else error
                 item = end
             if item is end:
                 with self._lock:
-                    self._end(call, end)
+                    self._end(job, end)
                 return
-            is_first, call.has_begun = not call.has_begun, True
-            if call.shows(item):
-                call.is_wanted = False
-                call.deliver(item)
+            is_first, job.has_begun = not job.has_begun, True
+            if job.shows(item):
+                job.is_wanted = False
+                job.deliver(item)
             del item
             with self._lock:
-                if (self._mail or (is_first and self._line)) and self._ready():
+                if (self._mail or (is_first and self._line)) and self._take_ready():
                     self._wake_one()
-                if not self._goes_on(call):
-                    call.is_driven = False
+                if not self._should_go_on(job):
+                    job.is_driven = False
                     return
-        self._let_go(call)
+        self._let_go(job)
 
-    def _let_go(self, call: Job[Any]) -> None:
-        """End a call that nobody wants."""
-        assert call.items is not None
+    def _let_go(self, job: Job[Any]) -> None:
+        """End a job that nobody wants."""
+        assert job.items is not None
         left = JobLeft()
         try:
-            call.context.run(call.items.throw, left)
-            call.items.close()
+            job.context.run(job.items.throw, left)
+            job.items.close()
         except (JobLeft, StopIteration):
             pass
         except Exception as error:
             log_trouble("failed_leaving", error=type(error).__name__)
         with self._lock:
-            self._end(call, JobEnd(CancelledError()))
+            self._end(job, JobEnd(CancelledError()))
 
-    def _end(self, call: Job[Any], end: JobEnd) -> None:
-        self._begun.pop(call, None)
-        call.is_driven = False
-        call.end()
-        self._forget_leaving(call)
-        if call.is_read:  # a thread that Python does not join must not wake up at its end
-            call.deliver(end)
+    def _end(self, job: Job[Any], end: JobEnd) -> None:
+        self._begun.pop(job, None)
+        job.is_driven = False
+        job.end()
+        self._forget_leaving(job)
+        if job.is_read:  # a thread that Python does not join must not wake up at its end
+            job.deliver(end)
 
-    def _forget_leaving(self, call: Job[Any]) -> None:
+    def _forget_leaving(self, job: Job[Any]) -> None:
         with suppress(ValueError, IndexError):
-            self._leaving.remove(call)
+            self._leaving.remove(job)

@@ -1,7 +1,4 @@
-"""What a call yields, read by a thread or by a task; the call is driven elsewhere (``calls``).
-
-Several calls at once: taking turns, and what a batch comes to.
-"""
+"""What a job yields, read by a thread or by a task, and several jobs at once: taking turns, and reading all of them."""
 
 from __future__ import annotations
 
@@ -18,25 +15,26 @@ from semsharekv_integrations.concurrency.scheduler import Job, JobEnd, JobLeft, 
 from semsharekv_integrations.concurrency.threads import tell_of_forks
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Stream(Generator[T, None, None]):
-    """What a call yields, in the reader's own time; the call begins when its first item is asked for.
+    """What a job yields, in the reader's own time; the job begins when its first item is asked for.
 
-    To close it is to leave the call, and so is to drop it: neither waits for anything.
+    Closing or dropping the stream leaves the job, and waits for nothing.
 
     Args:
-        calls: that serve it.
-        begin: makes the call's items.
+        scheduler: serves the job.
+        begin: makes the job's items.
         shows: which of them come out.
     """
 
-    _call: Job[T] | None = None  # also of one whose making was interrupted
+    _job: Job[T] | None = None  # also of one whose making was interrupted
 
     def __init__(
-        self, calls: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
+        self, scheduler: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
     ) -> None:
-        self._calls = calls
+        self._scheduler = scheduler
         self._begin = begin
         self._shows = shows
         self._came: SimpleQueue[T | JobEnd] = SimpleQueue()
@@ -44,11 +42,11 @@ class Stream(Generator[T, None, None]):
         self._is_over = False
 
     def run_ahead(self) -> Stream[T]:
-        """Begin the call, and have it go on whether or not it is read; this stream."""
-        if not self._calls.serves_here:
-            call = self._made()
-            call.runs_ahead = True
-            self._calls.ask(call)
+        """Begin the job, which then goes on whether or not it is read; return this stream."""
+        if not self._scheduler.serves_here:
+            job = self._make()
+            job.runs_ahead = True
+            self._scheduler.ask(job)
         return self
 
     def send(self, value: None) -> T:
@@ -56,7 +54,7 @@ class Stream(Generator[T, None, None]):
         if self._is_over:
             raise StopIteration
         try:
-            item = self._taken()
+            item = self._take()
         except BaseException:
             self.close()
             raise
@@ -76,53 +74,53 @@ class Stream(Generator[T, None, None]):
         return super().throw(*error)
 
     def close(self) -> None:
-        """Leave the call."""
+        """Leave the job."""
         self._is_over = True
-        if self._call is not None:
-            self._calls.leave(self._call)
+        if self._job is not None:
+            self._scheduler.leave(self._job)
         own, self._own = self._own, None
         if own is not None:
             with suppress(JobLeft, StopIteration):
                 own.throw(JobLeft())
 
     def __del__(self) -> None:
-        if self._call is not None:
-            self._calls.leave(self._call)
+        if self._job is not None:
+            self._scheduler.leave(self._job)
 
-    def _made(self) -> Job[T]:
-        if self._call is None:
-            self._call = Job(self._begin(), self._shows, self._came.put)
-        return self._call
+    def _make(self) -> Job[T]:
+        if self._job is None:
+            self._job = Job(self._begin(), self._shows, self._came.put)
+        return self._job
 
-    def _taken(self) -> T | JobEnd:
-        if self._own is not None or (self._call is None and self._calls.serves_here):
+    def _take(self) -> T | JobEnd:
+        if self._own is not None or (self._job is None and self._scheduler.serves_here):
             self._own = self._own or self._begin()
             return next((item for item in self._own if self._shows(item)), JobEnd())
-        call = self._made()
-        if self._came.empty() and not call.has_ended:
-            call.reader, call.is_wanted = threading.current_thread(), True
-            self._calls.ask(call)
+        job = self._make()
+        if self._came.empty() and not job.has_ended:
+            job.reader, job.is_wanted = threading.current_thread(), True
+            self._scheduler.ask(job)
         return self._came.get()
 
 
 async def read_async(
-    calls: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
+    scheduler: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
 ) -> AsyncGenerator[T, None]:
-    """What a call yields, without blocking the event loop. It runs ahead; ended early, it leaves the call."""
-    if calls.serves_here:
-        for item in Stream(calls, begin, shows):
+    """Yield what a job yields, without blocking the event loop. It runs ahead; ended early, it leaves the job."""
+    if scheduler.serves_here:
+        for item in Stream(scheduler, begin, shows):
             yield item
         return
     loop, came = asyncio.get_running_loop(), asyncio.Queue[T | JobEnd]()
-    stream = Stream(calls, begin, shows)  # which leaves the call when it is dropped, even after the loop is closed
+    stream = Stream(scheduler, begin, shows)  # which leaves the job when it is dropped, even after the loop is closed
 
     def deliver(item: T | JobEnd) -> None:
         try:
             loop.call_soon_threadsafe(came.put_nowait, item)
         except RuntimeError:  # the loop is closed: nobody listens any more
-            call.is_left = True
+            job.is_left = True
 
-    call = stream._call = Job(begin(), shows, deliver, loop)
+    job = stream._job = Job(begin(), shows, deliver, loop)
     try:
         stream.run_ahead()
         while not isinstance(found := await came.get(), JobEnd):
@@ -131,9 +129,6 @@ async def read_async(
             raise found.error
     finally:
         stream.close()
-
-
-Item = TypeVar("Item")
 
 
 class PrefillQueue:
@@ -159,19 +154,19 @@ class PrefillQueue:
             self._turn.release()
 
 
-def outcomes_of(call: Callable[[Item], T], items: Sequence[Item], max_threads: int) -> list[T | Exception]:
+def run_each(call: Callable[[Item], T], items: Sequence[Item], max_threads: int) -> list[T | Exception]:
     """What ``call`` returns for each item, or raises, in order; each in a thread, so many at a time.
 
     An item whose call fails takes none of the others down.
     """
     pool = ThreadPoolExecutor(max_threads)
     try:
-        return _outcomes([pool.submit(contextvars.copy_context().run, call, item) for item in items])
+        return _collect([pool.submit(contextvars.copy_context().run, call, item) for item in items])
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # interrupted, it waits for none
 
 
-def all_of_streams(
+def read_all(
     begin: Iterable[Callable[[], Stream[T]]], hear: Callable[[T], object] = lambda item: None
 ) -> list[list[T] | Exception]:
     """All items of each stream, or what it raises, in order; they run at the same time. ``hear`` is told the first's.
@@ -188,7 +183,7 @@ def all_of_streams(
                 begun.append(error)
         for index, stream in enumerate(begun):
             try:
-                done.append(stream if isinstance(stream, Exception) else _all_of(stream, None if index else hear))
+                done.append(stream if isinstance(stream, Exception) else _read_to_end(stream, None if index else hear))
             except Exception as error:
                 done.append(error)
         return done
@@ -198,7 +193,7 @@ def all_of_streams(
                 stream.close()
 
 
-def _all_of(stream: Stream[T], hear: Callable[[T], object] | None) -> list[T]:
+def _read_to_end(stream: Stream[T], hear: Callable[[T], object] | None) -> list[T]:
     items = []
     for item in stream:
         if hear is not None:
@@ -207,7 +202,7 @@ def _all_of(stream: Stream[T], hear: Callable[[T], object] | None) -> list[T]:
     return items
 
 
-def _outcomes(futures: Iterable[Future[T]]) -> list[T | Exception]:
+def _collect(futures: Iterable[Future[T]]) -> list[T | Exception]:
     """What each future comes to, in order; what is no ``Exception`` is raised."""
     found: list[T | Exception] = []
     for future in futures:
@@ -218,7 +213,7 @@ def _outcomes(futures: Iterable[Future[T]]) -> list[T | Exception]:
     return found
 
 
-def raising(outcomes: Sequence[T | BaseException]) -> list[T]:
+def raise_first_error(outcomes: Sequence[T | BaseException]) -> list[T]:
     """The outcomes, if none of them is an error; else the first error is raised."""
     for outcome in outcomes:
         if isinstance(outcome, BaseException):

@@ -1,9 +1,8 @@
-"""Work in threads that no signal reaches: what a signal's handler raises, it raises in the main thread alone.
+"""Threads that no signal reaches, and both sides of a fork.
 
-Both sides of a fork: locks are free on either side, and what the child must not share with its parent it gives up.
-
-A fork copies a lock as it is, though the thread that would release it is not copied. So the locks named here are taken
-before a fork, which leaves behind them nothing half-done, and released after it. Knows nothing about what they guard.
+A signal's handler raises in the main thread alone, so work that must not stop half-way runs in another one. A fork
+copies a lock as it is, but not the thread that would release it. So the locks named here are taken before a fork, which
+leaves nothing behind them half-done, and released after it. Knows nothing about what they guard.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Protocol, TypeVar, cast
 from weakref import WeakSet
 
 T = TypeVar("T")
+LONGEST_WAIT_S = 10.0  # for a lock: one that is not free then might never be
 
 
 def start_thread(target: Callable[[], None]) -> None:
@@ -37,7 +37,7 @@ def start_thread(target: Callable[[], None]) -> None:
     _thread.start_new_thread(start, ())
 
 
-def carried_out(work: Callable[[], T]) -> T:
+def carry_out(work: Callable[[], T]) -> T:
     """What ``work`` returns. It is carried out whole, even if a signal's handler raises in the caller."""
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -72,8 +72,6 @@ def do_when_free(lock: threading.Lock, work: Callable[[], object]) -> None:
     finally:
         lock.release()
 
-
-LONGEST_WAIT_S = 10.0  # for a lock: one that is not free then might never be
 
 _Lock = TypeVar("_Lock", bound="Lock")
 

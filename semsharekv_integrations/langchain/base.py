@@ -28,7 +28,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from semsharekv_integrations.concurrency.streams import raising
+from semsharekv_integrations.concurrency.streams import raise_first_error
 from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ModeSetting
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import IN_UTF8, is_utf8, require
@@ -297,7 +297,7 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         """
         with self.engine.sharing():
             done = Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
-        return done if return_exceptions else raising(done)
+        return done if return_exceptions else raise_first_error(done)
 
     async def abatch(
         self,
@@ -310,7 +310,7 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         """As ``batch``, without blocking the event loop."""
         with self.engine.sharing():
             done = await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
-        return done if return_exceptions else raising(done)
+        return done if return_exceptions else raise_first_error(done)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""

@@ -17,7 +17,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
 from pydantic import Field, SecretStr
 
-from semsharekv_integrations.concurrency.streams import outcomes_of, raising
+from semsharekv_integrations.concurrency.streams import raise_first_error, run_each
 from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.messages import details_of, engine_messages, known_to_langchain, usage_of
@@ -150,7 +150,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
             return BaseChatModel.generate(self, [messages[index]], stop, callbacks, run_id=run_id, **kwargs)
 
         with self.engine.sharing():
-            done = raising(outcomes_of(one, range(len(messages)), self.engine.config.max_batch_size))
+            done = raise_first_error(run_each(one, range(len(messages)), self.engine.config.max_batch_size))
         return LLMResult(
             generations=[generations for result in done for generations in result.generations],
             llm_output=self._combine_llm_outputs([result.llm_output for result in done]),

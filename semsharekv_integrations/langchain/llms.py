@@ -16,7 +16,7 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from semsharekv_integrations import kv
-from semsharekv_integrations.concurrency.streams import Stream, all_of_streams, raising
+from semsharekv_integrations.concurrency.streams import Stream, raise_first_error, read_all
 from semsharekv_integrations.langchain.base import CallOptions, LocalModel, SamplingFields, under_own_names
 from semsharekv_integrations.langchain.messages import details_of, known_to_langchain, usage_of
 
@@ -91,7 +91,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
                 run_manager.on_llm_new_token(piece.text, chunk=piece)
 
         with self.engine.sharing(), known_to_langchain():
-            done = raising(all_of_streams([partial(begin, prompt) for prompt in prompts], hear))
+            done = raise_first_error(read_all([partial(begin, prompt) for prompt in prompts], hear))
         return self._result([_whole([self._piece(chunk) for chunk in chunks]) for chunks in done])
 
     async def _agenerate(
@@ -107,7 +107,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
 
         with self.engine.sharing():
             done = await asyncio.gather(*map(answer, range(len(prompts))), return_exceptions=True)
-        return self._result(raising(done))
+        return self._result(raise_first_error(done))
 
     def generate(
         self,

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
-from semsharekv_integrations.concurrency.streams import outcomes_of
+from semsharekv_integrations.concurrency.streams import run_each
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding, padded
@@ -117,7 +117,7 @@ def test_one_that_fails_takes_none_of_the_others_down(make_engine: EngineMaker) 
     with pytest.raises(PromptError, match=r"^prompt is"):
         engine.generate_batch([PROMPTS[0], [], *PROMPTS[1:3]], max_new_tokens=6)
     assert engine.stats()["requests"] == 3
-    found = outcomes_of(lambda p: engine.generate(p, max_new_tokens=6).token_ids, [PROMPTS[0], [], *PROMPTS[1:3]], 4)
+    found = run_each(lambda p: engine.generate(p, max_new_tokens=6).token_ids, [PROMPTS[0], [], *PROMPTS[1:3]], 4)
     assert isinstance(found.pop(1), PromptError) and found == wanted
 
 

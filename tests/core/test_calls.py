@@ -118,7 +118,7 @@ def test_a_stream_that_is_closed_while_its_thread_has_just_delivered_is_ended_be
     stream.close()
     with ThreadPoolExecutor(1) as pool:
         counts = pool.submit(engine.stats)
-        while not stream._call.listeners and not counts.done():
+        while not stream._job.listeners and not counts.done():
             pass
         go.set()
     assert counts.result()["requests"] == 1
