@@ -126,7 +126,7 @@ class Call:
     @property
     def document_spans(self) -> dict[str, Span]:
         """Documents whose deletion must drop what the store keeps of this call, and where they stand in the prompt."""
-        return self.request.document_spans(self.rendered, self.plan.prefix)
+        return self.request.find_document_spans(self.rendered, self.plan.prefix)
 
     def add_token(self, token_id: int, said: Said) -> Iterator[GenerationChunk]:
         """Take one more token of the answer, and yield what it made certain as chunks; the first one may be empty."""
@@ -141,13 +141,13 @@ class Call:
         yield GenerationChunk(said.text)
         yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
 
-    def generation(self) -> Generation:
+    def build_generation(self) -> Generation:
         """The whole answer with its report."""
         answer = self.answer
         calls = tuple(answer.tool_calls)
-        return Generation(answer.text, answer.token_ids, answer.finish_reason, self.report(), calls)
+        return Generation(answer.text, answer.token_ids, answer.finish_reason, self.build_report(), calls)
 
-    def report(self) -> ReuseReport:
+    def build_report(self) -> ReuseReport:
         """What the call reused and what it cost so far."""
         plan, outcome, reused = self.plan, self.outcome, self.reused
         fuzzy = int((plan.fuzzy & reused).sum())

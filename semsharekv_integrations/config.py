@@ -141,7 +141,7 @@ class ReuseConfig:
             return self
         return replace(self, mode=self.preferred_mode, **{name: getattr(preset, name) for name in open_names})
 
-    def without_fuzzy(self) -> ReuseConfig:
+    def drop_fuzzy(self) -> ReuseConfig:
         """As it is where no different token is borrowed: without full layers, and so no deviation to choose by."""
         return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
 
@@ -343,7 +343,7 @@ class EngineConfig:
         return max(8, self.max_batch_size) if self.max_calls is None else self.max_calls
 
 
-def checked_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
+def check_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
     """A tuple of strings that text may hold; ``or_else`` is what else an error says is accepted."""
     require(isinstance(stop, tuple), "stop", stop, f"{or_else}a tuple of strings")
     strings = cast(tuple[str, ...], stop)
@@ -380,7 +380,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         require(is_whole(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "1 or more")
-        checked_stop(self.stop)
+        check_stop(self.stop)
         require(is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
         require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.top_k is None or is_whole(self.top_k, 1), "top_k", self.top_k, "None or 1 or more")

@@ -35,15 +35,15 @@ from semsharekv_integrations.request import (
     Documents,
     GenerateOptions,
     Request,
+    check_config,
+    check_name,
+    check_namespace,
+    check_path,
+    check_prompt,
+    check_prompts,
+    check_scope,
     check_warming,
-    checked_config,
-    checked_name,
-    checked_namespace,
-    checked_path,
-    checked_prompt,
-    checked_prompts,
-    checked_scope,
-    document_texts,
+    read_documents,
 )
 from semsharekv_integrations.runtime import Runtime
 from semsharekv_integrations.store import KVStore
@@ -100,7 +100,7 @@ class SemShareEngine(Identified):
         return engine
 
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
-        self.config = checked_config(config)
+        self.config = check_config(config)
         self.name = name
         self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
@@ -173,7 +173,7 @@ class SemShareEngine(Identified):
         One that fails takes none of the others down: when all are done, the first error is raised.
         """
         with self.sharing():
-            begin = [partial(self._start, prompt, options, _is_last) for prompt in checked_prompts(prompts)]
+            begin = [partial(self._start, prompt, options, _is_last) for prompt in check_prompts(prompts)]
             return [_take_last(chunks) for chunks in raise_first_error(read_all(begin))]
 
     def sharing(self) -> AbstractContextManager[None]:
@@ -219,7 +219,7 @@ class SemShareEngine(Identified):
             ContextWindowError: if a text is too long; those before it are stored.
         """
         check_warming(documents, pinned, ttl_s, progress)
-        namespace, texts = checked_namespace(namespace), document_texts(documents)
+        namespace, texts = check_namespace(namespace), read_documents(documents)
         if self.config.reuse.mode == "off":
             return 0
         stored, runtime, since = 0, self._load(), self._memory.under_way.begin()
@@ -241,13 +241,13 @@ class SemShareEngine(Identified):
         Raises:
             StoreWriteError: if some of it could not be removed from the store's directory.
         """
-        named = checked_name("document_id", document_id), checked_namespace(namespace)
+        named = check_name("document_id", document_id), check_namespace(namespace)
         self._scheduler.settle()
         return self._scheduler.carry_out(partial(self._memory.forget, self._runtime, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
         """Drop the entries of one session or namespace, or all; how many. As ``forget`` for calls and errors."""
-        namespace, session = checked_scope(namespace, session)
+        namespace, session = check_scope(namespace, session)
         self._scheduler.settle()
         return self._scheduler.carry_out(partial(self._clear, namespace, session))
 
@@ -273,7 +273,7 @@ class SemShareEngine(Identified):
 
     def save(self, path: str | Path) -> int:
         """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
-        path, runtime = checked_path(path), self._load()
+        path, runtime = check_path(path), self._load()
         self._scheduler.settle()
         return self._scheduler.carry_out(lambda: runtime.current().save(path))
 
@@ -283,7 +283,7 @@ class SemShareEngine(Identified):
         Raises:
             StoreFileError: if the file is damaged or was written with another model.
         """
-        path, runtime = checked_path(path), self._load()
+        path, runtime = check_path(path), self._load()
         return self._scheduler.carry_out(lambda: runtime.current().load(path))
 
     def close(self) -> None:
@@ -294,7 +294,7 @@ class SemShareEngine(Identified):
     def _start(
         self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
     ) -> Stream[GenerationChunk]:
-        request, since = Request.of(checked_prompt(prompt), options), self._memory.under_way.begin()
+        request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
 
         def begin() -> Generator[GenerationChunk, None, None]:
             return self._run(request, since, self._load())  # an interruption ends the loading as well
@@ -304,7 +304,7 @@ class SemShareEngine(Identified):
     def _read_async(
         self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
     ) -> AsyncGenerator[GenerationChunk, None]:
-        request, since = Request.of(checked_prompt(prompt), options), self._memory.under_way.begin()
+        request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
 
         def begin() -> Generator[GenerationChunk, None, None]:
             yield from self._run(request, since, self._load())
@@ -331,7 +331,7 @@ class SemShareEngine(Identified):
             raise
         self._remember(call, runtime)
         runtime.audit(call, self.auditor)
-        generation = call.generation()
+        generation = call.build_generation()
         self._observers.tell(generation.report)
         yield GenerationChunk("", generation)
 

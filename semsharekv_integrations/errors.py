@@ -64,10 +64,10 @@ IN_UTF8 = " without lone surrogates, which no text in Unicode has"
 def require(ok: bool, name: str, value: object, accepted: str) -> None:
     """Raise ``ValueError`` with field, value and what is accepted, unless ``ok``."""
     if not ok:
-        raise ValueError(f"{name} is {shown(value)}; accepted is {accepted}")
+        raise ValueError(f"{name} is {show_value(value)}; accepted is {accepted}")
 
 
-def shown(value: object) -> str:
+def show_value(value: object) -> str:
     """``value`` as an error names it: its beginning and its end where it is long."""
     try:
         text = repr(value)
@@ -101,7 +101,7 @@ def is_path(value: object) -> bool:
     return isinstance(value, str | PathLike) and bool(str(value)) and "\0" not in str(value)
 
 
-def nesting(value: object) -> int:
+def count_nesting(value: object) -> int:
     """How many mappings and sequences stand in each other in ``value``, at most ``MOST_NESTED`` and one more."""
     level: list[Any] = [value]
     depth = 0
@@ -143,7 +143,7 @@ def is_json(value: object) -> bool:
         return False
 
 
-def plain(text: str) -> str:
+def make_plain(text: str) -> str:
     """The characters of ``text``, which may be of a class of its own, such as a member of an enumeration."""
     return str.__str__(text)
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 
-def common_prefix_tokens(first: TokenIds, second: TokenIds) -> int:
+def count_common_tokens(first: TokenIds, second: TokenIds) -> int:
     """Number of leading tokens that are equal, of sequences [T] and [S]."""
     shared = min(len(first), len(second))
     different = np.flatnonzero(first[:shared] != second[:shared])
@@ -125,7 +125,7 @@ class PiecedLayers(Sequence[LayerKV]):
         return PiecedLayers(self._pieces[:needed], self._num_layers)
 
 
-def first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[LayerKV]:
+def take_first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[LayerKV]:
     """Each layer's keys and values of the first tokens, one layer after the other; not copied if in one piece."""
     for keys, values in layers.covering(num_tokens) if isinstance(layers, PiecedLayers) else layers:
         yield LayerKV(keys[:, :, :num_tokens], values[:, :, :num_tokens])
@@ -186,7 +186,7 @@ class Reference:
     @property
     def space(self) -> SpaceName:
         """Where it is looked for: among what the same state made in the same namespace."""
-        return space_name(self.namespace, self.state)
+        return make_space_name(self.namespace, self.state)
 
     @property
     def num_bytes(self) -> int:
@@ -210,12 +210,12 @@ class Reference:
         return self.exact_tokens is not None and self.exact_tokens < len(self.token_ids)
 
 
-def standing_within(spans: Mapping[str, Span], num_tokens: int) -> dict[str, Span]:
+def select_within(spans: Mapping[str, Span], num_tokens: int) -> dict[str, Span]:
     """The documents that stand whole in the first ``num_tokens`` tokens."""
     return {key: span for key, span in spans.items() if span.stop <= num_tokens}
 
 
-def space_name(namespace: str, state: str) -> SpaceName:
+def make_space_name(namespace: str, state: str) -> SpaceName:
     """The name of what one state of a model made in one namespace; no namespace can be called as that of another."""
     return (namespace, state) if state else namespace
 

@@ -47,7 +47,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9_.<>]{1,80}")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}  # what every record has
 
 
-def declined_kind(declined: str | None) -> str | None:
+def classify_declined(declined: str | None) -> str | None:
     """The kind of a report's reason, which may name a namespace; ``other`` for one that is not listed."""
     if declined is None:
         return None
@@ -58,7 +58,7 @@ def log_call(report: ReuseReport) -> None:
     """One INFO record "generated" with the numbers of a finished call."""
     if LOGGER.isEnabledFor(logging.INFO):
         fields = {name: getattr(report, name) for name in CALL_FIELDS}
-        LOGGER.info("generated", extra={**fields, "declined": declined_kind(report.declined)})
+        LOGGER.info("generated", extra={**fields, "declined": classify_declined(report.declined)})
 
 
 def log_trouble(event: str, **fields: float | str) -> None:
@@ -69,11 +69,11 @@ def log_trouble(event: str, **fields: float | str) -> None:
         fields: finite numbers, and identifiers such as an error's type; never what a caller gave, nor a path. Any other
             value is withheld, and a name that every record has gets an underscore.
     """
-    extra = {f"{name}_" if name in _STANDARD else name: _shown(value) for name, value in fields.items()}
-    LOGGER.warning(_shown(event), extra=extra)
+    extra = {f"{name}_" if name in _STANDARD else name: _show(value) for name, value in fields.items()}
+    LOGGER.warning(_show(event), extra=extra)
 
 
-def _shown(value: float | str) -> float | str:
+def _show(value: float | str) -> float | str:
     identifies = isinstance(value, str) and _IDENTIFIER.fullmatch(value)
     return value if identifies or is_number(value) else WITHHELD
 

@@ -19,8 +19,8 @@ from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.forgetting import Forgotten, UnderWay
-from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, standing_within
-from semsharekv_integrations.request import document_id
+from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, select_within
+from semsharekv_integrations.request import make_document_id
 from semsharekv_integrations.reuse.matching import segments_of
 from semsharekv_integrations.reuse.plan import prefix_plan
 from semsharekv_integrations.runtime import Runtime
@@ -29,7 +29,7 @@ from semsharekv_integrations.store.records import reference_id
 from semsharekv_integrations.store.standing import has_form
 
 
-def references_of(
+def make_references(
     token_ids: TokenIds,
     layers: tuple[LayerKV, ...],
     exact_tokens: int,
@@ -58,10 +58,10 @@ def references_of(
     cut = [span.start for span in documents.values() if 0 <= span.start < exact < span.stop]
     whole = min([exact, *cut, *(span.start for span in (borrowed or {}).values())])
     if whole:
-        parts = tuple(_first_tokens(layer, whole) for layer in layers)
+        parts = tuple(_copy_first_tokens(layer, whole) for layer in layers)
         ids, own = token_ids[:whole], tuple(segment for segment in kept if segment.stop <= whole)
         exactly = Reference(reference_id(namespace, ids), namespace, ids, parts, segments=own, session=session)
-        found.append(exactly.labelled(standing_within(documents, whole)))
+        found.append(exactly.labelled(select_within(documents, whole)))
     if session is not None and exact < len(token_ids):
         key = reference_id(namespace, token_ids)
         rest = Reference(key, namespace, token_ids, layers, segments=kept, exact_tokens=exact, session=session)
@@ -69,7 +69,7 @@ def references_of(
     return found
 
 
-def _first_tokens(layer: LayerKV, num_tokens: int) -> LayerKV:
+def _copy_first_tokens(layer: LayerKV, num_tokens: int) -> LayerKV:
     """A copy of the first tokens' KV, so that it does not keep the rest in memory; the whole as it is."""
     if layer.keys.shape[2] == num_tokens:
         return layer
@@ -151,7 +151,7 @@ class Memory:
             known = self.known.of(self._store.list_readable(request.namespace))
             ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
             unnamed = {key: text.strip() for key, text in request.documents.items() if _is_unnamed(key, text)}
-            call.request = request.renamed({key: ids[text] for key, text in unnamed.items() if text in ids})
+            call.request = request.rename_documents({key: ids[text] for key, text in unnamed.items() if text in ids})
         return known
 
     def keep(self, call: Call, runtime: Runtime) -> bool:
@@ -246,14 +246,14 @@ class Memory:
         return stored
 
     def _put(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
-        if self._is_off or not runtime.hold():  # KV of two states would be good for neither
+        if self._is_off or not runtime.holds():  # KV of two states would be good for neither
             return False
         adapter, request = runtime.adapter, call.request
         layers = adapter.read_layers(call.outcome.prefill.cache)
         token_ids = call.token_ids[: layers[0].keys.shape[2]]
         if len(token_ids) > (adapter.stable_positions or len(token_ids)):
             return False
-        found = references_of(
+        found = make_references(
             token_ids,
             layers,
             call.outcome.exact_tokens,
@@ -301,4 +301,4 @@ class Memory:
 
 def _is_unnamed(key: str, text: str) -> bool:
     """Whether a document was given without an id."""
-    return key == document_id(text)
+    return key == make_document_id(text)

@@ -63,7 +63,7 @@ class EngineCollector:
     """
 
     def __init__(self, engine: SemShareEngine, /, **labels: str) -> None:
-        self._client = _prometheus_client()
+        self._client = _import_prometheus()
         self._label_names = tuple(sorted(labels))
         self._engines: dict[tuple[str, ...], SemShareEngine] = {}
         _check_labels(labels)
@@ -133,7 +133,7 @@ def export(
         address: which interface is served; this machine alone unless set, to ``0.0.0.0`` for all.
         labels: as for ``EngineCollector``.
     """
-    client = _prometheus_client()
+    client = _import_prometheus()
     registry = client.REGISTRY if registry is None else registry
     collector = EngineCollector(engine, **labels)
     if port is not None:
@@ -142,7 +142,7 @@ def export(
     return collector
 
 
-def _prometheus_client() -> ModuleType:
+def _import_prometheus() -> ModuleType:
     try:
         import prometheus_client.core
     except ImportError as error:

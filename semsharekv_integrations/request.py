@@ -11,21 +11,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.config import EngineConfig, SamplingConfig, checked_stop
+from semsharekv_integrations.config import EngineConfig, SamplingConfig, check_stop
 from semsharekv_integrations.errors import (
     IN_UTF8,
     MOST_NESTED,
     PromptError,
     check_lifetime,
+    count_nesting,
     is_json,
     is_path,
     is_utf8,
-    nesting,
-    plain,
+    make_plain,
     require,
-    shown,
+    show_value,
 )
-from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, standing_within
+from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, select_within
 from semsharekv_integrations.text.chat_template import RENDERING_OPTIONS
 from semsharekv_integrations.text.prompt import Prompt, require_room
 from semsharekv_integrations.text.tool_format import Tool
@@ -121,15 +121,15 @@ class Request:
         unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
         require(not unknown, "options", unknown, ", ".join(GenerateOptions.__annotations__))
         rest = dict(options)
-        namespace = checked_namespace(rest.pop("namespace", "default"))
-        session = checked_name_or_none("session", rest.pop("session", None))
+        namespace = check_namespace(rest.pop("namespace", "default"))
+        session = check_optional_name("session", rest.pop("session", None))
         given = rest.pop("documents", None)
-        documents = {} if given is None else document_texts(given, f"None, {DOCUMENTS}")
+        documents = {} if given is None else read_documents(given, f"None, {DOCUMENTS}")
         noted = given if isinstance(given, DocumentNotes) else DocumentNotes({}, documents)
-        tools = _checked_tools(rest.pop("tools", None))
-        choice = _checked_choice(rest.pop("tool_choice", None), tools)
-        schema = _checked_schema(rest.pop("json_schema", None), tools, choice)
-        variables = _checked_variables(rest.pop("chat_template_kwargs", None))
+        tools = _check_tools(rest.pop("tools", None))
+        choice = _check_choice(rest.pop("tool_choice", None), tools)
+        schema = _check_schema(rest.pop("json_schema", None), tools, choice)
+        variables = _check_variables(rest.pop("chat_template_kwargs", None))
         sampling = SamplingConfig(stop=_stop_strings(rest.pop("stop", None)), **rest)  # type: ignore[arg-type]
         asked = (prompt, sampling, namespace, documents, session, tools, choice, schema, variables)
         return cls(*asked, noted.required, noted.groups)
@@ -139,7 +139,7 @@ class Request:
         """Whether the answer may hold tool calls."""
         return bool(self.tools) and self.tool_choice != "none"
 
-    def renamed(self, ids: Mapping[str, str]) -> Request:
+    def rename_documents(self, ids: Mapping[str, str]) -> Request:
         """With other ids for some documents, by those that they have now."""
         documents = {ids.get(key, key): text for key, text in self.documents.items()}
         groups = {name: [ids.get(key, key) for key in keys] for name, keys in self.groups.items()}
@@ -152,10 +152,10 @@ class Request:
             there = {segment.document_id for segment in rendered.segments} | rendered.unplaced.keys()
             missing = sorted(self.required - there)
             for key in missing[:1]:
-                field, accepted = f"documents[{shown(key)}]", "text that stands in the prompt word for word"
+                field, accepted = f"documents[{show_value(key)}]", "text that stands in the prompt word for word"
                 require(False, field, self.documents[key], accepted)
 
-    def fitted(self, prompt_tokens: int, context_window: int | None) -> Request:
+    def fit_window(self, prompt_tokens: int, context_window: int | None) -> Request:
         """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
 
         Raises:
@@ -170,13 +170,13 @@ class Request:
         room = context_window - prompt_tokens
         return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
 
-    def document_spans(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, Span]:
+    def find_document_spans(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, Span]:
         """Every document that an entry of this prompt is forgotten with, and where it stands.
 
         Those that stand whole in the reused prefix are here too. A further name has the place of the first document
         that it is a name of.
         """
-        inherited = standing_within(prefix.reference.spans, prefix.num_tokens) if prefix else {}
+        inherited = select_within(prefix.reference.spans, prefix.num_tokens) if prefix else {}
         unplaced = {key: Span(UNPLACED, before + 1) for key, before in rendered.unplaced.items()}
         own = unplaced | {segment.document_id: Span(segment.start, segment.stop) for segment in rendered.segments}
         named = {
@@ -193,22 +193,22 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
         return ()
     several = isinstance(stop, Sequence) and not isinstance(stop, (bytes, bytearray))
     require(several, "stop", stop, "None, a string or a sequence of strings")
-    return checked_stop((stop,) if isinstance(stop, str) else tuple(stop), "None, or ")  # type: ignore[arg-type]
+    return check_stop((stop,) if isinstance(stop, str) else tuple(stop), "None, or ")  # type: ignore[arg-type]
 
 
-def _checked_tools(tools: object) -> tuple[Tool, ...]:
+def _check_tools(tools: object) -> tuple[Tool, ...]:
     """The tools with everything that templates count on, their descriptions and parameters empty if not given."""
     if tools is None:
         return ()
     a_list = isinstance(tools, Sequence) and not isinstance(tools, (str, bytes))
     require(a_list and bool(tools), "tools", tools, "None or a list of at least one tool")
-    found = tuple(_checked_tool(f"tools[{index}]", tool) for index, tool in enumerate(cast(Sequence[Any], tools)))
+    found = tuple(_check_tool(f"tools[{index}]", tool) for index, tool in enumerate(cast(Sequence[Any], tools)))
     names = [tool["function"]["name"] for tool in found]
     require(len(set(names)) == len(names), "tools", names, "tools of different names")
     return found
 
 
-def _checked_tool(field: str, tool: object) -> Tool:
+def _check_tool(field: str, tool: object) -> Tool:
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
     require(isinstance(function, Mapping), field, tool, form)
@@ -227,14 +227,14 @@ def _checked_tool(field: str, tool: object) -> Tool:
     return {"type": "function", "function": function | {"description": description or "", "parameters": schema}}
 
 
-def _checked_choice(choice: object, tools: Sequence[Tool]) -> str:
+def _check_choice(choice: object, tools: Sequence[Tool]) -> str:
     names = [tool["function"]["name"] for tool in tools]
     accepted = (*_CHOICES, *names) if tools else ("auto", "none")
     require(choice is None or choice in accepted, "tool_choice", choice, ", ".join(("None", *accepted)))
     return "auto" if choice is None else str(choice)
 
 
-def _checked_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mapping[str, Any] | None:
+def _check_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mapping[str, Any] | None:
     if schema is None:
         return None
     require(isinstance(schema, Mapping), "json_schema", schema, "None or a JSON schema as a mapping")
@@ -245,10 +245,10 @@ def _checked_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mappi
 
 def _check_nesting(field: str, schema: object) -> None:
     accepted = f"None or a schema of up to {MOST_NESTED} mappings and lists in each other"
-    require(nesting(schema) <= MOST_NESTED, field, schema, accepted)
+    require(count_nesting(schema) <= MOST_NESTED, field, schema, accepted)
 
 
-def _checked_variables(variables: object) -> dict[str, Any]:
+def _check_variables(variables: object) -> dict[str, Any]:
     """Variables for the chat template, by name; none that rendering sets itself."""
     if variables is None:
         return {}
@@ -260,93 +260,95 @@ def _checked_variables(variables: object) -> dict[str, Any]:
     return found
 
 
-def checked_prompt(prompt: object) -> Prompt:
+def check_prompt(prompt: object) -> Prompt:
     """The prompt, if it is text or a list of messages, all of it text that can be tokenized.
 
     Raises:
         PromptError: if it is neither, or empty.
     """
     if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray)) or len(prompt) == 0:
-        raise PromptError(f"prompt is {shown(prompt)}; accepted is text that is not empty, or a sequence of messages")
+        raise PromptError(
+            f"prompt is {show_value(prompt)}; accepted is text that is not empty, or a sequence of messages"
+        )
     level: list[Any] = [prompt]
     for _ in range(MOST_NESTED):
         if not all(is_utf8(text) for text in level if isinstance(text, str)):
-            raise PromptError(f"prompt is {shown(prompt)}; accepted is text{IN_UTF8}")
+            raise PromptError(f"prompt is {show_value(prompt)}; accepted is text{IN_UTF8}")
         mappings = [part for part in level if isinstance(part, Mapping)]
         lists = [part for part in level if isinstance(part, Sequence) and not isinstance(part, (str, bytes))]
         level = [part for mapping in mappings for part in mapping.values()] + [part for each in lists for part in each]
     return cast(Prompt, prompt)
 
 
-def checked_namespace(namespace: object) -> str:
+def check_namespace(namespace: object) -> str:
     """The namespace, if it is a non-empty string."""
-    return checked_name("namespace", namespace)
+    return check_name("namespace", namespace)
 
 
-def checked_name(field: str, name: object) -> str:
+def check_name(field: str, name: object) -> str:
     """A name that is a non-empty string, and can be written down as UTF-8."""
     require(_is_name(name), field, name, _NAME)
-    return plain(cast(str, name))
+    return make_plain(cast(str, name))
 
 
-def checked_name_or_none(field: str, name: object) -> str | None:
-    """As ``checked_name``, where None is a choice too."""
+def check_optional_name(field: str, name: object) -> str | None:
+    """As ``check_name``, where None is a choice too."""
     require(name is None or _is_name(name), field, name, f"None or {_NAME}")
-    return None if name is None else plain(cast(str, name))
+    return None if name is None else make_plain(cast(str, name))
 
 
 def _is_name(name: object) -> bool:
     return isinstance(name, str) and bool(name) and is_utf8(name)
 
 
-def document_texts(documents: object, accepted: str = DOCUMENTS) -> dict[str, str]:
+def read_documents(documents: object, accepted: str = DOCUMENTS) -> dict[str, str]:
     """Texts by id; a text given without one gets a digest of itself."""
     if isinstance(documents, Mapping):
         for key in documents:
             named = isinstance(key, str) and bool(key) and is_utf8(key)
             require(named, "documents", key, f"ids that are non-empty strings{IN_UTF8}")
-        return {plain(key): _checked_text(f"documents[{shown(key)}]", text) for key, text in documents.items()}
+        return {make_plain(key): _check_text(f"documents[{show_value(key)}]", text) for key, text in documents.items()}
     a_list = isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray))
     require(a_list, "documents", documents, accepted)
-    return {document_id(text): text for text in cast(Sequence[Any], documents)}
+    return {make_document_id(text): text for text in cast(Sequence[Any], documents)}
 
 
-def _checked_text(field: str, text: object) -> str:
+def _check_text(field: str, text: object) -> str:
     accepted = isinstance(text, str) and bool(text.strip()) and is_utf8(text)
     require(accepted, field, text, f"a text that is not blank{IN_UTF8}")
-    return plain(cast(str, text))
+    return make_plain(cast(str, text))
 
 
-def document_id(text: object) -> str:
+def make_document_id(text: object) -> str:
     """The id of a document that was given none: a digest of its text, 12 hexadecimal digits."""
     require(isinstance(text, str), "documents", text, DOCUMENTS)
-    _checked_text("documents", text)
+    _check_text("documents", text)
     return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()
 
 
-def checked_config(config: object) -> EngineConfig:
+def check_config(config: object) -> EngineConfig:
     """The settings, or the usual ones."""
     require(config is None or isinstance(config, EngineConfig), "config", config, "an EngineConfig or None")
     return cast(EngineConfig, config) if config is not None else EngineConfig()
 
 
-def checked_path(path: object) -> Path:
+def check_path(path: object) -> Path:
     """The path of a file."""
     require(is_path(path), "path", path, "the path of a file")
     return Path(cast(Any, path))
 
 
-def checked_prompts(prompts: object) -> Iterable[Prompt]:
+def check_prompts(prompts: object) -> Iterable[Prompt]:
     """Several prompts; what each of them is has to be checked when it is its turn."""
     several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
     require(several, "prompts", prompts, "a list of prompts, each text or a sequence of messages")
     return cast(Iterable[Prompt], prompts)
 
 
-def checked_scope(namespace: object, session: object) -> tuple[str | None, str | None]:
+def check_scope(namespace: object, session: object) -> tuple[str | None, str | None]:
     """Names or None; a session has a namespace."""
     require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
-    return checked_name_or_none("namespace", namespace), checked_name_or_none("session", session)
+    return check_optional_name("namespace", namespace), check_optional_name("session", session)
 
 
 def check_warming(documents: object, pinned: object, ttl_s: object, progress: object) -> None:

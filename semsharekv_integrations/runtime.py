@@ -41,7 +41,7 @@ from semsharekv_integrations.text.prompt import PromptRenderer
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase
 
-_MOST_STATES = 8  # of which parts are kept, each with an index of passages
+_MOST_STATES = 8  # of which a runtime is kept, each with an index of passages
 
 
 class Runtime:
@@ -79,22 +79,22 @@ class Runtime:
         self._together = SharedDecoding(self.adapter, config.max_batch_size)
         self._texts = AnswerTexts(self.tokenizer, self.adapter.end_ids)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
-        self._selective = selective = _selective_prefill(self.adapter, config.reuse)
+        self._selective = selective = _make_selective_prefill(self.adapter, config.reuse)
         self.reuse = reuse = config.reuse.resolve(supported=selective is not None)
         self.mode = reuse.preferred_mode
         shortens = reuse.retention_ratio is not None and reuse.retention_ratio < 1
         self._retainer = Retainer(self.adapter, selective, reuse) if selective and shortens else None
         self.index: SegmentIndex | None = None  # of texts that are matched by similarity
-        matcher = self._matcher(reuse, store, selective) if selective and reuse.fuzzy else None
+        matcher = self._make_matcher(reuse, store, selective) if selective and reuse.fuzzy else None
         limit = self.adapter.stable_positions
         self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
         self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
         self._states.keep(self._state.key, self)
         if isinstance(source, NamedModel):
-            self._states.as_loaded = self._identity()
+            self._states.as_loaded = self._compute_identity()
 
     def current(self) -> Runtime:
-        """The parts for the state that the model is in now, for one call; it leaves training mode.
+        """The runtime for the state that the model is in now, for one call. The model leaves training mode.
 
         Raises:
             UnsupportedModelError: if the model does not allow the configured mode any more.
@@ -109,22 +109,22 @@ class Runtime:
             if watch.in_training:
                 model.eval()
                 state = watch.get_state()
-            found = self._states.parts_of(state.key)
+            found = self._states.find_runtime(state.key)
             if found is None:
                 found = Runtime(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
-            parts = copy(found)
-            parts._state = state
-            return parts
+            runtime = copy(found)
+            runtime._state = state
+            return runtime
 
     def indexes(self) -> list[SegmentIndex]:
-        """Those of all states that parts are kept for."""
-        return [parts.index for parts in self._states.kept() if parts.index is not None]
+        """Those of all states that a runtime is kept for."""
+        return [kept.index for kept in self._states.list_runtimes() if kept.index is not None]
 
-    def hold(self) -> bool:
-        """Whether the model has been in their state all along since ``current``."""
+    def holds(self) -> bool:
+        """Whether the model has been in this state all along since ``current``."""
         return self.mode == "off" or self.adapter.watch.get_state() == self._state
 
-    def _matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
+    def _make_matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
         embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
         if config.embedder is not None:
@@ -144,10 +144,10 @@ class Runtime:
 
     def changed_identity(self) -> str:
         """A digest of what answers depend on beside prompts and settings; "" if it is as it was loaded by name."""
-        now = self._identity()
+        now = self._compute_identity()
         return now if now != self._states.as_loaded else ""
 
-    def _identity(self) -> str:
+    def _compute_identity(self) -> str:
         model, tokenizer = self.adapter.model, self.tokenizer
         return _digest(
             self.adapter.watch.get_state().fingerprint,
@@ -157,11 +157,11 @@ class Runtime:
         )
 
     def save(self, path: Path) -> int:
-        """Write what their state has stored to a file; how many entries."""
+        """Write what this state has stored to a file; return how many entries."""
         return write_references(path, self.store.fetch_all(), self.fingerprint())
 
     def load(self, path: Path) -> int:
-        """Store what ``save`` wrote in the same state; how many entries are there now.
+        """Store what ``save`` wrote in the same state; return how many entries are there now.
 
         Raises:
             StoreFileError: if the file is damaged, or of another model or state.
@@ -188,7 +188,7 @@ class Runtime:
             )
             self._require_embeddings(call.rendered)
             request.require_documents(call.rendered)
-            call.request = request.fitted(call.prompt_tokens, window)
+            call.request = request.fit_window(call.prompt_tokens, window)
             call.reader = self._begin_answer(call.request)
 
     def plan(self, call: Call, *, is_suspended: bool) -> None:
@@ -237,11 +237,11 @@ class Runtime:
         Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
         """
         with call.watch.phase("audit"):
-            report = call.report()
+            report = call.build_report()
             risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
             if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
                 return
-            if not self.hold():  # a full prefill would be one of another state
+            if not self.holds():  # a full prefill would be one of another state
                 return
             reused = torch.cat(call.answer.first_logits)  # [N, V]
             answered = np.array(call.answer.token_ids[: len(reused) - 1], dtype=np.int64)
@@ -263,7 +263,7 @@ class Runtime:
         return self._texts.calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
 
     def _shorten(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
-        """What is kept of ``cache``: what the question is about first, then what it attends to."""
+        """Keep of ``cache`` what the question is about first, then what it attends to."""
         texts = texts_of(rendered)
         question = question_of(rendered, self.reuse.tail_tokens)
         scores = relevance(rendered.token_ids, texts, question)
@@ -272,7 +272,7 @@ class Runtime:
 
 
 class _States:
-    """What the parts for all states of one model share, and the parts for the latest ones.
+    """What the runtimes for all states of one model share, and those for the latest states.
 
     Args:
         first: the state that the model was found in.
@@ -285,7 +285,7 @@ class _States:
         self.store = store
         self.as_loaded = ""  # identity of a model that was loaded by name
         self._first = first
-        self._parts: OrderedDict[str, Runtime] = OrderedDict()
+        self._runtimes: OrderedDict[str, Runtime] = OrderedDict()
         self._vocabularies: dict[int, str] = {}  # by the number of tokens: it takes long, and they only become more
 
     def vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -299,31 +299,31 @@ class _States:
         """The store as ``state`` sees it."""
         return self.store.view_state("" if state.key == self._first else state.key)
 
-    def parts_of(self, key: str) -> Runtime | None:
-        """Those that were kept for a state."""
-        if key in self._parts:
-            self._parts.move_to_end(key)
-        return self._parts.get(key)
+    def find_runtime(self, key: str) -> Runtime | None:
+        """The runtime that was kept for a state."""
+        if key in self._runtimes:
+            self._runtimes.move_to_end(key)
+        return self._runtimes.get(key)
 
-    def kept(self) -> list[Runtime]:
-        """The parts for the latest states."""
-        return list(self._parts.values())
+    def list_runtimes(self) -> list[Runtime]:
+        """Those for the latest states."""
+        return list(self._runtimes.values())
 
-    def keep(self, key: str, parts: Runtime) -> None:
-        """Keep the parts for a state; what belongs to weights that are no longer there goes, as does the oldest."""
-        for other in [k for k, p in self._parts.items() if p.embeddings_at != parts.embeddings_at]:
-            del self._parts[other]
-        self._parts[key] = parts
-        while len(self._parts) > _MOST_STATES:
-            self._parts.popitem(last=False)
+    def keep(self, key: str, runtime: Runtime) -> None:
+        """Keep the runtime for a state; those of weights that are no longer there go, as does the oldest."""
+        for other in [k for k, r in self._runtimes.items() if r.embeddings_at != runtime.embeddings_at]:
+            del self._runtimes[other]
+        self._runtimes[key] = runtime
+        while len(self._runtimes) > _MOST_STATES:
+            self._runtimes.popitem(last=False)
 
 
 def _digest(*texts: str) -> str:
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
-def _selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
-    """What reuses KV off the prefix, if asked for; where ``auto`` asks, None for a model that does not allow it."""
+def _make_selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
+    """What reuses KV off the prefix, if asked for. Where ``auto`` asks, None for a model that does not support it."""
     if not config.is_approximate:
         return None
     try:

@@ -35,7 +35,7 @@ from semsharekv_integrations.errors import IN_UTF8, is_utf8, require
 from semsharekv_integrations.langchain.documents import in_artifacts, in_marked_blocks, tracked_documents, with_found
 from semsharekv_integrations.langchain.messages import PROVIDER
 from semsharekv_integrations.model.loading import merge_arguments
-from semsharekv_integrations.request import GenerateOptions, Request, checked_name_or_none
+from semsharekv_integrations.request import GenerateOptions, Request, check_optional_name
 
 _OTHER_NAMES = {
     "max_new_tokens": "max_tokens",
@@ -100,7 +100,7 @@ class SamplingFields(BaseModel):
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
-        checked_name_or_none("namespace", self.namespace)
+        check_optional_name("namespace", self.namespace)
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         Request.of("", self._sampling_options())
         return self

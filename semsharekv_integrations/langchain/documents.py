@@ -23,7 +23,7 @@ from langchain_core.messages import BaseMessage, ToolMessage
 
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.errors import is_whole, require
-from semsharekv_integrations.request import DocumentNotes, Documents, document_id
+from semsharekv_integrations.request import DocumentNotes, Documents, make_document_id
 
 MAX_DEPTH = 4  # of containers that are looked into for documents
 Named = tuple[str, str]
@@ -38,7 +38,7 @@ def engine_documents(documents: Any) -> Documents | None:
         return documents
     texts: dict[str, str] = {}
     for item in documents:
-        key, text = named(item) if isinstance(item, Document) else (document_id(item), item)
+        key, text = named(item) if isinstance(item, Document) else (make_document_id(item), item)
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
         texts[key] = text
     return texts
@@ -47,7 +47,7 @@ def engine_documents(documents: Any) -> Documents | None:
 def named(document: Document) -> Named:
     """Id and text of a document."""
     key = document.id or document.metadata.get("id")
-    return str(key) if key else document_id(document.page_content), document.page_content
+    return str(key) if key else make_document_id(document.page_content), document.page_content
 
 
 def documents_in(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
@@ -73,7 +73,7 @@ def in_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
     """The text blocks that carry ``cache_control``."""
     blocks = [block for message in messages if isinstance(message.content, list) for block in message.content]
     texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("cache_control")]
-    return [(document_id(text), text) for text in texts if isinstance(text, str)]
+    return [(make_document_id(text), text) for text in texts if isinstance(text, str)]
 
 
 def with_found(
@@ -92,7 +92,7 @@ def with_found(
     wholes = [*map(str, texts.values()), *present]
     for text, key in present.items():
         if text and not any(text in other for other in wholes if other != text) and text not in texts.values():
-            texts[document_id(text) if key in texts else key] = text
+            texts[make_document_id(text) if key in texts else key] = text
     for key, text in marked:
         if text.strip() and not any(str(other).strip() in text for other in texts.values()):
             texts[key] = text

@@ -11,7 +11,7 @@ from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import check_lifetime, require
 from semsharekv_integrations.langchain.base import LocalModel
 from semsharekv_integrations.langchain.documents import engine_documents
-from semsharekv_integrations.request import checked_name_or_none
+from semsharekv_integrations.request import check_optional_name
 
 
 class SemShareKVWarmer(BaseDocumentTransformer):
@@ -49,7 +49,7 @@ class SemShareKVWarmer(BaseDocumentTransformer):
         check_lifetime("ttl_s", ttl_s)
         self.engine = model.engine if isinstance(model, LocalModel) else model
         own = model.kv_namespace if isinstance(model, LocalModel) else "default"
-        self.namespace = checked_name_or_none("namespace", namespace) or own
+        self.namespace = check_optional_name("namespace", namespace) or own
         self.pinned, self.ttl_s, self.progress = pinned, ttl_s, progress
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:

@@ -36,7 +36,7 @@ from semsharekv_integrations.llama_index.documents import (
     given_documents,
     hinted_documents,
 )
-from semsharekv_integrations.request import GenerateOptions, Request, checked_name_or_none
+from semsharekv_integrations.request import GenerateOptions, Request, check_optional_name
 
 
 class EngineLLM(FunctionCallingLLM):
@@ -101,7 +101,7 @@ class EngineLLM(FunctionCallingLLM):
 
     def _check_fields(self) -> None:
         """Refuse bad fields now rather than at the first call."""
-        checked_name_or_none("namespace", self.namespace)
+        check_optional_name("namespace", self.namespace)
         Request.of("", self._options({}, ""))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class EngineLLM(FunctionCallingLLM):
             nodes: with or without scores.
             namespace: whose prompts, or None for this object's.
         """
-        self._nodes.add(checked_name_or_none("namespace", namespace) or self.kv_namespace, nodes)
+        self._nodes.add(check_optional_name("namespace", namespace) or self.kv_namespace, nodes)
 
     @property
     def metadata(self) -> LLMMetadata:

@@ -19,7 +19,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.request import DocumentNotes, Documents, document_id
+from semsharekv_integrations.request import DocumentNotes, Documents, make_document_id
 
 CONTEXT_ARGUMENTS = ("context_str", "context_msg", "context")
 MOST_NOTED_NODES = 256  # of all namespaces; to look for them all in 50,000 characters takes 20 ms
@@ -120,13 +120,13 @@ def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Docu
         return documents
     where, texts, nodes = _whole_text(prompt), dict[str, str](), list[NodeText]()
     for item in documents:
-        key, text = document_id(item) if isinstance(item, str) else "", item
+        key, text = make_document_id(item) if isinstance(item, str) else "", item
         if isinstance(item, BaseNode | NodeWithScore):
             nodes.append(node := NodeText.of(item))
             if not node.forms:
                 continue
             key, text = node.node_id, node.standing_in(where) or node.forms[0]
-        key = key or document_id(item)
+        key = key or make_document_id(item)
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
         texts[key] = text
     return _labelled(texts, nodes, required=texts)
@@ -144,7 +144,10 @@ def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeTe
     parts = (*_marked(prompt), *getattr(prompt, "parts", ()))
     placed: list[_Place] = []
     covered: dict[str, list[str]] = {}  # ids of nodes that overlap others, with the ids of these
-    for key, text in [*((node.node_id, form) for node, form in nodes), *((document_id(part), part) for part in parts)]:
+    for key, text in [
+        *((node.node_id, form) for node, form in nodes),
+        *((make_document_id(part), part) for part in parts),
+    ]:
         place = _Place(where.find(text), text, key)
         over = [other.document_id for other in placed if place.overlaps(other)]
         if place.start >= 0 and not over:

@@ -22,7 +22,7 @@ from semsharekv_integrations.errors import check_lifetime, require
 from semsharekv_integrations.llama_index.base import EngineLLM
 from semsharekv_integrations.llama_index.documents import NodeText
 from semsharekv_integrations.logs import log_trouble
-from semsharekv_integrations.request import checked_name_or_none
+from semsharekv_integrations.request import check_optional_name
 
 
 def settings_llm() -> EngineLLM:
@@ -114,7 +114,7 @@ class SemShareKVWarmer(TransformComponent):
 
     @property
     def _namespace(self) -> str:
-        return checked_name_or_none("namespace", self.namespace) or self.llm.kv_namespace
+        return check_optional_name("namespace", self.namespace) or self.llm.kv_namespace
 
     @classmethod
     def class_name(cls) -> str:

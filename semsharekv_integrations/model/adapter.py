@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from semsharekv_integrations.concurrency.threads import free_in_children
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole, require
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Rotation, TokenIds, first_tokens, rotate
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, Rotation, TokenIds, rotate, take_first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
 from semsharekv_integrations.model.layers import cache_argument, require_decoder, require_no_prompt_learning
 from semsharekv_integrations.model.loading import embeddings_of, has_embeddings_elsewhere, input_device
@@ -242,7 +242,7 @@ class ModelAdapter:
 
     def _cache_from(self, prefix: PrefixMatch) -> DynamicCache:
         cache = DynamicCache()
-        for keys, values in first_tokens(prefix.reference.layers, prefix.num_tokens):
+        for keys, values in take_first_tokens(prefix.reference.layers, prefix.num_tokens):
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import cached_file
 
-from semsharekv_integrations.errors import ModelLoadError, is_whole, require, shown
+from semsharekv_integrations.errors import ModelLoadError, is_whole, require, show_value
 
 REFERENCE_MODEL = "semsharekv/reference"
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -183,7 +183,7 @@ class ModelFiles:
             raise self.failure(f"its {_GENERATION} is damaged: it holds no object")
         if ends is not None and not all(is_whole(end, -1) for end in (ends if isinstance(ends, list) else [ends])):
             raise self.failure(
-                f"its {_GENERATION} has eos_token_id {shown(ends)}; accepted is null, a token id or a list of them"
+                f"its {_GENERATION} has eos_token_id {show_value(ends)}; accepted is null, a token id or a list of them"
             )
 
     def _has(self, filename: str) -> bool:

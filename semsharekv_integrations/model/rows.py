@@ -21,7 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations.kv import LayerKV, Reference, Rotation, first_tokens, turn
+from semsharekv_integrations.kv import LayerKV, Reference, Rotation, take_first_tokens, turn
 from semsharekv_integrations.model.attention import blocks_of, use_blocks
 from semsharekv_integrations.reuse.plan import PROJECTION_SHARE, Borrowing, ReusePlan
 
@@ -241,7 +241,7 @@ class _Gatherer:
             groups.setdefault(id(borrowing.reference), []).append(borrowing)
         self._taken = [_taken(group) for group in groups.values()]
         prefix = plan.prefix
-        self._prefixes = first_tokens(prefix.reference.layers, prefix.num_tokens) if prefix else None
+        self._prefixes = take_first_tokens(prefix.reference.layers, prefix.num_tokens) if prefix else None
         self._angles: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, rotation: Rotation | None) -> LayerKV:

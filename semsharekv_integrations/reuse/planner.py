@@ -116,7 +116,7 @@ class Planner:
         matches: Sequence[Borrowing],
         question: Mask,
     ) -> ReusePlan:
-        rules = self._rules if matches else self._rules.without_fuzzy()
+        rules = self._rules if matches else self._rules.drop_fuzzy()
         texts = texts_of(rendered)
         return build_plan(rendered.token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
 

@@ -20,7 +20,7 @@ import torch
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreWriteError
-from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, space_name, standing_within
+from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, make_space_name, select_within
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.namespace import Entry, Namespace, shorten
 from semsharekv_integrations.store.radix import FileRange, Node
@@ -138,7 +138,7 @@ class Entries:
 
     def list_names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
         """Those of a namespace, of one state of the model or of every one."""
-        return [namespace, *self._later.get(namespace, ())] if state is None else [space_name(namespace, state)]
+        return [namespace, *self._later.get(namespace, ())] if state is None else [make_space_name(namespace, state)]
 
     def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
         """The ordinary entry of this id in the first of ``namespaces`` that has it."""
@@ -241,7 +241,7 @@ class Entries:
             return None
         entry.last_used_s = self._clock()
         entry.hits += 1
-        spans = standing_within(entry.reference.spans, path[-1].stop)
+        spans = select_within(entry.reference.spans, path[-1].stop)
         if not entry.reference.is_tainted:
             spans |= self.namespaces[entry.reference.space].find_documents(path)
         return replace(

@@ -19,8 +19,8 @@ import torch
 
 from semsharekv_integrations.concurrency.threads import do_when_free, hold_at_forks, tell_of_forks
 from semsharekv_integrations.config import StoreConfig
-from semsharekv_integrations.errors import plain
-from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, space_name
+from semsharekv_integrations.errors import make_plain
+from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, make_space_name
 from semsharekv_integrations.store.codec import pack_if_room
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
@@ -103,7 +103,7 @@ class KVStore:
     def list_readable(self, namespace: str) -> list[str]:
         """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""
         shared = self.config.shared_namespace
-        return [namespace] if shared in (None, namespace) else [namespace, plain(shared)]
+        return [namespace] if shared in (None, namespace) else [namespace, make_plain(shared)]
 
     def find_prefix(
         self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
@@ -277,7 +277,7 @@ class KVStore:
 
     def _find_namespace(self, namespace: str) -> Namespace | None:
         """What this state left in it."""
-        return self._entries.namespaces.get(space_name(namespace, self._state or ""))
+        return self._entries.namespaces.get(make_space_name(namespace, self._state or ""))
 
     def _put_new(self, space: Namespace, reference: Reference) -> bool:
         """An entry that no other one contains."""

@@ -15,8 +15,8 @@ from semsharekv_integrations.kv import (
     SpaceName,
     Span,
     TokenIds,
-    common_prefix_tokens,
-    standing_within,
+    count_common_tokens,
+    select_within,
 )
 from semsharekv_integrations.store.radix import Node, RadixTree
 from semsharekv_integrations.store.records import reference_id
@@ -72,7 +72,7 @@ def shorten(reference: Reference, num_tokens: int) -> Reference:
     """The first ``num_tokens`` tokens of an entry as an entry of their own, without KV."""
     token_ids = reference.token_ids[:num_tokens]
     return replace(
-        reference.labelled(standing_within(reference.spans, num_tokens)),
+        reference.labelled(select_within(reference.spans, num_tokens)),
         id=reference_id(reference.namespace, token_ids, reference.state),
         token_ids=token_ids,
         segments=tuple(segment for segment in reference.segments if segment.stop <= num_tokens),
@@ -157,7 +157,7 @@ class Namespace:
         best = Match(self._find_through(node), min(agreed, max_tokens)) if agreed else None
         own = self.tainted.get(session) if session is not None else None
         if own is not None:
-            shared = min(common_prefix_tokens(own.reference.token_ids, token_ids), max_tokens)
+            shared = min(count_common_tokens(own.reference.token_ids, token_ids), max_tokens)
             if shared > (best.num_tokens if best else 0):
                 best = Match(own, shared)
         return best if best and best.num_tokens else None

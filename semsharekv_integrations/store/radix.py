@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.kv import Span, TokenIds, common_prefix_tokens, standing_within
+from semsharekv_integrations.kv import Span, TokenIds, count_common_tokens, select_within
 
 if TYPE_CHECKING:
     from semsharekv_integrations.store.codec import PackedKV
@@ -107,7 +107,7 @@ class RadixTree:
             child = node.children.get(int(token_ids[agreed]))
             if child is None:
                 break
-            shared = common_prefix_tokens(child.token_ids, token_ids[agreed:])
+            shared = count_common_tokens(child.token_ids, token_ids[agreed:])
             node, agreed = child, agreed + shared
             if shared < len(child.token_ids):
                 break
@@ -148,7 +148,7 @@ class RadixTree:
         node.parent.children[int(upper.token_ids[0])] = upper
         node.token_ids, node.start, node.parent = node.token_ids[num_tokens:], upper.stop, upper
         upper.children[int(node.token_ids[0])] = node
-        upper.documents = standing_within(node.documents, upper.stop)
+        upper.documents = select_within(node.documents, upper.stop)
         node.documents = {key: span for key, span in node.documents.items() if key not in upper.documents}
         self._on_split(upper, node)
         return upper

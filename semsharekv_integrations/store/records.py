@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.errors import IN_UTF8, is_number, is_utf8, is_whole, require, shown
+from semsharekv_integrations.errors import IN_UTF8, is_number, is_utf8, is_whole, require, show_value
 from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Segment, TokenIds
 
 _MOST_TOKENS = 2**31 - 1
@@ -138,7 +138,7 @@ def require_writable(reference: Reference) -> None:
     try:
         json.dumps(labels, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the labels of a reference are {shown(labels)}: {error}") from error
+        raise ValueError(f"the labels of a reference are {show_value(labels)}: {error}") from error
 
 
 def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semsharekv_integrations.kv import TokenIds, common_prefix_tokens
+from semsharekv_integrations.kv import TokenIds, count_common_tokens
 
 BASE = 0x9E3779B97F4A7C15  # odd, hence invertible modulo 2**64
 FIRST_STEP_TOKENS = 64  # first stretch that is compared; each further one is twice as long
@@ -268,7 +268,7 @@ def common_extension_tokens(first: TokenIds, second: TokenIds) -> int:
     """As ``common_prefix_tokens``, in time linear in the answer instead of the lengths."""
     shared, step = 0, FIRST_STEP_TOKENS
     while True:
-        equal = common_prefix_tokens(first[shared : shared + step], second[shared : shared + step])
+        equal = count_common_tokens(first[shared : shared + step], second[shared : shared + step])
         shared += equal
         if equal < step:
             return shared

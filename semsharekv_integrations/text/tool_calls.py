@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from semsharekv_integrations.errors import PromptError, is_json, shown
+from semsharekv_integrations.errors import PromptError, is_json, show_value
 from semsharekv_integrations.report import ToolCall
 from semsharekv_integrations.text.tool_format import SHORT_ID_CHARS, Tool, ToolFormat
 
@@ -285,7 +285,7 @@ def _checked_call(field: str, call: object) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise PromptError(f"{field}.function.arguments is {arguments!r}; accepted is an object, or one as JSON text")
     if not is_json(dict(arguments)):
-        raise PromptError(f"{field}.function.arguments is {shown(arguments)}; accepted is what JSON can hold")
+        raise PromptError(f"{field}.function.arguments is {show_value(arguments)}; accepted is what JSON can hold")
     return {"id": id_, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 

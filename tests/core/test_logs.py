@@ -19,7 +19,7 @@ from semsharekv_integrations.logs import (
     WITHHELD,
     JsonFormatter,
     Observers,
-    declined_kind,
+    classify_declined,
     log_call,
     log_trouble,
 )
@@ -127,12 +127,12 @@ def test_every_reason_has_its_kind(make_engine: EngineMaker, monkeypatch) -> Non
         "short_prefix": second(make_engine(reuse=picky)),
         "suspended": call(suspend(make_engine("exact"), monkeypatch)),
     }
-    kinds = {kind: declined_kind(report.declined) for kind, report in found.items()}
+    kinds = {kind: classify_declined(report.declined) for kind, report in found.items()}
     planner = Planner(picky, make_engine().store, None, 3, max_tokens=5)
-    kinds["too_long"] = declined_kind(planner.plan(Rendered(np.arange(9), ()), "default", None, False).declined)
+    kinds["too_long"] = classify_declined(planner.plan(Rendered(np.arange(9), ()), "default", None, False).declined)
     assert kinds == {kind: kind for kind in DECLINED_KINDS.values()}
-    assert declined_kind(second(make_engine(reuse=eager)).declined) is None
-    assert declined_kind("no longer lent to tenant-zyxq") == "other"
+    assert classify_declined(second(make_engine(reuse=eager)).declined) is None
+    assert classify_declined("no longer lent to tenant-zyxq") == "other"
 
 
 def test_disabled_logging_makes_no_record(make_engine: EngineMaker, lines: Lines, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.memory import MOST_KNOWN_TEXTS, KnownTexts
-from semsharekv_integrations.request import document_id
+from semsharekv_integrations.request import make_document_id
 from tiny_models import EngineMaker
 
 VELMAR = "News from Velmar, by the Morning Post. The mayor of Velmar is Anna Kelsen. Schools will open again soon."
@@ -36,7 +36,10 @@ def test_what_was_warmed_is_found_in_prompts_that_do_not_name_it(engine: SemShar
 
 def test_a_document_without_an_id_goes_by_the_one_it_is_known_under(engine: SemShareEngine) -> None:
     engine.warm({"v": VELMAR})
-    assert used(engine, f"Read: {VELMAR}\n\n{OSTECK}", documents=[VELMAR, OSTECK]).keys() == {"v", document_id(OSTECK)}
+    assert used(engine, f"Read: {VELMAR}\n\n{OSTECK}", documents=[VELMAR, OSTECK]).keys() == {
+        "v",
+        make_document_id(OSTECK),
+    }
     assert used(engine, f"Again: {OSTECK}") == {}, "what has no name is not remembered by it"
     assert engine.forget("v") == 2
 

@@ -353,7 +353,7 @@ def test_many_states_take_no_more_room_than_one(model: Any, tokenizer: Any) -> N
         scale_attention(model)
         answer(engine)
     assert 0 < engine.store.stats()["bytes"] <= 2 * room
-    assert len(engine._load()._states._parts) <= 8
+    assert len(engine._load()._states._runtimes) <= 8
     engine.store.check()
 
 

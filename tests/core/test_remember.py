@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, Span
-from semsharekv_integrations.memory import references_of
+from semsharekv_integrations.memory import make_references
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.records import reference_id
 from tiny_models import EngineMaker
@@ -43,7 +43,7 @@ class TestReferences:
 
     def references(self, exact_tokens: int, session: str | None = None) -> list[Reference]:
         ids = np.arange(30)
-        return references_of(ids, layers_of(30), exact_tokens, self.SEGMENTS, "n", self.SPANS, session)
+        return make_references(ids, layers_of(30), exact_tokens, self.SEGMENTS, "n", self.SPANS, session)
 
     @pytest.mark.parametrize("exact_tokens", [30, 31, 10**18])
     @pytest.mark.parametrize("session", [None, "s"])
@@ -78,7 +78,7 @@ class TestReferences:
     @given(st.integers(0, 25), st.sampled_from([None, "s"]))
     def test_ids_and_lengths_fit_and_the_store_takes_them(self, exact_tokens: int, session: str | None) -> None:
         ids = np.arange(20)
-        found = references_of(ids, layers_of(20), exact_tokens, (Segment("", 0, 20),), "n", {}, session)
+        found = make_references(ids, layers_of(20), exact_tokens, (Segment("", 0, 20),), "n", {}, session)
         store = KVStore(StoreConfig(), min_run_tokens=4)
         for reference in found:
             assert reference.id == reference_id("n", reference.token_ids)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semsharekv_integrations.kv import common_prefix_tokens
+from semsharekv_integrations.kv import count_common_tokens
 from semsharekv_integrations.store import runs
 from semsharekv_integrations.store.runs import (
     MAX_CANDIDATES,
@@ -200,5 +200,5 @@ def test_each_window_left_out_has_an_equal_one_close_before(tokens: Tokens) -> N
 def test_extensions_are_common_prefixes(first: Tokens, second: Tokens, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "FIRST_STEP_TOKENS", step)
-        assert common_extension_tokens(ids(first), ids(second)) == common_prefix_tokens(ids(first), ids(second))
+        assert common_extension_tokens(ids(first), ids(second)) == count_common_tokens(ids(first), ids(second))
         assert common_extension_tokens(ids(first), ids(first)) == len(first)
