@@ -20,7 +20,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from semsharekv_integrations.errors import shown
+from semsharekv_integrations.errors import show_value
 from semsharekv_integrations.lab import prompts
 from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
@@ -76,10 +76,10 @@ def _read_example(where: str, line: str) -> Example:
         value = None if first["type"] == "missing" else first["input"]
         field = name + "".join(f"[{part!r}]" for part in rest)
         accepted = ACCEPTED["question"] if rest else ACCEPTED.get(name, f"a JSON object of {', '.join(ACCEPTED)}")
-        raise ValueError(f"{where}: {field} is {shown(value)}; accepted is {accepted}") from error
+        raise ValueError(f"{where}: {field} is {show_value(value)}; accepted is {accepted}") from error
     if example.stored is None and len(example.documents) < 2:
         accepted = "two or more where 'stored' is not given"
-        raise ValueError(f"{where}: documents is {shown(example.documents)}; accepted is {accepted}")
+        raise ValueError(f"{where}: documents is {show_value(example.documents)}; accepted is {accepted}")
     return example
 
 
