@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 
 NUM_PROMPTS = 16
@@ -20,19 +20,19 @@ def engine(mode: str) -> SemShareEngine:
     return SemShareEngine.from_pretrained(REFERENCE_MODEL, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
 
 
-def answer(mode: str, prompt: str | list[prompts.Message]) -> str:
+def answer(mode: str, prompt: str | list[world.Message]) -> str:
     return engine(mode).generate(prompt, max_new_tokens=40).text.strip()
 
 
-@pytest.mark.parametrize("layout", prompts.LAYOUTS)
+@pytest.mark.parametrize("layout", world.LAYOUTS)
 @pytest.mark.parametrize("num_documents", [1, 2])
-def test_held_out_questions_are_answered_and_reuse_changes_nothing(layout: prompts.Layout, num_documents: int) -> None:
+def test_held_out_questions_are_answered_and_reuse_changes_nothing(layout: world.Layout, num_documents: int) -> None:
     rng = Random(f"{layout} {num_documents}")
     right = 0
     for wrap in range(NUM_PROMPTS):
         documents = world.make_documents(rng, num_documents)
         question, expected = world.ask(rng, rng.choice(documents))
-        prompt = prompts.build(layout, documents, question, wrap)
+        prompt = world.build_prompt(layout, documents, question, wrap)
         said = answer("off", prompt)
         assert said == answer("exact", prompt)
         right += said == expected
@@ -48,14 +48,14 @@ def test_answers_follow_the_documents_not_the_model() -> None:
         kind = rng.choice(sorted(document.facts))
         edited = world.edit(rng, document, (kind,))
         question, expected = world.ask(rng, edited, kind)
-        followed += answer("exact", prompts.build("system", [edited], question)) == expected
+        followed += answer("exact", world.build_prompt("system", [edited], question)) == expected
     assert followed >= 0.85 * NUM_PROMPTS
 
 
 def test_next_turns_compute_only_what_is_new() -> None:
     rng = Random(5)
     documents = world.make_documents(rng, 2)
-    messages = prompts.build("user", documents, world.ask(rng, documents[0])[0])
+    messages = world.build_prompt("user", documents, world.ask(rng, documents[0])[0])
     assert isinstance(messages, list)
     before = 0
     for _ in range(4):

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.kv import TokenIds
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel, resolve
 from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 
@@ -76,20 +76,20 @@ class Judge:
 
 def question_table(judge: Judge, num_prompts: int) -> Iterator[str]:
     """One row for each number of documents, one column for each layout."""
-    yield f"| documents | {' | '.join(prompts.LAYOUTS)} | all |"
-    yield "|---" * (len(prompts.LAYOUTS) + 2) + "|"
+    yield f"| documents | {' | '.join(world.LAYOUTS)} | all |"
+    yield "|---" * (len(world.LAYOUTS) + 2) + "|"
     for num_documents in QUESTION_DOCUMENTS:
-        scores = [_layout_score(judge, layout, num_documents, num_prompts) for layout in prompts.LAYOUTS]
+        scores = [_layout_score(judge, layout, num_documents, num_prompts) for layout in world.LAYOUTS]
         yield f"| {num_documents} | {' | '.join(map(str, scores))} | {_sum(scores)} |"
 
 
-def _layout_score(judge: Judge, layout: prompts.Layout, num_documents: int, num_prompts: int) -> Score:
+def _layout_score(judge: Judge, layout: world.Layout, num_documents: int, num_prompts: int) -> Score:
     rng = Random(HELD_OUT_SEED + num_documents)
     right = 0
     for wrap in track(range(num_prompts), f"{num_documents} documents, {layout}", transient=True):
         documents = world.make_documents(rng, num_documents)
         question, answer = world.ask(rng, rng.choice(documents))
-        right += judge.gives(prompts.build(layout, documents, question, wrap), answer)
+        right += judge.gives(world.build_prompt(layout, documents, question, wrap), answer)
     return Score(right, num_prompts)
 
 
@@ -103,8 +103,8 @@ def kind_table(judge: Judge, num_prompts: int) -> Iterator[str]:
         for index in track(range(num_prompts), kind, transient=True):
             documents = world.make_documents(rng, 2, extra_facts=4 if kind in world.CORE_KINDS else 6)
             question, answer = world.ask(rng, rng.choice(documents), kind)
-            layout = prompts.LAYOUTS[index % len(prompts.LAYOUTS)]
-            right += judge.gives(prompts.build(layout, documents, question, index), answer)
+            layout = world.LAYOUTS[index % len(world.LAYOUTS)]
+            right += judge.gives(world.build_prompt(layout, documents, question, index), answer)
         yield f"| {kind} | {Score(right, num_prompts)} |"
 
 
@@ -117,10 +117,10 @@ def summary_table(judge: Judge, num_prompts: int) -> Iterator[str]:
         shares = []
         for index in track(range(num_prompts), f"summaries of {num_documents}", transient=True):
             documents = world.make_documents(rng, num_documents)
-            wrap = prompts.SUMMARY_WRAPS[index % len(prompts.SUMMARY_WRAPS)]
-            chat = prompts.build("system", documents, prompts.SUMMARY_REQUESTS[0], index)
-            said = judge.says(chat if index % 2 else wrap.format(docs=prompts.join(documents)))
-            shares.append(prompts.right_share(said, prompts.summary(documents)))
+            wrap = world.SUMMARY_WRAPS[index % len(world.SUMMARY_WRAPS)]
+            chat = world.build_prompt("system", documents, world.SUMMARY_REQUESTS[0], index)
+            said = judge.says(chat if index % 2 else wrap.format(docs=world.join_texts(documents)))
+            shares.append(world.share_right(said, world.join_summaries(documents)))
         whole = Score(sum(share == 1 for share in shares), num_prompts)
         lines = Score(round(sum(shares) * num_documents), num_prompts * num_documents)
         yield f"| {num_documents} | {whole} | {lines} |"

@@ -23,7 +23,7 @@ from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.bench import Bench, Study
 from semsharekv_integrations.lab.policies import Subject
-from semsharekv_integrations.lab.prompts import Message
+from semsharekv_integrations.lab.world import Message
 from semsharekv_integrations.report import ReuseReport
 
 Prompt = str | list[Message]

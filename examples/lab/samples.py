@@ -12,7 +12,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 
 CONTEXT_WEIGHT = 0.1
 MAX_POSITION_GAP = 1500
@@ -88,7 +88,7 @@ class RowMaker:
         documents = world.make_documents(self.rng, num_documents)
         if self.rng.random() < 0.15 and num_documents > 1:
             documents[1] = world.swap(*documents[:2])[1]
-        layout = self.rng.choice(prompts.LAYOUTS)
+        layout = self.rng.choice(world.LAYOUTS)
         if layout == "completion":
             self._completion(row, documents, length)
         else:
@@ -100,9 +100,11 @@ class RowMaker:
 
     def _completion(self, row: Row, documents: Sequence[world.Document], length: int) -> None:
         summary = self.rng.random() < 0.3
-        wraps = prompts.SUMMARY_WRAPS if summary else prompts.COMPLETION_WRAPS
-        question, answer = ("", prompts.summary(documents)) if summary else world.ask(self.rng, self._pick(documents))
-        text = self.rng.choice(wraps).format(docs=prompts.join(documents), question=question)
+        wraps = world.SUMMARY_WRAPS if summary else world.COMPLETION_WRAPS
+        question, answer = (
+            ("", world.join_summaries(documents)) if summary else world.ask(self.rng, self._pick(documents))
+        )
+        text = self.rng.choice(wraps).format(docs=world.join_texts(documents), question=question)
         self._context(row, "<|begin|>" + text)
         while True:
             space = "" if text[-1].isspace() else " "
@@ -113,9 +115,9 @@ class RowMaker:
             text = f"\n\nQuestion: {question}\nAnswer:"
             self._context(row, text)
 
-    def _chat(self, row: Row, documents: Sequence[world.Document], layout: prompts.Layout, length: int) -> None:
+    def _chat(self, row: Row, documents: Sequence[world.Document], layout: world.Layout, length: int) -> None:
         question, answer = self._turn(documents)
-        messages = prompts.build(layout, documents, question, wrap=self.rng.randrange(1000))
+        messages = world.build_prompt(layout, documents, question, wrap=self.rng.randrange(1000))
         self._context(row, "<|begin|>")
         for message in messages:
             self._message(row, message)
@@ -128,13 +130,13 @@ class RowMaker:
 
     def _turn(self, documents: Sequence[world.Document]) -> tuple[str, str]:
         if len(documents) <= 4 and self.rng.random() < 0.15:
-            return self.rng.choice(prompts.SUMMARY_REQUESTS), prompts.summary(documents)
+            return self.rng.choice(world.SUMMARY_REQUESTS), world.join_summaries(documents)
         return world.ask(self.rng, self._pick(documents))
 
     def _pick(self, documents: Sequence[world.Document]) -> world.Document:
         return self.rng.choice(documents)
 
-    def _message(self, row: Row, message: prompts.Message) -> None:
+    def _message(self, row: Row, message: world.Message) -> None:
         if message["role"] == "assistant":
             self._context(row, "<|assistant|>")
             self._answer(row, message["content"])

@@ -14,9 +14,8 @@ from typing import Literal, get_args
 
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.scenarios import Case, Scene, ask_about_scene, maybe_shuffle
-from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.lab.world import Document, Layout
 
 Change = Literal["removed", "replaced"]
 CHANGES: tuple[Change, ...] = get_args(Change)

@@ -15,9 +15,8 @@ from random import Random
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from semsharekv_integrations.lab import command, prompts, world
+from semsharekv_integrations.lab import command, world
 from semsharekv_integrations.lab.figures import FIGURES, Figure, estimate_mean
-from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.scenarios import (
     DEFAULT_LAYOUTS,
     SCENES,
@@ -30,7 +29,7 @@ from semsharekv_integrations.lab.scenarios import (
     make_query,
     map_texts,
 )
-from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.lab.world import Document, Layout
 
 NAME = "summaries"
 SUMMARIZED = (2, 3)  # documents of a summary; of more the reference model gets next to none right
@@ -81,15 +80,17 @@ def _make_case(rng: Random, count: int, layouts: Sequence[Layout]) -> Case:
         return _make_query(rng, rng.choice((used, draw_template(rng, layouts))), scene.target)
 
     values = tuple(document.facts[kind] for document in scene.target for kind in world.CORE_KINDS)
-    return Case(NAME, references, make_apart(references, make_target), prompts.summary(scene.target), values=values)
+    return Case(
+        NAME, references, make_apart(references, make_target), world.join_summaries(scene.target), values=values
+    )
 
 
 def _make_query(rng: Random, template: Template, documents: Sequence[Document]) -> Query:
     layout, wrap = template
     if layout != "completion":
-        return make_query(template, documents, rng.choice(prompts.SUMMARY_REQUESTS))
-    wording = prompts.SUMMARY_WRAPS[wrap % len(prompts.SUMMARY_WRAPS)]
-    return Query(wording.format(docs=prompts.join(documents)), map_texts(documents))
+        return make_query(template, documents, rng.choice(world.SUMMARY_REQUESTS))
+    wording = world.SUMMARY_WRAPS[wrap % len(world.SUMMARY_WRAPS)]
+    return Query(wording.format(docs=world.join_texts(documents)), map_texts(documents))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,7 +26,6 @@ from semsharekv_integrations.lab import command, world
 from semsharekv_integrations.lab.bench import Study
 from semsharekv_integrations.lab.figures import FIGURES, Outcome, Row, summarize
 from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Policy, Subject, make_configs
-from semsharekv_integrations.lab.prompts import Layout
 from semsharekv_integrations.lab.scenarios import (
     DEFAULT_DOCUMENTS,
     DEFAULT_LAYOUTS,
@@ -38,6 +37,7 @@ from semsharekv_integrations.lab.scenarios import (
     ask_about_scene,
     make_cases,
 )
+from semsharekv_integrations.lab.world import Layout
 from sentences import CHANGES, name_group, sentence_cases
 
 CONTROL_POLICIES = ("off", "rerun", "exact")

@@ -7,7 +7,7 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 
 VOCAB_SIZE = 2048
 MAX_CONTEXT_TOKENS = 8192
@@ -74,12 +74,12 @@ def _corpus() -> list[str]:
         *statements,
         *world.HEADLINES,
         *world.FILLERS,
-        *prompts.SYSTEM_WRAPS,
-        *prompts.USER_WRAPS,
-        *prompts.COMPLETION_WRAPS,
-        *prompts.SUMMARY_WRAPS,
-        *prompts.SUMMARY_REQUESTS,
-        *prompts.PLAIN_SYSTEMS,
+        *world.SYSTEM_WRAPS,
+        *world.USER_WRAPS,
+        *world.COMPLETION_WRAPS,
+        *world.SUMMARY_WRAPS,
+        *world.SUMMARY_REQUESTS,
+        *world.PLAIN_SYSTEMS,
     ]
     documents = [document.text for _ in range(20) for document in world.make_documents(rng, 100)]
     return names + templates * 20 + documents

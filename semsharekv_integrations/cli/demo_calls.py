@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.report import ReuseReport
 
 _ANSWER_TOKENS = 24
@@ -233,12 +233,12 @@ def make_world_news(num_articles: int, seed: int) -> Script:
     rng = Random(seed)
     documents = world.make_documents(rng, num_articles)
     asked = [Question(text, answer) for text, answer in world.converse(rng, documents, 6)]
-    summary = Question(prompts.SUMMARY_REQUESTS[0], prompts.summary(documents))
+    summary = Question(world.SUMMARY_REQUESTS[0], world.join_summaries(documents))
     by_text = {document.text: document for document in documents}
     return Script(
         articles={document.town: document.text for document in documents},
         questions={"chain": [summary, asked[0]], "query": asked[1:3], "chat": asked[3:]},
-        is_right=lambda said, expected: prompts.right_share(said, expected) == 1,
+        is_right=lambda said, expected: world.share_right(said, expected) == 1,
         answer_tokens=_WORLD_ANSWER_TOKENS_PER_ARTICLE * num_articles,
         reword=lambda rng, text: world.reword(rng, by_text[text]).text,
     )

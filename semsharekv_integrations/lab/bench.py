@@ -25,8 +25,8 @@ from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.kv import Reference
 from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
 from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Corrupt, Subject, drop_guard
-from semsharekv_integrations.lab.prompts import right_share
 from semsharekv_integrations.lab.scenarios import Case, Scenario
+from semsharekv_integrations.lab.world import share_right
 
 Judging = Literal["exact", "mentions"]
 JUDGINGS: tuple[Judging, ...] = get_args(Judging)
@@ -244,6 +244,6 @@ def is_answer(said: str, answer: str | None, values: Sequence[str], judging: Jud
     if answer is None:
         return None
     if judging == "exact":
-        return right_share(said, answer) == 1
+        return share_right(said, answer) == 1
     words = [r"\s+".join(map(re.escape, value.split())) for value in values]
     return all(re.search(rf"(?<!\w){pattern}(?!\w)", said, re.IGNORECASE) for pattern in words)

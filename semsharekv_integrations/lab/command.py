@@ -36,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from semsharekv_integrations.cli.terminal import HelpFormatter
 from semsharekv_integrations.config import AuditConfig
-from semsharekv_integrations.lab import dataset, prompts, report, scenarios
+from semsharekv_integrations.lab import dataset, report, scenarios, world
 from semsharekv_integrations.lab.bench import JUDGINGS, Bench, Results, Study
 from semsharekv_integrations.lab.figures import summarize
 from semsharekv_integrations.lab.policies import (
@@ -82,10 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     what.add_argument("--judging", choices=JUDGINGS, help="whether a right answer is exact or mentions the facts")
     size = parser.add_argument_group("how much")
     documents = f"of a drawn prompt (default: {few} {many})"
-    layouts = f"where documents stand in a drawn prompt: {', '.join(prompts.LAYOUTS)}"
+    layouts = f"where documents stand in a drawn prompt: {', '.join(world.LAYOUTS)}"
     size.add_argument("--cases", type=_parse_count, metavar="N", help=f"of each scenario ({CASES}; at a length 1)")
     size.add_argument("--documents", type=_parse_count, nargs=2, metavar=("FROM", "TO"), help=documents)
-    size.add_argument("--layouts", nargs="+", choices=prompts.LAYOUTS, metavar="NAME", help=layouts)
+    size.add_argument("--layouts", nargs="+", choices=world.LAYOUTS, metavar="NAME", help=layouts)
     size.add_argument("--lengths", type=_parse_count, nargs="+", metavar="N", help="tokens (default: 512 to 16384)")
     size.add_argument("--repeats", type=_parse_count, metavar="N", help=f"timed rounds at a length ({REPEATS})")
     size.add_argument("--max-new-tokens", "--new-tokens", type=_parse_count, metavar="N", help="of an answer")
@@ -209,7 +209,7 @@ def _size_scenario(args: argparse.Namespace, subject: Subject, name: str, length
     return Scenario(name, cases, len(cases), length, range(repeats + 1), new_tokens)
 
 
-def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[prompts.Layout]:
+def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[world.Layout]:
     """Those asked for, else all usual ones of a model that knows messages, else plain text."""
     return args.layouts or (scenarios.DEFAULT_LAYOUTS if subject.tokenizer.chat_template else ("completion",))
 

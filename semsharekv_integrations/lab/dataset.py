@@ -21,10 +21,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from semsharekv_integrations.errors import show_value
-from semsharekv_integrations.lab import prompts
-from semsharekv_integrations.lab.prompts import Layout
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
-from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.lab.world import Document, Layout
 
 DATA = "data"
 ACCEPTED = {  # by field
@@ -97,15 +96,15 @@ def _make_case(rng: Random, name: str, example: Example, earlier: Example, layou
     stored: Sequence[Document] = _make_documents(earlier.stored or earlier.documents)
     if earlier.stored is None:
         stored = shuffle(rng, stored)
-    layout, wrap = rng.choice(layouts), rng.randrange(len(prompts.SYSTEM_WRAPS))
+    layout, wrap = rng.choice(layouts), rng.randrange(len(world.SYSTEM_WRAPS))
 
     def make_query(documents: Sequence[Document], question: str) -> Query:
         texts = {document.town: document.text for document in documents}
-        return Query(prompts.build(layout, documents, question, wrap), texts)
+        return Query(world.build_prompt(layout, documents, question, wrap), texts)
 
     return Case(
         name,
-        (make_query(stored, prompts.SUMMARY_REQUESTS[0]),),
+        (make_query(stored, world.SUMMARY_REQUESTS[0]),),
         make_query(_make_documents(example.documents), example.question),
         example.answer,
         values=() if example.answer is None else (example.answer,),

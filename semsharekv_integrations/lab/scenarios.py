@@ -15,9 +15,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import prompts, world
-from semsharekv_integrations.lab.prompts import Layout, Message
-from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.lab import world
+from semsharekv_integrations.lab.world import Document, Layout, Message
 
 DEFAULT_LAYOUTS: tuple[Layout, ...] = ("system", "user", "completion")
 DEFAULT_DOCUMENTS = (6, 30)  # about 600 to 3,500 tokens
@@ -222,7 +221,7 @@ def _continue_conversation(rng: Random, count: int) -> Case:
         question, answer = world.ask(rng, asked, kind)
 
     def make_chat(turns: Sequence[tuple[str, str]], final: str) -> Query:
-        system, user = prompts.build_messages("system", documents, final, rng.randrange(_NUM_WRAPS))
+        system, user = world.build_messages("system", documents, final, rng.randrange(_NUM_WRAPS))
         said = [({"role": "user", "content": asked}, {"role": "assistant", "content": told}) for asked, told in turns]
         return Query([system, *(message for turn in said for message in turn), user], map_texts(documents))
 
@@ -234,7 +233,7 @@ def _continue_conversation(rng: Random, count: int) -> Case:
 def make_query(template: Template, documents: Sequence[Document], question: str) -> Query:
     """The documents and the question in the template's words."""
     layout, wrap = template
-    return Query(prompts.build(layout, documents, question, wrap), map_texts(documents))
+    return Query(world.build_prompt(layout, documents, question, wrap), map_texts(documents))
 
 
 def map_texts(documents: Sequence[Document]) -> Mapping[str, str]:

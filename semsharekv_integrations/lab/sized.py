@@ -16,10 +16,9 @@ from random import Random
 from types import MappingProxyType
 
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import prompts, world
-from semsharekv_integrations.lab.prompts import Message
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL, Case, Query
-from semsharekv_integrations.lab.world import Document
+from semsharekv_integrations.lab.world import Document, Message
 
 NEXT_TURN = "next_turn"
 REWORDED_SHARES = (0.1, 0.3, 0.5)
@@ -141,13 +140,13 @@ def _make_case(name: str, seed: int, pool: _Pool, num_sentences: int) -> Case:
     seen, asked = SIZED[name](pool, rng, num_sentences)
     if name == NEXT_TURN:  # the history is known to the end of the last reply, and a user turn follows
         question, answer, value = _ask(rng, asked)
-        messages = prompts.build_messages("turns", asked, question)
+        messages = world.build_messages("turns", asked, question)
         reference, target = _make_query(messages[:-1], asked), _make_query(messages, asked)
     else:
         question, *_ = _ask(rng, seen)
-        reference = _make_query(prompts.build_messages("system", seen, question, WRAP), seen)
+        reference = _make_query(world.build_messages("system", seen, question, WRAP), seen)
         question, answer, value = _ask(rng, asked)
-        target = _make_query(prompts.build_messages("system", asked, question, WRAP), asked)
+        target = _make_query(world.build_messages("system", asked, question, WRAP), asked)
     return Case(name, (reference,), target, answer, values=(value,) if answer else ())
 
 

@@ -1,8 +1,11 @@
-"""A synthetic news world: seeded documents that state facts, and questions with one right answer.
+"""A synthetic news world: seeded documents that state facts, questions with one right answer, and their prompts.
 
 The reference model is trained on it and quality is measured on it. Every sentence names its town and the kind of fact
-*before* the value, because a causal decoder can only bind a value to what came before it. Its words are in
-``assets/world.toml``. Knows nothing about prompts, tokenizers or models: see ``lab.prompts``.
+*before* the value, because a causal decoder can only bind a value to what came before it.
+
+A layout is where the documents stand in a prompt (system message, user message, plain completion text, or spread over
+turns). The words around them are those of the stock templates of LangChain and LlamaIndex and some plain ones, so that
+the reference model reads all of them. All words are in ``assets/world.toml``. Knows nothing about tokenizers or models.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from importlib.resources import files
 from itertools import product
 from random import Random
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 WORDS: Mapping[str, Any] = MappingProxyType(
     tomllib.loads((files("semsharekv_integrations") / "assets" / "world.toml").read_text(encoding="utf-8"))
@@ -87,6 +90,14 @@ def _make_kind(name: str, words: Mapping[str, str]) -> Kind:
 KINDS: Mapping[str, Kind] = MappingProxyType({name: _make_kind(name, words) for name, words in WORDS["kinds"].items()})
 CORE_KINDS = ("event", "date", "affected", "cost")
 EXTRA_KINDS = tuple(name for name in KINDS if name not in CORE_KINDS)
+
+Message = dict[str, str]
+Layout = Literal["system", "user", "turns", "completion"]
+LAYOUTS: tuple[Layout, ...] = ("system", "user", "turns", "completion")
+
+_WRAPS = {name: tuple(wordings) for name, wordings in WORDS["wraps"].items()}
+SYSTEM_WRAPS, USER_WRAPS, COMPLETION_WRAPS = _WRAPS["system"], _WRAPS["user"], _WRAPS["completion"]
+SUMMARY_WRAPS, SUMMARY_REQUESTS, PLAIN_SYSTEMS = _WRAPS["summary"], _WRAPS["summary_requests"], _WRAPS["plain_systems"]
 
 
 @dataclass(frozen=True)
@@ -201,3 +212,56 @@ def ask(rng: Random, document: Document, kind: str | None = None) -> tuple[str, 
 def converse(rng: Random, documents: Sequence[Document], num_turns: int) -> list[tuple[str, str]]:
     """Questions on any of the documents, each with its right answer, in the order of a conversation."""
     return [ask(rng, rng.choice(documents)) for _ in range(num_turns)]
+
+
+def join_texts(documents: Sequence[Document]) -> str:
+    """The documents' texts with the frameworks' usual separator."""
+    return "\n\n".join(document.text for document in documents)
+
+
+def join_summaries(documents: Sequence[Document]) -> str:
+    """The right answer to a request for a summary: one line for each document; see ``share_right`` for their order."""
+    return "\n".join(document.summary for document in documents)
+
+
+def share_right(said: str, expected: str) -> float:
+    """Share of the expected lines that ``said`` has, in any order; 0 if it has more lines than expected."""
+    lines, wanted = ([line.strip() for line in text.strip().splitlines()] for text in (said, expected))
+    return 0.0 if len(lines) > len(wanted) else len(set(lines) & set(wanted)) / len(wanted)
+
+
+def build_prompt(layout: Layout, documents: Sequence[Document], question: str, wrap: int = 0) -> str | list[Message]:
+    """One prompt in ``layout``: plain text for ``completion``, else chat messages.
+
+    Args:
+        layout: where the documents stand.
+        documents: one or more, in prompt order.
+        question: the last thing asked.
+        wrap: which wording of the layout, counted modulo the number there is.
+    """
+    if layout == "completion":
+        return _pick(COMPLETION_WRAPS, wrap).format(docs=join_texts(documents), question=question)
+    return build_messages(layout, documents, question, wrap)
+
+
+def build_messages(layout: Layout, documents: Sequence[Document], question: str, wrap: int = 0) -> list[Message]:
+    """As ``build_prompt``, of a layout of messages."""
+    if layout == "system":
+        content = _pick(SYSTEM_WRAPS, wrap).format(docs=join_texts(documents))
+        return [_message("system", content), _message("user", question)]
+    system = _message("system", _pick(PLAIN_SYSTEMS, wrap))
+    if layout == "user":
+        return [system, _message("user", _pick(USER_WRAPS, wrap).format(docs=join_texts(documents), question=question))]
+    turns = []  # in each the user hands over one document and the assistant restates its core facts
+    for document in documents:
+        request = f"{document.text}\n\n{SUMMARY_REQUESTS[0]}"
+        turns += [_message("user", request), _message("assistant", document.summary)]
+    return [system, *turns, _message("user", question)]
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _pick(options: Sequence[str], index: int) -> str:
+    return options[index % len(options)]

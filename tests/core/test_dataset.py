@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from semsharekv_integrations.lab import prompts
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.dataset import DATA, Example, make_own_cases, read_examples
 from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL
 
@@ -60,12 +60,12 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path, "")
 
 
-def text_of(prompt: str | list[prompts.Message]) -> str:
+def text_of(prompt: str | list[world.Message]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
 @pytest.mark.parametrize("layout", ["system", "user", "completion"])
-def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: prompts.Layout) -> None:
+def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: world.Layout) -> None:
     example = {**GOOD, "answer": "odd"}
     (case,) = make_own_cases(DATA, read(tmp_path, example), 0, [layout])
     (reference,), target = case.references, case.target

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 
 LAB = Path(__file__).parents[2] / "examples" / "lab"
 SEEDS = range(40)
@@ -111,15 +111,15 @@ def test_questions_have_their_document_s_answer() -> None:
         assert document.town in question and document.town in answer
 
 
-@pytest.mark.parametrize("layout", prompts.LAYOUTS)
-def test_layouts_hold_documents_and_question(layout: prompts.Layout) -> None:
+@pytest.mark.parametrize("layout", world.LAYOUTS)
+def test_layouts_hold_documents_and_question(layout: world.Layout) -> None:
     found = documents(5)
     for wrap in range(8):
-        built = prompts.build(layout, found, "What happened?", wrap)
+        built = world.build_prompt(layout, found, "What happened?", wrap)
         text = built if isinstance(built, str) else "\n".join(message["content"] for message in built)
         places = [text.index(document.text) for document in found]
         assert places == sorted(places) and text.rindex("What happened?") > places[-1]
-    assert prompts.build(layout, found, "x", 0) == prompts.build(layout, found, "x", 0)
+    assert world.build_prompt(layout, found, "x", 0) == world.build_prompt(layout, found, "x", 0)
 
 
 def test_training_rows_read_like_prompts(samples, tokenizer) -> None:
@@ -130,7 +130,7 @@ def test_training_rows_read_like_prompts(samples, tokenizer) -> None:
         maker._chat(row, found, layout, 1)
         again = samples.RowMaker(tokenizer, seed=4)
         question, answer = again._turn(found)
-        messages = prompts.build(layout, found, question, wrap=again.rng.randrange(1000))
+        messages = world.build_prompt(layout, found, question, wrap=again.rng.randrange(1000))
         messages.append({"role": "assistant", "content": answer})
         assert row.ids == tokenizer.apply_chat_template(messages, return_dict=False)
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)

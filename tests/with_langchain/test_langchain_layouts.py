@@ -32,7 +32,7 @@ from langgraph.checkpoint.memory import MemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
-from semsharekv_integrations.lab import prompts, world
+from semsharekv_integrations.lab import world
 from semsharekv_integrations.langchain import ChatSemShareKV, DocumentTracker, SemShareKVMiddleware
 from semsharekv_integrations.model.loading import REFERENCE_MODEL
 
@@ -45,7 +45,7 @@ TOOL_TEMPLATE = """{{ bos_token }}{% if tools %}<|system|>You can call
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}<|end|>{% endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
-SYSTEM = prompts.SYSTEM_WRAPS[5].replace("{docs}", "{context}")
+SYSTEM = world.SYSTEM_WRAPS[5].replace("{docs}", "{context}")
 
 
 class Words(Embeddings):
@@ -99,7 +99,7 @@ def retrieval_chain(chat: ChatSemShareKV, rng: Random) -> Pairs:
 def rag_pipe(chat: ChatSemShareKV, rng: Random) -> Pairs:
     """The retrieval tutorial written as a pipe, with no callbacks at all."""
     made, documents = articles(rng)
-    prompt = ChatPromptTemplate.from_template(prompts.USER_WRAPS[3].replace("{docs}", "{context}"))
+    prompt = ChatPromptTemplate.from_template(world.USER_WRAPS[3].replace("{docs}", "{context}"))
     retriever = store_of(documents).as_retriever(search_kwargs={"k": 3})
     given = {"context": retriever | _joined, "question": RunnablePassthrough()}
     chain = given | prompt | chat | StrOutputParser()
@@ -135,7 +135,7 @@ def message_history(chat: ChatSemShareKV, rng: Random) -> Pairs:
     made, documents = articles(rng)
     histories: dict[str, InMemoryChatMessageHistory] = {}
     prompt = ChatPromptTemplate.from_messages(
-        [("system", prompts.PLAIN_SYSTEMS[0]), MessagesPlaceholder("history"), ("human", "{input}")]
+        [("system", world.PLAIN_SYSTEMS[0]), MessagesPlaceholder("history"), ("human", "{input}")]
     )
     chain = RunnableWithMessageHistory(
         prompt | chat,
@@ -144,7 +144,7 @@ def message_history(chat: ChatSemShareKV, rng: Random) -> Pairs:
         history_messages_key="history",
     )
     for turn, (question, expected) in enumerate(questions(rng, made)):
-        text = question if turn else prompts.USER_WRAPS[1].format(docs=_joined(documents), question=question)
+        text = question if turn else world.USER_WRAPS[1].format(docs=_joined(documents), question=question)
         yield chain.invoke({"input": text}, {"configurable": {"session_id": "abc2"}}).content, expected
 
 
@@ -159,7 +159,7 @@ def graph_chatbot(chat: ChatSemShareKV, rng: Random) -> Pairs:
     app = graph.compile(checkpointer=MemorySaver())
     for thread in ("abc123", "abc234"):
         for turn, (question, expected) in enumerate(questions(rng, made, 2)):
-            text = question if turn else prompts.USER_WRAPS[1].format(docs=_joined(documents), question=question)
+            text = question if turn else world.USER_WRAPS[1].format(docs=_joined(documents), question=question)
             done = app.invoke({"messages": [("user", text)]}, {"configurable": {"thread_id": thread}})  # type: ignore[call-overload]
             yield done["messages"][-1].content, expected
 
@@ -167,7 +167,7 @@ def graph_chatbot(chat: ChatSemShareKV, rng: Random) -> Pairs:
 def map_reduce(chat: ChatSemShareKV, rng: Random) -> Pairs:
     """Every document is summarized, and a question asked about the summaries; then another document comes."""
     made, documents = articles(rng, 2)
-    asking = PromptTemplate.from_template(prompts.USER_WRAPS[3].replace("{docs}", "{text}"))
+    asking = PromptTemplate.from_template(world.USER_WRAPS[3].replace("{docs}", "{text}"))
     chain = load_summarize_chain(chat, chain_type="map_reduce", combine_prompt=asking)
     for kept in (slice(0, 1), slice(0, 2)):
         question, expected = world.ask(rng, made[0], rng.choice(world.CORE_KINDS))
@@ -183,7 +183,7 @@ def summaries(chain_type: str) -> Callable[[ChatSemShareKV, Random], Pairs]:
         made, documents = articles(rng, 2)
         for order in (1, -1):
             said = chain.invoke({"input_documents": documents[::order]}, tracked())["output_text"]
-            yield said, prompts.summary(made[::order])
+            yield said, world.join_summaries(made[::order])
 
     return summarize
 
@@ -202,7 +202,7 @@ def agent_with_tool(chat: ChatSemShareKV, rng: Random) -> Pairs:
         """Find what is known about the question."""
         question = runtime.state["messages"][0].text
         found = store.similarity_search(question, k=3)
-        return prompts.USER_WRAPS[1].format(docs=_joined(found), question=question), found
+        return world.USER_WRAPS[1].format(docs=_joined(found), question=question), found
 
     @wrap_model_call
     def look_first(request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
@@ -222,7 +222,7 @@ def agent_with_context(chat: ChatSemShareKV, rng: Random) -> Pairs:
     @dynamic_prompt
     def prompt_with_context(request: ModelRequest[Any]) -> str:
         found = store.similarity_search(request.state["messages"][-1].text, k=3)
-        return prompts.SYSTEM_WRAPS[2].format(docs=_joined(found))
+        return world.SYSTEM_WRAPS[2].format(docs=_joined(found))
 
     agent = create_agent(chat, [], middleware=[prompt_with_context])
     for question, expected in questions(rng, made):
@@ -287,7 +287,7 @@ def measured(name: str, mode: str = "auto") -> Figures:
     reports: list[ReuseReport] = []
     chat = ChatSemShareKV(engine=engine(mode, LAYOUTS[name].template), max_tokens=90)
     chat.engine.observe(reports.append)
-    right = [prompts.right_share(*pair) for pair in LAYOUTS[name].run(chat, Random(name))]
+    right = [world.share_right(*pair) for pair in LAYOUTS[name].run(chat, Random(name))]
     tokens = sum(report.prompt_tokens for report in reports)
     computed = sum(report.compute_ratio * report.prompt_tokens for report in reports)
     reused = sum(report.reused_tokens for report in reports)
