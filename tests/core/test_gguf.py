@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,33 @@ def test_converting_keeps_every_bit_reads_the_file_once_and_leaves_gguf_as_it_wa
         assert weight.dtype == torch.bfloat16 and torch.equal(converted[name], weight), name
     assert source.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert source.tokenizer("abcab").input_ids == tokenizer("abcab").input_ids == [5, 4]
+
+
+def test_a_model_of_unpacked_weights_is_an_ordinary_one(path: Path, tmp_path: Path) -> None:
+    """It can be cast, moved and written again as one that never was quantized."""
+    model = NamedModel(str(path), "cpu", torch.bfloat16, {}).load()
+    wider = {name: weight.float() for name, weight in model.state_dict().items()}
+    model = model.to(torch.float32)
+    assert all(torch.equal(weight, wider[name]) for name, weight in model.state_dict().items())
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_a_conversion_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail)  # behind the weights
+    with pytest.raises(OSError, match="No space left"):
+        convert(path, tmp_path / "kept" / "converted")
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_what_was_converted_meanwhile_stays_and_its_owner_alone_reads_it(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept" / "converted"
+    convert(path, folder)
+    assert folder.parent.stat().st_mode & 0o077 == folder.stat().st_mode & 0o077 == 0
+    before = {file.name: file.stat().st_ino for file in folder.iterdir()}
+    convert(path, folder)
+    assert {file.name: file.stat().st_ino for file in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]

@@ -42,14 +42,14 @@ def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def cached(folder: Path, cache: Path, name: str) -> dict[str, Any]:
-    """Options to read a copy of ``folder`` from a hub's cache, as ``name``."""
+def cached(folder: Path, cache: Path, name: str, revision: str = "main") -> dict[str, Any]:
+    """Options to read a copy of ``folder`` from a hub's cache, as ``name``, of which it has one revision."""
     repository = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
-    for reference in ("main", "v1"):
-        (repository / "refs" / reference).write_text(COMMIT)
-    return {"cache_dir": str(cache), "local_files_only": True}
+    (repository / "refs" / revision).write_text(COMMIT)
+    where = {"cache_dir": str(cache), "local_files_only": True}
+    return where if revision == "main" else where | {"revision": revision}
 
 
 def logits_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -85,9 +85,8 @@ def test_what_says_where_files_are_reaches_all_of_them(
         shutil.copytree(folder, tmp_path / "repo" / "fp32")
         name, options = tmp_path / "repo", {"subfolder": "fp32"}
     if "cache" in kind or kind == "revision":
-        options |= cached(Path(name), tmp_path / "cache", "acme/news")
+        options |= cached(Path(name), tmp_path / "cache", "acme/news", "v1" if kind == "revision" else "main")
         name = "acme/news"
-        options |= {"revision": "v1"} if kind == "revision" else {}
     assert_loads_as(AutoModelForCausalLM.from_pretrained(folder), name, options, tokenizer)
 
 
@@ -104,7 +103,7 @@ def test_adapters_bring_their_base(
         shutil.copytree(adapter, tmp_path / "repo" / "lora")
         name, options = tmp_path / "repo", {"subfolder": "lora"}
     elif kind in ("cache", "revision"):
-        options = cached(adapter, tmp_path / "cache", "acme/lora") | ({"revision": "v1"} if kind == "revision" else {})
+        options = cached(adapter, tmp_path / "cache", "acme/lora", "v1" if kind == "revision" else "main")
         name = "acme/lora"
     elif kind == "base in the cache":
         options = cached(folder, tmp_path / "cache", "acme/news")

@@ -112,6 +112,7 @@ OTHER_CALLS: list[tuple[str, Callable[[SemShareEngine], Any]]] = [
     *(("document_id", lambda engine, key=key: engine.forget(key)) for key in (None, "", 3, uuid.UUID(int=5), LONE)),
     ("namespace", lambda engine: engine.forget("d", namespace=3)),  # type: ignore[arg-type]
     *(("namespace", lambda engine, name=name: engine.clear(namespace=name)) for name in (3, "", LONE)),
+    ("namespace", lambda engine: engine.clear(session="s")),
     *(("session", lambda engine, name=name: engine.clear("n", session=name)) for name in (3, "")),
     *(("path", lambda engine, path=path: engine.save(path)) for path in (None, "", 3, "a\0b")),
     *(("path", lambda engine, path=path: engine.load(path)) for path in (None, "", 3)),
@@ -228,6 +229,27 @@ def with_parameters(value: Any) -> Any:
 def test_errors_of_other_calls_say_where_none_is_accepted(make_engine: EngineMaker, call: str) -> None:
     engine = make_engine()
     assert_told_of_none(partial(NONE_OR_NOT[call], engine), call)
+
+
+class Odd:
+    """What shows as text that cannot be written, or not at all."""
+
+    def __init__(self, text: str | None) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        if self.text is None:
+            raise KeyError("no text")
+        return self.text
+
+
+@pytest.mark.parametrize("text", [None, LONE, "x" * 10**6], ids=["none", "surrogate", "long"])
+def test_values_that_show_badly_are_named_as_well_as_they_can_be(make_engine: EngineMaker, text: str | None) -> None:
+    engine = make_engine("off")
+    for field in GenerateOptions.__annotations__:
+        with pytest.raises(ValueError, match=f"^{field} is .*; accepted is ") as refusal:
+            engine.generate(TEXT, **{field: Odd(text)})
+        assert len(str(refusal.value).encode()) < 2000
 
 
 def test_numpys_numbers_are_as_good_as_pythons(make_engine: EngineMaker) -> None:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 from test_parity import FIRST, engine_of, plain_tokens
 from transformers import (
     AutoModelForCausalLM,
@@ -106,6 +107,19 @@ def test_a_cache_that_loses_tokens_is_noticed(make_engine: EngineMaker, monkeypa
     with pytest.raises(UnsupportedModelError, match="other logits"):
         make_engine()
     make_engine("off")
+
+
+@pytest.mark.parametrize("vocabulary", [99, 1_000, 200_000])
+def test_how_much_logits_may_differ_does_not_depend_on_how_many_there_are(
+    make_engine: EngineMaker, vocabulary: int
+) -> None:
+    """Rounding of a tenth of a permille is none, whatever its largest part; a hundred times as much is a difference."""
+    adapter = make_engine("off")._load().adapter
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits, noise = (torch.randn(1, vocabulary, generator=generator) for _ in range(2))
+    for scale in (0.01, 1.0, 100.0):  # of the logits themselves
+        assert adapter.same_logits(scale * (logits + 1e-4 * noise), scale * logits)
+        assert not adapter.same_logits(scale * (logits + 1e-2 * noise), scale * logits)
 
 
 def test_auto_reuses_exact_prefixes_where_no_more_is_allowed_and_says_why(tokenizer) -> None:
