@@ -1,4 +1,7 @@
-"""Every block of the README is run: Python here, shell commands here or, for setting up, by ``.ci/run``."""
+"""Every block of the README and of docs/ is run, and every link in them leads somewhere.
+
+Python blocks run here; so do shell commands, but for those that set up, which ``.ci/run`` runs.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,50 @@ import pytest
 
 from semsharekv_integrations.cli.main import main
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "bash", "text"}
 ANSWERS = {"mayor of Velmar?": "Anna Kelsen", "cost in Velmar?": "42 million", "cost in Osteck?": "17 million"}
-SHELL_BLOCKS = [code for language, code in BLOCKS if language == "bash"]
 
 
-def test_only_known_languages() -> None:
-    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+def find_blocks(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each fenced block; the language is empty where none is named."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=lambda code: code.split("\n")[0][:40])
-def test_python_block_runs_and_answers(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code, str(README), "exec"), {"__name__": "readme"})
+def find_anchors(page: Path) -> set[str]:
+    """What ``#...`` may name on a page, as GitHub makes it from the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def cases(language: str) -> list[object]:
+    found = [(page, code) for page in PAGES for name, code in find_blocks(page) if name == language]
+    return [pytest.param(page, code, id=f"{page.stem}-{code.splitlines()[0][:40]}") for page, code in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_names_a_known_language(page: Path) -> None:
+    assert {language for language, _ in find_blocks(page)} <= LANGUAGES
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(find_blocks(page)), "a fence is not seen as a block"
+
+
+@pytest.mark.parametrize(("page", "code"), cases("python"))
+def test_python_block_runs_and_answers(page: Path, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, str(page), "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
     asked = [question for question in ANSWERS if question in code]
     assert asked and all(ANSWERS[question] in printed for question in asked), printed
 
 
-@pytest.mark.parametrize("code", SHELL_BLOCKS, ids=lambda code: code.split("\n")[0][:40])
-def test_shell_block(code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "code"), cases("bash"))
+def test_shell_block(
+    page: Path, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = code.strip().split("&&")[-1].split("#")[0].strip()
     program, *arguments = shlex.split(command)
-    if program.endswith("pytest"):  # this very run
+    if program.endswith("pytest") and page == README:  # this very run
         return
     assert program in ("semsharekv", ".venv/bin/semsharekv")
     monkeypatch.setattr("sys.stdin.readline", lambda: "")
@@ -43,6 +66,27 @@ def test_shell_block(code: str, capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_setup_commands_begin_alike() -> None:
-    setups = [code.strip() for code in SHELL_BLOCKS if "pip install" in code]
+    setups = [code.strip() for _, code in find_blocks(README) if "pip install" in code]
     assert len(setups) == 2
     assert all("python3 -m venv .venv" in setup and "torch==2.13.0" in setup for setup in setups)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert "://" not in target, "what is needed lies in the repository"
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in find_anchors(file), target
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked, open_pages = {README}, [README]
+    while open_pages:
+        page = open_pages.pop()
+        targets = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+        found = {(page.parent / target).resolve() for target in targets} & {page.resolve() for page in PAGES}
+        open_pages += found - linked
+        linked |= found
+    assert {page.resolve() for page in PAGES} <= {page.resolve() for page in linked}
