@@ -31,8 +31,8 @@ from semsharekv_integrations.report import (
 )
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.plan import ReusePlan
-from semsharekv_integrations.text.answer_stream import AnswerText
-from semsharekv_integrations.text.tool_calls import Said
+from semsharekv_integrations.text.answer_stream import AnswerReader
+from semsharekv_integrations.text.tool_calls import AnswerPart
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Answer:
         if len(self.first_logits) < limit:
             self.first_logits.append(logits)
 
-    def add(self, said: Said) -> None:
+    def add(self, said: AnswerPart) -> None:
         """Add text and tool calls."""
         self.text += said.text
         self.tool_calls += said.tool_calls
@@ -95,7 +95,7 @@ class Call:
     watch: Stopwatch = field(default_factory=Stopwatch)
     answer: Answer = field(default_factory=Answer)
     rendered: Rendered = field(init=False)
-    reader: AnswerText = field(init=False)
+    reader: AnswerReader = field(init=False)
     plan: ReusePlan = field(init=False)
     outcome: Outcome = field(init=False)
     kv_bytes: KVBytes = field(init=False)
@@ -128,14 +128,14 @@ class Call:
         """Documents whose deletion must drop what the store keeps of this call, and where they stand in the prompt."""
         return self.request.find_document_spans(self.rendered, self.plan.prefix)
 
-    def add_token(self, token_id: int, said: Said) -> Iterator[GenerationChunk]:
+    def add_token(self, token_id: int, said: AnswerPart) -> Iterator[GenerationChunk]:
         """Take one more token of the answer, and yield what it made certain as chunks; the first one may be empty."""
         if not self.answer.token_ids:
             self.ttft_s = self.watch.elapsed_s
         self.answer.token_ids.append(token_id)
         return self.add(said)
 
-    def add(self, said: Said) -> Iterator[GenerationChunk]:
+    def add(self, said: AnswerPart) -> Iterator[GenerationChunk]:
         """Take text and tool calls, and yield them as chunks: one of text, and one for each tool call."""
         self.answer.add(said)
         yield GenerationChunk(said.text)

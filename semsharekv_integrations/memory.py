@@ -21,8 +21,8 @@ from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.forgetting import Forgotten, UnderWay
 from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, select_within
 from semsharekv_integrations.request import make_document_id
-from semsharekv_integrations.reuse.matching import segments_of
-from semsharekv_integrations.reuse.plan import prefix_plan
+from semsharekv_integrations.reuse.matching import list_segments
+from semsharekv_integrations.reuse.plan import build_prefix_plan
 from semsharekv_integrations.runtime import Runtime
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.records import reference_id
@@ -83,7 +83,7 @@ class KnownTexts:
     """The latest documents that were named in each namespace, so that prompts need not name them again."""
 
     def __init__(self) -> None:
-        self._texts: dict[str, OrderedDict[str, str]] = {}
+        self._readers: dict[str, OrderedDict[str, str]] = {}
         self._lock = hold_at_forks(threading.Lock())
 
     def note(self, namespace: str, documents: Mapping[str, str]) -> None:
@@ -91,7 +91,7 @@ class KnownTexts:
         if not documents:
             return
         with self._lock:
-            known = self._texts.setdefault(namespace, OrderedDict())
+            known = self._readers.setdefault(namespace, OrderedDict())
             for key, text in documents.items():
                 if text.strip():
                     known[key] = text
@@ -102,25 +102,25 @@ class KnownTexts:
     def of(self, namespaces: Sequence[str]) -> dict[str, str]:
         """Texts by id; of two with one id, that of the first namespace."""
         with self._lock:
-            return {key: text for name in reversed(namespaces) for key, text in self._texts.get(name, {}).items()}
+            return {key: text for name in reversed(namespaces) for key, text in self._readers.get(name, {}).items()}
 
     def keep_only(self, namespace: str, ids: Collection[str]) -> None:
         """Drop the documents of a namespace with other ids."""
         with self._lock:
-            known = self._texts.get(namespace, OrderedDict())
+            known = self._readers.get(namespace, OrderedDict())
             for key in [key for key in known if key not in ids]:
                 del known[key]
             if not known:
-                self._texts.pop(namespace, None)
+                self._readers.pop(namespace, None)
 
     def forget(self, namespace: str | None = None, document_id: str | None = None) -> None:
         """Drop one document of a namespace, or all of it, or everything."""
         with self._lock:
-            for name in [name for name in self._texts if namespace in (None, name)]:
+            for name in [name for name in self._readers if namespace in (None, name)]:
                 if document_id is None:
-                    del self._texts[name]
+                    del self._readers[name]
                 else:
-                    self._texts[name].pop(document_id, None)
+                    self._readers[name].pop(document_id, None)
 
 
 class Memory:
@@ -178,13 +178,13 @@ class Memory:
         former = self.known.of([request.namespace]).get(key)
         is_known = former == request.documents[key]
         with self._lock:
-            texts = [] if former is None else [runtime.renderer.tokens_of(former)]
+            texts = [] if former is None else [runtime.renderer.tokenize(former)]
             forms = [] if is_known else self._store.find_forms(key, request.namespace, texts)
             dropped = self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
             if dropped or not (is_known or former is None):
                 self.under_way.tell(Forgotten(request.namespace, document_id=key, forms=forms))
         call.since = self.under_way.begin()
-        call.plan = prefix_plan(rendered.token_ids, None, runtime.num_layers, None)
+        call.plan = build_prefix_plan(rendered.token_ids, None, runtime.num_layers, None)
         runtime.execute(call)
         return self._keep(call, runtime, request.documents, **labels)
 
@@ -201,11 +201,11 @@ class Memory:
         renderer = runtime.renderer
         with self._lock:
             text = self.known.of([namespace]).get(document_id)
-            tokens = [] if text is None else [renderer.tokens_of(text)]
+            tokens = [] if text is None else [renderer.tokenize(text)]
             forms = self._store.find_forms(document_id, namespace, tokens)
             self.under_way.tell(Forgotten(namespace, document_id=document_id, forms=forms))
             self.known.forget(namespace, document_id)
-            dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=renderer.text_of)
+            dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=renderer.decode)
         self.settle()
         self._store.require_gone()
         return dropped
@@ -257,11 +257,11 @@ class Memory:
             token_ids,
             layers,
             call.outcome.exact_tokens,
-            tuple(segments_of(call.rendered)),
+            tuple(list_segments(call.rendered)),
             request.namespace,
             call.document_spans,
             request.session,
-            call.plan.document_spans(),
+            call.plan.find_document_spans(),
         )
         stored = [runtime.store.put(replace(reference, **labels)) for reference in found]
         return all(stored)
@@ -269,8 +269,8 @@ class Memory:
     def _is_forgotten(self, call: Call, runtime: Runtime) -> bool:
         """Whether something of the call was forgotten since it began. The caller holds the lock."""
         request = call.request
-        names = {*call.document_spans, *call.plan.document_spans(), *request.documents}
-        asked = (request.namespace, request.session, names, call.token_ids, runtime.renderer.text_of)
+        names = {*call.document_spans, *call.plan.find_document_spans(), *request.documents}
+        asked = (request.namespace, request.session, names, call.token_ids, runtime.renderer.decode)
         return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
 
     def _stands(self, text: str, references: Sequence[Reference]) -> bool:
@@ -278,8 +278,8 @@ class Memory:
         if self._runtime is None or not references:
             return False
         renderer = self._runtime.renderer
-        form = renderer.tokens_of(text)
-        return any(has_form(reference.token_ids, form, renderer.text_of) for reference in references)
+        form = renderer.tokenize(text)
+        return any(has_form(reference.token_ids, form, renderer.decode) for reference in references)
 
     def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> int:
         """Drop the entries that have other tokens where the document stands, and those that do not say where.

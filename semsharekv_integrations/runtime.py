@@ -30,12 +30,12 @@ from semsharekv_integrations.model.state import State
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
-from semsharekv_integrations.reuse.planner import Planner, question_of, texts_of
-from semsharekv_integrations.reuse.selection import relevance, relevant_tokens
+from semsharekv_integrations.reuse.planner import Planner, list_texts, mark_question
+from semsharekv_integrations.reuse.selection import choose_relevant_tokens, score_documents
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
-from semsharekv_integrations.text.answer_stream import AnswerText, AnswerTexts
+from semsharekv_integrations.text.answer_stream import AnswerReader, AnswerReaderFactory
 from semsharekv_integrations.text.prompt import PromptRenderer
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Runtime:
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = before.renderer if before else PromptRenderer(self.tokenizer)
         self._together = SharedDecoding(self.adapter, config.max_batch_size)
-        self._texts = AnswerTexts(self.tokenizer, self.adapter.end_ids)
+        self._readers = AnswerReaderFactory(self.tokenizer, self.adapter.end_ids)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         self._selective = selective = _make_selective_prefill(self.adapter, config.reuse)
         self.reuse = reuse = config.reuse.resolve(supported=selective is not None)
@@ -128,8 +128,8 @@ class Runtime:
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
         embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
         if config.embedder is not None:
-            embedder = SentenceEmbedder(config.embedder, self.renderer.text_of)
-        pieces = self.renderer.pieces_of
+            embedder = SentenceEmbedder(config.embedder, self.renderer.decode)
+        pieces = self.renderer.split_pieces
         self.index = SegmentIndex(embedder)
         return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config)
 
@@ -189,7 +189,7 @@ class Runtime:
             self._require_embeddings(call.rendered)
             request.require_documents(call.rendered)
             call.request = request.fit_window(call.prompt_tokens, window)
-            call.reader = self._begin_answer(call.request)
+            call.reader = self._begin_reader(call.request)
 
     def plan(self, call: Call, *, is_suspended: bool) -> None:
         """Decide what is borrowed; nothing but an exact prefix if an audit has suspended the namespace."""
@@ -256,18 +256,18 @@ class Runtime:
             accepted = f"tokens below {size}: the model has no more, so the tokenizer is not this model's"
             raise PromptError(f"prompt has token {highest} ({piece!r}); accepted is {accepted}")
 
-    def _begin_answer(self, request: Request) -> AnswerText:
-        stop = request.sampling.stop + self.renderer.stops(request.prompt)
+    def _begin_reader(self, request: Request) -> AnswerReader:
+        stop = request.sampling.stop + self.renderer.get_stops(request.prompt)
         if not request.may_call:
-            return self._texts.plain(stop, request.json_schema)
-        return self._texts.calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
+            return self._readers.begin_plain(stop, request.json_schema)
+        return self._readers.begin_calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
 
     def _shorten(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
         """Keep of ``cache`` what the question is about first, then what it attends to."""
-        texts = texts_of(rendered)
-        question = question_of(rendered, self.reuse.tail_tokens)
-        scores = relevance(rendered.token_ids, texts, question)
-        relevant = relevant_tokens(scores, texts, np.ones_like(question), self.reuse.relevance_ratio)
+        texts = list_texts(rendered)
+        question = mark_question(rendered, self.reuse.tail_tokens)
+        scores = score_documents(rendered.token_ids, texts, question)
+        relevant = choose_relevant_tokens(scores, texts, np.ones_like(question), self.reuse.relevance_ratio)
         return retainer.shorten(rendered.token_ids, question, relevant, cache)
 
 

@@ -27,11 +27,11 @@ from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.world import Document
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 from semsharekv_integrations.reuse.matching import (
-    lsh_recall,
-    mean_hamming_distance,
-    nearest_tokens,
-    paper_similarity,
-    rotated_embeddings,
+    compute_paper_similarity,
+    find_nearest_tokens,
+    measure_hamming_distance,
+    measure_lsh_recall,
+    rotate_embeddings,
 )
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SentenceEmbedder
 
@@ -54,7 +54,7 @@ class Embeddings(NamedTuple):
 
     def rotated(self, ids: TokenIds) -> torch.Tensor:
         """The rotated E-cache, [T, hidden]."""
-        return rotated_embeddings(self.matrix[torch.from_numpy(ids)], torch.arange(len(ids)), self.inverse_frequencies)
+        return rotate_embeddings(self.matrix[torch.from_numpy(ids)], torch.arange(len(ids)), self.inverse_frequencies)
 
 
 def distract(rng: Random, document: Document) -> Document:
@@ -104,7 +104,7 @@ def by_embedder(
     embedder: Embedder, encode: Callable[[str], TokenIds], stored: Sequence[str], num_stored: int
 ) -> Measure:
     """Cosine of embeddings, with the embedder fitted to the first ``num_stored`` stored documents."""
-    fitted = embedder.fitted([encode(text) for text in stored[:num_stored]])
+    fitted = embedder.fit_to([encode(text) for text in stored[:num_stored]])
 
     known: dict[str, NDArray[np.float32]] = {}
 
@@ -132,11 +132,11 @@ def by_tokens(embeddings: Embeddings, similarity: Callable[[torch.Tensor, torch.
 
 
 def mean_cosine(target: torch.Tensor, reference: torch.Tensor) -> float:
-    return float(nearest_tokens(target, reference, bits=256).cosine.mean())
+    return float(find_nearest_tokens(target, reference, bits=256).cosine.mean())
 
 
 def paper_score(target: torch.Tensor, reference: torch.Tensor) -> float:
-    return paper_similarity(mean_hamming_distance(target, reference))
+    return compute_paper_similarity(measure_hamming_distance(target, reference))
 
 
 def best_threshold(alike: Similarities, apart: Similarities) -> tuple[float, float, float]:
@@ -172,7 +172,7 @@ def print_nearest(embedders: Mapping[str, Embedder], embeddings: Embeddings, doc
     asked = [embeddings.encode(world.reword(rng, document).text) for document in documents]
     print("\n| embedder | original is nearest | over the threshold | ms to embed a document |\n|---|---|---|---|")
     for name, embedder in embedders.items():
-        fitted = embedder.fitted(stored)
+        fitted = embedder.fit_to(stored)
         vectors = fitted.embed(stored)
         start_s = time.process_time()
         similarities = fitted.embed(asked) @ vectors.T
@@ -193,11 +193,11 @@ def print_matching(embeddings: Embeddings, documents: Sequence[Document], repeat
     print("|---" * 5 + "|")
     for length in LENGTHS:
         pair = [embeddings.rotated(ids[:length]) for ids in (target, reference)]
-        exact_ms = milliseconds(lambda pair=pair: nearest_tokens(*pair), repeats)
+        exact_ms = milliseconds(lambda pair=pair: find_nearest_tokens(*pair), repeats)
         for bits in BITS:
             cells = [
-                f"{milliseconds(lambda: nearest_tokens(*pair, bits=bits, candidates=k), repeats):.1f}, "  # noqa: B023
-                f"{lsh_recall(*pair, bits=bits, candidates=k):.3f}"
+                f"{milliseconds(lambda: find_nearest_tokens(*pair, bits=bits, candidates=k), repeats):.1f}, "  # noqa: B023
+                f"{measure_lsh_recall(*pair, bits=bits, candidates=k):.3f}"
                 for k in (1, 4)
             ]
             print(f"| {len(pair[0])} | {exact_ms:.1f} | {bits} | {' | '.join(cells)} |", flush=True)

@@ -26,7 +26,7 @@ from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.layers import find_layers
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, lsh_recall, rotated_embeddings
+from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, measure_lsh_recall, rotate_embeddings
 from semsharekv_integrations.reuse.similarity import PooledEmbedder
 
 SIMILARITY = Figure("similarity", "similarity", ".2f", lambda p: p.own.extra.get("similarity"), over=lambda o: True)
@@ -66,7 +66,7 @@ class SimilarityProbe:
         stored = {key: text for reference in case.references for key, text in reference.documents.items()}
         if case.asked not in stored:
             return {}
-        fitted = self._embedder.fitted([_encode(self._tokenizer, text) for text in stored.values()])
+        fitted = self._embedder.fit_to([_encode(self._tokenizer, text) for text in stored.values()])
         texts = case.target.documents[case.asked], stored[case.asked]
         one, other = fitted.embed([_encode(self._tokenizer, text) for text in texts])
         return {"similarity": float(one @ other)}
@@ -106,11 +106,13 @@ class RecallProbe:
         if max(map(len, ids)) <= LONGEST_EXACT_TOKENS:
             return {}
         pair = [self._rotate(version) for version in ids]
-        return {name: lsh_recall(pair[0], pair[1], bits=bits) if bits else 1.0 for name, bits in self._bits.items()}
+        return {
+            name: measure_lsh_recall(pair[0], pair[1], bits=bits) if bits else 1.0 for name, bits in self._bits.items()
+        }
 
     def _rotate(self, ids: TokenIds) -> torch.Tensor:
         positions = torch.arange(len(ids), device=self._frequencies.device)
-        return rotated_embeddings(self._adapter.embed(ids), positions, self._frequencies)
+        return rotate_embeddings(self._adapter.embed(ids), positions, self._frequencies)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:

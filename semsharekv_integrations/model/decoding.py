@@ -24,8 +24,8 @@ from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.rows import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.reuse.selection import retained_shares, retained_tokens
-from semsharekv_integrations.text.grammar import AllowedTokens, Constraint, IsComplete
+from semsharekv_integrations.reuse.selection import choose_retained_tokens, compute_retained_shares
+from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion, ConstraintProcessor
 
 
 class _Prepared(NamedTuple):
@@ -116,8 +116,8 @@ class Decoder:
             self._ids,
             attention_mask=torch.ones_like(self._ids),
             custom_generate=hand_back,
-            logits_processor=LogitsProcessorList([AllowedTokens(self._constraint)] if self._constraint else []),
-            stopping_criteria=StoppingCriteriaList([IsComplete(self._constraint)] if self._constraint else []),
+            logits_processor=LogitsProcessorList([ConstraintProcessor(self._constraint)] if self._constraint else []),
+            stopping_criteria=StoppingCriteriaList([ConstraintCriterion(self._constraint)] if self._constraint else []),
             generation_config=self._generation_config(sampling),
         )
 
@@ -167,7 +167,9 @@ class Retainer:
         self._adapter = adapter
         self._selective = selective
         rules = rules.resolve()
-        self._shares = retained_shares(selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share)
+        self._shares = compute_retained_shares(
+            selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share
+        )
 
     def shorten(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:
         """What is kept of ``cache``, which itself stays as it is.
@@ -185,6 +187,6 @@ class Retainer:
         layers = []
         for layer, weights, share in zip(cache.layers, attended, self._shares, strict=True):
             first = torch.from_numpy(relevant).to(weights.device)
-            kept = retained_tokens(weights, share, first).to(layer.keys.device)
+            kept = choose_retained_tokens(weights, share, first).to(layer.keys.device)
             layers.append(LayerKV(layer.keys[:, :, kept], layer.values[:, :, kept]))
         return GatheredCache(layers).finished()

@@ -26,7 +26,7 @@ from semsharekv_integrations.model.layers import find_layers, require_reuse_off_
 from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
-from semsharekv_integrations.reuse.selection import Signal, deviation, priorities, selected
+from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens, select_tokens
 
 
 class Outcome(NamedTuple):
@@ -96,7 +96,7 @@ class _State:
             signals.append(Signal(self.attended, self.plan.attention_tokens))
         if deviations is not None:
             signals.append(Signal(deviations, self.plan.deviation_tokens))
-        self.priority = priorities(signals, self.optional)
+        self.priority = rank_tokens(signals, self.optional)
 
     def judge(self, deviations: torch.Tensor, rows: torch.Tensor) -> None:
         """Take the deviations [T] measured at ``rows`` in: rank by them, or give the reuse up."""
@@ -113,7 +113,7 @@ class _State:
     def active(self, layer: int) -> torch.Tensor:
         """[T] tokens that ``layer`` computes."""
         assert self.priority is not None, "priorities are known"
-        return self.must | selected(self.priority, self.plan.shares[layer])
+        return self.must | select_tokens(self.priority, self.plan.shares[layer])
 
 
 class SelectivePrefill:
@@ -227,7 +227,7 @@ def _choose(state: _State, cache: GatheredCache, layer: int, rows: torch.Tensor,
     if layer == plan.measured_layer:
         fresh, gathered = measure(), cache.layers[layer]
         deviations = torch.zeros_like(state.must, dtype=torch.float32)
-        deviations[rows] = deviation(fresh, gathered.take(rows)).to(rows.device)
+        deviations[rows] = measure_deviation(fresh, gathered.take(rows)).to(rows.device)
         gathered.put(rows, fresh)
         state.judge(deviations, rows)
         if state.fell_back:

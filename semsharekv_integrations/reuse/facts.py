@@ -57,7 +57,7 @@ _LEADING_SIGNS = "-–.<>~"
 _SIGNS = "%‰°"
 
 
-def guarded_tokens(pieces: Sequence[str]) -> Mask:
+def find_guarded_tokens(pieces: Sequence[str]) -> Mask:
     """Which tokens state a fact, [T]; the tokens of one word share their fate, punctuation around it stays free.
 
     Args:
@@ -75,7 +75,7 @@ def guarded_tokens(pieces: Sequence[str]) -> Mask:
     return (np.cumsum(changes)[:-1] > 0) & (np.diff(edges) > 0)
 
 
-def unlike_facts(
+def find_unlike_facts(
     token_ids: TokenIds, facts: Mask, stored_ids: TokenIds, stored_facts: Mask, positions: NDArray[np.int64]
 ) -> Mask:
     """[T] the tokens that must not be borrowed from where they are matched with.
@@ -85,7 +85,7 @@ def unlike_facts(
 
     Args:
         token_ids: [T] of the prompt.
-        facts: [T] those that state a fact, as ``guarded_tokens`` finds them.
+        facts: [T] those that state a fact, as ``find_guarded_tokens`` finds them.
         stored_ids: [S] of the stored text.
         stored_facts: [S] likewise.
         positions: [T] where in the stored text each token is matched.

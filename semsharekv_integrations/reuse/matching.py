@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, Reference, Rendered, Rotation, Segment, TokenIds, rotate
-from semsharekv_integrations.reuse.facts import guarded_tokens, unlike_facts
+from semsharekv_integrations.reuse.facts import find_guarded_tokens, find_unlike_facts
 from semsharekv_integrations.reuse.plan import Borrowing
 from semsharekv_integrations.reuse.similarity import SegmentIndex, SegmentMatch
 from semsharekv_integrations.store import KVStore
@@ -47,7 +47,7 @@ class TokenMatches(NamedTuple):
     cosine: NDArray[np.float32]
 
 
-def rotated_embeddings(
+def rotate_embeddings(
     embeddings: torch.Tensor, positions: torch.Tensor, inverse_frequencies: torch.Tensor
 ) -> torch.Tensor:
     """RoPE applied to token embeddings, as the model applies it to keys; float32.
@@ -75,7 +75,7 @@ def rotated_embeddings(
     return torch.cat([rotated, embeddings[:, num_heads * width :].float()], dim=1)  # [T, hidden]
 
 
-def nearest_tokens(
+def find_nearest_tokens(
     target: torch.Tensor, reference: torch.Tensor, *, bits: int | None = None, candidates: int = 4
 ) -> TokenMatches:
     """The nearest reference token of every target token, by cosine. The same input always gives the same matches.
@@ -103,24 +103,24 @@ def nearest_tokens(
     return _matches(positions.gather(1, best[:, None])[:, 0], cosine)
 
 
-def lsh_recall(target: torch.Tensor, reference: torch.Tensor, *, bits: int, candidates: int = 4) -> float:
+def measure_lsh_recall(target: torch.Tensor, reference: torch.Tensor, *, bits: int, candidates: int = 4) -> float:
     """Share of target tokens [T] whose match by ``bits`` hash bits is as near as the nearest of all, 0 to 1."""
-    exact = nearest_tokens(target, reference)
-    hashed = nearest_tokens(target, reference, bits=bits, candidates=candidates)
+    exact = find_nearest_tokens(target, reference)
+    hashed = find_nearest_tokens(target, reference, bits=bits, candidates=candidates)
     return float(np.mean(hashed.cosine >= exact.cosine - _EQUAL_COSINE))
 
 
-def mean_hamming_distance(target: torch.Tensor, reference: torch.Tensor, *, bits: int = PAPER_BITS) -> float:
+def measure_hamming_distance(target: torch.Tensor, reference: torch.Tensor, *, bits: int = PAPER_BITS) -> float:
     """Hash bits in which a target token differs from the nearest reference token, on average; 0 to ``bits``."""
     distances, _ = _search(normalize(target.float(), dim=1), normalize(reference.float(), dim=1), bits, 1)
     return float(distances.mean())
 
 
-def paper_similarity(distance: float) -> float:
+def compute_paper_similarity(distance: float) -> float:
     """``clip(1 - distance / 30, 0, 1)``, the similarity by which mode ``paper`` picks its reference; 1 is alike.
 
     The formula is reported by readers of the paper, with a loss of quality below about 0.8. Not confirmed against the
-    paper: what the distance is. Taken here is ``mean_hamming_distance`` with 64 bits, where unrelated directions are
+    paper: what the distance is. Taken here is ``measure_hamming_distance`` with 64 bits, where unrelated directions are
     32 bits apart, which would make 30 a natural scale.
     """
     return float(np.clip(1 - distance / PAPER_DISTANCE_SCALE, 0, 1))
@@ -189,7 +189,7 @@ class FuzzyMatcher:
         self._frequencies = _usual_frequencies() if inverse_frequencies is None else inverse_frequencies
         self._rules = rules.resolve()
 
-    def segment_matches(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
+    def match_segments(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
         """Matches of each segment that is mostly uncovered with the stored one nearest to it, if that is near enough.
 
         Args:
@@ -197,7 +197,7 @@ class FuzzyMatcher:
             open_tokens: [T] without a source so far; nothing else is matched.
             namespace: the only one looked at.
         """
-        wanted = [s for s in segments_of(rendered) if open_tokens[s.start : s.stop].mean() > 1 - MOST_COVERED]
+        wanted = [s for s in list_segments(rendered) if open_tokens[s.start : s.stop].mean() > 1 - MOST_COVERED]
         if not wanted:
             return []
         texts = [rendered.token_ids[s.start : s.stop] for s in wanted]
@@ -222,14 +222,14 @@ class FuzzyMatcher:
     def _nearest(self, texts: Sequence[TokenIds], namespace: str) -> list[list[SegmentMatch]]:
         """For each text the stored passage of one namespace that is most like it, or none."""
         self._index.sync(self._store.references(namespace), namespace)
-        return self._index.nearest(texts, namespace)
+        return self._index.find_nearest(texts, namespace)
 
-    def prompt_matches(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
+    def match_prompt(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
         """Matches of the whole prompt with the stored one most alike by LSH distance, if it is alike enough."""
         whole = Segment("", 0, len(rendered.token_ids))
         target = self._embed(rendered.token_ids)
         candidates = [
-            (paper_similarity(mean_hamming_distance(target, self._embed(reference.token_ids))), reference)
+            (compute_paper_similarity(measure_hamming_distance(target, self._embed(reference.token_ids))), reference)
             for name in self._store.list_readable(namespace)
             for reference in self._store.references(name)[-MOST_CANDIDATES:]
         ]
@@ -248,11 +248,11 @@ class FuzzyMatcher:
         """The tokens of one segment that find an alike one in ``stored``, guarded facts left out."""
         ids, known = rendered.token_ids[segment.start : segment.stop], reference.token_ids[stored.start : stored.stop]
         bits = self._rules.lsh_bits if max(len(ids), len(known)) > LONGEST_EXACT_TOKENS else 0
-        matches = nearest_tokens(self._rotated(ids), self._rotated(known), bits=bits or None)
+        matches = find_nearest_tokens(self._rotated(ids), self._rotated(known), bits=bits or None)
         refused = ~open_tokens[segment.start : segment.stop] | (matches.cosine < self._rules.min_token_similarity)
         if self._rules.guard_facts:
-            facts, stored_facts = (guarded_tokens(self._pieces(text)) for text in (ids, known))
-            refused |= unlike_facts(ids, facts, known, stored_facts, matches.positions)
+            facts, stored_facts = (find_guarded_tokens(self._pieces(text)) for text in (ids, known))
+            refused |= find_unlike_facts(ids, facts, known, stored_facts, matches.positions)
         targets = np.flatnonzero(~refused)
         if len(targets):
             sources = stored.start + matches.positions[targets]
@@ -260,10 +260,10 @@ class FuzzyMatcher:
 
     def _rotated(self, token_ids: TokenIds) -> torch.Tensor:
         positions = torch.arange(len(token_ids), device=self._frequencies.device)
-        return rotated_embeddings(self._embed(token_ids), positions, self._frequencies)
+        return rotate_embeddings(self._embed(token_ids), positions, self._frequencies)
 
 
-def segments_of(rendered: Rendered) -> list[Segment]:
+def list_segments(rendered: Rendered) -> list[Segment]:
     """The documents of a prompt, and its passages that overlap none of them."""
     free = [p for p in rendered.passages if not any(p.start < d.stop and d.start < p.stop for d in rendered.segments)]
     return sorted([*rendered.segments, *free], key=lambda segment: segment.start)

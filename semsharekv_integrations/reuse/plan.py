@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
-from semsharekv_integrations.reuse.selection import geometric_shares, relevance, relevant_tokens
+from semsharekv_integrations.reuse.selection import choose_relevant_tokens, score_documents, spread_shares
 
 PROJECTION_SHARE = (
     0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
@@ -77,7 +77,7 @@ class ReusePlan:
         """Length of the reused prefix."""
         return self.prefix.num_tokens if self.prefix else 0
 
-    def document_spans(self) -> dict[str, Span]:
+    def find_document_spans(self) -> dict[str, Span]:
         """The documents that borrowed KV may come from: each stands from the first token on that borrows from it.
 
         KV comes from its own token and from those before it, so what stands behind in the same reference has no part.
@@ -184,8 +184,8 @@ def build_plan(
     must[:start] = False
     optional = ~must
     optional[:start] = False
-    scores = relevance(token_ids, segments, question)
-    relevant = relevant_tokens(scores, segments, optional, rules.relevance_ratio)
+    scores = score_documents(token_ids, segments, question)
+    relevant = choose_relevant_tokens(scores, segments, optional, rules.relevance_ratio)
     num_optional = 0 if relevant.any() else int(optional.sum())
     return ReusePlan(
         token_ids,
@@ -197,14 +197,14 @@ def build_plan(
         num_layers,
         attention_tokens=int(np.ceil(rules.attention_ratio * num_optional)),
         deviation_tokens=int(np.ceil(rules.deviation_ratio * num_optional)),
-        shares=geometric_shares(num_layers, 1.0, rules.final_share),
+        shares=spread_shares(num_layers, 1.0, rules.final_share),
         full_layers=min(rules.full_layers, num_layers),
         max_deviation=rules.max_deviation,
         rotate_keys=rules.rotate_keys,
     )
 
 
-def worthwhile(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
+def decline_if_costly(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
     """``plan``, or its exact prefix alone where borrowing more is predicted to save too little."""
     reason = None
     left = 1 - plan.prefix_tokens / len(plan.token_ids)
@@ -213,10 +213,12 @@ def worthwhile(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
     elif plan.predicted_compute_ratio > rules.resolve().max_compute_ratio * left:
         share = plan.predicted_compute_ratio / left
         reason = f"predicted to compute {share:.0%} of what the prefix leaves, above max_compute_ratio"
-    return plan if reason is None else prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
+    return plan if reason is None else build_prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
 
 
-def prefix_plan(token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None) -> ReusePlan:
+def build_prefix_plan(
+    token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None
+) -> ReusePlan:
     """Nothing but the prefix is borrowed; ``declined`` says why."""
     behind = np.arange(len(token_ids)) >= (prefix.num_tokens if prefix else 0)
     none = np.zeros_like(behind)

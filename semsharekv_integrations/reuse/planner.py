@@ -10,7 +10,7 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, PrefixMatch, Rendered, Run
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
-from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, prefix_plan, worthwhile
+from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, build_prefix_plan, decline_if_costly
 from semsharekv_integrations.store import KVStore
 
 LONGEST_QUESTION_TOKENS = 64
@@ -58,17 +58,17 @@ class Planner:
         watch = watch or Stopwatch()
         token_ids, approximate = rendered.token_ids, self._config.is_approximate
         if self._config.mode == "off":
-            return prefix_plan(token_ids, None, self._num_layers, None)
+            return build_prefix_plan(token_ids, None, self._num_layers, None)
         if self._max_tokens is not None and len(token_ids) > self._max_tokens:
             reason = f"beyond {self._max_tokens} tokens the model rotates keys by other frequencies"
-            return prefix_plan(token_ids, None, self._num_layers, reason)
+            return build_prefix_plan(token_ids, None, self._num_layers, reason)
         stopped = f"audit suspended reuse in namespace {namespace!r}" if suspended else None
         if stopped and not approximate:
-            return prefix_plan(token_ids, None, self._num_layers, stopped)
+            return build_prefix_plan(token_ids, None, self._num_layers, stopped)
         with watch.phase("lookup"):
             prefix, declined = self._prefix(rendered, namespace, None if suspended else session)
         if stopped or not approximate:
-            return prefix_plan(token_ids, prefix, self._num_layers, stopped or declined)
+            return build_prefix_plan(token_ids, prefix, self._num_layers, stopped or declined)
         return self._approximate(rendered, namespace, prefix, watch)
 
     def _prefix(self, rendered: Rendered, namespace: str, session: str | None) -> tuple[PrefixMatch | None, str | None]:
@@ -90,7 +90,7 @@ class Planner:
         if self._config.indexed_run_tokens is not None:
             with watch.phase("lookup"):
                 runs = self._store.find_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
-        question = question_of(rendered, self._rules.tail_tokens)
+        question = mark_question(rendered, self._rules.tail_tokens)
         question[:start] = False
         matches = []
         if self._matcher is not None:
@@ -98,7 +98,7 @@ class Planner:
             open_tokens[:start] = False
             for run in runs:
                 open_tokens[run.start : run.start + run.num_tokens] = False
-            find = self._matcher.prompt_matches if self._config.mode == "paper" else self._matcher.segment_matches
+            find = self._matcher.match_prompt if self._config.mode == "paper" else self._matcher.match_segments
             with watch.phase("match"):
                 matches = find(rendered, open_tokens, namespace)
         with watch.phase("plan"):
@@ -106,7 +106,7 @@ class Planner:
             if matches and runs:
                 without = self._built(rendered, prefix, runs, [], question)  # which needs no full layers
                 plan = min(plan, without, key=lambda either: either.predicted_compute_ratio)
-            return worthwhile(plan, self._rules)
+            return decline_if_costly(plan, self._rules)
 
     def _built(
         self,
@@ -117,16 +117,16 @@ class Planner:
         question: Mask,
     ) -> ReusePlan:
         rules = self._rules if matches else self._rules.drop_fuzzy()
-        texts = texts_of(rendered)
+        texts = list_texts(rendered)
         return build_plan(rendered.token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
 
 
-def texts_of(rendered: Rendered) -> list[tuple[int, int]]:
+def list_texts(rendered: Rendered) -> list[tuple[int, int]]:
     """What may be relevant to the question, as (start, stop): the documents, or the passages where none are known."""
     return [(segment.start, segment.stop) for segment in rendered.segments or rendered.passages]
 
 
-def question_of(rendered: Rendered, tail_tokens: int) -> Mask:
+def mark_question(rendered: Rendered, tail_tokens: int) -> Mask:
     """[T] the tokens that the answer hangs on: the last user turn outside of documents, else the last passage.
 
     At most the last ``LONGEST_QUESTION_TOKENS`` of it, and always the prompt's last ``tail_tokens``.

@@ -34,7 +34,7 @@ from torch.nn.functional import max_pool1d
 from semsharekv_integrations.kv import Mask, TokenIds
 
 
-def geometric_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
+def spread_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
     """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
 
     Neither is negative. A ``last`` of 0 leaves nothing after the first layer.
@@ -54,7 +54,7 @@ class Signal(NamedTuple):
     quota_tokens: int
 
 
-def priorities(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
+def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
     """[T] each token's best rank over the signals, as a share of their quotas; infinity if not ``eligible`` [T]."""
     best = torch.full(eligible.shape, float("inf"), device=eligible.device)
     places = eligible.nonzero()[:, 0]
@@ -66,12 +66,12 @@ def priorities(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tenso
     return best
 
 
-def selected(priority: torch.Tensor, share: float) -> torch.Tensor:
+def select_tokens(priority: torch.Tensor, share: float) -> torch.Tensor:
     """The tokens [T] that are kept when ``share`` of every quota is left."""
     return priority < share
 
 
-def deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
+def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
     """How far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
 
     The L2 norms of both differences, each as a share of the mean norm of the fresh ones, summed (the paper adds the
@@ -94,7 +94,7 @@ LEAST_OF_BEST = 0.5  # score of a document that counts, as a share of the best o
 _SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
 
 
-def relevance(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
+def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
     """[T] for each token its segment's BM25 score to the question; 0 where they share nothing that others have not.
 
     Args:
@@ -119,7 +119,7 @@ def _inverse_frequencies(asked: set[int], texts: Sequence[Counter[int]]) -> dict
     return {token_id: log(len(texts) / count) for token_id, count in found.items() if 0 < count < len(texts)}
 
 
-def relevant_tokens(
+def choose_relevant_tokens(
     scores: NDArray[np.float32], segments: Sequence[tuple[int, int]], eligible: Mask, ratio: float
 ) -> Mask:
     """[T] the ``eligible`` tokens of the segments with the highest scores.
@@ -129,7 +129,7 @@ def relevant_tokens(
     with its question cannot be told from the rest.
 
     Args:
-        scores: [T] as ``relevance`` gives them.
+        scores: [T] as ``score_documents`` gives them.
         segments: that they are of.
         eligible: [T] tokens that count and that may be chosen.
         ratio: 0 to 1.
@@ -153,7 +153,7 @@ NEIGHBOURHOOD_TOKENS = 7  # that stay or go together, as in SnapKV (arXiv 2404.1
 _HALVINGS = 40
 
 
-def retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[float, ...]:
+def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[float, ...]:
     """The share of the tokens that each layer keeps, ``ratio`` on average.
 
     Args:
@@ -162,7 +162,7 @@ def retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[
         final_share: what the last layer keeps as a multiple of what the first one keeps, where none keeps more than
             all: 1 is the same everywhere, less decays exponentially with depth, more grows.
     """
-    shape = geometric_shares(num_layers, 1.0, final_share)
+    shape = spread_shares(num_layers, 1.0, final_share)
     low, high = 0.0, 1 / min(shape)
     for _ in range(_HALVINGS):  # the average grows with the scale
         scale = (low + high) / 2
@@ -173,7 +173,7 @@ def retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[
     return tuple(min(1.0, high * share) for share in shape)
 
 
-def retained_tokens(attended: torch.Tensor, share: float, relevant: torch.Tensor | None = None) -> torch.Tensor:
+def choose_retained_tokens(attended: torch.Tensor, share: float, relevant: torch.Tensor | None = None) -> torch.Tensor:
     """Positions [N], ascending, of the tokens to keep.
 
     Args:

@@ -37,7 +37,7 @@ _SAMPLED_TOKENS = 16_384
 _FLOOR = 0.01  # share of the mean variance that is added to every direction's
 
 
-def whitening(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_whitening(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [hidden] of token embeddings [V, hidden], and the map [hidden, W] behind which all directions vary alike.
 
     Wide embeddings are first projected at random, and large vocabularies sampled evenly, to keep it cheap.
@@ -81,7 +81,7 @@ class Embedder(Protocol):
     def embed(self, token_ids: Sequence[TokenIds]) -> Vectors:
         """One vector for each segment, [N, W], of norm 1; the same tokens give the same vector up to rounding."""
 
-    def fitted(self, stored: Sequence[TokenIds]) -> Embedder:
+    def fit_to(self, stored: Sequence[TokenIds]) -> Embedder:
         """An embedder fitted to the segments of one namespace, or itself; embeddings of the two do not compare."""
 
 
@@ -100,7 +100,7 @@ class PooledEmbedder:
     def __init__(self, embedding_matrix: torch.Tensor, threshold: float = POOLED_THRESHOLD) -> None:
         self.threshold = threshold
         self._matrix = embedding_matrix.detach()
-        self._centre, self._whitening = whitening(self._matrix)
+        self._centre, self._whitening = compute_whitening(self._matrix)
         self._counts: Counter[int] = Counter()  # token -> number of stored segments that have it
         self._num_segments = 0
 
@@ -109,7 +109,7 @@ class PooledEmbedder:
         pooled = torch.stack([self._pooled(ids) for ids in token_ids])  # [N, W]
         return normalize(pooled, dim=1).cpu().numpy()
 
-    def fitted(self, stored: Sequence[TokenIds]) -> PooledEmbedder:
+    def fit_to(self, stored: Sequence[TokenIds]) -> PooledEmbedder:
         """One that weights tokens by how few of the stored segments have them; it shares the matrix."""
         other = copy(self)
         other._counts = Counter(token_id for ids in stored for token_id in np.unique(ids).tolist())
@@ -160,7 +160,7 @@ class SentenceEmbedder:
         vectors = self._loaded().encode(texts, normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
-    def fitted(self, stored: Sequence[TokenIds]) -> SentenceEmbedder:
+    def fit_to(self, stored: Sequence[TokenIds]) -> SentenceEmbedder:
         """Itself: there is nothing to fit."""
         return self
 
@@ -226,7 +226,7 @@ class SegmentIndex:
             if not group.references:
                 del self._namespaces[namespace]
 
-    def nearest(self, token_ids: Sequence[TokenIds], namespace: str, *, k: int = 1) -> list[list[SegmentMatch]]:
+    def find_nearest(self, token_ids: Sequence[TokenIds], namespace: str, *, k: int = 1) -> list[list[SegmentMatch]]:
         """For each segment up to ``k`` stored ones of ``namespace`` with different texts, most alike first.
 
         Nothing is filtered: whether a match is near enough is told by the embedder's ``threshold``. Of the references
@@ -281,7 +281,7 @@ class SegmentIndex:
                 group.owners[row][reference.id, segment] = None
         new = [row for row in group.token_ids if row >= first_new]
         if not max(1, group.fitted_rows // 2) <= len(group.rows) < 2 * group.fitted_rows and group.rows:
-            fitted = self.embedder.fitted(list(group.token_ids.values()))
+            fitted = self.embedder.fit_to(list(group.token_ids.values()))
             group.fitted_rows = len(group.rows)
             if fitted is not group.embedder:
                 group.embedder, group.vectors, new = fitted, None, list(group.token_ids)

@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from semsharekv_integrations.text.grammar import Constraint, Grammars
-from semsharekv_integrations.text.tool_calls import Said, ToolCallParser
+from semsharekv_integrations.text.grammar import Constraint, GrammarFactory
+from semsharekv_integrations.text.tool_calls import AnswerPart, ToolCallParser
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
 
-class AnswerText:
+class AnswerReader:
     """The text and the tool calls of one answer as it grows.
 
     Args:
@@ -37,16 +37,16 @@ class AnswerText:
         """Whether a stop string ended it."""
         return self._stream.stopped
 
-    def push(self, token_id: int) -> Said:
+    def push(self, token_id: int) -> AnswerPart:
         """What became certain with this token."""
-        return Said(self._stream.push(token_id))
+        return AnswerPart(self._stream.push(token_id))
 
-    def finish(self) -> Said:
+    def finish(self) -> AnswerPart:
         """What was held back until now."""
-        return Said(self._stream.finish())
+        return AnswerPart(self._stream.finish())
 
 
-class CallingText(AnswerText):
+class CallingText(AnswerReader):
     """An answer that may hold tool calls. Stop strings end its visible text; within a call they mean nothing.
 
     Args:
@@ -68,20 +68,20 @@ class CallingText(AnswerText):
         """Whether a stop string ended it."""
         return self._stream.stopped or self._stop.stopped
 
-    def push(self, token_id: int) -> Said:
+    def push(self, token_id: int) -> AnswerPart:
         """What became certain with this token."""
         text, calls = self._parser.push(self._stream.push(token_id))
-        return Said(self._stop.push(text), calls)
+        return AnswerPart(self._stop.push(text), calls)
 
-    def finish(self) -> Said:
+    def finish(self) -> AnswerPart:
         """What was held back until now; nothing if a stop string ended the visible text."""
         if self._stop.stopped:
-            return Said()
+            return AnswerPart()
         first, last = self._parser.push(self._stream.finish()), self._parser.finish()
-        return Said(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
+        return AnswerPart(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
 
 
-class AnswerTexts:
+class AnswerReaderFactory:
     """Begins the answers of one model.
 
     Args:
@@ -92,19 +92,21 @@ class AnswerTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._special = special_tokens(tokenizer)
-        self._grammars = Grammars(tokenizer, end_ids)
+        self._grammars = GrammarFactory(tokenizer, end_ids)
 
-    def plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerText:
+    def begin_plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerReader:
         """An answer without tool calls, of nothing yet; JSON of ``json_schema`` if that is not None.
 
         Raises:
             ValueError: if it is no schema, or nothing can be valid.
             UnsupportedModelError: if it is there, and the tokenizer does not allow it.
         """
-        constraint = None if json_schema is None else self._grammars.json(json_schema)
-        return AnswerText(TextStream(self._tokenizer, stop, special=self._special), constraint)
+        constraint = None if json_schema is None else self._grammars.build_json(json_schema)
+        return AnswerReader(TextStream(self._tokenizer, stop, special=self._special), constraint)
 
-    def calling(self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str) -> AnswerText:
+    def begin_calling(
+        self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str
+    ) -> AnswerReader:
         """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
 
         Raises:
@@ -112,18 +114,18 @@ class AnswerTexts:
         """
         by_name = {tool["function"]["name"]: tool for tool in tools}
         special = [text for text in stop if any(token in text for token in self._special.values())]
-        stream = TextStream(self._tokenizer, special, tool_format.marks(self._tokenizer), self._special, stop)
+        stream = TextStream(self._tokenizer, special, tool_format.find_marks(self._tokenizer), self._special, stop)
         constraint = self._held_to_calls(tool_format, by_name, choice)
         return CallingText(stream, constraint, ToolCallParser(tool_format, by_name), stop)
 
     def _held_to_calls(self, tool_format: ToolFormat, tools: Mapping[str, Tool], choice: str) -> Constraint | None:
         """A call where one is wanted; where it is up to the model, only if a call's beginning cannot be mistaken."""
         if choice == "any":
-            return self._grammars.forced_calls(tool_format, list(tools.values()))
+            return self._grammars.build_forced_calls(tool_format, list(tools.values()))
         if choice != "auto":
-            return self._grammars.forced_calls(tool_format, [tools[choice]])
+            return self._grammars.build_forced_calls(tool_format, [tools[choice]])
         unmistakable = bool(tool_format.opening) and self._grammars.is_possible
-        return self._grammars.opened_calls(tool_format, list(tools.values())) if unmistakable else None
+        return self._grammars.build_opened_calls(tool_format, list(tools.values())) if unmistakable else None
 
 
 _INCOMPLETE = "\ufffd"

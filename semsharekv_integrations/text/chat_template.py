@@ -24,7 +24,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.errors import PromptError
-from semsharekv_integrations.text.tool_calls import native_messages, plain_messages
+from semsharekv_integrations.text.tool_calls import convert_messages, flatten_messages
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
 _REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -37,7 +37,7 @@ _PARTS_AS_TEXT = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # by a template
 _SPEAKERS = ("user", "system", "assistant")  # of plain lines
 
 
-class ChatText:
+class ChatTemplate:
     """Renders messages with one tokenizer's template; safe to use from several threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -46,7 +46,7 @@ class ChatText:
     @cached_property
     def tool_format(self) -> ToolFormat:
         """How the model writes tool calls."""
-        return ToolFormat.of(self._tokenizer)
+        return ToolFormat.learn(self._tokenizer)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class ChatText:
             return ()
         return tuple(f"\n{name}:" for role in _SPEAKERS for name in (role, role.capitalize()))
 
-    def of(self, messages: Messages, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None) -> str:
+    def render(self, messages: Messages, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None) -> str:
         """The text of checked messages; a last assistant message is left open, to be continued.
 
         Args:
@@ -68,13 +68,13 @@ class ChatText:
         """
         template = self._tokenizer.chat_template
         if "developer" not in str(template):
-            messages = without_developer(messages)
+            messages = replace_developer(messages)
         if variables:
             self._warn_of_unread(variables)
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         form = self.tool_format if has_tools else ToolFormat()
         if has_tools and not form.is_native:
-            messages, tools = plain_messages(messages, tools, form), ()
+            messages, tools = flatten_messages(messages, tools, form), ()
         if template is None:
             return _plain_lines(messages)
         return self._first_whole(_also_in_parts(self._forms(messages, form)), tools, variables or {})
@@ -82,9 +82,9 @@ class ChatText:
     def _forms(self, messages: Messages, form: ToolFormat) -> Iterator[Messages]:
         """Of the messages, the least changed first; at last those in which calls and results are text."""
         if not form.is_native:
-            return foldings(messages)
-        as_text = (folded for plain in [plain_messages(messages, (), form)] for folded in foldings(plain))
-        with_calls = (native_messages(folded, form) for folded in foldings(messages))
+            return fold_messages(messages)
+        as_text = (folded for plain in [flatten_messages(messages, (), form)] for folded in fold_messages(plain))
+        with_calls = (convert_messages(folded, form) for folded in fold_messages(messages))
         return chain(with_calls, as_text if any(m["role"] == "tool" or "tool_calls" in m for m in messages) else ())
 
     def _first_whole(self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
@@ -198,7 +198,7 @@ Messages = list[dict[str, Any]]
 _SILENCE = "..."  # what an empty turn of the user's says where a template wants words
 
 
-def foldings(messages: Messages) -> Iterator[Messages]:
+def fold_messages(messages: Messages) -> Iterator[Messages]:
     """The messages as they are, then each form that differs from the one before."""
     yield messages
     for step in _STEPS:
@@ -208,7 +208,7 @@ def foldings(messages: Messages) -> Iterator[Messages]:
             yield messages
 
 
-def without_developer(messages: Messages) -> Messages:
+def replace_developer(messages: Messages) -> Messages:
     """Messages of the developer as those of the system."""
     return [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
 

@@ -61,7 +61,7 @@ class Constraint:
         """One more token of the answer.
 
         Raises:
-            SemShareError: if it is none that ``allowed`` named.
+            SemShareError: if it is none that ``find_allowed`` named.
         """
         if self._matcher.consume_token(token_id):
             return
@@ -69,7 +69,7 @@ class Constraint:
             raise SemShareError(f"the answer left its grammar: {self._matcher.get_error()}")
         self._matcher = self._fresh.deep_copy()  # a special token in free text: look for calls behind it
 
-    def allowed(self, vocab_size: int) -> torch.Tensor | None:
+    def find_allowed(self, vocab_size: int) -> torch.Tensor | None:
         """Which tokens may come next, [V], or None for all."""
         if self._fresh is not None and self._matcher.is_accepting():
             return None
@@ -80,7 +80,7 @@ class Constraint:
         return torch.from_numpy(np.pad(allowed, (0, vocab_size - len(allowed))))
 
 
-class AllowedTokens(LogitsProcessor):
+class ConstraintProcessor(LogitsProcessor):
     """Leaves scores [B, V] to the tokens that a constraint allows."""
 
     def __init__(self, constraint: Constraint) -> None:
@@ -88,7 +88,7 @@ class AllowedTokens(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores; equal ones for what is allowed if the model's own settings forbid all of it."""
-        allowed = self._constraint.allowed(scores.shape[-1])
+        allowed = self._constraint.find_allowed(scores.shape[-1])
         if allowed is None:
             return scores
         allowed = allowed.to(scores.device)
@@ -96,7 +96,7 @@ class AllowedTokens(LogitsProcessor):
         return left if torch.isfinite(left).any() else torch.where(allowed, 0.0, left)
 
 
-class IsComplete(StoppingCriteria):
+class ConstraintCriterion(StoppingCriteria):
     """Tells a constraint of every token, and stops when it is complete."""
 
     def __init__(self, constraint: Constraint) -> None:
@@ -108,7 +108,7 @@ class IsComplete(StoppingCriteria):
         return torch.tensor([self._constraint.is_complete], device=input_ids.device)
 
 
-class Grammars:
+class GrammarFactory:
     """Makes the constraints of one model's answers; safe to use from several threads.
 
     Args:
@@ -121,7 +121,7 @@ class Grammars:
         self._end_ids = list(end_ids)
         self._lock = hold_at_forks(threading.Lock())
         self._wrapped: LLTokenizer | str | None = None
-        self._schemas = HeldSchemas(self._fault_of)
+        self._schemas = SchemaJudge(self._fault_of)
 
     @property
     def is_possible(self) -> bool:
@@ -132,7 +132,7 @@ class Grammars:
             return False
         return True
 
-    def json(self, schema: Mapping[str, Any]) -> Constraint:
+    def build_json(self, schema: Mapping[str, Any]) -> Constraint:
         """JSON of ``schema`` and nothing else. What no grammar can hold to is left out, with a warning.
 
         Raises:
@@ -140,12 +140,12 @@ class Grammars:
             UnsupportedModelError: if the tokenizer does not allow it.
         """
         self._llguidance()
-        held = self._schemas.of("json_schema", schema)
+        held = self._schemas.judge("json_schema", schema)
         if held.schema is None:
             raise ValueError(f"json_schema is {reprlib.repr(schema)}; accepted is a schema: {held.fault}")
         return Constraint(self._matcher(_json_grammar(held.schema)))
 
-    def forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
+    def build_forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
         """One call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it, only.
 
         Raises:
@@ -153,7 +153,7 @@ class Grammars:
         """
         return Constraint(self._calls(tool_format, tools, CallGrammar.forced))
 
-    def opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
+    def build_opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
         """Free text, in which a call that has been opened is a valid one, as far as a grammar can hold to it."""
         return Constraint(self._calls(tool_format, tools, CallGrammar.opened), on_trigger=True)
 
@@ -167,7 +167,7 @@ class Grammars:
         }
         names = [tool["function"]["name"] for tool in tools]
         parameters = [tool["function"]["parameters"] for tool in tools]
-        held = [self._schemas.of(f"tool {name!r}", schema) for name, schema in zip(names, parameters, strict=True)]
+        held = [self._schemas.judge(f"tool {name!r}", schema) for name, schema in zip(names, parameters, strict=True)]
         for name, judged in zip(names, held, strict=True):
             if judged.schema is None:
                 warnings.warn(f"calls of tool {name!r} are held to no schema: {judged.fault}", stacklevel=2)
@@ -295,7 +295,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+def close_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """``schema`` without properties that it does not name, wherever it says nothing of others.
 
     Schemas that combine several with ``allOf`` stay as they are, since closing each would leave nothing.
@@ -325,14 +325,14 @@ ANY_OBJECT: dict[str, Any] = {"type": "object", "x-guidance": STYLE}
 _MOST_JUDGED = 4096
 
 
-class HeldSchema(NamedTuple):
+class JudgedSchema(NamedTuple):
     """What a grammar is made of, with llguidance's options in it; ``fault`` is why that is not the whole schema."""
 
     schema: dict[str, Any] | None
     fault: str = ""
 
 
-class HeldSchemas:
+class SchemaJudge:
     """Judges schemas, each once; safe to use from several threads.
 
     Args:
@@ -341,10 +341,10 @@ class HeldSchemas:
 
     def __init__(self, fault_of: Callable[[Mapping[str, Any]], str]) -> None:
         self._fault_of = fault_of
-        self._judged: dict[str, HeldSchema] = {}
+        self._judged: dict[str, JudgedSchema] = {}
         self._lock = hold_at_forks(threading.Lock())
 
-    def of(self, name: str, schema: Mapping[str, Any]) -> HeldSchema:
+    def judge(self, name: str, schema: Mapping[str, Any]) -> JudgedSchema:
         """As much of ``schema`` as can be held to, or None; ``name`` is what the warning calls it.
 
         Raises:
@@ -367,16 +367,16 @@ class HeldSchemas:
             self._judged[text] = judged
         return judged
 
-    def _judge(self, schema: Mapping[str, Any]) -> HeldSchema:
+    def _judge(self, schema: Mapping[str, Any]) -> JudgedSchema:
         endless = _endless_reference(schema)
         if endless is not None:
-            return HeldSchema(None, f"$ref {endless!r} leads back to itself")
-        whole = closed(schema) | {"x-guidance": STYLE}
+            return JudgedSchema(None, f"$ref {endless!r} leads back to itself")
+        whole = close_schema(schema) | {"x-guidance": STYLE}
         fault = self._fault_of(whole)
         if not fault:
-            return HeldSchema(whole)
+            return JudgedSchema(whole)
         relaxed = self._readable(whole) | {"x-guidance": STYLE | {"lenient": True}}
-        return HeldSchema(None if self._fault_of(relaxed) else relaxed, fault)
+        return JudgedSchema(None if self._fault_of(relaxed) else relaxed, fault)
 
     def _readable(self, value: Any) -> Any:
         """``value`` without the patterns that cannot be read."""

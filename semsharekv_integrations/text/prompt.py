@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.errors import ContextWindowError, PromptError
 from semsharekv_integrations.kv import Rendered, Segment, TokenIds
-from semsharekv_integrations.text.chat_template import ChatText
-from semsharekv_integrations.text.tool_calls import checked_message
+from semsharekv_integrations.text.chat_template import ChatTemplate
+from semsharekv_integrations.text.tool_calls import check_message
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
 Message = Mapping[str, Any]
@@ -34,7 +34,7 @@ class PromptRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._chat = ChatText(tokenizer)
+        self._chat = ChatTemplate(tokenizer)
         self._pieces: dict[int, str] = {}
 
     @property
@@ -42,7 +42,7 @@ class PromptRenderer:
         """How the model writes tool calls."""
         return self._chat.tool_format
 
-    def stops(self, prompt: Prompt) -> tuple[str, ...]:
+    def get_stops(self, prompt: Prompt) -> tuple[str, ...]:
         """Strings that end every answer to ``prompt``, whatever the caller asks for."""
         return () if isinstance(prompt, str) else self._chat.stops
 
@@ -80,7 +80,7 @@ class PromptRenderer:
             adds_special = not (bos and text.startswith(bos))
         else:
             messages = _checked(prompt)
-            text = self._chat.of(messages, tools, template_kwargs)
+            text = self._chat.render(messages, tools, template_kwargs)
             adds_special = self._tokenizer.chat_template is None
         require_room_for_text(text, window, self._count)
         token_ids, offsets = self._encode(text, add_special_tokens=adds_special)
@@ -96,26 +96,26 @@ class PromptRenderer:
             self._unplaced(text, starts, messages or [], documents),
         )
 
-    def text_of(self, token_ids: TokenIds) -> str:
+    def decode(self, token_ids: TokenIds) -> str:
         """The text of ``token_ids`` [N], without special tokens."""
         return self._decode(token_ids.tolist())
 
-    def tokens_of(self, text: str) -> TokenIds:
+    def tokenize(self, text: str) -> TokenIds:
         """The tokens of a text that stands by itself, without special tokens."""
         return np.array(self._encode(text.strip(), add_special_tokens=False)[0], dtype=np.int64)
 
-    def pieces_of(self, token_ids: TokenIds) -> list[str]:
+    def split_pieces(self, token_ids: TokenIds) -> list[str]:
         """The text of each token [N], with the space that stands before it where a word begins."""
         known = self._pieces
         for token_id in set(token_ids.tolist()) - known.keys():
             known[token_id] = self._piece(token_id)
         return [known[token_id] for token_id in token_ids.tolist()]
 
-    def chat_text(
+    def render_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_kwargs: Mapping[str, Any] | None = None
     ) -> str:
         """The messages through the chat template; a last assistant message is left open, to be continued."""
-        return self._chat.of(_checked(messages), tools, template_kwargs)
+        return self._chat.render(_checked(messages), tools, template_kwargs)
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -159,7 +159,7 @@ class PromptRenderer:
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     if not messages:
         raise PromptError("prompt has no messages; accepted is at least one")
-    return [checked_message(index, message, ROLES) for index, message in enumerate(messages)]
+    return [check_message(index, message, ROLES) for index, message in enumerate(messages)]
 
 
 def _segments(text: str, starts: list[int], documents: Mapping[str, str], *, loosely: bool = False) -> list[Segment]:

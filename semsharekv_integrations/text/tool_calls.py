@@ -33,7 +33,7 @@ _FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>[^"]*)(?P<end>"?)|$)')
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
 
-class Said(NamedTuple):
+class AnswerPart(NamedTuple):
     """What became certain: visible text, and calls that are complete."""
 
     text: str = ""
@@ -65,16 +65,16 @@ class ToolCallParser:
         self._after_call = False  # what separates calls is no text
         self._is_first = True  # whether only space and calls stand before the held text
 
-    def push(self, text: str) -> Said:
+    def push(self, text: str) -> AnswerPart:
         """What became certain with more text."""
         self._held += text
         return self._taken(final=False)
 
-    def finish(self) -> Said:
+    def finish(self) -> AnswerPart:
         """What was held back until now."""
         return self._taken(final=True)
 
-    def _taken(self, *, final: bool) -> Said:
+    def _taken(self, *, final: bool) -> AnswerPart:
         visible: list[str] = []
         calls: list[ToolCall] = []
         while self._held:
@@ -86,7 +86,7 @@ class ToolCallParser:
             calls += found
             if not found:
                 visible.append(self._let_go(len(opening) or 1))
-        return Said("".join(visible), tuple(calls))
+        return AnswerPart("".join(visible), tuple(calls))
 
     def _let_go(self, num_chars: int) -> str:
         """The first characters of what is held, as text."""
@@ -237,7 +237,7 @@ To call one, write its name and arguments as a JSON object between <tool_call> a
 </tool_call>"""
 
 
-def checked_message(index: int, message: object, roles: Sequence[str]) -> dict[str, Any]:
+def check_message(index: int, message: object, roles: Sequence[str]) -> dict[str, Any]:
     """A message with text content, and perhaps tool calls with their arguments as a mapping.
 
     Raises:
@@ -289,7 +289,7 @@ def _checked_call(field: str, call: object) -> dict[str, Any]:
     return {"id": id_, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
-def native_messages(messages: Sequence[dict[str, Any]], tool_format: ToolFormat) -> list[dict[str, Any]]:
+def convert_messages(messages: Sequence[dict[str, Any]], tool_format: ToolFormat) -> list[dict[str, Any]]:
     """Checked messages for a template that knows tools: ids and arguments as it takes them, results with names."""
     names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
     if tool_format.separator is None:
@@ -342,7 +342,7 @@ def _short(call_id: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()[:SHORT_ID_CHARS]
 
 
-def plain_messages(
+def flatten_messages(
     messages: Sequence[dict[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat
 ) -> list[dict[str, Any]]:
     """Checked messages for a template that knows no tools: everything about them in the text of other messages."""
@@ -367,5 +367,5 @@ def _plain(message: dict[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
     if "tool_calls" not in message:
         return message
     functions = [call["function"] for call in message["tool_calls"]]
-    calls = tool_format.text_of([(function["name"], function["arguments"]) for function in functions])
+    calls = tool_format.write([(function["name"], function["arguments"]) for function in functions])
     return {"role": "assistant", "content": f"{message['content']}\n{calls}" if message["content"] else calls}

@@ -67,13 +67,13 @@ class ToolFormat:
     takes_short_ids: bool = False
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
+    def learn(cls, tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
         """The format of ``tokenizer``'s chat template; that of the Hermes models if it has none of its own."""
         if tokenizer.chat_template is None:
             return cls()
         return _Probe(tokenizer).found() or cls()
 
-    def text_of(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """Calls, as names and arguments, the way the model is to write them."""
         values = [self._entry(*call) for call in calls]
         if self.in_list:
@@ -89,7 +89,7 @@ class ToolFormat:
         closing = self.space + self.closing if self.closing else ""
         return f"{opening}{text}{closing}"
 
-    def marks(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    def find_marks(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """The special tokens that the format is made of, which decoding must not drop."""
         special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         fixed = f"{self.opening} {self.closing} {self.separator or ''}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.lab import world
-from semsharekv_integrations.reuse.facts import guarded_tokens, unlike_facts
+from semsharekv_integrations.reuse.facts import find_guarded_tokens, find_unlike_facts
 
 
 def words_of(text: str) -> list[str]:
@@ -22,7 +22,7 @@ def words_of(text: str) -> list[str]:
 
 def guarded(text: str) -> list[str]:
     pieces = words_of(text)
-    return [piece.strip() for piece, flag in zip(pieces, guarded_tokens(pieces), strict=True) if flag]
+    return [piece.strip() for piece, flag in zip(pieces, find_guarded_tokens(pieces), strict=True) if flag]
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
@@ -75,13 +75,13 @@ def test_sentence_starts(text: str, expected: list[str]) -> None:
 
 
 def test_a_new_line_starts_a_sentence() -> None:
-    assert not guarded_tokens([" calm", "\n\n", "The", " road"]).any()
-    assert guarded_tokens([" calm", " ", "The", " road"]).tolist() == [False, False, True, False]
+    assert not find_guarded_tokens([" calm", "\n\n", "The", " road"]).any()
+    assert find_guarded_tokens([" calm", " ", "The", " road"]).tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("text", ["东京的市长", "القاهرة", "ירושלים", "กรุงเทพฯ", "ベルリン", "हिन्दी"])
 def test_scripts_without_case_are_guarded_whole(text: str) -> None:
-    assert guarded_tokens([" in", f" {text[:2]}", text[2:], " now"]).tolist() == [False, True, True, False]
+    assert find_guarded_tokens([" in", f" {text[:2]}", text[2:], " now"]).tolist() == [False, True, True, False]
 
 
 def test_names_in_other_scripts_with_case() -> None:
@@ -110,26 +110,26 @@ def test_all_pieces_of_a_word_share_its_fate_and_punctuation_does_not() -> None:
         "t",
     ]
     expected = [False] * 3 + [True] * 3 + [False] * 2 + [True] * 3 + [False] * 2 + [True] * 4
-    assert guarded_tokens(pieces).tolist() == expected
+    assert find_guarded_tokens(pieces).tolist() == expected
 
 
 def test_a_sign_before_a_number_is_part_of_it_and_a_dash_before_a_name_is_not() -> None:
-    assert guarded_tokens([" to", " -", "2", " and", " .", "5"]).tolist() == [False, True, True, False, True, True]
-    assert guarded_tokens([" to", " -", "Anna"]).tolist() == [False, False, True]
+    assert find_guarded_tokens([" to", " -", "2", " and", " .", "5"]).tolist() == [False, True, True, False, True, True]
+    assert find_guarded_tokens([" to", " -", "Anna"]).tolist() == [False, False, True]
 
 
 def test_sentencepiece_marks_are_spaces() -> None:
     pieces = ["▁we", "▁met", "▁An", "na", "▁", "3", "1", "▁times", ""]
-    assert guarded_tokens(pieces).tolist() == [False, False, True, True, False, True, True, False, False]
+    assert find_guarded_tokens(pieces).tolist() == [False, False, True, True, False, True, True, False, False]
 
 
 def test_a_piece_that_holds_the_end_of_a_guarded_word_is_guarded() -> None:
-    assert guarded_tokens(["in 19", "84 it", " was"]).tolist() == [True, True, False]
+    assert find_guarded_tokens(["in 19", "84 it", " was"]).tolist() == [True, True, False]
 
 
 def test_parts_of_characters_are_guarded(tokenizer: PreTrainedTokenizerBase) -> None:
     pieces = pieces_of(tokenizer, "in 東京 now")
-    flags = guarded_tokens(pieces)
+    flags = find_guarded_tokens(pieces)
     assert "\ufffd" in "".join(pieces)
     assert all(flag == ("\ufffd" in piece) for piece, flag in zip(pieces, flags, strict=True) if piece.strip())
 
@@ -138,7 +138,7 @@ def test_parts_of_characters_are_guarded(tokenizer: PreTrainedTokenizerBase) -> 
 def test_words_of_many_pieces_with_the_shipped_tokenizer(tokenizer: PreTrainedTokenizerBase, word: str) -> None:
     before, inside, behind = (pieces_of(tokenizer, text) for text in ("we know", f" {word}", ", they said"))
     assert len(inside) > 2
-    flags = guarded_tokens([*before, *inside, *behind])
+    flags = find_guarded_tokens([*before, *inside, *behind])
     of_word = [bool(piece.strip()) for piece in inside]  # a space of its own is no part of the word
     assert flags.tolist() == [False] * len(before) + of_word + [False] * len(behind)
 
@@ -156,19 +156,19 @@ def test_every_value_that_an_edit_changes_is_guarded_unless_it_is_plain_words(
 
 def free_words(pieces: list[str]) -> list[str]:
     """What is not guarded, without the capitals that are free or not by what the sentence before ended in."""
-    return [p for p, flag in zip(pieces, guarded_tokens(pieces), strict=True) if not flag and p == p.lower()]
+    return [p for p, flag in zip(pieces, find_guarded_tokens(pieces), strict=True) if not flag and p == p.lower()]
 
 
 def test_rewording_leaves_most_tokens_free(tokenizer: PreTrainedTokenizerBase) -> None:
     text = " ".join(document.text for document in world.make_documents(Random(4), 10))
-    assert 0.1 < guarded_tokens(pieces_of(tokenizer, text)).mean() < 0.5
+    assert 0.1 < find_guarded_tokens(pieces_of(tokenizer, text)).mean() < 0.5
 
 
 @given(st.lists(st.text(alphabet="aA1 .'▁\n-東é$\ufffd", max_size=4), max_size=12))
 def test_any_split_of_a_text_guards_the_same_characters(pieces: list[str]) -> None:
-    flags = guarded_tokens(pieces)
+    flags = find_guarded_tokens(pieces)
     assert flags.dtype == np.bool_ and len(flags) == len(pieces)
-    characters = guarded_tokens(list("".join(pieces)))
+    characters = find_guarded_tokens(list("".join(pieces)))
     at = 0
     for piece, flag in zip(pieces, flags, strict=True):
         assert flag == characters[at : at + len(piece)].any()
@@ -180,9 +180,9 @@ def test_any_split_of_a_text_guards_the_same_characters(pieces: list[str]) -> No
 def borrowable(text: str, stored: str, matched: dict[int, int]) -> list[int]:
     """Places of the ``text``, one character a token, that may be borrowed from those of ``stored`` they match."""
     ids, stored_ids = (np.array([*map(ord, each)], dtype=np.int64) for each in (text, stored))
-    facts, stored_facts = (guarded_tokens(list(each)) for each in (text, stored))
+    facts, stored_facts = (find_guarded_tokens(list(each)) for each in (text, stored))
     positions = np.array([matched.get(place, place) for place in range(len(text))], dtype=np.int64)
-    refused = unlike_facts(ids, facts, stored_ids, stored_facts, positions)
+    refused = find_unlike_facts(ids, facts, stored_ids, stored_facts, positions)
     return np.flatnonzero(~refused).tolist()
 
 

@@ -15,8 +15,8 @@ from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, SemShareError, UnsupportedModelError
-from semsharekv_integrations.text.answer_stream import AnswerTexts
-from semsharekv_integrations.text.grammar import AllowedTokens, Constraint, Grammars, closed
+from semsharekv_integrations.text.answer_stream import AnswerReaderFactory
+from semsharekv_integrations.text.grammar import Constraint, ConstraintProcessor, GrammarFactory, close_schema
 from semsharekv_integrations.text.tool_format import ToolFormat
 from tiny_models import EngineMaker, make_model
 from tool_templates import TEMPLATES, TOOLS, tool, tool_tokenizer
@@ -71,12 +71,12 @@ def test_logits_may_be_wider_than_the_vocabulary(tokenizer, extra: int) -> None:
 
 
 def test_tokens_behind_the_vocabulary_and_forbidden_ones_are_out(tokenizer) -> None:
-    constraint = Grammars(tokenizer, [1]).json({"const": "ab"})
-    scores = AllowedTokens(constraint)(torch.zeros(1, 1), torch.zeros(1, len(tokenizer) + 50))
+    constraint = GrammarFactory(tokenizer, [1]).build_json({"const": "ab"})
+    scores = ConstraintProcessor(constraint)(torch.zeros(1, 1), torch.zeros(1, len(tokenizer) + 50))
     allowed = torch.isfinite(scores[0]).nonzero().flatten().tolist()
     assert allowed and {tokenizer.decode([token_id]) for token_id in allowed} <= {'"', '"a', '"ab', '"ab"'}
     suppressed = torch.full((1, len(tokenizer)), -torch.inf)  # by the model's own settings
-    scores = AllowedTokens(constraint)(torch.zeros(1, 1), suppressed)
+    scores = ConstraintProcessor(constraint)(torch.zeros(1, 1), suppressed)
     assert torch.isfinite(scores[0]).nonzero().flatten().tolist() == allowed
 
 
@@ -97,13 +97,13 @@ def test_a_limit_cuts_it_and_says_so(make_engine: EngineMaker) -> None:
 
 
 def test_space_is_bounded(tokenizer) -> None:
-    grammars = Grammars(tokenizer, [1])
-    whole = grammars.json(REPORT)
+    grammars = GrammarFactory(tokenizer, [1])
+    whole = grammars.build_json(REPORT)
     consumed(whole, tokenizer, '{"town": "Prorna", "affected": 3, "kinds": ["fire"], "mayor": {"known": true}}')
     assert whole.is_complete
     for wrong in ("{ ", "{\n", '{"town":  ', '{"town" :'):
         with pytest.raises(SemShareError, match="left its grammar"):
-            consumed(grammars.json(REPORT), tokenizer, wrong)
+            consumed(grammars.build_json(REPORT), tokenizer, wrong)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -123,7 +123,7 @@ def consumed(constraint: Constraint, tokenizer, text: str) -> str:
     """The text of the tokens that may follow ``text``; "" if anything may."""
     for token_id in tokenizer.encode(text, add_special_tokens=False):
         constraint.add(token_id)
-    allowed = constraint.allowed(len(tokenizer))
+    allowed = constraint.find_allowed(len(tokenizer))
     return "" if allowed is None else "|".join(tokenizer.decode(int(i)) for i in allowed.nonzero())
 
 
@@ -131,12 +131,12 @@ def consumed(constraint: Constraint, tokenizer, text: str) -> str:
 @pytest.mark.parametrize("name", ["tagged", "listed"])
 def test_an_opened_call_is_held_to_the_tools_and_text_is_free(name: str, special: bool) -> None:
     tokenizer = tool_tokenizer(name, special=special)
-    tool_format = ToolFormat.of(tokenizer)
-    one = tool_format.text_of([("get_news", {"town": "Prorna"})])
-    grammars = Grammars(tokenizer, [1])
+    tool_format = ToolFormat.learn(tokenizer)
+    one = tool_format.write([("get_news", {"town": "Prorna"})])
+    grammars = GrammarFactory(tokenizer, [1])
 
     def follows(text: str) -> str:
-        return consumed(grammars.opened_calls(tool_format, TOOLS), tokenizer, text)
+        return consumed(grammars.build_opened_calls(tool_format, TOOLS), tokenizer, text)
 
     for text in ("", "Well <", f"Well {one}", f"{one} and text", "<|tool|>", "<|tool|> a"):
         assert follows(text) == "", text
@@ -149,13 +149,13 @@ def test_an_opened_call_is_held_to_the_tools_and_text_is_free(name: str, special
 
 
 def test_what_a_schema_does_not_name_is_left_out() -> None:
-    assert closed(REPORT)["additionalProperties"] is False
-    assert closed(REPORT)["properties"]["mayor"]["additionalProperties"] is False
+    assert close_schema(REPORT)["additionalProperties"] is False
+    assert close_schema(REPORT)["properties"]["mayor"]["additionalProperties"] is False
     free = {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "integer"}}
     both = {"allOf": [REPORT, {"properties": {"more": {}}}]}
     for schema in (free, both, {"type": "object"}, {"properties": {}, "anyOf": [{"required": ["a"]}]}):
-        assert closed(schema) == schema
-    assert closed({"anyOf": [REPORT]}) == {"anyOf": [closed(REPORT)]}
+        assert close_schema(schema) == schema
+    assert close_schema({"anyOf": [REPORT]}) == {"anyOf": [close_schema(REPORT)]}
 
 
 LOOP = {
@@ -231,11 +231,11 @@ def test_one_tool_of_an_odd_schema_costs_no_other_tool_anything(roomy, name: str
     """Calls of the others are what they are without it."""
     odd = tool("odd", **held((ODD | WRONG)[name]))
     tool_format = ToolFormat()
-    grammars = Grammars(roomy.tokenizer, [1])
+    grammars = GrammarFactory(roomy.tokenizer, [1])
     with pytest.warns(UserWarning, match="tool 'odd'") as said:
-        both = grammars.forced_calls(tool_format, [*TOOLS, odd])
+        both = grammars.build_forced_calls(tool_format, [*TOOLS, odd])
     assert all(len(str(one.message)) < 400 for one in said)
-    alone = grammars.forced_calls(tool_format, TOOLS)
+    alone = grammars.build_forced_calls(tool_format, TOOLS)
     for constraint in (both, alone):
         begun = '<tool_call>\n{"name": "weather", "arguments": {"town": "'
         after = consumed(constraint, roomy.tokenizer, begun)
@@ -253,7 +253,9 @@ def test_one_tool_of_an_odd_schema_costs_no_other_tool_anything(roomy, name: str
 
 @pytest.mark.parametrize("name", [*ODD, *WRONG])
 def test_calls_of_an_odd_tool_are_json_of_its_name(roomy, name: str) -> None:
-    constraint = Grammars(roomy.tokenizer, [1]).forced_calls(ToolFormat(), [tool("odd", **held((ODD | WRONG)[name]))])
+    constraint = GrammarFactory(roomy.tokenizer, [1]).build_forced_calls(
+        ToolFormat(), [tool("odd", **held((ODD | WRONG)[name]))]
+    )
     assert set(consumed(constraint, roomy.tokenizer, '<tool_call>\n{"name": "').split("|")) <= {
         "o",
         "od",
@@ -265,21 +267,21 @@ def test_calls_of_an_odd_tool_are_json_of_its_name(roomy, name: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_json_has_not_cost_no_tool_anything(roomy, value: float) -> None:
     odd = tool("odd", days={"type": "number", "default": value, "maximum": 9})
-    grammars = Grammars(roomy.tokenizer, [1])
+    grammars = GrammarFactory(roomy.tokenizer, [1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        constraint = grammars.forced_calls(ToolFormat(), [*TOOLS, odd])
+        constraint = grammars.build_forced_calls(ToolFormat(), [*TOOLS, odd])
     after = consumed(constraint, roomy.tokenizer, '<tool_call>\n{"name": "weather", "arguments": {"town": "')
     assert not {"a", "1", '"'} & set(after.split("|")) and "P" in after
 
 
 def test_what_is_left_out_is_said_once(roomy) -> None:
     odd = [tool("odd", **held(ODD["look-ahead"]))]
-    grammars = Grammars(roomy.tokenizer, [1])
+    grammars = GrammarFactory(roomy.tokenizer, [1])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            grammars.opened_calls(ToolFormat(), odd)
+            grammars.build_opened_calls(ToolFormat(), odd)
     assert len(said) == 1
 
 
@@ -297,7 +299,7 @@ def test_a_schema_that_names_itself_and_a_hundred_tools(roomy) -> None:
     tree = tool("tree", node={"$ref": "#/$defs/node"})
     tree["function"]["parameters"]["$defs"] = {"node": nodes}
     many = [tool(f"tool_{at}", a={"type": "string"}, b={"enum": [1, 2]}) for at in range(100)]
-    constraint = Grammars(roomy.tokenizer, [1]).forced_calls(ToolFormat(), [tree, *many])
+    constraint = GrammarFactory(roomy.tokenizer, [1]).build_forced_calls(ToolFormat(), [tree, *many])
     after = consumed(constraint, roomy.tokenizer, '<tool_call>\n{"name": "tree", "arguments": {"node": {"c": {"')
     assert set(after) <= set('vc"|')
 
@@ -314,17 +316,17 @@ def other_tokenizer() -> PreTrainedTokenizerFast:
     [(SimpleNamespace(is_fast=False), "SimpleNamespace is slow"), (other_tokenizer(), "is of another kind: can't")],
 )
 def test_tokenizers_that_do_not_allow_it_are_refused_by_name(tokenizer, reason: str) -> None:
-    grammars = Grammars(tokenizer, [])
+    grammars = GrammarFactory(tokenizer, [])
     assert not grammars.is_possible
     with pytest.raises(UnsupportedModelError, match=f"need a fast tokenizer that llguidance knows; .*{reason}"):
-        grammars.json({})
+        grammars.build_json({})
 
 
 def test_with_such_a_tokenizer_free_calls_are_only_read() -> None:
-    texts = AnswerTexts(other_tokenizer(), [])
-    assert texts.calling((), ToolFormat(), TOOLS, "auto").constraint is None
+    texts = AnswerReaderFactory(other_tokenizer(), [])
+    assert texts.begin_calling((), ToolFormat(), TOOLS, "auto").constraint is None
     with pytest.raises(UnsupportedModelError):
-        texts.calling((), ToolFormat(), TOOLS, "any")
+        texts.begin_calling((), ToolFormat(), TOOLS, "any")
 
 
 def test_constrained_answers_do_not_depend_on_reuse(make_engine: EngineMaker) -> None:

@@ -45,7 +45,7 @@ class CountingEmbedder(PooledEmbedder):
         self.batches.append(len(token_ids))
         return super().embed(token_ids)
 
-    def fitted(self, stored: Sequence[TokenIds]) -> CountingEmbedder:
+    def fit_to(self, stored: Sequence[TokenIds]) -> CountingEmbedder:
         return self
 
 
@@ -70,7 +70,7 @@ def ids_of(match: SegmentMatch) -> list[int]:
 
 def found(index: SegmentIndex, ids: TokenIds, namespace: str = "a", k: int = 10) -> list[list[int]]:
     index.check()
-    return [ids_of(match) for match in index.nearest([ids], namespace, k=k)[0]]
+    return [ids_of(match) for match in index.find_nearest([ids], namespace, k=k)[0]]
 
 
 CATS, DOGS, FISH = text(1, 2, 3, 4), text(11, 12, 13, 14, 15), text(21, 22, 23)
@@ -84,7 +84,7 @@ def index() -> SegmentIndex:
 def test_the_most_alike_comes_first(index: SegmentIndex) -> None:
     stored = [reference(CATS, DOGS), reference(FISH)]
     index.sync(stored, "a")
-    matches = index.nearest([text(11, 12, 13, 14, 30), text(22, 21, 23)], "a", k=3)
+    matches = index.find_nearest([text(11, 12, 13, 14, 30), text(22, 21, 23)], "a", k=3)
     assert [ids_of(group[0]) for group in matches] == [DOGS.tolist(), FISH.tolist()]
     assert matches[0][0].reference is stored[0] and matches[0][0].segment == stored[0].segments[1]
     for group in matches:
@@ -112,10 +112,10 @@ def test_namespaces_never_leak(index: SegmentIndex) -> None:
 def test_one_namespaces_segments_do_not_change_anothers_similarity(index: SegmentIndex) -> None:
     stored, others = reference(CATS, DOGS), [reference(text(1, 2, n), namespace="b") for n in range(40, 60)]
     index.sync([stored], "a")
-    before = index.nearest([text(1, 2, 50)], "a")[0][0].similarity
+    before = index.find_nearest([text(1, 2, 50)], "a")[0][0].similarity
     index.sync(others, "b")
-    assert index.nearest([text(1, 2, 50)], "a")[0][0].similarity == before
-    assert index.nearest([text(1, 2, 3, 4)], "b")[0][0].similarity != before
+    assert index.find_nearest([text(1, 2, 50)], "a")[0][0].similarity == before
+    assert index.find_nearest([text(1, 2, 3, 4)], "b")[0][0].similarity != before
 
 
 def test_what_is_gone_is_not_found(index: SegmentIndex) -> None:
@@ -123,7 +123,7 @@ def test_what_is_gone_is_not_found(index: SegmentIndex) -> None:
     index.sync([first, second], "a")
     index.sync([second], "a")
     assert sorted(found(index, DOGS)) == sorted([CATS.tolist(), FISH.tolist()])
-    assert {m.reference.id for m in index.nearest([CATS], "a", k=5)[0]} == {second.id}
+    assert {m.reference.id for m in index.find_nearest([CATS], "a", k=5)[0]} == {second.id}
     index.sync([], "a")
     assert found(index, CATS) == []
 
@@ -134,7 +134,7 @@ def test_references_are_held_weakly(index: SegmentIndex) -> None:
     del dropped
     gc.collect()
     assert found(index, DOGS) == [CATS.tolist()]
-    assert index.nearest([CATS], "a")[0][0].reference is kept
+    assert index.find_nearest([CATS], "a")[0][0].reference is kept
 
 
 def test_only_segments_count_and_empty_ones_do_not(index: SegmentIndex) -> None:
@@ -158,7 +158,7 @@ def test_sync_embeds_new_texts_once_in_one_batch() -> None:
     index.sync([first, second], "a")
     assert embedder.batches == [2, 1]
     assert len(found(index, CATS)) == 3
-    assert index.nearest([DOGS], "a")[0][0].reference is second  # the one synced last
+    assert index.find_nearest([DOGS], "a")[0][0].reference is second  # the one synced last
 
 
 def test_a_reference_whose_segments_changed_is_indexed_anew(index: SegmentIndex) -> None:
@@ -167,14 +167,14 @@ def test_a_reference_whose_segments_changed_is_indexed_anew(index: SegmentIndex)
     relabelled = replace(first, segments=first.segments[:1])
     index.sync([relabelled], "a")
     assert found(index, DOGS) == [CATS.tolist()]
-    assert index.nearest([CATS], "a")[0][0].reference is relabelled
+    assert index.find_nearest([CATS], "a")[0][0].reference is relabelled
 
 
 def test_no_segments_asked_for_and_more_asked_for_than_there_are(index: SegmentIndex) -> None:
     stored = reference(CATS)
     index.sync([stored], "a")
-    assert index.nearest([], "a") == []
-    assert len(index.nearest([CATS, DOGS], "a", k=9)[1]) == 1
+    assert index.find_nearest([], "a") == []
+    assert len(index.find_nearest([CATS, DOGS], "a", k=9)[1]) == 1
 
 
 @settings(max_examples=30)
@@ -195,7 +195,7 @@ def test_any_order_of_syncs_equals_one(steps: list[tuple[str, set[int]]]) -> Non
             assert {tuple(ids) for ids in found(index, CATS, other, k=99)} == wanted
             for n in last[other]:
                 ids = text(n, n + 1, n + 2)
-                best = index.nearest([ids], other)[0][0]
+                best = index.find_nearest([ids], other)[0][0]
                 assert best.similarity == pytest.approx(1, abs=1e-4) and ids_of(best) == ids.tolist()
 
 
@@ -208,7 +208,7 @@ def test_many_threads() -> None:
         for turn in range(20):
             index.sync(pools[name][turn % 5 : turn + 1], name)
             for other in "abcd":
-                wrong.extend(m for m in index.nearest([CATS], other, k=50)[0] if m.reference.namespace != other)
+                wrong.extend(m for m in index.find_nearest([CATS], other, k=50)[0] if m.reference.namespace != other)
 
     threads = [Thread(target=work, args=(name,)) for name in "abcd"]
     for thread in threads:
@@ -222,7 +222,7 @@ def test_many_threads() -> None:
 
 def test_a_pooled_vector_is_of_norm_one_and_fitting_weighs_rare_tokens_more() -> None:
     plain = PooledEmbedder(MATRIX)
-    fitted = plain.fitted([text(1, n) for n in range(2, 40)])
+    fitted = plain.fit_to([text(1, n) for n in range(2, 40)])
     pair = [text(1, 50), text(1, 51)]
     assert np.allclose(np.linalg.norm(plain.embed([CATS, DOGS]), axis=1), 1, atol=1e-5)
     unfitted, weighted = (float(np.dot(*embedder.embed(pair))) for embedder in (plain, fitted))
@@ -265,9 +265,9 @@ def test_news_finds_its_own_original_over_the_threshold_and_unrelated_news_rarel
     references = [reference(*map(encode, half)) for half in (stored[:4], stored[4:])]
     index.sync(references, "a")
     index.check()
-    edits = index.nearest([encode(world.edit(rng, document)) for document in stored], "a")
-    rewordings = index.nearest([encode(world.reword(rng, document)) for document in stored], "a")
-    strangers = index.nearest([encode(document) for document in new], "a")
+    edits = index.find_nearest([encode(world.edit(rng, document)) for document in stored], "a")
+    rewordings = index.find_nearest([encode(world.reword(rng, document)) for document in stored], "a")
+    strangers = index.find_nearest([encode(document) for document in new], "a")
     for document, (edit,), (rewording,) in zip(stored, edits, rewordings, strict=True):
         assert ids_of(edit) == ids_of(rewording) == encode(document).tolist()
         assert edit.similarity > rewording.similarity
@@ -278,14 +278,14 @@ def test_news_finds_its_own_original_over_the_threshold_and_unrelated_news_rarel
 
 def test_a_sentence_embedder_loads_nothing_until_it_is_used(tokenizer: PreTrainedTokenizerBase) -> None:
     missing = SentenceEmbedder("no/such/folder/anywhere", tokenizer.decode)
-    assert missing.fitted([CATS]) is missing
+    assert missing.fit_to([CATS]) is missing
     with pytest.raises(Exception, match="no/such/folder/anywhere"):
         missing.embed([CATS])
 
 
 def test_importing_the_index_loads_neither_faiss_nor_sentence_transformers() -> None:
     code = (
-        "import sys, semsharekv_integrations.index, semsharekv_integrations.core.lsh, semsharekv_integrations.engine\n"
+        "import sys, semsharekv_integrations.reuse.matching, semsharekv_integrations.engine\n"
         "print([m for m in ('faiss', 'sentence_transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

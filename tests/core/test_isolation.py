@@ -431,7 +431,7 @@ class TestTheSegmentIndex:
             for name in names:
                 index.sync(stored[name], name)
             asked = [found.token_ids[1:4] for found in stored["a"]]
-            found = index.nearest(asked, "b", k=9)
+            found = index.find_nearest(asked, "b", k=9)
             assert all(len(matches) == 4 for matches in found)
             assert {match.reference.namespace for matches in found for match in matches} == {"b"}
             answers.append([[(m.reference.id, m.segment, m.similarity) for m in matches] for matches in found])
@@ -443,13 +443,13 @@ class TestTheSegmentIndex:
         index.sync(stored["a"], "a")
         asked = [stored["a"][0].token_ids[1:4]]
         for stranger in STRANGERS:
-            assert index.nearest(asked, stranger) == [[]]
+            assert index.find_nearest(asked, stranger) == [[]]
             index.forget(stranger)
             index.sync([], stranger)
             with pytest.raises(ValueError, match="accepted is"):
                 index.sync(stored["a"][:1], stranger)
-            assert index.nearest(asked, stranger) == [[]]
-        assert index.nearest(asked, "a")[0][0].reference is stored["a"][0]
+            assert index.find_nearest(asked, stranger) == [[]]
+        assert index.find_nearest(asked, "a")[0][0].reference is stored["a"][0]
 
     def test_the_work_does_not_depend_on_what_others_have(self, stored, monkeypatch: pytest.MonkeyPatch) -> None:
         import faiss
@@ -465,7 +465,7 @@ class TestTheSegmentIndex:
             for name in names:
                 index.sync(stored[name], name)
             asked = [stored["b"][0].token_ids[1:4]]
-            work.append(instructions(lambda index=index, asked=asked: index.nearest(asked, "b")))  # type: ignore[misc]
+            work.append(instructions(lambda index=index, asked=asked: index.find_nearest(asked, "b")))  # type: ignore[misc]
             work.append(instructions(lambda index=index: index.sync(stored["b"][:3], "b")))  # type: ignore[misc]
         assert work[:2] == work[2:] and searched == [4, 4]
 
@@ -640,7 +640,7 @@ def test_the_work_of_a_plan_does_not_depend_on_what_others_have(make_engine: Eng
     for num_foreign in (0, 1, 4):
         engine = engine_of(make_engine, mode)
         parts = engine._load()
-        parts.renderer.pieces_of(np.arange(len(engine.tokenizer)))  # texts of tokens are kept once for all
+        parts.renderer.split_pieces(np.arange(len(engine.tokenizer)))  # texts of tokens are kept once for all
         for name in [f"a{number}" for number in range(num_foreign)]:
             seen(engine, name, FIRST)
             seen(engine, name, OTHERS[mode])

@@ -15,7 +15,7 @@ from semsharekv_integrations.kv import Reference, Run
 from semsharekv_integrations.lab import scenarios
 from semsharekv_integrations.lab.bench import Bench, Study
 from semsharekv_integrations.lab.policies import UNGUARDED, Subject
-from semsharekv_integrations.reuse.plan import ReusePlan, build_plan, worthwhile
+from semsharekv_integrations.reuse.plan import ReusePlan, build_plan, decline_if_costly
 from tiny_models import make_model
 
 
@@ -57,7 +57,7 @@ def plan_of(name: str, reference: Reference) -> ReusePlan:
     ids = np.concatenate([np.full(10, 3), reference.token_ids[:40], np.full(8, 4)])
     question = np.arange(len(ids)) >= 50
     plan = build_plan(ids, None, [Run(10, reference, 0, 40)], [], question, rules, 4, [(0, 50)])
-    return worthwhile(plan, rules)
+    return decline_if_costly(plan, rules)
 
 
 @pytest.mark.parametrize(

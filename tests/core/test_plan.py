@@ -19,8 +19,8 @@ from semsharekv_integrations.reuse.plan import (
     Borrowing,
     ReusePlan,
     build_plan,
-    prefix_plan,
-    worthwhile,
+    build_prefix_plan,
+    decline_if_costly,
 )
 
 NUM_TOKENS, NUM_LAYERS, TAIL = 60, 5, 5
@@ -155,25 +155,25 @@ def test_the_predicted_ratio_counts_rows_the_look_ahead_and_the_measuring() -> N
 
 
 def test_plans_that_borrow_nothing_measure_nothing() -> None:
-    nothing = prefix_plan(np.arange(10), None, 3, None)
+    nothing = build_prefix_plan(np.arange(10), None, 3, None)
     assert nothing.predicted_compute_ratio == 1.0
-    assert prefix_plan(np.arange(10), PrefixMatch(ONE, 4), 3, None).predicted_compute_ratio == 0.6
+    assert build_prefix_plan(np.arange(10), PrefixMatch(ONE, 4), 3, None).predicted_compute_ratio == 0.6
 
 
 class TestWorthwhile:
     def test_plans_that_save_enough_are_kept(self) -> None:
         plan = plan_of([Run(10, ONE, 30, 45)], rules=ReuseConfig(mode="identical"))
-        assert worthwhile(plan, ReuseConfig(mode="identical")) is plan and plan.declined is None
+        assert decline_if_costly(plan, ReuseConfig(mode="identical")) is plan and plan.declined is None
 
     def test_nothing_found_is_a_reason(self) -> None:
-        declined = worthwhile(plan_of([], prefix_tokens=20), ReuseConfig(mode="identical"))
+        declined = decline_if_costly(plan_of([], prefix_tokens=20), ReuseConfig(mode="identical"))
         assert declined.declined == "nothing similar enough is stored"
         assert declined.prefix_tokens == 20 and not declined.borrowings
         assert computed(declined) == list(range(20, 60))
 
     def test_too_little_saved_is_a_reason(self) -> None:
         plan = plan_of([Run(50, ONE, 30, 6)], rules=ReuseConfig(mode="identical"), prefix_tokens=20)
-        declined = worthwhile(plan, ReuseConfig(mode="identical"))
+        declined = decline_if_costly(plan, ReuseConfig(mode="identical"))
         assert not declined.borrowings and declined.prefix_tokens == 20
         assert "max_compute_ratio" in (declined.declined or "") and "%" in (declined.declined or "")
 
@@ -184,8 +184,8 @@ class TestWorthwhile:
         kept = plan_of(half, rules=rules, prefix_tokens=40)
         rows = 10 * NUM_LAYERS + PROJECTION_SHARE * 10
         assert kept.predicted_compute_ratio == pytest.approx(rows / (NUM_TOKENS * NUM_LAYERS)), "0.525 of 20 / 60"
-        assert worthwhile(kept, rules) is kept
-        assert worthwhile(kept, replace(rules, max_compute_ratio=0.52)).declined
+        assert decline_if_costly(kept, rules) is kept
+        assert decline_if_costly(kept, replace(rules, max_compute_ratio=0.52)).declined
 
 
 class TestDocumentSpans:
@@ -194,20 +194,20 @@ class TestDocumentSpans:
     ONE, OTHER = (replace(source, document_starts={source.id: 3}) for source in (ONE, OTHER))
 
     def test_every_source_counts(self) -> None:
-        assert plan_of([Run(10, self.ONE, 30, 8)], [fuzzy([30, 33], self.OTHER)]).document_spans() == {
+        assert plan_of([Run(10, self.ONE, 30, 8)], [fuzzy([30, 33], self.OTHER)]).find_document_spans() == {
             "one": Span(10, 11),
             "other": Span(30, 31),
         }
-        assert plan_of([]).document_spans() == {}
+        assert plan_of([]).find_document_spans() == {}
 
     def test_what_stands_behind_in_a_source_has_no_part_in_its_kv(self) -> None:
         source = replace(self.ONE, document_starts={"before": 3, "within": 34, "behind": 38})
-        spans = plan_of([Run(10, source, 30, 8)]).document_spans()
+        spans = plan_of([Run(10, source, 30, 8)]).find_document_spans()
         assert spans == {"before": Span(10, 11), "within": Span(14, 15)}
 
     def test_the_first_token_counts(self) -> None:
         runs = [Run(10, self.ONE, 30, 8), Run(20, self.OTHER, 9, 8), Run(30, self.ONE, 60, 8)]
-        assert plan_of(runs, [fuzzy([25, 26], self.OTHER)]).document_spans() == {
+        assert plan_of(runs, [fuzzy([25, 26], self.OTHER)]).find_document_spans() == {
             "one": Span(10, 11),
             "other": Span(20, 21),
         }
@@ -280,7 +280,7 @@ def test_predicted_rows_are_nested_and_within_bounds(plan: ReusePlan) -> None:
 
 @given(plans(), st.floats(0, 1))
 def test_declined_plans_borrow_nothing_but_the_prefix(plan: ReusePlan, bound: float) -> None:
-    kept = worthwhile(plan, replace(RULES, max_compute_ratio=bound))
+    kept = decline_if_costly(plan, replace(RULES, max_compute_ratio=bound))
     left = 1 - plan.prefix_tokens / NUM_TOKENS
     if kept.declined is None:
         assert kept is plan and plan.predicted_compute_ratio <= bound * left + 1e-9

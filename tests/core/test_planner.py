@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import ReuseConfig, StoreConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Rendered, Segment, TokenIds
-from semsharekv_integrations.reuse.matching import FuzzyMatcher, segments_of
+from semsharekv_integrations.reuse.matching import FuzzyMatcher, list_segments
 from semsharekv_integrations.reuse.plan import ReusePlan
-from semsharekv_integrations.reuse.planner import LONGEST_QUESTION_TOKENS, Planner, question_of
+from semsharekv_integrations.reuse.planner import LONGEST_QUESTION_TOKENS, Planner, mark_question
 from semsharekv_integrations.reuse.similarity import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.records import reference_id
@@ -44,7 +44,7 @@ def text_of(renderer: PromptRenderer, rendered: Rendered, mask: np.ndarray) -> s
 class TestQuestion:
     def question(self, renderer: PromptRenderer, prompt: Prompt, documents: Mapping[str, str]) -> str:
         rendered = renderer.render(prompt, documents)
-        return text_of(renderer, rendered, question_of(rendered, TAIL))
+        return text_of(renderer, rendered, mark_question(rendered, TAIL))
 
     @pytest.mark.parametrize("before", [True, False])
     def test_known_documents_leave_the_rest_of_the_last_turn(self, renderer: PromptRenderer, before: bool) -> None:
@@ -81,7 +81,7 @@ class TestQuestion:
         start = min(start, num_tokens - 1)
         turn = data.draw(st.sampled_from([None, (start, num_tokens)]))
         passages = [Segment("", start, num_tokens)] if data.draw(st.booleans()) else []
-        question = question_of(Rendered(np.arange(num_tokens), segments, passages, turn), tail_tokens)
+        question = mark_question(Rendered(np.arange(num_tokens), segments, passages, turn), tail_tokens)
         assert question[-tail_tokens:].all()
         assert question.sum() <= LONGEST_QUESTION_TOKENS + min(tail_tokens, num_tokens)
         inside = np.zeros(num_tokens, dtype=bool)
@@ -105,13 +105,13 @@ class Fixture:
             frequencies = 10_000.0 ** (-torch.arange(0, 16, 2) / 16)
             index = SegmentIndex(PooledEmbedder(EMBEDDINGS))
             embed = lambda ids: EMBEDDINGS[torch.from_numpy(ids)]  # noqa: E731
-            matcher = FuzzyMatcher(self.store, index, embed, renderer.pieces_of, frequencies, self.config.resolve())
+            matcher = FuzzyMatcher(self.store, index, embed, renderer.split_pieces, frequencies, self.config.resolve())
         self.planner = Planner(self.config, self.store, matcher, NUM_LAYERS, max_tokens)
 
     def keep(self, rendered: Rendered, namespace: str = "a", **labels: Any) -> Reference:
         ids: TokenIds = rendered.token_ids
         layers = tuple(LayerKV(torch.zeros(1, 1, len(ids), 2), torch.zeros(1, 1, len(ids), 2)) for _ in range(2))
-        kept = Reference(reference_id(namespace, ids), namespace, ids, layers, segments=tuple(segments_of(rendered)))
+        kept = Reference(reference_id(namespace, ids), namespace, ids, layers, segments=tuple(list_segments(rendered)))
         kept = replace(kept, **labels)
         assert self.store.put(kept)
         return kept
@@ -247,7 +247,7 @@ def test_guarded_tokens_are_borrowed_from_the_same_token_alone(renderer: PromptR
             for borrowing in plan.borrowings
             for target, source in zip(borrowing.targets, borrowing.sources, strict=True)
         ]
-        different = [renderer.text_of(np.array([one])).strip() for one, other in pairs if one != other]
+        different = [renderer.decode(np.array([one])).strip() for one, other in pairs if one != other]
         assert pairs and ("9" in different) != guarded
         assert any(word in different for word in ("told", "little")), "others may be"
 

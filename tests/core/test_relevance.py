@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Reference, Run
 from semsharekv_integrations.reuse.plan import build_plan
-from semsharekv_integrations.reuse.selection import MOST_OF_ONE, relevance, relevant_tokens
+from semsharekv_integrations.reuse.selection import MOST_OF_ONE, choose_relevant_tokens, score_documents
 
 SEGMENTS = ((0, 4), (4, 8), (8, 12))
 
@@ -21,7 +21,7 @@ def asked(token_ids: list[int], num_question: int) -> tuple[np.ndarray, np.ndarr
 
 def test_the_rarer_the_shared_word_the_more_relevant() -> None:
     ids, question = asked([1, 2, 3, 9, 1, 2, 4, 9, 1, 5, 6, 9, 1, 2, 3], 3)
-    scores = relevance(ids, SEGMENTS, question)
+    scores = score_documents(ids, SEGMENTS, question)
     first, second, third = (scores[start] for start, _ in SEGMENTS)
     assert first > second > third == 0, "all have 1, two have 2, one has 3"
     assert all(len(set(scores[start:stop].tolist())) == 1 for start, stop in SEGMENTS), "a document has one score"
@@ -32,26 +32,26 @@ def test_a_word_counts_more_the_more_often_it_stands_there_but_less_each_time() 
     scores = []
     for times in range(4):
         ids, question = asked([7] * times + [1] * (6 - times) + [2] * 6 + [7], 1)
-        scores.append(float(relevance(ids, ((0, 6), (6, 12)), question)[0]))
+        scores.append(float(score_documents(ids, ((0, 6), (6, 12)), question)[0]))
     assert 0 == scores[0] < scores[1] < scores[2] < scores[3]
     assert scores[2] - scores[1] > scores[3] - scores[2]
 
 
 def test_a_word_counts_more_in_a_short_document() -> None:
     ids, question = asked([7, 1, 7, 1, 1, 1, 1, 1, 2, 2, 7], 1)
-    scores = relevance(ids, ((0, 2), (2, 8), (8, 10)), question)
+    scores = score_documents(ids, ((0, 2), (2, 8), (8, 10)), question)
     assert scores[0] > scores[2] > scores[8] == 0
 
 
 def test_the_words_of_the_question_do_not_make_its_own_passage_relevant() -> None:
     ids, question = asked([1, 2, 3, 4, 5, 6, 7, 8], 2)
-    assert not relevance(ids, ((0, 4), (4, 8)), question).any()
+    assert not score_documents(ids, ((0, 4), (4, 8)), question).any()
 
 
 @given(st.lists(st.integers(0, 6), min_size=13, max_size=13))
 def test_scores_are_never_negative_and_only_inside_segments(token_ids: list[int]) -> None:
     ids, question = asked(token_ids, 1)
-    scores = relevance(ids, SEGMENTS, question)
+    scores = score_documents(ids, SEGMENTS, question)
     assert (scores >= 0).all() and not scores[12:].any()
     shares = {tuple(s) for s in SEGMENTS if token_ids[12] in token_ids[slice(*s)]}
     assert {s for s in SEGMENTS if scores[s[0]] > 0} == (shares if len(shares) < 3 else set())
@@ -63,7 +63,7 @@ def scored(*scores: float) -> np.ndarray:
 
 def chosen(scores: np.ndarray, ratio: float, eligible: np.ndarray | None = None) -> list[int]:
     everything = np.ones(12, dtype=bool)
-    mask = relevant_tokens(scores, SEGMENTS, everything if eligible is None else eligible, ratio)
+    mask = choose_relevant_tokens(scores, SEGMENTS, everything if eligible is None else eligible, ratio)
     return np.flatnonzero(mask).tolist()
 
 

@@ -20,8 +20,8 @@ from semsharekv_integrations.reuse.selection import (
     NEIGHBOURHOOD_TOKENS,
     RECENT_TOKENS,
     SINK_TOKENS,
-    retained_shares,
-    retained_tokens,
+    choose_retained_tokens,
+    compute_retained_shares,
 )
 from tiny_models import EngineMaker, make_model
 
@@ -34,7 +34,7 @@ TOKENS = {"max_new_tokens": 8}
 @example(2, 0.2, 0.25)
 @example(3, 0.1, 1.0)
 def test_shares_change_by_one_factor_and_average_to_the_ratio(num_layers: int, ratio: float, final: float) -> None:
-    shares = retained_shares(num_layers, ratio, final)
+    shares = compute_retained_shares(num_layers, ratio, final)
     assert len(shares) == num_layers and all(0 < share <= 1 for share in shares)
     assert sum(shares) / num_layers == pytest.approx(ratio, rel=1e-3)
     free = [share for share in shares if share < 1]
@@ -43,9 +43,9 @@ def test_shares_change_by_one_factor_and_average_to_the_ratio(num_layers: int, r
 
 
 def test_shares_fall_with_depth_or_do_not() -> None:
-    assert retained_shares(6, 1.0, 0.25) == pytest.approx((1.0,) * 6)
-    assert retained_shares(6, 0.3, 1.0) == pytest.approx((0.3,) * 6)
-    falling, growing = retained_shares(6, 0.5, 0.25), retained_shares(6, 0.5, 4.0)
+    assert compute_retained_shares(6, 1.0, 0.25) == pytest.approx((1.0,) * 6)
+    assert compute_retained_shares(6, 0.3, 1.0) == pytest.approx((0.3,) * 6)
+    falling, growing = compute_retained_shares(6, 0.5, 0.25), compute_retained_shares(6, 0.5, 4.0)
     assert falling[0] == pytest.approx(4 * falling[-1])
     assert growing == pytest.approx(falling[::-1])
 
@@ -54,7 +54,7 @@ def test_shares_fall_with_depth_or_do_not() -> None:
 def test_first_and_last_tokens_and_the_most_attended_stay(num_tokens: int, share: float, seed: int) -> None:
     attended = torch.rand(2, num_tokens, generator=torch.Generator().manual_seed(seed))
     before = attended.clone()
-    kept = retained_tokens(attended, share).tolist()
+    kept = choose_retained_tokens(attended, share).tolist()
     assert torch.equal(attended, before), "scores are read only"
     assert kept == sorted(set(kept)) and all(0 <= place < num_tokens for place in kept)
     always = {*range(min(SINK_TOKENS, num_tokens)), *range(max(0, num_tokens - RECENT_TOKENS), num_tokens)}
@@ -70,14 +70,14 @@ def test_first_and_last_tokens_and_the_most_attended_stay(num_tokens: int, share
 def test_a_token_that_one_head_looks_at_stays_with_its_neighbours() -> None:
     attended = torch.full((4, 100), 0.5)
     attended[:, 50], attended[2, 50] = 0.0, 0.9
-    kept = retained_tokens(attended, (SINK_TOKENS + RECENT_TOKENS + NEIGHBOURHOOD_TOKENS) / 100).tolist()
+    kept = choose_retained_tokens(attended, (SINK_TOKENS + RECENT_TOKENS + NEIGHBOURHOOD_TOKENS) / 100).tolist()
     assert kept == [*range(4), *range(47, 54), *range(84, 100)]
 
 
 def test_relevant_tokens_come_before_all_others() -> None:
     attended, relevant = torch.rand(2, 100), torch.arange(100) // 10 == 3
-    assert {*range(30, 40)} <= set(retained_tokens(attended, 0.3, relevant).tolist())
-    assert retained_tokens(attended, 0.0, relevant).tolist() == [*range(4), *range(84, 100)], "no room"
+    assert {*range(30, 40)} <= set(choose_retained_tokens(attended, 0.3, relevant).tolist())
+    assert choose_retained_tokens(attended, 0.0, relevant).tolist() == [*range(4), *range(84, 100)], "no room"
 
 
 def retaining(architecture: str, ratio: float) -> tuple[ModelAdapter, SelectivePrefill, Retainer]:
@@ -163,7 +163,7 @@ def test_the_most_attended_of_each_layer_stay() -> None:
     for whole, part, weights in zip(prefill.cache.layers, short.layers, attentions, strict=True):
         attended = weights[0][:, -6:].mean(1)  # [heads, T]
         kept = _places(whole.keys, part.keys)
-        assert kept == retained_tokens(attended, len(kept) / NUM_TOKENS).tolist()
+        assert kept == choose_retained_tokens(attended, len(kept) / NUM_TOKENS).tolist()
 
 
 def test_what_is_relevant_stays_in_every_layer() -> None:
@@ -242,7 +242,7 @@ def test_the_first_token_waits_for_no_retention(make_engine: EngineMaker) -> Non
     request, since = Request.of(PROMPT, {"max_new_tokens": 9}), engine._memory.under_way.begin()
     chunks = engine._run(request, since, engine._load())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._load()._retainer, "shortened", None)
+        patch.setattr(engine._load()._retainer, "shorten", None)
         next(chunks)
     last = [*chunks][-1].generation
     assert last is not None and last.report.kv_retained_ratio < 0.7

@@ -23,7 +23,7 @@ from semsharekv_integrations.lab.policies import UNGUARDED
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.rows import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, prefix_plan
+from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, build_prefix_plan
 from tiny_models import ARCHITECTURES, make_model
 
 VOCAB, NUM_TOKENS = 99, 48
@@ -197,7 +197,7 @@ def test_zeroed_kv_is_given_up_without_full_layers_too(architecture: str, prefix
 
 def test_a_plan_without_borrowings_is_a_plain_prefill(llama_selective: tuple[ModelAdapter, SelectivePrefill]) -> None:
     adapter, selective = llama_selective
-    outcome = selective.run(prefix_plan(ids_of(5), None, 3, "nothing there"))
+    outcome = selective.run(build_prefix_plan(ids_of(5), None, 3, "nothing there"))
     assert torch.equal(outcome.prefill.logits, adapter.prefill(ids_of(5)).logits)
     assert outcome.compute_ratio == 1.0
 

@@ -47,10 +47,10 @@ def read(tool_format: ToolFormat, text: str, cuts: list[int] | None = None) -> t
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_format_is_learnt_from_the_template(name: str, special: bool) -> None:
     tokenizer = tool_tokenizer(name, special=special)
-    found = ToolFormat.of(tokenizer)
+    found = ToolFormat.learn(tokenizer)
     assert found == FORMATS[name]
     wanted = [mark for mark in (found.opening, found.closing, "<|python_tag|>" * (not found.opening)) if mark]
-    assert found.marks(tokenizer) == (set(tokenizer.convert_tokens_to_ids(wanted)) if special else set())
+    assert found.find_marks(tokenizer) == (set(tokenizer.convert_tokens_to_ids(wanted)) if special else set())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_format_is_learnt_from_the_template(name: str, special: bool) -> Non
 def test_templates_of_other_ways_get_the_common_format(template: str) -> None:
     tokenizer = tool_tokenizer("none")
     tokenizer.chat_template = template
-    assert ToolFormat.of(tokenizer) == FORMATS["none"]
+    assert ToolFormat.learn(tokenizer) == FORMATS["none"]
 
 
 def test_another_turn_for_calls_is_none_that_the_model_can_go_on_with() -> None:
@@ -76,25 +76,25 @@ def test_another_turn_for_calls_is_none_that_the_model_can_go_on_with() -> None:
         "{{ m.tool_calls[0].function | tojson }}{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    assert ToolFormat.of(tokenizer) == FORMATS["none"]
+    assert ToolFormat.learn(tokenizer) == FORMATS["none"]
     tokenizer.chat_template = tokenizer.chat_template.replace("<|action|>", "<|assistant|>")
-    assert ToolFormat.of(tokenizer).is_native
+    assert ToolFormat.learn(tokenizer).is_native
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_the_template_writes_is_read_as_the_same_calls(name: str) -> None:
     tool_format = FORMATS[name]
     calls = CALLS if tool_format.separator is not None else CALLS[:1]
-    assert read(tool_format, tool_format.text_of(calls)) == ("", calls)
+    assert read(tool_format, tool_format.write(calls)) == ("", calls)
     if tool_format.is_native and not tool_format.takes_short_ids:  # which also writes the id
         turn = {"role": "assistant", "tool_calls": [calling("c", *call)["tool_calls"][0] for call in calls]}
-        assert tool_format.text_of(calls) in PromptRenderer(tool_tokenizer(name)).chat_text([ASK, turn, RESULT], TOOLS)
+        assert tool_format.write(calls) in PromptRenderer(tool_tokenizer(name)).render_chat([ASK, turn, RESULT], TOOLS)
 
 
 @given(cuts=st.lists(st.integers(0, 10**4), max_size=8), name=st.sampled_from(["tagged", "listed", "bare"]))
 def test_cutting_does_not_matter(cuts: list[int], name: str) -> None:
     tool_format = FORMATS[name]
-    text = f"Let me see {{x}} <tool\n{tool_format.text_of(CALLS)}"
+    text = f"Let me see {{x}} <tool\n{tool_format.write(CALLS)}"
     assert read(tool_format, text, cuts) == read(tool_format, text)
     assert read(tool_format, text) == ("Let me see {x} <tool\n", CALLS)
 
@@ -116,7 +116,7 @@ def test_cutting_does_not_matter(cuts: list[int], name: str) -> None:
 )
 def test_what_is_no_valid_call_stays_text(text: str) -> None:
     assert read(FORMATS["tagged"], text) == (text, [])
-    good = FORMATS["tagged"].text_of(CALLS[1:])
+    good = FORMATS["tagged"].write(CALLS[1:])
     if text.endswith("</tool_call>"):
         assert read(FORMATS["tagged"], f"{text}\n{good}") == (f"{text}\n", CALLS[1:])
 
@@ -161,16 +161,16 @@ def test_models_write_calls_a_little_otherwise(name: str, text: str) -> None:
 
 
 def test_several_calls_in_a_row_and_text_around_them() -> None:
-    one, two = (FORMATS["tagged"].text_of([call]) for call in CALLS)
+    one, two = (FORMATS["tagged"].write([call]) for call in CALLS)
     found = read(FORMATS["tagged"], f"First.\n{one}\n{two}\nThen {one} end")
     assert found == ("First.\nThen end", [*CALLS, CALLS[0]])
-    bare = [FORMATS["bare"].text_of([call]) for call in CALLS]
+    bare = [FORMATS["bare"].write([call]) for call in CALLS]
     assert read(FORMATS["bare"], "; ".join(bare)) == ("", CALLS)
 
 
 def test_ids_are_all_different() -> None:
     parser = ToolCallParser(FORMATS["tagged"], NAMES)
-    calls = parser.push(FORMATS["tagged"].text_of(CALLS * 2)).tool_calls
+    calls = parser.push(FORMATS["tagged"].write(CALLS * 2)).tool_calls
     assert len({call.id for call in calls}) == 4 and all(call.id.startswith("call_") for call in calls)
 
 
@@ -180,7 +180,7 @@ class TestRendering:
     def test_a_round_of_tools(self, name: str, as_text: bool) -> None:
         arguments = '{"town": "Prorna"}' if as_text else {"town": "Prorna"}
         messages = [ASK, calling("c1", "get_news", arguments), RESULT]
-        text = PromptRenderer(tool_tokenizer(name)).chat_text(messages, TOOLS)
+        text = PromptRenderer(tool_tokenizer(name)).render_chat(messages, TOOLS)
         ask, call, result = (text.index(part) for part in (ASK["content"], '"town": "Prorna"', RESULT["content"]))
         assert ask < call < result and text.index(NEWS["function"]["description"]) < ask
         assert text.count("get_news") == 2
@@ -197,17 +197,17 @@ class TestRendering:
     def test_without_tools_nothing_changes(self, name: str) -> None:
         tokenizer = tool_tokenizer(name)
         wanted = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
-        assert PromptRenderer(tokenizer).chat_text([ASK]) == wanted
+        assert PromptRenderer(tokenizer).render_chat([ASK]) == wanted
 
     def test_ids_and_results_agree_where_ids_are_short(self) -> None:
-        text = PromptRenderer(tool_tokenizer("listed")).chat_text([ASK, TURN, RESULT], TOOLS)
+        text = PromptRenderer(tool_tokenizer("listed")).render_chat([ASK, TURN, RESULT], TOOLS)
         (made,) = json.loads(text[text.index("[TOOL_CALLS] ") :].removeprefix("[TOOL_CALLS] ").split("<|end|>")[0])
         assert len(made["id"]) == 9 and f'"call_id": "{made["id"]}"' in text
 
     def test_calls_of_one_turn_follow_each_other_where_a_template_takes_one(self) -> None:
         turn = {"role": "assistant", "tool_calls": [TURN["tool_calls"][0], calling("c2", *CALLS[1])["tool_calls"][0]]}
         late = RESULT | {"tool_call_id": "c2", "content": "Rain."}
-        text = PromptRenderer(tool_tokenizer("bare")).chat_text([ASK, turn, late, RESULT, ASK], TOOLS)
+        text = PromptRenderer(tool_tokenizer("bare")).render_chat([ASK, turn, late, RESULT, ASK], TOOLS)
         places = [
             text.index(part) for part in ('"get_news", "parameters"', "A flood.", '"weather", "parameters"', "Rain.")
         ]
@@ -215,12 +215,12 @@ class TestRendering:
 
     def test_a_template_without_tools_gets_everything_as_text(self) -> None:
         system = {"role": "system", "content": "You read the news."}
-        text = PromptRenderer(tool_tokenizer("none")).chat_text([system, ASK, TURN, RESULT, RESULT, ASK], TOOLS)
+        text = PromptRenderer(tool_tokenizer("none")).render_chat([system, ASK, TURN, RESULT, RESULT, ASK], TOOLS)
         assert text.startswith("<|begin|><|system|>You read the news.\n\n# Tools")
         for tool in TOOLS:
             assert json.dumps(tool) in text
         assert "<|tool|>" not in text and text.count("<|user|>") == 2 and text.count("<tool_response>") == 2
-        plain = PromptRenderer(tool_tokenizer("none")).chat_text([ASK, ASK])
+        plain = PromptRenderer(tool_tokenizer("none")).render_chat([ASK, ASK])
         assert plain.count("<|user|>") == 2, "only results are joined with what follows"
 
     @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ class TestRendering:
     )
     def test_malformed_calls_are_refused(self, message: dict, error: str) -> None:
         with pytest.raises(PromptError, match=error):
-            PromptRenderer(tool_tokenizer("tagged")).chat_text([message], TOOLS)
+            PromptRenderer(tool_tokenizer("tagged")).render_chat([message], TOOLS)
 
     def test_text_prompts_take_no_tools(self) -> None:
         with pytest.raises(PromptError, match="prompt is text; accepted with tools"):
@@ -253,7 +253,10 @@ class TestRendering:
 def test_marks_are_decoded_and_other_special_tokens_are_not() -> None:
     tokenizer = tool_tokenizer("listed", special=True)
     ids = tokenizer.encode('<|tool|>[TOOL_CALLS] [{"a": 1}]<|end|>', add_special_tokens=False)
-    for marks, wanted in ((ToolFormat.of(tokenizer).marks(tokenizer), '[TOOL_CALLS] [{"a": 1}]'), ((), ' [{"a": 1}]')):
+    for marks, wanted in (
+        (ToolFormat.learn(tokenizer).find_marks(tokenizer), '[TOOL_CALLS] [{"a": 1}]'),
+        ((), ' [{"a": 1}]'),
+    ):
         stream = TextStream(tokenizer, (), marks)
         assert "".join(map(stream.push, ids)) + stream.finish() == wanted
 

@@ -25,7 +25,7 @@ class Speaker:
         self.tokenizer = tool_tokenizer(template, special=special)
         self.model = make_model("llama", len(self.tokenizer), max_position_embeddings=2048)
         self.engine = SemShareEngine(self.model, self.tokenizer, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
-        self.tool_format = ToolFormat.of(self.tokenizer)
+        self.tool_format = ToolFormat.learn(self.tokenizer)
         self._rest: list[int] = []
         forward = self.model.forward
 
@@ -43,7 +43,7 @@ class Speaker:
         return self.engine
 
     def written(self, *calls: tuple[str, dict]) -> str:
-        return self.tool_format.text_of(calls)
+        return self.tool_format.write(calls)
 
 
 def calls_of(generation: Generation) -> list[tuple[str, dict]]:

@@ -138,6 +138,6 @@ def _row(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[torch.
     tools = openai_tools(dialogue.tools)
     prompt = renderer.render(engine_messages([HumanMessage(dialogue.question)]), {}, tools=tools).token_ids
     said = dialogue.answer
-    text = said if isinstance(said, str) else renderer.tool_format.text_of([said])
+    text = said if isinstance(said, str) else renderer.tool_format.write([said])
     answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     return torch.tensor([*prompt, *answer]), torch.tensor([-1] * len(prompt) + answer)
