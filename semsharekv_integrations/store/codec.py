@@ -1,8 +1,8 @@
-"""KV as it lies in memory (as the model made it, or in 8 bits), and references in one safetensors file.
+"""KV in memory (as the model made it, or in 8 bits), and references in one safetensors file.
 
-Eight bits take absolute maxima by head and token for scales, so a large key in one place costs no precision in another.
-A file holds tensors as they are, everything else in its header as JSON, and a digest over both. The digest finds
-damage, not forgery: whoever can write the file can write the digest too.
+In 8 bits each head of each token has a scale of its own, so a large key in one place costs no precision in another. A
+file holds the tensors, everything else in its header as JSON, and a digest over both. The digest finds damage, not
+forgery: whoever can write the file can write the digest too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HOST_IS_FULL = "DefaultCPUAllocator"  # in the plain RuntimeError by which torc
 
 @contextmanager
 def raise_memory_errors() -> Iterator[None]:
-    """Raise one of ``OUT_OF_MEMORY`` for the host as for a device."""
+    """Raise ``MemoryError`` when the host is full, which torch reports as a plain ``RuntimeError``."""
     try:
         yield
     except RuntimeError as error:
@@ -48,13 +48,13 @@ def raise_memory_errors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class PackedKV:
-    """One piece of KV. Never mutated.
+    """The KV of consecutive tokens. Never mutated.
 
     Attributes:
         tensors: by name, all with tokens at dimension 2: ``0.keys`` and ``0.values`` [B, H, N, D] of layer 0 and so on,
             and for 8 bits ``0.keys.scales`` and ``0.values.scales`` [B, H, N, 1].
-        dtype: in which the model takes it.
-        device: on which the model takes it.
+        dtype: in which the model takes KV.
+        device: on which it does.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -64,7 +64,7 @@ class PackedKV:
     @classmethod
     @raise_memory_errors()
     def pack(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
-        """What ``layers`` have from token ``start`` on: the tensors themselves, or copies of a part, or packed."""
+        """The KV of ``layers`` from token ``start`` on: the tensors themselves, copies of a part, or 8 bits."""
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(layers):
             for name, tensor in zip((_KEYS, _VALUES), layer, strict=True):
@@ -74,22 +74,22 @@ class PackedKV:
 
     @cached_property
     def num_tokens(self) -> int:
-        """How many tokens."""
+        """Number of tokens."""
         return next(iter(self.tensors.values())).shape[2]
 
     @cached_property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @cached_property
     def is_rounded(self) -> bool:
-        """Whether it lies in 8 bits."""
+        """Whether it is in 8 bits."""
         return any(name.endswith(_SCALES) for name in self.tensors)
 
     @cached_property
     def num_layers(self) -> int:
-        """Of the model."""
+        """Number of layers of the model."""
         return sum(name.endswith(f".{_KEYS}") for name in self.tensors)
 
     def layer(self, index: int) -> LayerKV:
@@ -97,19 +97,19 @@ class PackedKV:
         return LayerKV(self._unpack(f"{index}.{_KEYS}"), self._unpack(f"{index}.{_VALUES}"))
 
     def copy_part(self, start: int, stop: int) -> PackedKV:
-        """Its tokens from ``start`` to ``stop`` (exclusive), copied, so that the rest may go."""
+        """A copy of the tokens from ``start`` to ``stop`` (exclusive)."""
         return self._change(lambda tensor: tensor[:, :, start:stop].clone())
 
     def view_part(self, start: int, stop: int) -> PackedKV:
-        """As ``copy_part``, not copied."""
+        """As ``copy_part``, sharing memory."""
         return self._change(lambda tensor: tensor[:, :, start:stop])
 
     def copy_to(self, device: torch.device) -> PackedKV:
-        """A copy on ``device``, which needs no file to stay; pinned in host memory if the model is on CUDA."""
+        """A copy on ``device``, independent of files; pinned in host memory if the model is on CUDA."""
         return self._change(lambda tensor: self._pin(tensor.to(device, copy=True)))
 
     def move_to(self, device: torch.device) -> PackedKV:
-        """On ``device``, if it is not there already; pinned likewise, so that it can return at full speed."""
+        """The same KV on ``device``, copied only if it is elsewhere; pinned likewise, to return at full speed."""
         return self._change(lambda tensor: self._pin(tensor.to(device)))
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def pack_if_room(layers: Sequence[LayerKV], bits: int | None, start: int = 0) ->
 
 
 def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Eight-bit numbers [B, H, N, D] and what each head's token is to be multiplied by [B, H, N, 1]."""
+    """Eight-bit numbers [B, H, N, D] and their scales [B, H, N, 1]."""
     largest = tensor.float().abs().amax(dim=-1, keepdim=True)
     scales = (largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (tensor.float() / scales).round().to(torch.int8)
@@ -150,12 +150,12 @@ def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def write_references(path: Path, references: Sequence[Reference], fingerprint: str) -> int:
-    """Write beside ``path``, then rename over it: a reader sees the old file or the new one, never a part.
+    """Write a file beside ``path``, then rename it: a reader sees the old file or the new one, never a part.
 
-    A link in its place is replaced; what it leads to stays. All must be exact: approximate KV is never written.
+    Replaces a link, and leaves alone what it points to. All references must be exact.
 
     Raises:
-        StoreWriteError: if it cannot be written; what was there stays, and nothing else is left.
+        StoreWriteError: if the file cannot be written; the old one stays, and nothing else is left.
     """
     assert not any(reference.is_tainted for reference in references), "approximate KV is never written"
     tensors = {f"{n}.ids": torch.from_numpy(reference.token_ids) for n, reference in enumerate(references)}
@@ -191,7 +191,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 
 def read_references(path: Path, fingerprint: str, device: torch.device) -> list[Reference]:
-    """The references in ``path``, on ``device``.
+    """Read the references in ``path`` to ``device``.
 
     Raises:
         StoreFileError: if the file is missing, damaged, of another format version or of another model.
@@ -224,7 +224,7 @@ def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
 
 
 def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
-    """Raise ``ValueError`` for values that were never written: a right digest says nothing about them."""
+    """Raise ``ValueError`` for values that no store writes: a right digest says nothing about them."""
     as_record = EntryRecord(str(n), entry["namespace"], str(n), entry, 0.0, 0.0)
     are_ids = token_ids.ndim == 1 and len(token_ids) > 0 and bool((token_ids >= 0).all())
     if not (are_ids and is_whole(entry["layers"], 1) and is_sound(as_record)):

@@ -32,7 +32,7 @@ _MOVED = ("evicted", "promoted", "demoted", "promotion_failed", "disk_refused", 
 
 
 class Deadlines:
-    """At most one deadline for each key, the earliest found first. Nothing keeps a key that was dropped."""
+    """At most one deadline for each key. Keeps nothing of a key that was dropped."""
 
     def __init__(self) -> None:
         self._times: dict[str, tuple[float, int]] = {}  # with the number of the time
@@ -41,7 +41,7 @@ class Deadlines:
         self._numbers = count()
 
     def set(self, key: str, time_s: float) -> None:
-        """``key`` is due at ``time_s``, or when it was due before, if that is earlier."""
+        """Make ``key`` due at ``time_s``, unless it is due earlier."""
         before_s, former = self._times.get(key, (float("inf"), -1))
         if time_s < before_s:
             self._keys.pop(former, None)
@@ -50,7 +50,7 @@ class Deadlines:
             heapq.heappush(self._heap, (time_s, number))
 
     def drop(self, key: str) -> None:
-        """``key`` is never due, until it is set again."""
+        """Forget the deadline of ``key``."""
         _, number = self._times.pop(key, (0.0, -1))
         self._keys.pop(number, None)
         if len(self._heap) > 64 + 2 * len(self._times):
@@ -58,7 +58,7 @@ class Deadlines:
             heapq.heapify(self._heap)
 
     def take_due(self, now_s: float) -> list[str]:
-        """The keys whose time has come; they have no deadline any more."""
+        """Remove and return the keys whose time has come."""
         found = []
         while self._heap and self._heap[0][0] <= now_s:
             _, number = heapq.heappop(self._heap)
@@ -70,7 +70,7 @@ class Deadlines:
 
 
 class Entries:
-    """Entries by key, by namespace and by state of the model. Not safe to use from several threads by itself.
+    """Entries by key, by namespace and by state of the model. Not thread-safe: callers hold ``lock``.
 
     Args:
         config: bounds.
@@ -101,7 +101,7 @@ class Entries:
         self._deadlines = Deadlines()
 
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
-        """Take up what lies in ``directory`` and has not expired, within the bound; how many entries."""
+        """Load what lies in ``directory``, has not expired and fits the bound; how many entries."""
         self.tiers.disk.attach(directory, dtype, device)
         with _gc_paused():
             found = self._reopen(directory)
@@ -119,25 +119,25 @@ class Entries:
         return len(self.by_key)
 
     def close(self) -> None:
-        """Write down what was used when, and give the directory up, with the entries that lie there alone."""
+        """Write when each entry was used last, and give up the directory with the entries that lie there alone."""
         ordinary = [entry for entry in self.by_key.values() if not entry.reference.is_tainted]
         self.tiers.disk.close([self._make_record(entry) for entry in ordinary if entry.node.on_disk is not None])
         self._keep_to_memory()
 
     def abandon(self) -> None:
-        """In a child that was forked: leave the directory to the parent, with the entries that lie there alone."""
+        """In a forked child: leave the directory to the parent, with the entries that lie there alone."""
         self.tiers.disk.abandon()
         self._keep_to_memory()
 
     def select(self, namespace: str | None, state: str | None = None) -> list[Entry]:
-        """Those of one namespace, or all; of one state of the model, or of every one."""
+        """The entries of one namespace, or all; of one state of the model, or of every state."""
         if namespace is None:
             return [entry for entry in self.by_key.values() if state in (None, entry.reference.state)]
         names = (name for name in self.list_names(namespace, state) if name in self.namespaces)
         return [entry for name in names for entry in self.namespaces[name]]
 
     def list_names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
-        """Those of a namespace, of one state of the model or of every one."""
+        """The names under which ``namespaces`` has a namespace: of one state of the model, or of every state."""
         return [namespace, *self._later.get(namespace, ())] if state is None else [make_space_name(namespace, state)]
 
     def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
@@ -155,7 +155,7 @@ class Entries:
             )
 
     def ensure_namespace(self, name: SpaceName) -> Namespace:
-        """The one of this name, made if there is none."""
+        """The namespace of this name, made if there is none."""
         namespace = name if isinstance(name, str) else name[0]
 
         def split(upper: Node, lower: Node) -> None:
@@ -168,13 +168,13 @@ class Entries:
         return self.namespaces[name]
 
     def add(self, entry: Entry) -> None:
-        """Take ``entry`` in; its KV is placed by the caller."""
+        """Add ``entry``; the caller places its KV."""
         self.ensure_namespace(entry.reference.space).add(entry)
         self.by_key[entry.key] = entry
         self._set_deadline(entry)
 
     def relabel(self, entry: Entry, reference: Reference) -> None:
-        """``entry`` has the labels of ``reference`` from now on."""
+        """Give ``entry`` the labels of ``reference``."""
         space = self.namespaces[reference.space]
         space.pin(entry, reference.pinned - entry.reference.pinned)
         entry.reference = reference
@@ -184,7 +184,7 @@ class Entries:
             self.tiers.disk.put_entry(self._make_record(entry))
 
     def remove(self, entry: Entry) -> None:
-        """Drop ``entry``, and the KV that no other entry needs."""
+        """Drop ``entry`` and the KV that no other entry needs."""
         space = self.namespaces[entry.reference.space]
         written = [entry.key] if entry.node.on_disk is not None else []
         gone = space.remove(entry)
@@ -196,7 +196,7 @@ class Entries:
             self._drop_namespace(entry.reference.space)
 
     def expire(self) -> None:
-        """Drop what was not used for longer than it may live; of many files that only it needed, some now."""
+        """Drop entries that were not used for their lifetime. Deletes some of their files; later calls the rest."""
         self.tiers.disk.sweep()
         now, expired = self._clock(), list[Entry]()
         for key in self._deadlines.take_due(now):
@@ -210,10 +210,10 @@ class Entries:
             self.remove_all(expired, at_once=False)
 
     def remove_all(self, entries: Sequence[Entry], purged: Iterable[SpaceName] = (), *, at_once: bool = True) -> int:
-        """As ``remove`` for each, in one change of the catalog, leaving nothing of them on disk; how many.
+        """Remove entries in one transaction, so that nothing of them stays on disk; how many.
 
-        If not ``at_once``, calls to come delete what files are left. The namespaces ``purged`` are left without a trace
-        of what was removed before, either.
+        Unless ``at_once``, later calls delete the files that are left. In the namespaces ``purged`` nothing stays of
+        entries that were removed before, either.
         """
         for entry in entries:
             self.remove(entry)
@@ -225,9 +225,9 @@ class Entries:
         return len(entries)
 
     def load(self, entry: Entry, path: list[Node]) -> Reference | None:
-        """``entry`` with the KV of ``path``, which it begins with. Counts as a use.
+        """The beginning of ``entry`` along ``path``, with its KV. Counts as a use.
 
-        None, and counted, if that cannot be had: then the entry is gone, and all others that need it.
+        None if its KV is damaged or gone: the entry is dropped and counted, with all others that need this KV.
 
         Raises:
             UnavailableFileError: if the system cannot read a file now; the entry stays.
@@ -252,7 +252,7 @@ class Entries:
         )
 
     def stats(self) -> dict[str, int]:
-        """Entries, bytes and bounds by tier, and counts."""
+        """See ``KVStore.stats``."""
         tiers = self.tiers
         return {
             "entries": len(self.by_key),
@@ -282,9 +282,9 @@ class Entries:
         self.tiers.check(nodes, {entry.key for entry in ordinary if entry.node.on_disk is not None})
 
     def _reopen(self, directory: KVDirectory) -> list[tuple[Entry, float]]:
-        """Every entry on disk, its nodes in their trees and in the tier, with the wall clock's time of its last use.
+        """The entries on disk, least recently used first, each with the wall clock's time of its last use.
 
-        Least recently used ones first. Reads no KV. What does not fit together is removed from the directory.
+        Their nodes are in their trees and in the disk tier. Deletes records that do not fit together. Reads no KV.
         """
         contents = directory.contents()
         nodes = self._attach_nodes(contents.nodes)
@@ -317,7 +317,7 @@ class Entries:
         return found
 
     def _attach_nodes(self, records: Iterable[NodeRecord]) -> dict[str, tuple[Node, FileRange]]:
-        """The nodes that fit together, in their trees, by id, and where their KV is; parents before children."""
+        """Put the nodes that fit together into their trees; each by its id, with the place of its KV."""
         nodes: dict[str, tuple[Node, FileRange]] = {}
         for record in records:
             tree = self.ensure_namespace(record.namespace).tree
@@ -328,7 +328,7 @@ class Entries:
         return nodes
 
     def _purge_disk(self, names: Iterable[SpaceName]) -> bool:
-        """Rewrite KV files of namespaces so that forgotten tokens leave the disk; whether that went well."""
+        """Rewrite KV files of namespaces so that forgotten tokens leave the disk; whether all could be rewritten."""
         is_gone = True
         for name in self.namespaces.keys() & set(names):
             if isinstance(name, str):  # all others lie in memory alone
@@ -341,7 +341,7 @@ class Entries:
                 self.remove(entry)
 
     def _lose(self, node: Node) -> None:
-        """Drop what ends with ``node``; a beginning that was reused stays, though nothing else needs it."""
+        """Drop the entries that end with ``node``. Their beginning stays as an entry if it was reused."""
         before = node.parent
         for entry in [self.by_key[key] for key in node.entries]:
             if before is not None and before.hits and not before.entries and len(before.children) == 1:

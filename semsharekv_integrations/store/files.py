@@ -1,9 +1,8 @@
-"""KV files of one directory: safetensors, written whole or not at all, memory-mapped when read, and checked.
+"""KV files of one directory: safetensors, written whole or not at all, memory-mapped when read, and verified.
 
-A file says in its header whose it is: format version, model fingerprint, its own id and its number of tokens; a digest
-covers the header and all tensors. It finds damage, not forgery. No link is followed, and what somebody else could have
-planted is refused: in a place where others may write, a name can be a link to a file of yours. Knows nothing about
-what the tensors mean.
+A file's header names its format version, the model's fingerprint, its own id and its number of tokens. A digest covers
+header and tensors; it finds damage, not forgery. Where others may write, a name can be a link to a file of yours: these
+functions follow no link and refuse what others could have planted. Knows nothing about what the tensors mean.
 """
 
 from __future__ import annotations
@@ -33,20 +32,9 @@ TOKEN_DIM = 2
 _NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
 _LENGTH_BYTES = 8  # of the header's length, before the header
 _AT_ONCE_BYTES = 2**20
-_DTYPES = {
-    "BOOL": "torch.bool",
-    "U8": "torch.uint8",
-    "I8": "torch.int8",
-    "I16": "torch.int16",
-    "I32": "torch.int32",
-    "I64": "torch.int64",
-    "F16": "torch.float16",
-    "BF16": "torch.bfloat16",
-    "F32": "torch.float32",
-    "F64": "torch.float64",
-    "F8_E4M3": "torch.float8_e4m3fn",
-    "F8_E5M2": "torch.float8_e5m2",
-}
+_NAMES_IN_FILES = "BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64 F8_E4M3 F8_E5M2"
+_NAMES_IN_TORCH = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2"
+_DTYPES = dict(zip(_NAMES_IN_FILES.split(), _NAMES_IN_TORCH.split(), strict=True))
 _KINDS = {  # but for plain files
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a directory",
@@ -58,15 +46,15 @@ _KINDS = {  # but for plain files
 
 
 class UnavailableFileError(StoreFileError):
-    """The system cannot read a KV file now: it is out of handles or memory, or the disk fails or is away."""
+    """The system cannot read a KV file now: handles or memory ran out, or the disk failed. The file may be whole."""
 
 
 class DamageError(Exception):
-    """The bytes of a file are not those that were written."""
+    """A file has other bytes than were written."""
 
 
 class KVFiles:
-    """The KV files in ``path``. ``counts`` is told of whatever is found wrong."""
+    """The KV files in ``path``. Increments ``counts`` for every trouble: see ``KVDirectory.counts``."""
 
     def __init__(self, path: Path, fingerprint: str, counts: Counter[str]) -> None:
         self.path = path
@@ -76,11 +64,11 @@ class KVFiles:
         self._doomed: list[str] = []  # files that are still to be deleted
 
     def write(self, file: str, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
-        """Write a temporary, then rename it: after a crash the file is there whole or not at all.
+        """Write a temporary file, then rename it: after a crash the file is there whole or not at all.
 
         Raises:
             StoreWriteError: if it cannot be written; nothing is left of it.
-            ValueError: if a tensor has another number of tokens.
+            ValueError: if a tensor has another number of tokens at dimension 2.
         """
         for name, tensor in tensors.items():
             if tensor.ndim <= TOKEN_DIM or tensor.shape[TOKEN_DIM] != num_tokens:
@@ -109,12 +97,12 @@ class KVFiles:
         return FileRecord(file, num_tokens, num_bytes)
 
     def read(self, record: FileRecord) -> dict[str, torch.Tensor]:
-        """Tensors on the CPU that are private maps of the file: bytes are read when touched.
+        """Map the file: tensors on the CPU, privately mapped, whose bytes are read when touched.
 
-        The first time that a file is read its digest is verified, which reads all of them.
+        The first read of a file verifies its digest, which reads all bytes.
 
         Raises:
-            UnavailableFileError: if the system cannot read it now, which says nothing about the file.
+            UnavailableFileError: if the system cannot read it now.
             StoreFileError: if the file is missing, damaged, or another than the one recorded.
         """
         path = self._locate(record.id)
@@ -128,7 +116,7 @@ class KVFiles:
             raise self._note_unavailable(path, error) from error
 
     def _verify(self, record: FileRecord) -> None:
-        """Raise as ``read`` does, and count it, unless the file is the one recorded."""
+        """Raise as ``read`` does, and count the trouble, unless the file is the one recorded."""
         path = self._locate(record.id)
         self._verified.discard(record.id)
         try:
@@ -150,7 +138,7 @@ class KVFiles:
         self._verified.add(record.id)
 
     def measure(self) -> dict[str, int]:
-        """Bytes of every KV file on disk; none is opened."""
+        """Size of every KV file on disk; opens none."""
         found: dict[str, int] = {}
         with os.scandir(self.path) as items:
             for item in items:
@@ -160,9 +148,9 @@ class KVFiles:
         return found
 
     def remove(self, *files: str, most: int | None = None) -> None:
-        """Delete KV files, and those that are still to be deleted: ``most`` of them now, the others the next time.
+        """Delete ``files`` and those left from earlier calls: at most ``most`` now, the others with the next call.
 
-        One that cannot be deleted is left to the next opening.
+        The next opening deletes what could not be deleted.
         """
         self._verified.difference_update(files)
         self._doomed += files
@@ -172,7 +160,7 @@ class KVFiles:
             self._remove(self._locate(file))
 
     def remove_temporaries(self) -> int:
-        """Delete what writers that were killed have left, and tell how many there were."""
+        """Delete what killed writers left; how many files."""
         names = [name for name in os.listdir(self.path) if name.startswith(TEMPORARY)]
         for name in names:
             self._remove(self.path / name)
@@ -195,7 +183,7 @@ class KVFiles:
 
 
 def digest_tensors(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of the header and of every tensor's name, dtype, shape and bytes, in the order given."""
+    """Digest the header and every tensor's name, dtype, shape and bytes, in the order given."""
     digest = hashlib.blake2b(header.encode(), digest_size=16)
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -204,13 +192,13 @@ def digest_tensors(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> st
 
 
 def verify_metadata(path: Path, num_bytes: int) -> dict[str, str]:
-    """The metadata of a KV file, after plain reads found its size and its digest right.
+    """The metadata of a KV file whose size and digest are right, by plain reads.
 
-    A map of the file would hide what is wrong with the disk: a page that cannot be read ends the process. Plain reads
-    tell the one from the other: bytes that differ are damage, an error of the system says nothing about them.
+    In a mapped file, a page that cannot be read ends the process. Plain reads tell damage (other bytes) from an error
+    of the system, which says nothing about the bytes.
 
     Raises:
-        DamageError: if they are not right, or it is no file.
+        DamageError: if size or digest are wrong, or it is no file.
         OSError: if it cannot be read.
     """
     found = path.lstat()
@@ -231,7 +219,7 @@ def verify_metadata(path: Path, num_bytes: int) -> dict[str, str]:
 
 
 def _digest_file(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
-    """The metadata, and the digest of what is there: see ``digest_tensors``."""
+    """The metadata, and the digest as ``digest_tensors`` makes it."""
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     first = _LENGTH_BYTES + length
     if first > num_bytes:
@@ -240,7 +228,7 @@ def _digest_file(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
     metadata = header.pop("__metadata__")
     digest = hashlib.blake2b(metadata["semsharekv"].encode(), digest_size=16)
     for name, about in sorted(header.items()):
-        digest.update(f"{name} {_DTYPES[about['dtype']]} {tuple(about['shape'])}".encode())
+        digest.update(f"{name} torch.{_DTYPES[about['dtype']]} {tuple(about['shape'])}".encode())
         start, stop = about["data_offsets"]
         if not (is_whole(start, 0) and is_whole(stop, start) and first + stop <= num_bytes):
             raise ValueError(f"{name} would lie at {start} to {stop}")
@@ -260,7 +248,7 @@ def _read_parts(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
 
 
 def _measure(path: Path) -> int | None:
-    """Bytes of a file, or None if they cannot be told."""
+    """Size of a file, or None if the system cannot tell."""
     try:
         return path.lstat().st_size
     except OSError:
@@ -268,7 +256,7 @@ def _measure(path: Path) -> int | None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the names in a directory, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -277,11 +265,11 @@ def _sync(path: Path) -> None:
 
 
 def make_private_directory(path: Path) -> None:
-    """Make a directory that only its owner may enter, and likewise those above it that are missing.
+    """Make a directory that only its owner may enter, and those above it that are missing.
 
     Raises:
-        OSError: naming the path, if that fails, if ``path`` or the directory that it lies in is a link or belongs to
-            another user, or if another user has made a link of one above, or if this system knows no owners of files.
+        OSError: naming the path, if ``path`` or its parent is a link or belongs to another user, if another user made
+            a link of a directory above, if the system knows no owners of files, or if it fails.
     """
     if not hasattr(os, "geteuid"):
         raise OSError(f"{path} needs a system on which files have owners (Linux, macOS); keep KV in memory here")
@@ -326,11 +314,7 @@ def require_plain(path: Path, *, own: bool = True) -> None:
 
 
 def open_private(path: Path) -> int:
-    """A handle of a plain file that only its owner may read or write; an empty one is made if there is none.
-
-    Raises:
-        OSError: naming the path, if it is anything else.
-    """
+    """Open a plain file that only its owner may read or write, created if missing; raises as ``require_plain``."""
     require_plain(path)
     handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
@@ -342,7 +326,7 @@ def open_private(path: Path) -> int:
 
 
 def is_own_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory of yours, now; not where its disk cannot be reached."""
+    """Whether ``path`` is a directory of yours, and its disk can be reached."""
     try:
         found = path.lstat()
     except OSError:
@@ -356,5 +340,5 @@ def _require_own(path: Path, found: os.stat_result) -> None:
 
 
 def _is_trusted(found: os.stat_result) -> bool:
-    """Whether it belongs to you, or to the administrator."""
+    """Whether it belongs to you or to the administrator."""
     return found.st_uid in (0, os.geteuid())

@@ -1,8 +1,8 @@
-"""The store: stored prompts by namespace, found by what they begin with and by runs anywhere in them.
+"""The store: prompts with their KV by namespace, found by their beginning and by runs anywhere in them.
 
-Knows nothing about models. What several prompts begin with is kept once (``store.radix``), wherever there is room for
-it (``store.tiers``). A hit is always verified token by token. Tainted entries, whose KV is approximate, lie apart: the
-latest of each session, in memory alone, found by that session alone.
+A beginning that several prompts share is kept once (``store.radix``), in whatever tier has room (``store.tiers``).
+Every hit is verified token by token. Tainted entries, whose KV is approximate, lie apart: the latest of each session,
+in memory alone, found by that session alone. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from semsharekv_integrations.store.standing import entries_with, forms_of
 
 
 class KVStore:
-    """References by namespace. Safe to use from several threads; every method holds one lock.
+    """References by namespace. Thread-safe: every method holds one lock.
 
-    A child that is forked has a copy, which goes on in memory alone.
+    A forked child has a copy, which goes on in memory alone.
 
     Args:
         config: bounds.
         clock: seconds that only grow; passed in by tests.
         wall_clock: seconds since the epoch, for what outlives the process; may jump.
-        min_run_tokens: shortest run that ``find_runs`` finds, at least 1; None if it is never asked, which saves
-            about 20 bytes for each stored token, not counted in the byte bounds.
+        min_run_tokens: shortest run that ``find_runs`` finds, at least 1. None if it is never called, which saves
+            about 20 bytes for each stored token; the byte bounds do not count these.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class KVStore:
         tell_of_forks(self)
 
     def view_state(self, state: str) -> KVStore:
-        """As one state of the model sees it, ``""`` being the first, which alone is kept on disk."""
+        """The same store as one state of the model sees it; the disk keeps the first state, ``""``, alone."""
         view = copy(self)
         view._state = state
         return view
 
     def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
-        """Take up what lies in the configured directory; how many entries. Without a directory, none.
+        """Load the entries of the configured directory, if any; how many there are. Reads no KV.
 
         Args:
-            fingerprint: of the model that the KV is of, in hexadecimal digits; another one's KV is left alone.
+            fingerprint: hexadecimal digits that identify the model; KV of other models is left alone.
             dtype: in which the model takes KV.
-            device: where it does.
+            device: on which it does.
 
         Raises:
             StoreLockedError: if another process uses the directory with this model.
@@ -83,12 +83,12 @@ class KVStore:
             return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, device)
 
     def close(self) -> None:
-        """Write down what was used when, and leave the directory to others; what is in memory stays there."""
+        """Write when each entry was used last, and release the directory. Memory keeps what it holds."""
         with self._lock:
             self._entries.close()
 
     def go_on_in_child(self) -> None:
-        """Go on with what is in memory: the directory is the parent's."""
+        """Keep what is in memory; the directory is the parent's."""
         self._entries.lock = hold_at_forks(threading.Lock())
         self._entries.abandon()
 
@@ -97,7 +97,7 @@ class KVStore:
         return self._entries.lock  # one for all states
 
     def abandon(self) -> None:
-        """Close, as soon as nobody is at work here. Never waits, so that the garbage collector may call it anywhere."""
+        """Close as soon as no thread holds the lock. Never waits, so the garbage collector may call it anywhere."""
         do_when_free(self._lock, self._entries.close)
 
     def list_readable(self, namespace: str) -> list[str]:
@@ -108,10 +108,10 @@ class KVStore:
     def find_prefix(
         self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
     ) -> PrefixMatch | None:
-        """The entry of ``namespace`` that agrees longest with the start of ``token_ids``, and for how many tokens.
+        """The entry that agrees longest with the start of ``token_ids``, and for how many tokens.
 
-        The shared namespace is read as well, and the tainted entry of ``session`` if it agrees for longer than the
-        others. Counts as a use of the entry. None if no entry shares the first token.
+        Looks in ``namespace``, in the shared namespace, and at the tainted entry of ``session``, which must agree for
+        longer than the others. Counts as a use of the entry. None if no entry has the first token.
         """
         with self._working():
             while True:
@@ -139,8 +139,8 @@ class KVStore:
         """Stretches of ``token_ids[start:stop]`` that stand anywhere in entries of ``namespace``; exact KV only.
 
         In order, without overlap, each at least ``min_run_tokens`` long and as long as its entry agrees. Every window
-        of ``min_run_tokens`` that occurs in an entry starts inside a run. Where the namespace has nothing, the shared
-        one is read. Counts as a use of the entries.
+        of ``min_run_tokens`` that occurs in an entry starts inside a run. Gaps are looked for in the shared namespace.
+        Counts as a use of the entries.
         """
         with self._working():
             runs: list[Run] = []
@@ -151,15 +151,15 @@ class KVStore:
             return runs
 
     def put(self, reference: Reference) -> bool:
-        """Keep ``reference``; whether it, or a longer entry that contains it, is in the store afterwards.
+        """Store ``reference``; whether it, or a longer entry that begins with it, is in the store afterwards.
 
-        Entries that are a prefix of it are replaced by it, their labels joined to its own; one that lies on disk stays
-        where this one could not be written there. A tainted one replaces that of its session instead, and is never
-        pinned. Refused, and counted, if there is no room beside pinned entries, if it is tainted and without a session,
-        or if it is rounded and this store keeps KV as it is; nothing changes then.
+        It replaces the entries that are a prefix of it, and takes over their labels; a prefix on disk stays if this
+        entry could not be written there. A tainted reference replaces the one of its session, and is never pinned. The
+        store refuses, counts and changes nothing if there is no room beside pinned entries, if a tainted reference has
+        no session, or if it is rounded and this store keeps KV as it is.
 
         Raises:
-            ValueError: if what is known of it beside its KV cannot be written down; nothing changes.
+            ValueError: if its labels cannot be written as JSON; nothing changes.
         """
         require_writable(reference)
         with self._working():
@@ -181,17 +181,14 @@ class KVStore:
             return True
 
     def fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        """An entry with its KV, by the id that ``references`` gives. Counts as a use.
-
-        None if it is not there, or cannot be read now.
-        """
+        """An entry with its KV, by its id. Counts as a use. None if it is not there or cannot be read now."""
         try:
             return self._fetch(reference_id, namespace)
         except UnavailableFileError:
             return None
 
     def references(self, namespace: str | None = None) -> list[Reference]:
-        """The stored references of one namespace, or of all, oldest use first, without KV; no tainted ones."""
+        """The references of one namespace, or of all, without KV and without tainted ones; oldest use first."""
         with self._working():
             entries = sorted(self._entries.select(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
@@ -200,7 +197,7 @@ class KVStore:
         """As ``references``, with KV. Counts as a use of each.
 
         Raises:
-            StoreFileError: if one of them cannot be read now, so that nobody takes the others for all.
+            StoreFileError: if one of them cannot be read now: the others are not all.
         """
         found = [self._fetch(reference.id, reference.namespace) for reference in self.references(namespace)]
         return [reference for reference in found if reference is not None]
@@ -217,9 +214,9 @@ class KVStore:
     ) -> int:
         """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
-        They may be of any state of the model. The ones that ``spare`` is true of stay. How many entries went, without
-        those that had expired, so that the count does not tell what others did since. For ``tokens`` and ``text_of``
-        see ``entries_with``.
+        Of every state of the model, but for those that ``spare`` is true of. Returns how many, not counting entries
+        that had expired: the count does not tell what others did since. For ``tokens`` and ``text_of`` see
+        ``entries_with``.
         """
         with self._working():
             found = self._entries.select(namespace)
@@ -231,7 +228,7 @@ class KVStore:
             return self._entries.remove_all(doomed, self._entries.list_names(namespace))
 
     def find_forms(self, document_id: str, namespace: str, tokens: Sequence[TokenIds]) -> list[TokenIds]:
-        """The tokens of a document: those given, and those that entries have where they say that it stands."""
+        """The tokens of a document: those given, and those where entries say that it stands."""
         with self._lock:
             return forms_of(document_id, self._entries.select(namespace), tokens)
 
@@ -241,28 +238,28 @@ class KVStore:
             return self._entries.remove_all(self._entries.select(None))
 
     def require_gone(self) -> None:
-        """Raise ``StoreWriteError`` if what was forgotten last still lies on disk, which could not be written."""
+        """Raise ``StoreWriteError`` if the disk could not be written, and still has what was forgotten last."""
         self._entries.require_gone()
 
     def collect_left(self, *namespaces: str) -> dict[str, list[Reference]]:
-        """What is left in the namespaces that lost entries since this was asked last, and in those named."""
+        """The references left in those ``namespaces``, and in all that lost entries since the last call."""
         with self._lock:
             lost, self._entries.lost = self._entries.lost | set(namespaces), set()
             return {name: [entry.reference for entry in self._entries.select(name)] for name in lost}
 
     def stats(self) -> dict[str, int]:
-        """Entries, bytes and bounds by tier, and counts of hits, misses, moves, ways out and troubles."""
+        """Number of entries, bytes and bounds by tier, and counts of hits, misses, moves, evictions and troubles."""
         with self._lock:
             return self._entries.stats()
 
     def check(self) -> None:
-        """The law: bytes are exact and bounded in every tier, ids and namespaces fit, and every entry has its KV."""
+        """The law: bytes are exact and bounded in every tier, ids and namespaces fit, every entry has its KV."""
         with self._lock:
             self._entries.check()
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """Hold the lock; what has expired goes first, and the catalog is told of all changes at the end, at once."""
+        """Hold the lock; drop expired entries first, and commit all changes to the catalog at the end."""
         with self._lock:
             try:
                 self._entries.expire()
@@ -276,11 +273,9 @@ class KVStore:
             return self._entries.load(entry, entry.node.path()) if entry is not None else None
 
     def _find_namespace(self, namespace: str) -> Namespace | None:
-        """What this state left in it."""
         return self._entries.namespaces.get(make_space_name(namespace, self._state or ""))
 
     def _put_new(self, space: Namespace, reference: Reference) -> bool:
-        """An entry that no other one contains."""
         layers, reference = reference.layers, replace(reference, layers=())
         entry = Entry(reference, space.tree.insert(reference.token_ids), self._clock())
         node = entry.node
@@ -321,7 +316,7 @@ class KVStore:
         return False
 
     def _find_runs(self, token_ids: TokenIds, namespace: str, start: int, stop: int) -> list[Run]:
-        """Those of one namespace; again, if one of its entries turns out to be gone."""
+        """The runs in one namespace. Searches again if an entry turns out to be gone."""
         assert self.min_run_tokens is not None, "a store made without min_run_tokens keeps no index of runs"
         while (space := self._find_namespace(namespace)) is not None:
             found = space.find_runs(token_ids[start:stop])

@@ -1,4 +1,4 @@
-"""What one state of the model left in one namespace: entries with their metadata, their radix tree, their runs."""
+"""The entries of one namespace and one state of the model, with their radix tree and their index of runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Entry:
         node: the node that it ends with.
         last_used_s: by the store's clock.
         hits: number of times it was found.
-        stays: whether it stays though another entry begins with it, which could not be written to disk as it was.
+        stays: whether it stays, on disk, beside a longer entry that begins with it and could not be written there.
     """
 
     reference: Reference
@@ -43,7 +43,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """Unique in a store: the reference's id, or, of a tainted one, its session's name."""
+        """Unique in a store: the reference's id; of a tainted entry, the names of its namespace and session."""
         reference = self.reference
         if not reference.is_tainted:
             return reference.id
@@ -52,7 +52,7 @@ class Entry:
 
 
 def join_labels(kept: Reference, absorbed: Reference) -> Reference:
-    """``kept`` with the labels of an entry that it contains; it expires as soon as either would."""
+    """Add the labels of an entry that ``kept`` contains; it expires as soon as either would."""
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
     spans = {key: min(own, absorbed.spans.get(key, own), key=_order) for key, own in kept.spans.items()}
     return replace(
@@ -64,12 +64,12 @@ def join_labels(kept: Reference, absorbed: Reference) -> Reference:
 
 
 def _order(span: Span) -> tuple[bool, int]:
-    """Of two places of one document, the lower counts: one that is known, then the first to end."""
+    """Sort key for places of one document: those that are known, then the first to end."""
     return span.start == UNPLACED, span.stop
 
 
 def shorten(reference: Reference, num_tokens: int) -> Reference:
-    """The first ``num_tokens`` tokens of an entry as an entry of their own, without KV."""
+    """The reference of the first ``num_tokens`` tokens of an entry, without KV."""
     token_ids = reference.token_ids[:num_tokens]
     return replace(
         reference.labelled(select_within(reference.spans, num_tokens)),
@@ -80,7 +80,7 @@ def shorten(reference: Reference, num_tokens: int) -> Reference:
 
 
 class Match(NamedTuple):
-    """An entry that begins as a prompt does, and for how many tokens."""
+    """An entry, and how many of its first tokens a prompt begins with."""
 
     entry: Entry
     num_tokens: int
@@ -111,7 +111,7 @@ class Namespace:
         yield from self.tainted.values()
 
     def add(self, entry: Entry) -> None:
-        """Keep ``entry``, whose node is in place."""
+        """Add ``entry``, whose node is in the tree."""
         reference, node = entry.reference, entry.node
         node.entries.add(entry.key)
         if reference.is_tainted:
@@ -124,7 +124,7 @@ class Namespace:
             self._runs.add(reference.id, reference.token_ids)
 
     def remove(self, entry: Entry) -> list[Node]:
-        """Forget ``entry``; the nodes that nothing needs any more, the last one first."""
+        """Remove ``entry``; returns the nodes that no entry needs any more, the last one first."""
         entry.node.entries.discard(entry.key)
         if entry.reference.is_tainted:
             del self.tainted[str(entry.reference.session)]
@@ -136,24 +136,24 @@ class Namespace:
         return self.tree.prune(entry.node)
 
     def purge(self) -> None:
-        """Keep nothing of the tokens of entries that were removed."""
+        """Drop what the index of runs still has of removed entries."""
         if self._runs is not None:
             self._runs.purge()
 
     def label(self, entry: Entry) -> None:
-        """Tell the nodes which documents end in them: a prompt that goes on behind them has these, too."""
+        """Note in each node which documents end there: every prompt that goes through the node has them."""
         spans = entry.reference.spans.items()
         for node in entry.node.path() if spans else ():
             node.documents |= {key: span for key, span in spans if node.start < span.stop <= node.stop}
 
     def pin(self, entry: Entry, change: int) -> None:
-        """One pinned entry more, or less, needs the nodes of ``entry``."""
+        """Count ``change`` pinned entries more in the nodes of ``entry``."""
         for node in entry.node.path():
             node.pins += change
 
     def find_prefix(self, token_ids: TokenIds, max_tokens: int, session: str | None) -> Match | None:
-        """The entry that agrees longest with ``token_ids``, an ordinary one unless that of ``session`` is longer."""
-        node, agreed = self.tree.longest(token_ids)
+        """The entry that agrees longest with ``token_ids``: an ordinary one, unless that of ``session`` is longer."""
+        node, agreed = self.tree.find(token_ids)
         best = Match(self._find_through(node), min(agreed, max_tokens)) if agreed else None
         own = self.tainted.get(session) if session is not None else None
         if own is not None:
@@ -163,21 +163,21 @@ class Namespace:
         return best if best and best.num_tokens else None
 
     def find_container(self, reference: Reference) -> Entry | None:
-        """An entry that begins with ``reference`` or equals it; a pinned one, if that is to be pinned."""
-        node, agreed = self.tree.longest(reference.token_ids)
+        """An entry that begins with ``reference`` or equals it; a pinned one, if ``reference`` is pinned."""
+        node, agreed = self.tree.find(reference.token_ids)
         if agreed < len(reference.token_ids):
             return None
         found = (self.ordinary[key] for below in node.below() for key in below.entries)
         return next((entry for entry in found if entry.reference.pinned or not reference.pinned), None)
 
     def find_contained(self, entry: Entry) -> list[Entry]:
-        """The other entries that ``entry`` begins with; pinned ones, and those that stay, stand by themselves."""
+        """The entries that ``entry`` replaces: it begins with them, they are not pinned and need not stay."""
         found = [self.ordinary[key] for node in entry.node.path() for key in node.entries if key != entry.key]
         is_on_disk = entry.node.on_disk is not None
         return [other for other in found if not other.reference.pinned and (is_on_disk or not other.stays)]
 
     def find_runs(self, token_ids: TokenIds) -> list[IndexedRun]:
-        """Runs of ``token_ids`` [T] anywhere in ordinary entries, by reference id: see ``RunIndex.runs``."""
+        """Runs of ``token_ids`` [T] anywhere in ordinary entries, by reference id: see ``RunIndex.find``."""
         if self._runs is None:
             assert self._min_run_tokens is not None, "a store made without min_run_tokens finds no runs"
             self._runs = RunIndex(self._min_run_tokens)
@@ -185,12 +185,12 @@ class Namespace:
         return self._runs.find(token_ids)
 
     def find_documents(self, path: list[Node]) -> dict[str, Span]:
-        """The documents that end in ``path``, and so stand in all that goes through it."""
+        """The documents that end in the nodes of ``path``."""
         return {key: span for node in path for key, span in node.documents.items()}
 
     @property
     def index_bytes(self) -> int:
-        """Of the index of runs."""
+        """Size of the index of runs."""
         return BYTES_PER_WINDOW * self._runs.num_windows if self._runs is not None else 0
 
     def check(self, name: SpaceName) -> None:
@@ -219,18 +219,18 @@ class Namespace:
             self._runs.check()
 
     def _find_through(self, node: Node) -> Entry:
-        """Some entry whose path goes through ``node``."""
+        """Any entry whose path goes through ``node``."""
         while not node.entries:
             node = next(iter(node.children.values()))
         return self.ordinary[next(iter(node.entries))]
 
 
 def begins_with(token_ids: TokenIds, other: TokenIds) -> bool:
-    """Whether ``other`` is the beginning of ``token_ids``."""
+    """Whether ``token_ids`` begins with ``other``."""
     return len(other) <= len(token_ids) and bool(np.array_equal(token_ids[: len(other)], other))
 
 
 def find_gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
-    """What ``runs``, in order, leave of the tokens from ``start`` to ``stop``."""
+    """The stretches from ``start`` to ``stop`` that ``runs``, which are in order, leave out."""
     edges = [start, *(edge for run in runs for edge in (run.start, run.start + run.num_tokens)), stop]
     return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

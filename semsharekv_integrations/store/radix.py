@@ -1,7 +1,7 @@
-"""The radix tree of one namespace: what several stored prompts begin with is one node, whose KV is kept once.
+"""The radix tree of one namespace: a beginning that several prompts share is one node, whose KV is kept once.
 
-A node stands for consecutive tokens behind those of its parent. Knows nothing about KV or bytes: a node carries them
-for whoever keeps them.
+A node stands for consecutive tokens behind those of its parent. It carries KV and places for the tiers; the tree knows
+nothing about them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Node:
 
     Attributes:
         token_ids: [N] its own.
-        parent: the node before it; None for a root, and for KV that lies apart.
+        parent: the node before it; None for a root, and for a tainted entry's node.
         start: position of its first token.
         children: those behind it, by their first token.
         entries: keys of the entries that end with it.
@@ -42,7 +42,7 @@ class Node:
         tier: the memory tier that counts ``held``, or None.
         on_disk: its KV on disk, or None.
         hits: number of times it was reused.
-        documents: those of the caller's documents that end in it, so that all who have its tokens have them.
+        documents: the caller's documents that end in it; every prompt with its tokens has them.
         id: for records.
     """
 
@@ -65,7 +65,7 @@ class Node:
         return self.start + len(self.token_ids)
 
     def path(self) -> list[Node]:
-        """All nodes from the first token to this one; the root, which has no tokens, is left out."""
+        """All nodes from the first token to this one, without the root, which has no tokens."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None and len(node.token_ids):
@@ -83,14 +83,14 @@ class Node:
 
 
 class Found(NamedTuple):
-    """The deepest node that shares a token with what was looked for, and how many tokens agree in all."""
+    """The deepest node that shares a token with a prompt, and how many tokens agree in all."""
 
     node: Node
     num_tokens: int
 
 
 class RadixTree:
-    """Token sequences, found by what they begin with. Not safe to use from several threads by itself.
+    """Token sequences, found by their beginning. Not thread-safe.
 
     Args:
         on_split: called with the new upper node and the node whose first tokens it took over.
@@ -100,8 +100,8 @@ class RadixTree:
         self.root = Node(np.empty(0, dtype=np.int64))
         self._on_split = on_split
 
-    def longest(self, token_ids: TokenIds) -> Found:
-        """How far the tree agrees with ``token_ids`` [T]."""
+    def find(self, token_ids: TokenIds) -> Found:
+        """Follow ``token_ids`` [T] as far as the tree agrees."""
         node, agreed = self.root, 0
         while agreed < len(token_ids):
             child = node.children.get(int(token_ids[agreed]))
@@ -114,14 +114,14 @@ class RadixTree:
         return Found(node, agreed)
 
     def insert(self, token_ids: TokenIds) -> Node:
-        """The node that ends with the last of ``token_ids`` [T], made if there is none, which has no KV then."""
-        node, agreed = self.longest(token_ids)
+        """The node that ends with the last of ``token_ids`` [T]. A new node has no KV."""
+        node, agreed = self.find(token_ids)
         if agreed < node.stop:
             node = self._split(node, agreed - node.start)
         return node if agreed == len(token_ids) else self.attach(node, token_ids[agreed:])
 
     def attach(self, parent: Node, token_ids: TokenIds, node_id: str | None = None) -> Node:
-        """A new node behind ``parent``, none of whose children begins with the same token."""
+        """Add a node behind ``parent``, none of whose children begins with the same token."""
         assert int(token_ids[0]) not in parent.children
         node = Node(token_ids, parent, parent.stop, id=node_id or uuid.uuid4().hex)
         parent.children[int(token_ids[0])] = node
@@ -129,7 +129,7 @@ class RadixTree:
 
     @staticmethod
     def prune(node: Node) -> list[Node]:
-        """Take ``node`` and those before it out, as far as no entry needs them; what is gone, the last one first."""
+        """Remove ``node`` and those before it, as far as no entry needs them; returns them, the last one first."""
         gone = []
         while node.parent is not None and not node.entries and not node.children:
             gone.append(node)
@@ -142,7 +142,7 @@ class RadixTree:
         return (node for node in self.root.below() if node is not self.root)
 
     def _split(self, node: Node, num_tokens: int) -> Node:
-        """A new node with the first tokens of ``node``, before it."""
+        """Put a new node with the first tokens of ``node`` before it."""
         assert node.parent is not None and 0 < num_tokens < len(node.token_ids)
         upper = Node(node.token_ids[:num_tokens], node.parent, node.start, pins=node.pins, hits=node.hits)
         node.parent.children[int(upper.token_ids[0])] = upper

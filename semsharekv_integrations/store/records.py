@@ -1,7 +1,7 @@
-"""What the catalog of stored KV says: files, nodes of the radix trees in them, and the prompts that need these.
+"""The records of stored KV: files, the nodes of radix trees that lie in them, and the prompts that need these nodes.
 
-Pure data, how a reference becomes a record, what every field may be, and which records fit together. A catalog's
-digests need no key, so a right digest says nothing about values. Knows nothing about the disk.
+How a reference becomes a record, what every field may be, and which records fit together. Whoever can write a catalog
+can make a right digest, so every value is checked. Knows nothing about the disk.
 """
 
 from __future__ import annotations
@@ -33,47 +33,29 @@ class FileRecord(NamedTuple):
 
 
 class NodeRecord(NamedTuple):
-    """A node of the radix tree of one namespace: consecutive tokens, and where their KV is.
-
-    Attributes:
-        id: unique, chosen by the caller.
-        parent: id of the node before it, None at position 0.
-        namespace: the only namespace that may read it.
-        token_ids: [N], its own tokens.
-        file: id of the KV file that has its KV.
-        first: the token of that file that is its first.
-    """
+    """A node of the radix tree of one namespace: consecutive tokens, and where their KV is."""
 
     id: str
-    parent: str | None
-    namespace: str
-    token_ids: TokenIds
+    parent: str | None  # None at position 0
+    namespace: str  # the only one that may read it
+    token_ids: TokenIds  # [N]
     file: str
-    first: int
+    first: int  # the token of the file that is its first
 
 
 class EntryRecord(NamedTuple):
-    """A stored prompt: the path to a node, and its labels.
-
-    Attributes:
-        id: unique, chosen by the caller.
-        namespace: the only namespace that may read it.
-        node: id of the node that it ends with.
-        labels: whatever JSON can hold.
-        hits: how often it was of use; it may decay.
-        used_s: when it was last of use, in seconds since the epoch.
-    """
+    """A stored prompt: the path to a node, and its labels."""
 
     id: str
-    namespace: str
-    node: str
-    labels: Mapping[str, Any]
+    namespace: str  # the only one that may read it
+    node: str  # that it ends with
+    labels: Mapping[str, Any]  # see ``pack_labels``
     hits: float
-    used_s: float
+    used_s: float  # since the epoch
 
 
 class Contents(NamedTuple):
-    """All records, and how many rows were left out because they are damaged."""
+    """All records, and the number of damaged rows, which are left out."""
 
     files: list[FileRecord]
     nodes: list[NodeRecord]
@@ -82,7 +64,7 @@ class Contents(NamedTuple):
 
     @property
     def num_records(self) -> int:
-        """Of all kinds."""
+        """Number of records of all kinds."""
         return len(self.files) + len(self.nodes) + len(self.entries)
 
 
@@ -93,7 +75,7 @@ def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
 
 
 def pack_labels(reference: Reference) -> dict[str, Any]:
-    """What is known of a reference beside its KV, as it is written."""
+    """What is known of a reference beside its KV, as JSON can hold it."""
     return {
         "document_starts": dict(reference.document_starts),
         "document_stops": dict(reference.document_stops),
@@ -127,9 +109,9 @@ def unpack_reference(
 
 
 def require_writable(reference: Reference) -> None:
-    """Raise ``ValueError`` unless what is known of a reference beside its KV can be written down.
+    """Raise ``ValueError`` unless the labels of a reference can be written.
 
-    What cannot must not even wait to be written: it would keep all that waits with it from the directory.
+    Labels that cannot must not even wait to be written: the transaction that has them would fail with all it has.
     """
     names = [reference.namespace, *reference.document_starts, *(segment.document_id for segment in reference.segments)]
     for name in names if reference.session is None else [*names, reference.session]:
@@ -142,7 +124,7 @@ def require_writable(reference: Reference) -> None:
 
 
 def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
-    """What of ``found`` can be used, given the bytes of the KV files that there are; parents stand before children.
+    """The records that can be used, given the sizes of the KV files on disk; parents stand before children.
 
     A file must have the bytes recorded, at least one for each token; a node its KV in such a file, and a sound parent
     in its namespace; an entry a sound node in its namespace, and its segments within the tokens up to there. Nodes that

@@ -1,13 +1,13 @@
-"""Where the KV of every node lies: on the model's device, in host memory, on disk, and how it moves between them.
+"""Where the KV of every node lies: on the model's device, in host memory or on disk; and what is evicted.
 
-A node is in one memory tier at most, and on disk as well where there is a directory: what memory gives up is still
-there. What no tier can keep is lost, and with it the entries that need it. Every bound holds after every step.
+A node is in at most one memory tier and, where there is a directory, also on disk: memory may drop it then. KV that no
+tier can keep is lost, with the entries that need it. Every bound holds after every step.
 
-What was reused before is proven, anything else novel. A full tier gives up the novel nodes first, least recently used
-first, down to a share of its room, so a stream of prompts that never come back flushes none that did. Proven nodes go
-by the compute that a byte of them saves: every use adds what it saved, and what is not used falls behind as others rise
-(greedy dual size frequency, Cherkasova 1998). All nodes of a model take the same bytes for a token, and a token saves
-the more, the more tokens it would attend to.
+A node that was reused is proven, any other novel. A full tier evicts novel nodes first, least recently used first, down
+to a share of its room, so a stream of prompts that never return evicts none that did. Proven nodes go by the compute
+that a byte of them saves: every use adds what it saved, and unused nodes fall behind as others rise (greedy dual size
+frequency, Cherkasova 1998). All nodes of a model take the same bytes per token; a token saves the more compute, the
+more tokens it attends to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CPU = torch.device("cpu")
 
 
 class Unreadable(Exception):
-    """The KV of a node cannot be had; the node has to go."""
+    """The KV of ``node`` is damaged or lost; its entries must be dropped."""
 
     def __init__(self, node: Node) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Unreadable(Exception):
 
 
 class _Rank(NamedTuple):
-    """Where a proven node stands: the lowest goes first, of equals the one that fewest others need."""
+    """The rank of a proven node: the lowest is evicted first; of equals, the node that fewest others need."""
 
     priority: float
     before_start: int
@@ -51,7 +51,7 @@ class _Rank(NamedTuple):
 
 
 class Tier:
-    """A bounded number of bytes in nodes; which nodes these are is told by its caller.
+    """Counts the bytes of nodes against a bound, and ranks the nodes; its caller moves the KV.
 
     Args:
         name: of the tier.
@@ -87,7 +87,7 @@ class Tier:
         self._drop_rank(node, num_bytes)
 
     def shrink(self, node: Node, num_bytes: int) -> None:
-        """``node`` has only ``num_bytes`` left; it was not used."""
+        """Reduce ``node`` to ``num_bytes``; no use."""
         freed = self.sizes[node] - num_bytes
         self.sizes[node] = num_bytes
         self.num_bytes -= freed
@@ -95,12 +95,12 @@ class Tier:
             self._novel_bytes -= freed
 
     def use(self, node: Node) -> None:
-        """``node``, which is here, was used once more; its hits are counted already."""
+        """Rank ``node`` anew after a use, which its ``hits`` include already."""
         self._drop_rank(node, self.sizes[node])
         self._rank(node)
 
     def can_hold(self, num_bytes: int, protected: Collection[Node]) -> bool:
-        """Whether so much fits beside what is pinned or ``protected``."""
+        """Whether ``num_bytes`` fit beside pinned and ``protected`` nodes."""
         missing = self.num_bytes + num_bytes - self.max_bytes
         for node, size in self.sizes.items():
             if missing <= 0:
@@ -110,7 +110,7 @@ class Tier:
         return missing <= 0
 
     def choose_victim(self, protected: Collection[Node], novel_bytes: int) -> Node | None:
-        """What goes next, or None: never pinned, never ``protected``; ``novel_bytes`` are about to come."""
+        """The node to evict next, or None: never a pinned or ``protected`` one; ``novel_bytes`` are about to come."""
         novel = next((node for node in self._novel if not node.pins and node not in protected), None)
         crowded = self._novel_bytes + novel_bytes > NOVEL_SHARE * self.max_bytes
         if novel is not None and (crowded or self._eviction == "lru"):
@@ -166,11 +166,11 @@ class Tier:
 
 
 class Tiers:
-    """Keeps the KV of nodes. Not safe to use from several threads by itself.
+    """Keeps the KV of nodes. Not thread-safe.
 
     Args:
         config: bounds.
-        lose: drops all entries that end with a node, whose KV no tier keeps any more; the node has no children.
+        lose: drops all entries that end with a node without children, whose KV no tier keeps any more.
     """
 
     def __init__(self, config: StoreConfig, lose: Callable[[Node], None]) -> None:
@@ -182,9 +182,9 @@ class Tiers:
         self.disk = DiskTier(Tier(DISK, config.disk_max_bytes, config.eviction), self.counts, self._give_up)
 
     def place(self, node: Node, packed: PackedKV, namespace: str | None) -> bool:
-        """Keep the KV of a new node, in memory and, for a ``namespace``, on disk; whether there was room for it.
+        """Keep the KV of a new node in memory and, if ``namespace`` is given, on disk; whether any tier had room.
 
-        What must go for it is moved down or lost; nothing is, if there is no room. Counts as a use of what is before.
+        Demotes or evicts others for it, unless there can be no room. Counts as a use of the nodes before it.
         """
         path = node.path()
         tier = next((tier for tier in self._memory() if self._make_room(tier, packed.num_bytes, path)), None)
@@ -195,14 +195,14 @@ class Tiers:
         return node.held is not None or saved
 
     def load(self, path: Sequence[Node], protected: Collection[Node]) -> list[PackedKV]:
-        """The KV of nodes, ready for the model; what lay lower moves up if there is room. Counts as a use.
+        """The KV of nodes, ready for the model, promoted where there is room. Counts as a use.
 
         Never evicts ``protected`` nodes; ``path`` must be among them.
 
         Raises:
-            UnavailableFileError: if a file cannot be read now; nothing has to go.
-            Unreadable: naming the first node that is damaged, vanished, rounded though this store keeps KV as it is, or
-                has no room after it could not be moved up.
+            UnavailableFileError: if a file cannot be read now; nothing is lost.
+            Unreadable: at the first node that is damaged, vanished, rounded though this store keeps KV as it is, or
+                has no room after it could not be promoted.
         """
         pieces = [self._raise(node, protected) for node in path]
         for node in path:
@@ -211,7 +211,7 @@ class Tiers:
         return pieces
 
     def touch(self, path: Sequence[Node]) -> None:
-        """Make the nodes the most recent ones, and of them least recent the one that fewest others need."""
+        """Make the nodes the most recent ones; of them, the last of ``path`` is the least recent."""
         for node in reversed(path):
             if node.tier is not None:
                 node.tier.use(node)
@@ -219,13 +219,13 @@ class Tiers:
                 self.disk.tier.use(node)
 
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
-        """Forget the KV of nodes that are no longer in their tree, and what is written of the entries ``keys``."""
+        """Drop the KV of nodes that left their tree, and the records of the entries ``keys``."""
         for node in nodes:
             self._take_out(node)
         self.disk.drop(nodes, keys)
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """Divide the KV: ``upper`` has become the first tokens of what ``lower`` was."""
+        """Divide the KV of ``lower``, whose first tokens ``upper`` took over."""
         if lower.held is not None and lower.tier is not None:
             whole, num_tokens = lower.held, len(upper.token_ids)
             lower.held = _take_part(whole, num_tokens, whole.num_tokens)
@@ -234,14 +234,11 @@ class Tiers:
         self.disk.split(upper, lower, namespace)
 
     def could_hold(self, num_bytes: int) -> bool:
-        """Whether a memory tier has so much room beside what is pinned."""
+        """Whether ``num_bytes`` fit into a memory tier beside pinned nodes."""
         return any(tier.can_hold(num_bytes, ()) for tier in self._memory())
 
     def check(self, nodes: Collection[Node], written: set[str]) -> None:
-        """The law: tiers hold exactly what ``nodes``, which are all there are, say of themselves.
-
-        The entries ``written`` are those in the catalog.
-        """
+        """The law: tiers hold exactly what ``nodes``, which are all, say of themselves; the catalog has ``written``."""
         for tier in self._memory():
             held = {node: node.held.num_bytes for node in nodes if node.held is not None and node.tier is tier}
             assert tier.sizes == held, f"tier {tier.name} differs from its nodes"
@@ -257,7 +254,7 @@ class Tiers:
         yield self.host
 
     def _make_room(self, tier: Tier, num_bytes: int, protected: Collection[Node], *, novel: bool = True) -> bool:
-        """Whether so much fits into ``tier``, after what must go for it has gone."""
+        """Demote nodes of ``tier`` until ``num_bytes`` fit; whether they do."""
         if not tier.can_hold(num_bytes, protected):
             return False
         while tier.num_bytes + num_bytes > tier.max_bytes:
@@ -267,7 +264,7 @@ class Tiers:
         return True
 
     def _demote(self, tier: Tier, node: Node, protected: Collection[Node]) -> None:
-        """Take ``node`` out of ``tier``: to host memory or to the disk alone, else it is lost, its last child first."""
+        """Move ``node`` from ``tier`` to host memory, or leave it to the disk; else lose it, its last child first."""
         assert node.held is not None
         packed, novel = node.held, node.hits == 0
         if tier is self.device and self._make_room(self.host, packed.num_bytes, protected, novel=novel):
@@ -285,7 +282,7 @@ class Tiers:
             self._give_up(node)
 
     def _give_up(self, node: Node) -> None:
-        """Lose a node, or rather one that nothing follows."""
+        """Lose a node, or the last one behind it."""
         while node.children:
             node = next(iter(node.children.values()))
         self.counts["evicted"] += len(node.entries)
@@ -335,7 +332,7 @@ class Tiers:
         tier.add(node, packed.num_bytes)
 
     def _take_out(self, node: Node) -> None:
-        """Of memory."""
+        """Drop ``node`` from memory."""
         if node.tier is not None:
             node.tier.remove(node)
         node.held = node.tier = None

@@ -36,7 +36,7 @@ def tokens_of(node: Node) -> Tokens:
 @given(PROMPTS, st.lists(st.integers(0, 2), max_size=7).map(tuple))
 def test_it_finds_how_far_any_prompt_agrees(prompts: list[Tokens], wanted: Tokens) -> None:
     tree = tree_of(prompts)
-    found = tree.longest(ids(wanted))
+    found = tree.find(ids(wanted))
     beginnings = {tokens[:n] for tokens in prompts for n in range(len(tokens) + 1)}
     assert found.num_tokens == max(n for n in range(len(wanted) + 1) if wanted[:n] in beginnings)
     agreed = tokens_of(found.node)[: found.num_tokens]
@@ -93,6 +93,6 @@ def test_a_split_divides_all_that_a_node_carries() -> None:
 )
 def test_check_sees_damage(damage: Callable[[Node], object]) -> None:
     tree = tree_of([(1, 2, 3), (1, 2, 4)])
-    damage(tree.longest(ids((1, 2, 4))).node)
+    damage(tree.find(ids((1, 2, 4))).node)
     with pytest.raises(AssertionError):
         tree.check()
