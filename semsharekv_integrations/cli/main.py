@@ -39,8 +39,8 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     """A parser that imports its command's module, and so learns its arguments, when it first parses."""
 
-    def __init__(self, *args: Any, command: Command | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
+    def __init__(self, *, command: Command | None = None, **kwargs: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
