@@ -103,7 +103,12 @@ Values = Mapping[int, Sequence[float]]  # by case, one for each round
 
 def estimate_share(values: Values, seed: int) -> Estimate:
     """Of cases, each of which counts once, with Wilson's 95% interval."""
-    return estimate_binomial(int(sum(found[0] for found in values.values())), len(values))
+    asked = len(values)
+    z, right = 1.96, sum(found[0] for found in values.values()) / asked
+    centre = right + z * z / (2 * asked)
+    spread = z * math.sqrt(right * (1 - right) / asked + z * z / (4 * asked * asked))
+    low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))
+    return Estimate(right, max(min(low, right), 0.0), min(max(high, right), 1.0))  # rounding may put it outside
 
 
 def estimate_mean(values: Values, seed: int) -> Estimate:
@@ -122,15 +127,6 @@ def find_quartiles(values: Sequence[float]) -> Estimate:
     """Median and quartiles of one value or more."""
     low, value, high = np.percentile(values, (25, 50, 75))
     return Estimate(float(value), float(low), float(high))
-
-
-def estimate_binomial(right: int, asked: int) -> Estimate:
-    """A share and Wilson's 95% interval of it."""
-    z, share = 1.96, right / asked
-    centre = share + z * z / (2 * asked)
-    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))
-    return Estimate(share, max(min(low, share), 0.0), min(max(high, share), 1.0))  # rounding may put it outside
 
 
 def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0) -> Estimate:

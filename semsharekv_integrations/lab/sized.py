@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle
@@ -21,35 +21,19 @@ from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL, Case, Query
 from semsharekv_integrations.lab.world import Document, Message
 
 NEXT_TURN = "next_turn"
+KNOWN, FRESH = "known", "fresh"
 REWORDED_SHARES = (0.1, 0.3, 0.5)
 FEWEST_SENTENCES = 16  # of a prompt: two documents
 FEWEST_TOKENS_OF_A_SENTENCE = 4
 WRAP = 1  # the stock wording of a LangChain retrieval chain
 
 
-class _Pool:
-    """Documents drawn by seed and place, so that more of them never change the first ones."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._towns = Random(f"towns {seed}").sample(world.TOWNS, len(world.TOWNS))
-
-    def take_known(self, num_sentences: int) -> list[Document]:
-        """Documents of the reference, the last one cut short, with so many sentences in all."""
-        return _cut(num_sentences, self._draw("known", self._towns))
-
-    def take_fresh(self, num_sentences: int) -> list[Document]:
-        """As ``take_known``, of documents that are not in the reference."""
-        return _cut(num_sentences, self._draw("fresh", self._towns[::-1]))
-
-    def _draw(self, side: str, towns: Sequence[str]) -> Iterator[Document]:
-        for index, town in enumerate(cycle(towns)):
-            yield world.make_document(Random(f"{side} {self._seed} {index}"), town)
-
-
-def _cut(num_sentences: int, documents: Iterable[Document]) -> list[Document]:
+def _take(seed: int, num_sentences: int, side: str) -> list[Document]:
+    """Documents with so many sentences in all, the last one cut short; more of them never change the first ones."""
+    towns = Random(f"towns {seed}").sample(world.TOWNS, len(world.TOWNS))
     found: list[Document] = []
-    for document in documents:
+    for index, town in enumerate(cycle(towns if side == KNOWN else towns[::-1])):
+        document = world.make_document(Random(f"{side} {seed} {index}"), town)
         kept = document.sentences[:num_sentences]
         found.append(replace(document, sentences=kept))
         num_sentences -= len(kept)
@@ -58,35 +42,33 @@ def _cut(num_sentences: int, documents: Iterable[Document]) -> list[Document]:
     return found
 
 
-_Scene = tuple[Sequence[Document], Sequence[Document]]  # those of the reference and those of the target
+_Take = Callable[[str], list[Document]]  # ``KNOWN`` ones, which are those of the reference, or ``FRESH`` ones
 
 
-def _repeat(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
-    documents = pool.take_known(num_sentences)
-    return documents, documents
+def _keep(rng: Random, take: _Take) -> list[Document]:
+    """The same documents: a conversation goes on."""
+    return take(KNOWN)
 
 
-def _reorder(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
-    """The same documents in another order, another one first, and another question."""
-    documents = pool.take_known(num_sentences)
-    first = rng.randrange(1, len(documents))
-    rest = [document for place, document in enumerate(documents) if place != first]
-    return documents, [documents[first], *rng.sample(rest, len(rest))]
+def _reorder(rng: Random, take: _Take) -> list[Document]:
+    """The same documents in another order, another one first."""
+    documents = take(KNOWN)
+    first = documents.pop(rng.randrange(1, len(documents)))
+    return [first, *rng.sample(documents, len(documents))]
 
 
-def _renew_half(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
+def _renew_half(rng: Random, take: _Take) -> list[Document]:
     """Every other document is new, the first one too; those known come in another order."""
-    known, fresh = pool.take_known(num_sentences), pool.take_fresh(num_sentences)
+    known, fresh = take(KNOWN), take(FRESH)
     old = known[: len(fresh)][1::2][::-1]
     mixed = fresh[: len(known)]
     mixed[1::2] = old[: len(mixed[1::2])]
-    return known, mixed
+    return mixed
 
 
-def _reword(share: float, pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
+def _reword(share: float, rng: Random, take: _Take) -> list[Document]:
     """A share of each document's sentences, at least one, is in other words; facts and order stay."""
-    documents = pool.take_known(num_sentences)
-    return documents, [_reword_partly(rng, document, share) for document in documents]
+    return [_reword_partly(rng, document, share) for document in take(KNOWN)]
 
 
 def _reword_partly(rng: Random, document: Document, share: float) -> Document:
@@ -96,14 +78,14 @@ def _reword_partly(rng: Random, document: Document, share: float) -> Document:
     return replace(document, sentences=tuple((other if i in changed else document.sentences)[i] for i in range(count)))
 
 
-def _replace_all(pool: _Pool, rng: Random, num_sentences: int) -> _Scene:
+def _replace_all(rng: Random, take: _Take) -> list[Document]:
     """Documents on other towns: all that is alike is the style, and the words around the documents."""
-    return pool.take_known(num_sentences), pool.take_fresh(num_sentences)
+    return take(FRESH)
 
 
-SIZED: Mapping[str, Callable[[_Pool, Random, int], _Scene]] = MappingProxyType(
+SIZED: Mapping[str, Callable[[Random, _Take], list[Document]]] = MappingProxyType(
     {
-        NEXT_TURN: _repeat,
+        NEXT_TURN: _keep,
         "reordered": _reorder,
         "shared": _renew_half,
         **{f"reworded_{share:.0%}"[:-1]: partial(_reword, share) for share in REWORDED_SHARES},
@@ -125,7 +107,7 @@ def make_sized_case(name: str, length: int, seed: int, count: Callable[[str | li
         ValueError: if two documents do not fit in ``length``, or there is no such scenario.
     """
     require(name in SIZED, "scenario", name, f"one of {', '.join(SIZED)}")
-    make = partial(_make_case, name, seed, _Pool(seed))
+    make = partial(_make_case, name, seed)
     tokens = cache(lambda num_sentences: count(make(num_sentences).target.prompt))
     sizes = range(FEWEST_SENTENCES, FEWEST_SENTENCES + length // FEWEST_TOKENS_OF_A_SENTENCE)
     place = bisect_right(sizes, length, key=tokens)
@@ -135,9 +117,9 @@ def make_sized_case(name: str, length: int, seed: int, count: Callable[[str | li
     return make(sizes[place - 1])
 
 
-def _make_case(name: str, seed: int, pool: _Pool, num_sentences: int) -> Case:
-    rng = Random(f"{name} {seed}")
-    seen, asked = SIZED[name](pool, rng, num_sentences)
+def _make_case(name: str, seed: int, num_sentences: int) -> Case:
+    rng, take = Random(f"{name} {seed}"), partial(_take, seed, num_sentences)
+    seen, asked = take(KNOWN), SIZED[name](rng, take)
     if name == NEXT_TURN:  # the history is known to the end of the last reply, and a user turn follows
         question, answer, value = _ask(rng, asked)
         messages = world.build_messages("turns", asked, question)

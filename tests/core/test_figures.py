@@ -11,14 +11,18 @@ from semsharekv_integrations.lab.figures import (
     Failure,
     Outcome,
     bootstrap,
-    estimate_binomial,
     estimate_mean,
+    estimate_share,
     find_quartiles,
     summarize,
 )
 from semsharekv_integrations.report import AuditResult, ReuseReport
 
 OUTCOME = Outcome("edited", None, "off", 0, 1, ReuseReport("off", 100, ttft_s=2.0), "x", "x", True, True, False)
+
+
+def binomial(right: int, asked: int) -> Estimate:
+    return estimate_share({case: [float(case < right)] for case in range(asked)}, 0)
 
 
 def full(case: int, right: bool, stale: bool | None = False, ttft_s: float = 2.0) -> Outcome:
@@ -47,11 +51,11 @@ DRAWN = [
 def test_figures_are_over_the_cases_on_which_reuse_fired() -> None:
     first, row = summarize(DRAWN)
     assert (row.scenario, row.policy, row.cases, row.fired, row.counted) == ("edited", "identical", 5, 4, 4)
-    assert row["accuracy"].value == 0.5 and row["full_accuracy"] == estimate_binomial(3, 4)
+    assert row["accuracy"].value == 0.5 and row["full_accuracy"] == binomial(3, 4)
     assert row["difference_points"].value == -25
     assert -75 <= row["difference_points"].low < -25 < row["difference_points"].high <= 0
-    assert row["agreement"] == estimate_binomial(3, 4)
-    assert row["full_stale_rate"].value == pytest.approx(1 / 3) and row["stale_rate"] == estimate_binomial(2, 3)
+    assert row["agreement"] == binomial(3, 4)
+    assert row["full_stale_rate"].value == pytest.approx(1 / 3) and row["stale_rate"] == binomial(2, 3)
     assert row["compute_ratio"].value == pytest.approx(0.25)
     assert row["ttft_ratio"].value == 3.0  # of 2, 4, 2 and 6
     assert 2 <= row["ttft_ratio"].low < 3 < row["ttft_ratio"].high <= 6
@@ -108,7 +112,7 @@ def test_rows_keep_scenarios_lengths_and_policies_apart() -> None:
     ],
 )
 def test_wilson_intervals_are_the_known_ones(right: int, asked: int, low: float, high: float) -> None:
-    assert estimate_binomial(right, asked) == (
+    assert binomial(right, asked) == (
         right / asked,
         pytest.approx(low, abs=1e-4),
         pytest.approx(high, abs=1e-4),
@@ -138,7 +142,7 @@ def test_a_paired_difference_has_the_interval_of_its_pairs() -> None:
 def test_an_interval_holds_its_share_and_stays_within_none_and_all() -> None:
     for asked in range(1, 130):
         for right in range(asked + 1):
-            share, low, high = estimate_binomial(right, asked)
+            share, low, high = binomial(right, asked)
             assert 0 <= low <= share <= high <= 1, (right, asked)
 
 
