@@ -38,7 +38,7 @@ from semsharekv_integrations.cli.terminal import HelpFormatter
 from semsharekv_integrations.config import AuditConfig
 from semsharekv_integrations.lab import dataset, report, scenarios, world
 from semsharekv_integrations.lab.bench import JUDGINGS, Bench, Results, Study
-from semsharekv_integrations.lab.figures import summarize
+from semsharekv_integrations.lab.figures import Row, summarize
 from semsharekv_integrations.lab.policies import (
     FULL,
     POLICIES,
@@ -229,7 +229,8 @@ def run_study(
         "policies": {name: asdict(config) for name, config in study.configs.items()},
         "about_policies": dict(study.about),
     }
-    bench, results, began, console = make_bench(subject, study), Results(), time.perf_counter(), Console(stderr=True)
+    bench, results, rows = make_bench(subject, study), Results(), list[Row]()
+    began, console = time.perf_counter(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(map(bench.count_calls, study.scenarios)))

@@ -102,9 +102,11 @@ Values = Mapping[int, Sequence[float]]  # by case, one for each round
 
 
 def estimate_share(values: Values, seed: int) -> Estimate:
-    """Of cases, each of which counts once, with Wilson's 95% interval."""
-    asked = len(values)
-    z, right = 1.96, sum(found[0] for found in values.values()) / asked
+    """Of cases, each of which counts once, with Wilson's 95% interval; of a single case, which says little, without."""
+    z, asked = 1.96, len(values)
+    right = sum(found[0] for found in values.values()) / asked
+    if asked == 1:
+        return Estimate(right, right, right)
     centre = right + z * z / (2 * asked)
     spread = z * math.sqrt(right * (1 - right) / asked + z * z / (4 * asked * asked))
     low, high = ((centre + side) / (1 + z * z / asked) for side in (-spread, spread))

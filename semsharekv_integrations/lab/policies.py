@@ -26,8 +26,9 @@ Corrupt = Callable[[Reference], Reference]
 
 FULL, EXACT, RETAINED = "off", "exact", "retained"
 UNGUARDED = 1e9  # a ``max_deviation`` that no KV exceeds, so that no full prefill answers in its place
-RETENTION_RATIO = 0.58  # of the KV is kept: the paper's 42% less memory
 UNBOUNDED = StoreConfig(max_bytes=2**62)
+_PACKED = replace(UNBOUNDED, kv_bits=8)
+_RETAINING = ReuseConfig(mode="semantic", retention_ratio=0.58)  # the paper's 42% less memory
 
 
 class Policy(NamedTuple):
@@ -45,15 +46,8 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         EXACT: Policy("The longest exact prefix, as every serving engine reuses it.", ReuseConfig(mode="exact")),
         "identical": Policy("This package's mode of that name.", ReuseConfig(mode="identical")),
         "semantic": Policy("This package's mode of that name.", ReuseConfig(mode="semantic")),
-        RETAINED: Policy(
-            "As semantic, with 42% less KV kept for decoding.",
-            ReuseConfig(mode="semantic", retention_ratio=RETENTION_RATIO),
-        ),
-        "packed": Policy(
-            "As identical, over KV that is stored in 8 bits.",
-            ReuseConfig(mode="identical"),
-            replace(UNBOUNDED, kv_bits=8),
-        ),
+        RETAINED: Policy("As semantic, with 42% less KV kept for decoding.", _RETAINING),
+        "packed": Policy("As identical, over KV stored in 8 bits.", ReuseConfig(mode="identical"), _PACKED),
         "paper": Policy("SemShareKV as far as it is known (arXiv 2509.24832).", ReuseConfig(mode="paper")),
     }
 )
@@ -74,19 +68,15 @@ def make_configs(
         ValueError: for a name or setting that there is not, or what ``ReuseConfig`` refuses.
     """
     names, settings = list(names), dict(settings or {})
-    _require_known("policies", names, policies)
-    _require_known("settings", settings, SETTINGS)
+    for field, values, known in (("policies", names, policies), ("settings", settings, SETTINGS)):
+        unknown = sorted(set(values) - set(known))
+        require(not unknown, field, ", ".join(unknown), ", ".join(known))
     configs = {}
     for name in names:
         reuse = policies[name].reuse
         reuse = replace(reuse, **settings) if reuse.is_approximate else reuse
         configs[name] = EngineConfig(reuse=reuse, store=policies[name].store)
     return configs
-
-
-def _require_known(name: str, values: Iterable[str], known: Iterable[str]) -> None:
-    unknown = sorted(set(values) - set(known))
-    require(not unknown, name, ", ".join(unknown), ", ".join(known))
 
 
 def drop_guard(config: EngineConfig) -> EngineConfig:

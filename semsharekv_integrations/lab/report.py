@@ -185,17 +185,18 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _make_terminal_table(title: str, rows: Sequence[Row]) -> Table:
-    """A section for each scenario and length."""
-    hidden = _NOT_OF_DRAWN if rows[0].length is None else _NOT_OF_SIZED
-    figures = [f for f in FIGURES if f.short and f.name not in hidden and any(row[f.name] for row in rows)]
+    """A section for each scenario and length; it is always the same reuse that fires at a length."""
+    is_drawn = rows[0].length is None
+    hidden = _NOT_OF_DRAWN if is_drawn else _NOT_OF_SIZED
+    columns: dict[str, Callable[[Row], str]] = {"fired": lambda row: f"{row.fired}/{row.cases}"} if is_drawn else {}
+    for figure in FIGURES:
+        if figure.short and figure.name not in hidden and any(row[figure.name] for row in rows):
+            columns[figure.short] = _show_with(figure, is_short=True)
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    table.add_column("scenario", no_wrap=True)
-    table.add_column("policy", no_wrap=True)
-    for heading in ("fired", *(figure.short for figure in figures)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("scenario", "policy", *columns):
+        table.add_column(heading, justify="right" if heading in columns else "left", no_wrap=True)
     for (scenario, _), section in groupby(rows, lambda row: (row.scenario, row.length)):
         for number, row in enumerate(section):
-            cells = (_show_with(figure, is_short=True)(row) for figure in figures)
-            table.add_row("" if number else scenario, row.policy, f"{row.fired}/{row.cases}", *cells)
+            table.add_row("" if number else scenario, row.policy, *(show(row) for show in columns.values()))
         table.add_section()
     return table

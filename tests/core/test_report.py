@@ -89,7 +89,8 @@ def test_a_figure_of_a_study_stands_with_the_answers() -> None:
 
 def test_a_terminal_shows_both_kinds_within_80_columns() -> None:
     screen = Console(file=StringIO(), width=80)
-    rows = summarize([*DRAWN, *SIZED], [Failure("reordered", 8192, "all", "out of memory")])
+    long = [replace(outcome, scenario="reworded_30") for outcome in SIZED]
+    rows = summarize([*DRAWN, *SIZED, *long], [Failure("reordered", 8192, "all", "out of memory")])
     report.print_rows(screen, rows)
     lines = screen.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
