@@ -1,12 +1,12 @@
 """The fact guard: which tokens of a prompt state a fact, and so must never be borrowed from a different token.
 
-Not part of SemShareKV (arXiv 2509.24832), whose fuzzy matching replaces a number by any near number. A word is guarded
-if it has a digit, spells a number, is written like a name, or negates; so is every word of a script without letter
-case, where names cannot be told. Wrongly guarding a word costs some reuse; missing one may cost a right answer, so
-doubt guards.
+SemShareKV (arXiv 2509.24832) has no such guard: its fuzzy matching replaces a number by any near number. This module
+guards a word if it has a digit, spells a number, is written like a name, or negates. It also guards every word of a
+script without letter case, where names cannot be told. A word wrongly guarded costs some reuse; one missed may cost a
+right answer, so doubt guards.
 
-What it cannot see: facts in plain lower-case words (rose or fell, red or blue), names in lower case, spelled numbers
-of other languages than English, negations outside the languages listed. Knows nothing about tokenizers or models.
+It cannot see facts in plain lower-case words (rose or fell, red or blue), names in lower case, spelled numbers of other
+languages than English, or negations outside the languages listed. It knows nothing about tokenizers or models.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from numpy.typing import NDArray
 from semsharekv_integrations.kv import Mask, TokenIds
 
 
-def _words(text: str) -> frozenset[str]:
+def _split(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-NEGATIONS = _words(
+NEGATIONS = _split(
     # English
     "no not never none nor neither nobody nothing nowhere without cannot hardly barely scarcely unless except "
     # Dutch, French, German, Italian, Polish, Portuguese, Russian, Spanish
     "niet geen nooit zonder ne pas jamais aucun aucune sans rien nicht kein keine keinen keinem keiner nie niemals "
     "ohne non mai senza bez nigdy não nunca sem не нет ни без никогда jamás sin ningún ninguno ninguna"
 )
-NUMBER_WORDS = _words(
+NUMBER_WORDS = _split(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds thousand thousands "
     "million millions billion billions trillion trillions dozen dozens half quarter third double triple once twice "
     "first second fourth fifth sixth seventh eighth ninth tenth percent"
 )
 # Words that open a sentence without being a name. None of them is a common name, as May, Will and Mark are.
-FUNCTION_WORDS = _words(
+FUNCTION_WORDS = _split(
     "a about after all also although among an and another any are around as at because before behind both but by could "
     "did do does during each either even every few for from had has have he her here his how however i if in into is "
     "it its just many more most much my near of on only or other our over people several she should since so some "
@@ -58,7 +58,7 @@ _SIGNS = "%‰°"
 
 
 def find_guarded_tokens(pieces: Sequence[str]) -> Mask:
-    """Which tokens state a fact, [T]; the tokens of one word share their fate, punctuation around it stays free.
+    """Mark the tokens [T] that state a fact. All tokens of a word are marked, or none; punctuation around it is not.
 
     Args:
         pieces: [T] texts of the tokens in prompt order. A word begins with a space (or the ``▁`` of SentencePiece); a
@@ -66,7 +66,7 @@ def find_guarded_tokens(pieces: Sequence[str]) -> Mask:
     """
     text = "".join(pieces).replace("▁", " ")
     edges = np.array([0, *accumulate(map(len, pieces))])
-    spans = np.array(list(_guarded_spans(text)), dtype=np.int64).reshape(-1, 2)
+    spans = np.array(list(_find_guarded_spans(text)), dtype=np.int64).reshape(-1, 2)
     first = np.searchsorted(edges, spans[:, 0], side="right") - 1  # the token that holds the word's first character
     behind = np.searchsorted(edges, spans[:, 1], side="left")
     changes = np.zeros(len(pieces) + 1, dtype=np.int64)
@@ -78,10 +78,10 @@ def find_guarded_tokens(pieces: Sequence[str]) -> Mask:
 def find_unlike_facts(
     token_ids: TokenIds, facts: Mask, stored_ids: TokenIds, stored_facts: Mask, positions: NDArray[np.int64]
 ) -> Mask:
-    """[T] the tokens that must not be borrowed from where they are matched with.
+    """Mark the tokens [T] that must not be borrowed from the token they are matched with.
 
-    A fact is borrowed only whole, from one that begins with the same tokens: the 7 of 473 is not that of 970. Another
-    token is borrowed from no fact.
+    A fact is borrowed only whole, from one that begins with the same tokens: the 7 of 473 is not that of 970. A token
+    that is no fact is never borrowed from one.
 
     Args:
         token_ids: [T] of the prompt.
@@ -99,8 +99,8 @@ def find_unlike_facts(
     return facts & unlike_of_fact[fact] | unlike & stored_facts[positions]
 
 
-def _guarded_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end, in characters, of every guarded word."""
+def _find_guarded_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end, in characters, of every guarded word."""
     known: dict[tuple[str, bool], tuple[bool, bool]] = {}  # prompts repeat their words
     starts_sentence, end = True, 0
     for match in _WORD.finditer(text):
@@ -109,22 +109,11 @@ def _guarded_spans(text: str) -> Iterator[tuple[int, int]]:
         end = match.end()
         key = (chunk, starts_sentence)
         if key not in known:
-            known[key] = (_is_guarded(chunk, starts_sentence), _ends_sentence(chunk))
+            ends_sentence = bool(_SENTENCE_END.search(chunk)) and not _ABBREVIATION.search(chunk)
+            known[key] = (_is_guarded(chunk, starts_sentence), ends_sentence)
         is_guarded, starts_sentence = known[key]
         if is_guarded:
-            yield _trimmed(chunk, start)
-
-
-def _ends_sentence(chunk: str) -> bool:
-    return bool(_SENTENCE_END.search(chunk)) and not _ABBREVIATION.search(chunk)
-
-
-def _trimmed(chunk: str, start: int) -> tuple[int, int]:
-    """Where the word stands without punctuation; a sign or a point that leads a number belongs to it."""
-    left, right = len(chunk) - len(chunk.lstrip(_EDGES)), len(chunk.rstrip(_EDGES))
-    while left and chunk[left - 1] in _LEADING_SIGNS and not chunk[left].isalpha():
-        left -= 1
-    return start + left, start + right
+            yield _trim(chunk, start)
 
 
 def _is_guarded(chunk: str, starts_sentence: bool) -> bool:
@@ -147,18 +136,21 @@ def _states_fact(character: str) -> bool:
         return character.isdigit() or character in "$%"
     if character.isalpha():
         return character.lower() == character.upper()
-    return character == "\ufffd" or character in _SIGNS or character.isnumeric() or _is_mark(character)
-
-
-def _is_mark(character: str) -> bool:
-    """Whether it is a currency sign, or a vowel sign as scripts without case have them."""
-    return unicodedata.category(character) in ("Sc", "Mn", "Mc")
+    if character == "\ufffd" or character in _SIGNS or character.isnumeric():
+        return True
+    return unicodedata.category(character) in ("Sc", "Mn", "Mc")  # currency, and vowels of scripts without case
 
 
 def _looks_like_name(word: str, starts_sentence: bool) -> bool:
     """Whether it has an upper-case letter, other than the first one of a function word that opens a sentence."""
-    if word == word.lower():
-        return False
     stem = re.split(r"['’]", word)[0]  # It's, They've
     opens = starts_sentence and stem[1:] == stem[1:].lower() and stem.lower() in FUNCTION_WORDS
-    return not opens
+    return word != word.lower() and not opens
+
+
+def _trim(chunk: str, start: int) -> tuple[int, int]:
+    """Find where the word stands without punctuation; a sign or a point that leads a number belongs to it."""
+    left, right = len(chunk) - len(chunk.lstrip(_EDGES)), len(chunk.rstrip(_EDGES))
+    while left and chunk[left - 1] in _LEADING_SIGNS and not chunk[left].isalpha():
+        left -= 1
+    return start + left, start + right

@@ -1,7 +1,7 @@
 """The plan of one prefill: where every token's KV comes from, what is computed, and what that will cost.
 
-Decided before anything is computed, from token ids alone, and carried out by ``model.selective``. Which borrowed tokens
-are computed again depends on the model's attention and on deviation, so the plan holds their budgets, not their names.
+A plan is decided before anything is computed, from token ids alone; ``model.selective`` carries it out. Which borrowed
+tokens are computed again depends on attention and on deviation, so the plan holds their budgets, not their names.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
 from semsharekv_integrations.reuse.selection import choose_relevant_tokens, score_documents, spread_shares
 
-PROJECTION_SHARE = (
-    0.25  # of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate
-)
+# Of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate.
+PROJECTION_SHARE = 0.25
+_LONGEST_EDIT_TOKENS = 16
 
 
 class Borrowing(NamedTuple):
@@ -78,9 +78,9 @@ class ReusePlan:
         return self.prefix.num_tokens if self.prefix else 0
 
     def find_document_spans(self) -> dict[str, Span]:
-        """The documents that borrowed KV may come from: each stands from the first token on that borrows from it.
+        """Find the documents that borrowed KV may come from; each stands from the first token on that borrows from it.
 
-        KV comes from its own token and from those before it, so what stands behind in the same reference has no part.
+        KV comes from its own token and from those before it, so documents behind it in the reference have no part.
         """
         starts: dict[str, int] = {}
         for borrowing in self.borrowings:
@@ -92,22 +92,22 @@ class ReusePlan:
 
     @cached_property
     def fuzzy(self) -> Mask:
-        """[T] borrowed by similarity."""
-        return self._marked([(b.targets, b.fuzzy) for b in self.borrowings])
+        """Tokens [T] borrowed by similarity."""
+        return self._mark([(b.targets, b.fuzzy) for b in self.borrowings])
 
     @cached_property
     def borrowed(self) -> Mask:
-        """[T] with KV from behind the prefix of some reference, whether or not it is computed again."""
-        return self._marked([(b.targets, True) for b in self.borrowings])
+        """Tokens [T] borrowed from behind the prefix, whether or not they are computed again."""
+        return self._mark([(b.targets, True) for b in self.borrowings])
 
     @cached_property
     def optional(self) -> Mask:
-        """[T] borrowed, and computed only if selected."""
+        """Tokens [T] that are borrowed, and computed only if selected."""
         return self.borrowed & ~self.must
 
     @cached_property
     def predicted_rows(self) -> tuple[int, ...]:
-        """How many tokens each layer will compute, at most."""
+        """Most tokens that each layer will compute."""
         behind, least = len(self.token_ids) - self.prefix_tokens, int(self.must.sum())
         quotas = (self.attention_tokens, self.deviation_tokens)
         most = int(self.optional.sum())
@@ -130,8 +130,8 @@ class ReusePlan:
     def measured_layer(self) -> int:
         """The layer at which fresh keys and values are compared with borrowed ones.
 
-        The one behind the full layers, where they also choose what is computed; without full layers half way up, where
-        the tokens that are computed anyway can only tell whether the rest is to be trusted.
+        It is the one behind the full layers, where the comparison also chooses what is computed. Without full layers it
+        lies half way up, where the tokens computed anyway only tell whether the rest is to be trusted.
         """
         return self.full_layers or (self.num_layers + 1) // 2
 
@@ -143,7 +143,7 @@ class ReusePlan:
             f"{list(self.predicted_rows)}, compute ratio {self.predicted_compute_ratio:.3f}, declined: {self.declined}"
         )
 
-    def _marked(self, marks: Sequence[tuple[NDArray[np.int64], Mask | bool]]) -> Mask:
+    def _mark(self, marks: Sequence[tuple[NDArray[np.int64], Mask | bool]]) -> Mask:
         mask = np.zeros(len(self.token_ids), dtype=bool)
         for targets, value in marks:
             mask[targets] = value
@@ -167,19 +167,22 @@ def build_plan(
         prefix: the stored prefix to stand behind, or None.
         runs: identical runs behind the prefix, in prompt order, none overlapping.
         matches: similar tokens outside the runs.
-        question: [T] always computed.
+        question: [T] tokens that are always computed.
         rules: budgets and bounds.
         num_layers: of the model.
         segments: what may be relevant to the question, documents or else passages, as (start, stop).
     """
     rules, start = rules.resolve(), prefix.num_tokens if prefix else 0
-    borrowings = (*map(_borrowing, runs), *matches)
+    borrowings = (*map(_borrow_run, runs), *matches)
     must = np.zeros(len(token_ids), dtype=bool)
     must[start:] = True
     for borrowing in borrowings:
         must[borrowing.targets] = False
-    for first, num_tokens in _boundaries(prefix, runs, rules):
-        must[first : first + num_tokens] = True
+    last = Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None
+    for run in runs:
+        boundary_tokens = rules.edit_tokens if _follows_edit(last, run) else rules.boundary_tokens
+        must[run.start : run.start + min(run.num_tokens, boundary_tokens)] = True
+        last = run
     must |= question
     must[:start] = False
     optional = ~must
@@ -205,21 +208,22 @@ def build_plan(
 
 
 def decline_if_costly(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
-    """``plan``, or its exact prefix alone where borrowing more is predicted to save too little."""
-    reason = None
+    """Replace ``plan`` by its exact prefix alone where borrowing more is predicted to save too little."""
     left = 1 - plan.prefix_tokens / len(plan.token_ids)
     if not plan.borrowings:
         reason = "nothing similar enough is stored"
     elif plan.predicted_compute_ratio > rules.resolve().max_compute_ratio * left:
         share = plan.predicted_compute_ratio / left
         reason = f"predicted to compute {share:.0%} of what the prefix leaves, above max_compute_ratio"
-    return plan if reason is None else build_prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
+    else:
+        return plan
+    return build_prefix_plan(plan.token_ids, plan.prefix, plan.num_layers, reason)
 
 
 def build_prefix_plan(
     token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None
 ) -> ReusePlan:
-    """Nothing but the prefix is borrowed; ``declined`` says why."""
+    """Borrow nothing but the prefix; ``declined`` says why."""
     behind = np.arange(len(token_ids)) >= (prefix.num_tokens if prefix else 0)
     none = np.zeros_like(behind)
     return ReusePlan(
@@ -227,26 +231,14 @@ def build_prefix_plan(
     )
 
 
-def _borrowing(run: Run) -> Borrowing:
+def _borrow_run(run: Run) -> Borrowing:
     offsets = np.arange(run.num_tokens)
     return Borrowing(run.reference, run.start + offsets, run.source_start + offsets, np.zeros(run.num_tokens, bool))
 
 
-def _boundaries(prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseConfig) -> list[tuple[int, int]]:
-    """Where each run begins, and how many of its first tokens are computed: more of them behind an edit."""
-    before: Sequence[Run | None] = [Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None, *runs]
-    return [
-        (run.start, min(run.num_tokens, rules.edit_tokens if _follows_edit(last, run) else rules.boundary_tokens))
-        for last, run in zip(before, runs, strict=False)
-    ]
-
-
 def _follows_edit(last: Run | None, run: Run) -> bool:
-    """Whether both runs stand in one text with little changed between them."""
+    """Whether both runs stand in one text with little changed between them: then more tokens of it are computed."""
     if last is None or last.reference.id != run.reference.id:
         return False
     gaps = (run.start - last.start - last.num_tokens, run.source_start - last.source_start - last.num_tokens)
     return all(0 <= gap <= _LONGEST_EDIT_TOKENS for gap in gaps)
-
-
-_LONGEST_EDIT_TOKENS = 16

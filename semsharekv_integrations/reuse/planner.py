@@ -21,7 +21,7 @@ class Planner:
     """Plans prefills over one store.
 
     Args:
-        config: the mode and its rules.
+        rules: the mode, its budgets and bounds.
         store: where references are.
         matcher: finds fuzzy matches, or None where the rules ask for none.
         num_layers: of the model.
@@ -29,15 +29,9 @@ class Planner:
     """
 
     def __init__(
-        self,
-        config: ReuseConfig,
-        store: KVStore,
-        matcher: FuzzyMatcher | None,
-        num_layers: int,
-        max_tokens: int | None,
+        self, rules: ReuseConfig, store: KVStore, matcher: FuzzyMatcher | None, num_layers: int, max_tokens: int | None
     ) -> None:
-        self._config = config
-        self._rules = config.resolve()
+        self._rules = rules.resolve()
         self._store = store
         self._matcher = matcher
         self._num_layers = num_layers
@@ -46,7 +40,7 @@ class Planner:
     def plan(
         self, rendered: Rendered, namespace: str, session: str | None, suspended: bool, watch: Stopwatch | None = None
     ) -> ReusePlan:
-        """The plan for one prompt; it always leaves the last token to compute.
+        """Plan the prefill of one prompt; the last token is always computed.
 
         Args:
             rendered: the prompt.
@@ -56,95 +50,85 @@ class Planner:
             watch: takes the time of each part.
         """
         watch = watch or Stopwatch()
-        token_ids, approximate = rendered.token_ids, self._config.is_approximate
-        if self._config.mode == "off":
+        token_ids, approximate = rendered.token_ids, self._rules.is_approximate
+        stopped = f"audit suspended reuse in namespace {namespace!r}" if suspended else None
+        if self._rules.mode == "off":
             return build_prefix_plan(token_ids, None, self._num_layers, None)
         if self._max_tokens is not None and len(token_ids) > self._max_tokens:
             reason = f"beyond {self._max_tokens} tokens the model rotates keys by other frequencies"
             return build_prefix_plan(token_ids, None, self._num_layers, reason)
-        stopped = f"audit suspended reuse in namespace {namespace!r}" if suspended else None
         if stopped and not approximate:
             return build_prefix_plan(token_ids, None, self._num_layers, stopped)
         with watch.phase("lookup"):
-            prefix, declined = self._prefix(rendered, namespace, None if suspended else session)
+            prefix, declined = self._find_prefix(rendered, namespace, None if suspended else session)
         if stopped or not approximate:
             return build_prefix_plan(token_ids, prefix, self._num_layers, stopped or declined)
-        return self._approximate(rendered, namespace, prefix, watch)
+        return self._plan_approximate(rendered, namespace, prefix, watch)
 
-    def _prefix(self, rendered: Rendered, namespace: str, session: str | None) -> tuple[PrefixMatch | None, str | None]:
+    def _find_prefix(
+        self, rendered: Rendered, namespace: str, session: str | None
+    ) -> tuple[PrefixMatch | None, str | None]:
+        """Find the stored prefix that pays, or say why there is none."""
         limit = len(rendered.token_ids) - 1
         match = self._store.find_prefix(rendered.token_ids, namespace, max_tokens=limit, session=session)
         if match is None:
             return None, "no stored prefix"
-        if match.num_tokens < self._config.min_prefix_tokens:
+        if match.num_tokens < self._rules.min_prefix_tokens:
             return None, f"longest stored prefix of {match.num_tokens} tokens is under min_prefix_tokens"
         if match.num_tokens < SHORTEST_PREFIX_SHARE * len(rendered.token_ids):
             return None, f"longest stored prefix of {match.num_tokens} tokens is too short to pay"
         return match, None
 
-    def _approximate(
+    def _plan_approximate(
         self, rendered: Rendered, namespace: str, prefix: PrefixMatch | None, watch: Stopwatch
     ) -> ReusePlan:
         token_ids, start = rendered.token_ids, prefix.num_tokens if prefix else 0
         runs: list[Run] = []
-        if self._config.indexed_run_tokens is not None:
+        if self._rules.indexed_run_tokens is not None:
             with watch.phase("lookup"):
                 runs = self._store.find_runs(token_ids, namespace, start=start, stop=len(token_ids) - 1)
         question = mark_question(rendered, self._rules.tail_tokens)
         question[:start] = False
-        matches = []
+        matches: list[Borrowing] = []
         if self._matcher is not None:
             open_tokens = ~question
             open_tokens[:start] = False
             for run in runs:
                 open_tokens[run.start : run.start + run.num_tokens] = False
-            find = self._matcher.match_prompt if self._config.mode == "paper" else self._matcher.match_segments
+            find = self._matcher.match_prompt if self._rules.mode == "paper" else self._matcher.match_segments
             with watch.phase("match"):
                 matches = find(rendered, open_tokens, namespace)
-        with watch.phase("plan"):
-            plan = self._built(rendered, prefix, runs, matches, question)
-            if matches and runs:
-                without = self._built(rendered, prefix, runs, [], question)  # which needs no full layers
-                plan = min(plan, without, key=lambda either: either.predicted_compute_ratio)
-            return decline_if_costly(plan, self._rules)
 
-    def _built(
-        self,
-        rendered: Rendered,
-        prefix: PrefixMatch | None,
-        runs: Sequence[Run],
-        matches: Sequence[Borrowing],
-        question: Mask,
-    ) -> ReusePlan:
-        rules = self._rules if matches else self._rules.drop_fuzzy()
-        texts = list_texts(rendered)
-        return build_plan(rendered.token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
+        def build(matches: Sequence[Borrowing]) -> ReusePlan:
+            rules = self._rules if matches else self._rules.drop_fuzzy()
+            texts = list_texts(rendered)
+            return build_plan(token_ids, prefix, runs, matches, question, rules, self._num_layers, texts)
+
+        with watch.phase("plan"):
+            plan = build(matches)
+            if matches and runs:  # without matches no full layers are needed, which may be cheaper
+                plan = min(plan, build([]), key=lambda either: either.predicted_compute_ratio)
+            return decline_if_costly(plan, self._rules)
 
 
 def list_texts(rendered: Rendered) -> list[tuple[int, int]]:
-    """What may be relevant to the question, as (start, stop): the documents, or the passages where none are known."""
+    """List what may be relevant to the question, as (start, stop): documents, or passages where none are known."""
     return [(segment.start, segment.stop) for segment in rendered.segments or rendered.passages]
 
 
 def mark_question(rendered: Rendered, tail_tokens: int) -> Mask:
-    """[T] the tokens that the answer hangs on: the last user turn outside of documents, else the last passage.
+    """Mark the tokens [T] that the answer hangs on: the last user turn outside of documents, else the last passage.
 
-    At most the last ``LONGEST_QUESTION_TOKENS`` of it, and always the prompt's last ``tail_tokens``.
+    At most its last ``LONGEST_QUESTION_TOKENS`` are marked, and always the prompt's last ``tail_tokens``.
     """
     num_tokens = len(rendered.token_ids)
     question = np.zeros(num_tokens, dtype=bool)
-    known = rendered.question is not None and bool(rendered.segments)
-    start = rendered.question[0] if known and rendered.question else _last_passage(rendered)
+    start, stop = rendered.question or (0, num_tokens)
+    if rendered.question is None or not rendered.segments:  # the last passage of the turn, or of the prompt
+        start = max([start, *(passage.start for passage in rendered.passages if passage.start < stop)])
     question[start:] = True
     for segment in rendered.segments:
         question[segment.start : segment.stop] = False
     question[np.flatnonzero(question)[:-LONGEST_QUESTION_TOKENS]] = False
     question[max(0, num_tokens - tail_tokens) :] = True
     return question
-
-
-def _last_passage(rendered: Rendered) -> int:
-    """Where the last passage of the last user turn begins, or of the prompt."""
-    stop = rendered.question[1] if rendered.question else len(rendered.token_ids)
-    starts = [passage.start for passage in rendered.passages if passage.start < stop]
-    return max([*starts, rendered.question[0] if rendered.question else 0])

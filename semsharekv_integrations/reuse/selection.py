@@ -1,22 +1,17 @@
-"""How much each layer gets where it changes exponentially with depth, as budgets do in SemShareKV.
+"""Which tokens matter: those that the question is about or attends to, and those whose borrowed KV deviates.
 
-Which borrowed tokens are recomputed: those that deviate most and those that the question attends to most.
+Selective prefill ranks borrowed tokens by attention and by deviation; each signal has a quota. A token's priority is
+its best rank as a share of that signal's quota: below 1 it is selected. A smaller share selects a smaller set inside
+the larger one, as recomputing over depth needs, since a dropped token has no hidden state to come back with.
 
-Each signal ranks the borrowed tokens and has a quota. A token's priority is its best rank as a share of that signal's
-quota: below 1 it is selected, and keeping only what lies below a smaller share gives a smaller set inside the larger
-one, as recomputing over depth needs (a token that was dropped has no hidden state to come back with).
+Documents are scored by Okapi BM25 over token ids alone, which is not part of SemShareKV (arXiv 2509.24832). A document
+that the answer hangs on is computed as a whole: some of its tokens alone would still take their context from borrowed
+ones. The question's attention does not always find it, since a model may look only when it writes the answer.
 
-Which documents of a prompt its question is about, by Okapi BM25 over token ids alone.
-
-A document that the answer hangs on is computed as a whole: some of its tokens alone would still take their context from
-borrowed ones. The question's attention does not always find it, since a model may look only when it writes the answer;
-rare words in common do, and cost little. Not part of SemShareKV (arXiv 2509.24832).
-
-Which of a prompt's KV decoding keeps, over layers and over tokens. Kept tokens keep their positions.
-
-SemShareKV (arXiv 2509.24832, section 3) keeps a fraction that decays exponentially over the layers. How fast, and how
-many first and last tokens stay, is not confirmed against the paper. The reference model answers better from the same
-share in every layer, and much better if the documents that share rare words with the question stay whole.
+Retention keeps a share of the prompt's KV for decoding; kept tokens keep their positions. SemShareKV (section 3) keeps
+a fraction that decays exponentially over the layers. How fast, and how many first and last tokens stay, is not
+confirmed against the paper. The reference model answers better from the same share in every layer, and much better if
+the documents that share rare words with the question stay whole.
 """
 
 from __future__ import annotations
@@ -37,11 +32,9 @@ from semsharekv_integrations.kv import Mask, TokenIds
 def spread_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
     """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
 
-    Neither is negative. A ``last`` of 0 leaves nothing after the first layer.
+    Neither may be negative. A ``last`` of 0 leaves nothing after the first layer.
     """
-    if num_layers == 1:
-        return (first,)
-    if first == 0 or last == 0:
+    if num_layers == 1 or first == 0 or last == 0:
         return (first, *[0.0] * (num_layers - 1))
     factor = (last / first) ** (1 / (num_layers - 1))
     return tuple(first * factor**layer for layer in range(num_layers))
@@ -55,7 +48,7 @@ class Signal(NamedTuple):
 
 
 def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
-    """[T] each token's best rank over the signals, as a share of their quotas; infinity if not ``eligible`` [T]."""
+    """Each token's best rank over the signals [T], as a share of their quotas; infinity if not ``eligible`` [T]."""
     best = torch.full(eligible.shape, float("inf"), device=eligible.device)
     places = eligible.nonzero()[:, 0]
     for scores, quota_tokens in signals:
@@ -67,15 +60,15 @@ def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tens
 
 
 def select_tokens(priority: torch.Tensor, share: float) -> torch.Tensor:
-    """The tokens [T] that are kept when ``share`` of every quota is left."""
+    """Mark the tokens [T] that are kept when ``share`` of every quota is left."""
     return priority < share
 
 
 def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """How far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
+    """Measure how far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
 
-    The L2 norms of both differences, each as a share of the mean norm of the fresh ones, summed (the paper adds the
-    plain norms; keys are often much larger than values, which would then not count).
+    It is the sum of the L2 norms of both differences, each as a share of the mean norm of the fresh ones. (The paper
+    adds the plain norms; keys are often much larger than values, which would then not count.)
 
     Args:
         fresh: keys and values [B, H, N, D], computed for this prompt.
@@ -95,7 +88,7 @@ _SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
 
 
 def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
-    """[T] for each token its segment's BM25 score to the question; 0 where they share nothing that others have not.
+    """Give each token [T] its segment's BM25 score to the question; 0 where they share only what all segments have.
 
     Args:
         token_ids: [T].
@@ -104,7 +97,8 @@ def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], qu
     """
     scores = np.zeros(len(token_ids), dtype=np.float32)
     texts = [Counter(token_ids[start:stop][~question[start:stop]].tolist()) for start, stop in segments]
-    rarities = _inverse_frequencies(set(token_ids[question].tolist()), texts)
+    found = {token_id: sum(token_id in text for text in texts) for token_id in set(token_ids[question].tolist())}
+    rarities = {token_id: log(len(texts) / count) for token_id, count in found.items() if 0 < count < len(texts)}
     mean_length = sum(text.total() for text in texts) / max(1, len(texts))
     for (start, stop), text in zip(segments, texts, strict=True):
         length = 1 - _LENGTH_SHARE + _LENGTH_SHARE * text.total() / max(1.0, mean_length)
@@ -113,26 +107,14 @@ def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], qu
     return scores
 
 
-def _inverse_frequencies(asked: set[int], texts: Sequence[Counter[int]]) -> dict[int, float]:
-    """By token asked for, the logarithm of how few of the texts have it; nothing for those that none or all have."""
-    found = {token_id: sum(token_id in text for text in texts) for token_id in asked}
-    return {token_id: log(len(texts) / count) for token_id, count in found.items() if 0 < count < len(texts)}
-
-
 def choose_relevant_tokens(
     scores: NDArray[np.float32], segments: Sequence[tuple[int, int]], eligible: Mask, ratio: float
 ) -> Mask:
-    """[T] the ``eligible`` tokens of the segments with the highest scores.
+    """Mark the ``eligible`` tokens [T] of the segments with the highest ``scores`` [T].
 
-    Whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than ``ratio`` of
-    the eligible tokens. Where ``ratio`` is above 0, the first of them may take up to ``MOST_OF_ONE``: what is alone
-    with its question cannot be told from the rest.
-
-    Args:
-        scores: [T] as ``score_documents`` gives them.
-        segments: that they are of.
-        eligible: [T] tokens that count and that may be chosen.
-        ratio: 0 to 1.
+    It takes whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than
+    ``ratio`` (0 to 1) of the eligible tokens. Where ``ratio`` is above 0, the first may take up to ``MOST_OF_ONE``:
+    what is alone with its question cannot be told from the rest.
     """
     chosen = np.zeros_like(eligible)
     share = max(ratio, MOST_OF_ONE) if ratio > 0 else 0.0
@@ -154,7 +136,7 @@ _HALVINGS = 40
 
 
 def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[float, ...]:
-    """The share of the tokens that each layer keeps, ``ratio`` on average.
+    """Compute the share of the tokens that each layer keeps, ``ratio`` on average.
 
     Args:
         num_layers: of the model.
@@ -174,7 +156,7 @@ def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -
 
 
 def choose_retained_tokens(attended: torch.Tensor, share: float, relevant: torch.Tensor | None = None) -> torch.Tensor:
-    """Positions [N], ascending, of the tokens to keep.
+    """Choose the tokens to keep, as positions [N], ascending.
 
     Args:
         attended: [heads, T] how much attention each token gets; a token counts by the head that looks at it most, and
