@@ -33,7 +33,7 @@ def entry(id: str, node: str, hits: float = 0.0, **other: Any) -> EntryRecord:
 
 def fill(directory: KVDirectory) -> None:
     """Two prompts with a common start in one namespace, one in another; the first two nodes share a file."""
-    shared, rest, lone = (directory.write(tensors(n, seed=n), n) for n in (6, 4, 3))
+    shared, rest, lone = (directory.files.write(tensors(n, seed=n), n) for n in (6, 4, 3))
     nodes = [node("r", None, [1, 2, 3], shared), node("s", "r", [4, 5, 6], shared, 3), node("t", "r", [7] * 4, rest)]
     nodes.append(node("u", None, [1, 2, 8], lone, namespace="b"))
     entries = [entry("es", "s", 2.5), entry("et", "t"), entry("eu", "u", namespace="b")]

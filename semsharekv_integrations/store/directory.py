@@ -11,14 +11,11 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from semsharekv_integrations.concurrency.threads import tell_of_forks
 from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
@@ -75,7 +72,7 @@ class KVDirectory:
         self.path = Path(path) / fingerprint
         self._fingerprint = fingerprint
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
-        self._on_disk = KVFiles(self.path, fingerprint, self._counts)
+        self.files = KVFiles(self.path, fingerprint, self._counts)
         self._resources = ExitStack()
         self._is_open = False
         try:
@@ -98,7 +95,7 @@ class KVDirectory:
             self._resources.close()
             raise
         self._found: Contents | None = kept  # until the first change
-        self._files = {file.id: file for file in kept.files}  # those in use, and those written but not recorded yet
+        self.files.records = {file.id: file for file in kept.files}
         self._uses = Counter(node.file for node in kept.nodes)  # number of nodes of each file in use
         self._is_open = True
         self.num_bytes = sum(file.num_bytes for file in kept.files)  # of files in use, without the catalog
@@ -112,30 +109,10 @@ class KVDirectory:
         found = self._catalog.read()
         return found._replace(nodes=keep_rooted(found.nodes))
 
-    def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
-        """Write a new KV file as ``KVFiles.write`` does, and return its id.
-
-        ``record`` a node in it, or ``discard`` it.
-        """
-        file = self._on_disk.write(uuid.uuid4().hex, tensors, num_tokens)
-        self._files[file.id] = file
-        return file.id
-
     def discard(self, file: str) -> None:
         """Delete a file that was written, unless a node lies in it."""
-        if file in self._files and not self._uses[file]:
-            del self._files[file]
-            self._on_disk.remove(file)
-
-    def read(self, file: str) -> dict[str, torch.Tensor]:
-        """As ``KVFiles.read``. The caller drops the nodes that lie in a damaged file."""
-        return self._on_disk.read(self.file(file))
-
-    def file(self, file: str) -> FileRecord:
-        """The record of a file in use, or just written; raises ``StoreFileError`` if there is none."""
-        if file not in self._files:
-            raise StoreFileError(f"{self.path} has no KV file {file!r}")
-        return self._files[file]
+        if not self._uses[file]:
+            self.files.remove(file)
 
     def record(
         self,
@@ -151,15 +128,15 @@ class KVDirectory:
             StoreWriteError: if the catalog cannot be written; nothing has changed.
             ValueError: if a node does not lie in a file that was written.
         """
-        put, gone_nodes = {node.id: node for node in nodes}, set(gone_nodes)
+        put, gone_nodes, known = {node.id: node for node in nodes}, set(gone_nodes), self.files.records
         for node in put.values():
-            if node.file not in self._files or not fits(node, self._files[node.file]):
+            if node.file not in known or not fits(node, known[node.file]):
                 raise ValueError(f"node {node.id} has {len(node.token_ids)} tokens that file {node.file} does not have")
         more = Counter(node.file for node in put.values())
         try:
-            more.subtract(file for file in self._catalog.find_files(gone_nodes | put.keys()) if file in self._files)
-            begun = [self._files[file] for file in more if not self._uses[file]]
-            ended = [self._files[file] for file in more if not self._uses[file] + more[file]]
+            more.subtract(file for file in self._catalog.find_files(gone_nodes | put.keys()) if file in known)
+            begun = [known[file] for file in more if not self._uses[file]]
+            ended = [known[file] for file in more if not self._uses[file] + more[file]]
             gone = {"files": [file.id for file in ended], "nodes": gone_nodes, "entries": gone_entries}
             self._catalog.change(gone, Contents(begun, list(put.values()), list(entries)))
         except (sqlite3.Error, UnicodeEncodeError) as error:
@@ -168,19 +145,19 @@ class KVDirectory:
         self._uses.update(more)
         self.num_bytes += sum(file.num_bytes for file in begun) - sum(file.num_bytes for file in ended)
         for file in ended:
-            del self._uses[file.id], self._files[file.id]
-        self._on_disk.remove(*(file.id for file in ended), most=MOST_REMOVED)
+            del self._uses[file.id]
+        self.files.remove(*(file.id for file in ended), most=MOST_REMOVED)
 
     def sweep(self) -> None:
         """Delete at most ``MOST_REMOVED`` files out of use that are still there."""
-        self._on_disk.remove(most=MOST_REMOVED)
+        self.files.remove(most=MOST_REMOVED)
 
     def scrub(self, *, whole: bool = True) -> None:
         """Empty the catalog's log and delete a catalog that was set aside: both may name forgotten tokens.
 
         With ``whole``, delete all files out of use as well. Raises ``StoreWriteError`` if any of this fails.
         """
-        self._on_disk.remove(most=None if whole else 0)
+        self.files.remove(most=None if whole else 0)
         try:
             forget_set_aside(self.path)
             self._catalog.empty_log()
@@ -199,17 +176,17 @@ class KVDirectory:
 
     def check(self) -> None:
         """The law: every node lies in a file, every file in use is on disk as recorded, and their bytes are exact."""
-        found, sizes = self._catalog.read(), self._on_disk.measure()
+        found, sizes = self._catalog.read(), self.files.measure()
         assert self._uses == Counter(node.file for node in found.nodes), "uses of files"
         assert found.num_damaged == 0 and {file.id: file for file in found.files} == self._in_use(), "files recorded"
-        assert all(fits(node, self._files[node.file]) for node in found.nodes), "nodes outside of their files"
-        assert {id: file.num_bytes for id, file in self._files.items()}.items() <= sizes.items(), "files on disk"
+        assert all(fits(node, self.files.records[node.file]) for node in found.nodes), "nodes outside of their files"
+        assert {id: file.num_bytes for id, file in self.files.records.items()}.items() <= sizes.items(), "files on disk"
         assert self.num_bytes == sum(sizes[file] for file in self._uses), "bytes of files in use"
 
     def close(self) -> None:
         """Delete files that were written and not recorded, and release the lock. May be called again."""
         if self._is_open:
-            self._on_disk.remove(*(self._files.keys() - self._in_use().keys()))
+            self.files.remove(*(self.files.records.keys() - self._in_use().keys()))
         self._is_open = False
         self._resources.close()
 
@@ -223,7 +200,7 @@ class KVDirectory:
             self._lock.release()
 
     def _in_use(self) -> dict[str, FileRecord]:
-        return {id: file for id, file in self._files.items() if self._uses[id]}
+        return {id: file for id, file in self.files.records.items() if self._uses[id]}
 
     def _write_failed(self, reason: str) -> StoreWriteError:
         self._counts["write_failed"] += 1
@@ -239,7 +216,7 @@ class KVDirectory:
 
     def _keep(self, found: Contents) -> Contents:
         """Delete and count what of ``found`` is not sound, in the catalog and on disk; the rest."""
-        sizes = self._on_disk.measure()
+        sizes = self.files.measure()
         kept = keep_sound(found, sizes)
         missing = [file.id for file in found.files if file.id not in sizes]
         resized = [file.id for file in found.files if sizes.get(file.id, file.num_bytes) != file.num_bytes]
@@ -247,10 +224,10 @@ class KVDirectory:
         self._counts["damaged"] += found.num_damaged + len(resized)
         self._counts["vanished"] += len(missing)
         self._counts["orphans"] += len(found.nodes) - len(kept.nodes) + len(found.entries) - len(kept.entries)
-        self._counts["orphans"] += len(unused - set(resized)) + self._on_disk.remove_temporaries()
+        self._counts["orphans"] += len(unused - set(resized)) + self.files.remove_temporaries()
         if found.num_damaged or found.num_records != kept.num_records:
             self._catalog.replace(kept)
-        self._on_disk.remove(*unused)
+        self.files.remove(*unused)
         return kept
 
 

@@ -56,7 +56,7 @@ class DiskTier:
         """Map the KV of ``node`` into memory; raises as ``KVFiles.read`` does."""
         assert self._directory is not None and node.on_disk is not None
         file, first = node.on_disk
-        whole = PackedKV(self._directory.read(file), *self._home)
+        whole = PackedKV(self._directory.files.read(file), *self._home)
         stop = first + len(node.token_ids)
         if whole.num_tokens < stop:
             raise StoreFileError(f"{file} has {whole.num_tokens} tokens, not {stop}")
@@ -72,13 +72,13 @@ class DiskTier:
             return False
         try:
             with raise_memory_errors():
-                file = self._directory.write(packed.tensors, packed.num_tokens)
+                file = self._directory.files.write(packed.tensors, packed.num_tokens)
         except (StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return False
         if not self._move([node], file, namespace):
             return False
-        self.tier.add(node, self._directory.file(file).num_bytes)
+        self.tier.add(node, self._directory.files.records[file].num_bytes)
         return True
 
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
@@ -105,7 +105,7 @@ class DiskTier:
         """Count a node that was found at ``place``, in a file whose nodes have ``file_tokens`` tokens in all."""
         assert self._directory is not None
         node.on_disk = place
-        self.tier.add(node, self._directory.file(place.file).num_bytes * len(node.token_ids) // file_tokens)
+        self.tier.add(node, self._directory.files.records[place.file].num_bytes * len(node.token_ids) // file_tokens)
 
     def put_entry(self, entry: EntryRecord) -> None:
         """Insert or replace an entry with the next transaction."""
@@ -153,7 +153,9 @@ class DiskTier:
         for node in nodes:
             if node.on_disk is not None:
                 by_file[node.on_disk.file].append(node)
-        partly = [part for file, part in by_file.items() if _num_tokens(part) < self._directory.file(file).num_tokens]
+        partly = [
+            part for file, part in by_file.items() if _num_tokens(part) < self._directory.files.records[file].num_tokens
+        ]
         rewritten = [self._rewrite(needed, namespace) for needed in partly]
         return all(rewritten)
 
@@ -238,7 +240,7 @@ class DiskTier:
             return True
         staying = {node.on_disk for node in self.tier.sizes if node.pins or node in protected}
         files = {place.file for place in staying if place is not None}
-        if sum(self._directory.file(file).num_bytes for file in files) + num_bytes > self.tier.max_bytes:
+        if sum(self._directory.files.records[file].num_bytes for file in files) + num_bytes > self.tier.max_bytes:
             return False
         while self.commit():  # else what goes would not make room
             if self.num_bytes + num_bytes <= self.tier.max_bytes:
@@ -262,13 +264,13 @@ class DiskTier:
             with raise_memory_errors():
                 parts = [self.read(node).tensors for node in nodes]
                 whole = {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
-                file = self._directory.write(whole, sum(num_tokens))
+                file = self._directory.files.write(whole, sum(num_tokens))
         except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return False
         if not self._move(nodes, file, namespace):
             return False
-        num_bytes = self._directory.file(file).num_bytes
+        num_bytes = self._directory.files.records[file].num_bytes
         for node, own_tokens in zip(nodes, num_tokens, strict=True):
             self.tier.shrink(node, num_bytes * own_tokens // sum(num_tokens))
         return True

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -54,17 +55,24 @@ class DamageError(Exception):
 
 
 class KVFiles:
-    """The KV files in ``path``. Increments ``counts`` for every trouble: see ``KVDirectory.counts``."""
+    """The KV files in ``path``. Increments ``counts`` for every trouble: see ``KVDirectory.counts``.
+
+    Attributes:
+        records: by id, of the files in use and of those just written.
+    """
 
     def __init__(self, path: Path, fingerprint: str, counts: Counter[str]) -> None:
         self.path = path
+        self.records: dict[str, FileRecord] = {}
         self._fingerprint = fingerprint
         self._counts = counts
         self._verified: set[str] = set()
         self._doomed: list[str] = []  # files that are still to be deleted
 
-    def write(self, file: str, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
-        """Write a temporary file, then rename it: after a crash the file is there whole or not at all.
+    def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
+        """Write a new file and return its id: a temporary is renamed, so a crash leaves it whole or not at all.
+
+        The caller records a node in it with ``KVDirectory.record``, or discards it.
 
         Raises:
             StoreWriteError: if it cannot be written; nothing is left of it.
@@ -73,6 +81,7 @@ class KVFiles:
         for name, tensor in tensors.items():
             if tensor.ndim <= TOKEN_DIM or tensor.shape[TOKEN_DIM] != num_tokens:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, without {num_tokens} at dim 2")
+        file = uuid.uuid4().hex
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = json.dumps(self._make_header(file, num_tokens))
         metadata = {"semsharekv": header, "digest": digest_tensors(header, sorted(on_cpu.items()))}
@@ -94,10 +103,11 @@ class KVFiles:
                 self._counts["write_failed"] += 1
                 raise StoreWriteError(f"{path} could not be written: {error}") from error
             raise
-        return FileRecord(file, num_tokens, num_bytes)
+        self.records[file] = FileRecord(file, num_tokens, num_bytes)
+        return file
 
-    def read(self, record: FileRecord) -> dict[str, torch.Tensor]:
-        """Map the file: tensors on the CPU, privately mapped, whose bytes are read when touched.
+    def read(self, file: str) -> dict[str, torch.Tensor]:
+        """Map a file: tensors on the CPU, privately mapped, whose bytes are read when touched.
 
         The first read of a file verifies its digest, which reads all bytes.
 
@@ -105,7 +115,9 @@ class KVFiles:
             UnavailableFileError: if the system cannot read it now.
             StoreFileError: if the file is missing, damaged, or another than the one recorded.
         """
-        path = self._locate(record.id)
+        if file not in self.records:
+            raise StoreFileError(f"{self.path} has no KV file {file!r}")
+        record, path = self.records[file], self._locate(file)
         if record.id not in self._verified or _measure(path) != record.num_bytes:
             self._verify(record)
         try:
@@ -153,6 +165,8 @@ class KVFiles:
         The next opening deletes what could not be deleted.
         """
         self._verified.difference_update(files)
+        for file in files:
+            self.records.pop(file, None)
         self._doomed += files
         now = self._doomed[:most]
         del self._doomed[:most]

@@ -51,11 +51,11 @@ def test_records_are_there_again(directory: KVDirectory) -> None:
 def test_tensors_are_there_again(directory: KVDirectory, dtype: torch.dtype) -> None:
     wanted = tensors(7, dtype=dtype) | {"scale": torch.rand(1, 2, 7, 1), "strided": torch.rand(1, 7, 3, 2).mT[:, :2].mT}
     wanted["strided"] = wanted["scale"].expand(1, 2, 7, 3)
-    file = directory.write(wanted, 7)
+    file = directory.files.write(wanted, 7)
     directory.record(nodes=[node("v", None, range(7), file)], entries=[entry("ev", "v")])
     again = reopened(directory)
     for _ in range(2):
-        found = again.read(file)
+        found = again.files.read(file)
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
@@ -64,8 +64,8 @@ def test_tensors_are_there_again(directory: KVDirectory, dtype: torch.dtype) -> 
 
 def test_what_is_read_is_a_private_map(directory: KVDirectory) -> None:
     file = directory.contents().nodes[0].file
-    directory.read(file)["0.keys"].zero_()
-    kept = directory.read(file)
+    directory.files.read(file)["0.keys"].zero_()
+    kept = directory.files.read(file)
     assert kept["0.keys"].any()
     directory.record(gone_nodes="rstu", gone_entries=["es", "et", "eu"])
     assert directory.num_bytes == 0 and torch.equal(kept["0.keys"], tensors(6, seed=6)["0.keys"])
@@ -92,9 +92,13 @@ def test_bytes_are_those_of_the_files_in_use(directory: KVDirectory) -> None:
     def on_disk() -> int:
         return sum(path.stat().st_size for path in directory.path.glob("*.safetensors"))
 
-    assert directory.num_bytes == on_disk() == sum(directory.file(file).num_bytes for file in kv_files(directory.path))
-    file = directory.write(tensors(2), 2)
-    assert directory.num_bytes == on_disk() - directory.file(file).num_bytes
+    assert (
+        directory.num_bytes
+        == on_disk()
+        == sum(directory.files.records[file].num_bytes for file in kv_files(directory.path))
+    )
+    file = directory.files.write(tensors(2), 2)
+    assert directory.num_bytes == on_disk() - directory.files.records[file].num_bytes
     directory.record(nodes=[node("v", None, [1], file), node("w", "v", [2], file, 1)], entries=[entry("e", "w")])
     assert directory.num_bytes == on_disk()
     directory.record(gone_nodes=["w", "not there"], gone_entries=["e"])
@@ -102,12 +106,12 @@ def test_bytes_are_those_of_the_files_in_use(directory: KVDirectory) -> None:
     directory.record(gone_nodes=["v"])
     assert file not in kv_files(directory.path) and directory.num_bytes == on_disk()
     with pytest.raises(StoreFileError, match=file):
-        directory.file(file)
+        directory.files.read(file)
     directory.check()
 
 
 def test_a_node_may_move_to_another_file(directory: KVDirectory) -> None:
-    old, new = directory.contents().nodes[-1].file, directory.write(tensors(3), 3)
+    old, new = directory.contents().nodes[-1].file, directory.files.write(tensors(3), 3)
     moved = next(found for found in directory.contents().nodes if found.file == old)
     directory.record(nodes=[moved._replace(file=new, token_ids=moved.token_ids[:3], first=0)])
     assert old not in kv_files(directory.path) and new in kv_files(directory.path)
@@ -115,7 +119,7 @@ def test_a_node_may_move_to_another_file(directory: KVDirectory) -> None:
 
 
 def test_what_was_written_and_not_recorded_goes(directory: KVDirectory) -> None:
-    one, other = directory.write(tensors(2), 2), directory.write(tensors(2), 2)
+    one, other = directory.files.write(tensors(2), 2), directory.files.write(tensors(2), 2)
     directory.discard(one)
     directory.discard(directory.contents().nodes[0].file)  # in use: stays
     assert one not in kv_files(directory.path) and other in kv_files(directory.path)
@@ -128,8 +132,8 @@ def test_what_was_written_and_not_recorded_goes(directory: KVDirectory) -> None:
 def test_bad_arguments(directory: KVDirectory) -> None:
     for bad in (tensors(3), {"x": torch.zeros(1, 2)}):
         with pytest.raises(ValueError, match="4 at dim 2"):
-            directory.write(bad, 4)
-    file = directory.write(tensors(4), 4)
+            directory.files.write(bad, 4)
+    file = directory.files.write(tensors(4), 4)
     for first, num_tokens, name in ((1, 4, file), (-1, 2, file), (0, 0, file), (0, 1, "../x")):
         with pytest.raises(ValueError, match="does not have"):
             directory.record(nodes=[node("v", None, range(num_tokens), name, first)])
@@ -259,7 +263,7 @@ def test_a_look_from_outside(directory: KVDirectory) -> None:
     for missing in (directory.path / "none", directory.path / "lock"):
         with pytest.raises(StoreFileError, match=f"{missing.name} cannot be read"):
             find_directories(missing)
-    size = {found.id: directory.file(found.file).num_bytes for found in directory.contents().nodes}
+    size = {found.id: directory.files.records[found.file].num_bytes for found in directory.contents().nodes}
 
     def look() -> dict[str, tuple[int, int]]:
         before = {path: path.stat().st_mtime_ns for path in directory.path.iterdir() if path.suffix != ".sqlite-shm"}

@@ -123,7 +123,7 @@ def test_what_takes_the_place_of_kv_while_open_is_not_read(tmp_path: Path, kind:
         }
         plant[kind]()
         with pytest.raises(StoreFileError, match="it is no file"):
-            directory.read(file)
+            directory.files.read(file)
 
 
 def test_a_link_that_takes_the_directorys_place_while_open(tmp_path: Path, precious: Path) -> None:

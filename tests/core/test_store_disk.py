@@ -347,7 +347,9 @@ def test_a_small_piece_of_a_large_file_does_not_flush_the_rest(tmp_path: Path) -
     assert not store.put(reference(tuple(range(200, 350)))) and len(store.references()) == 3
 
 
-@pytest.mark.parametrize("failing", ["KVDirectory.write", "KVDirectory.record", "KVDirectory.read", "torch.cat"])
+@pytest.mark.parametrize(
+    "failing", ["files.KVFiles.write", "directory.KVDirectory.record", "files.KVFiles.read", "torch.cat"]
+)
 def test_a_file_that_cannot_be_written_anew_serves_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -357,7 +359,7 @@ def test_a_file_that_cannot_be_written_anew_serves_on(
     put_all(store, clock, [(1, 2, 5)])
     whole = KVDirectory.record
     errors = {"read": StoreFileError("bad"), "cat": MemoryError()}
-    error = errors.get(failing.split(".")[1], StoreWriteError("full"))
+    error = errors.get(failing.split(".")[-1], StoreWriteError("full"))
 
     def fail(self: Any, *args: Any, **changes: Any) -> None:
         if changes.get("gone_entries"):
@@ -365,7 +367,7 @@ def test_a_file_that_cannot_be_written_anew_serves_on(
             return
         raise error
 
-    target = "torch.cat" if failing == "torch.cat" else f"semsharekv_integrations.store.directory.{failing}"
+    target = failing if failing == "torch.cat" else f"semsharekv_integrations.store.{failing}"
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)
         assert store.forget("a", document_id="d") == 1
@@ -602,7 +604,7 @@ def test_with_a_full_disk_everything_goes_on_in_memory(tmp_path: Path, monkeypat
     store = opened_at(tmp_path, clock)
     put_all(store, clock, [(1, 2, 3)])
     with monkeypatch.context() as patch:
-        patch.setattr(KVDirectory, "write", fail)
+        patch.setattr(files.KVFiles, "write", fail)
         put_all(store, clock, [(1, 2, 4), (5, 6), (5, 7)])
         assert [lookup(store, t) for t in ((1, 2, 3), (1, 2, 4), (5, 6), (5, 7))] == [3, 3, 2, 2]
     assert store.stats()["write_failed"] == 2, "what (5, 7) goes on from is not on disk"
@@ -614,9 +616,9 @@ def test_with_a_full_disk_and_no_memory_an_entry_is_refused(tmp_path: Path, monk
     clock = Clock()
     store = opened_at(tmp_path, clock, max_tokens=0)
     put_all(store, clock, [(1, 2, 3)])
-    for name in ("write", "record"):
+    for owner, name in ((files.KVFiles, "write"), (KVDirectory, "record")):
         with monkeypatch.context() as patch:
-            patch.setattr(KVDirectory, name, fail)
+            patch.setattr(owner, name, fail)
             assert not store.put(reference((5, 6)))
         store.check()
     assert len(files_of(tmp_path)) == 1 and store.stats()["refused"] == 2

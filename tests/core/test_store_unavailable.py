@@ -204,7 +204,7 @@ def test_what_lies_on_disk_stays_when_what_goes_on_from_it_cannot_be_written(
         put_all(store, clock, PROMPTS, document_starts={"d": 0})
     store = opened(config_of(max_tokens, directory=tmp_path), clock)
     with monkeypatch.context() as patch:
-        patch.setattr(KVDirectory, "write", raising(StoreWriteError(os.strerror(error))))
+        patch.setattr(files.KVFiles, "write", raising(StoreWriteError(os.strerror(error))))
         for tokens in PROMPTS:
             store.put(reference((*tokens, 7), document_starts={"e": 1}))
             store.check()
@@ -226,7 +226,7 @@ def test_forgetting_reaches_both_where_the_longer_one_is_in_memory_alone(
     store = opened(config_of(directory=tmp_path), clock)
     put_all(store, clock, PROMPTS, document_starts={"d": 0})
     with monkeypatch.context() as patch:
-        patch.setattr(KVDirectory, "write", raising(StoreWriteError("no room")))
+        patch.setattr(files.KVFiles, "write", raising(StoreWriteError("no room")))
         assert store.put(reference((*PROMPTS[0], 7)))
     assert store.forget("a", document_id="d") == 4 and not store.references()
     store.check()
@@ -370,5 +370,5 @@ def test_bytes_are_verified_without_mapping_them(tmp_path: Path) -> None:
     (tmp_path / "kv").mkdir()
     kept = files.KVFiles(tmp_path / "kv", FINGERPRINT, Counter())
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn):
-        record = kept.write(f"{dtype.itemsize:032x}", tensors(3, dtype=dtype), 3)
-        assert kept.read(record).keys() == {"0.keys", "0.values"}
+        file = kept.write(tensors(3, dtype=dtype), 3)
+        assert kept.read(file).keys() == {"0.keys", "0.values"}
