@@ -52,16 +52,16 @@ def lexicon() -> list[str]:
     """Every name and noun that a value or a key is made of."""
     groups = (
         world.TOWNS,
-        world.FIRST_NAMES,
-        world.SURNAMES,
-        world.COMPANIES,
-        world.COMPANY_FORMS,
-        world.EVENTS,
-        world.MONTHS,
-        world.PLACES,
-        world.PLACE_LOOKS,
-        world.CAUSES,
-        world.CAUSE_LOOKS,
+        world.NAMES["first_names"],
+        world.NAMES["surnames"],
+        world.NAMES["companies"],
+        world.NAMES["company_forms"],
+        world.NAMES["events"],
+        world.NAMES["months"],
+        world.NAMES["places"],
+        world.NAMES["place_looks"],
+        world.NAMES["causes"],
+        world.NAMES["cause_looks"],
     )
     return [word for group in groups for word in group]
 

@@ -10,8 +10,9 @@ the reference model reads all of them. All words are in ``assets/world.toml``. K
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import product
@@ -22,60 +23,43 @@ from typing import Any, Literal
 WORDS: Mapping[str, Any] = MappingProxyType(
     tomllib.loads((files("semsharekv_integrations") / "assets" / "world.toml").read_text(encoding="utf-8"))
 )
-_NAMES = WORDS["names"]
 
 
-def _split_words(name: str) -> tuple[str, ...]:
-    return tuple(_NAMES[name].split())
+def _list_names(words: str | dict[str, str]) -> tuple[str, ...]:
+    if isinstance(words, str):
+        return tuple(words.replace("\n", "").split("|") if "|" in words else words.split())
+    return tuple(head + tail for head, tail in product(words["heads"].split(), words["tails"].split()))
 
 
-def _join_names(name: str) -> tuple[str, ...]:
-    """Every head joined to every tail, in a fixed order."""
-    heads, tails = _NAMES[name]
-    return tuple(head + tail for head, tail in product(heads.split(), tails.split()))
-
-
-TOWNS, SURNAMES, COMPANIES = map(_join_names, ("towns", "surnames", "companies"))
-FIRST_NAMES, COMPANY_FORMS, EVENTS, MONTHS = map(_split_words, ("first_names", "company_forms", "events", "months"))
-PLACES, PLACE_LOOKS, CAUSES, CAUSE_LOOKS = map(_split_words, ("places", "place_looks", "causes", "cause_looks"))
-OUTLETS = tuple(_NAMES["outlets"])
+NAMES: Mapping[str, tuple[str, ...]] = {name: _list_names(words) for name, words in WORDS["names"].items()}
+TOWNS = NAMES["towns"]
 HEADLINES, FILLERS = (tuple(WORDS["reports"][name].splitlines()) for name in ("headlines", "fillers"))
+_PERSON, _NUMBER = "{first_names} {surnames}", "{10-99}"
 
 
-def _draw_number(rng: Random, low: int, high: int) -> str:
-    return str(rng.randrange(low, high))
+def _draw(rng: Random, pattern: str) -> str:
+    """``pattern`` with a name for each ``{list}``, and a number for each ``{from-to}``, the last one left out."""
 
+    def draw_one(match: re.Match[str]) -> str:
+        low, _, high = match[1].partition("-")
+        return str(rng.randrange(int(low), int(high))) if high else rng.choice(NAMES[low])
 
-def _draw_person(rng: Random) -> str:
-    return f"{rng.choice(FIRST_NAMES)} {rng.choice(SURNAMES)}"
-
-
-_DRAWS: Mapping[str, Callable[[Random], str]] = {
-    "event": lambda rng: f"a {rng.choice(EVENTS)}",
-    "date": lambda rng: f"{_draw_number(rng, 1, 29)} {rng.choice(MONTHS)}",
-    "affected": lambda rng: _draw_number(rng, 20, 9900),
-    "cost": lambda rng: f"{_draw_number(rng, 2, 990)} million crowns",
-    "mayor": _draw_person,
-    "chief": _draw_person,
-    "company": lambda rng: f"{rng.choice(COMPANIES)} {rng.choice(COMPANY_FORMS)}",
-    "shelter": lambda rng: f"the {rng.choice(PLACE_LOOKS)} {rng.choice(PLACES)}",
-    "cause": lambda rng: f"a {rng.choice(CAUSE_LOOKS)} {rng.choice(CAUSES)}",
-    "road": lambda rng: f"Route {_draw_number(rng, 10, 99)}",
-}
+    return re.sub(r"\{([\w-]+)\}", draw_one, pattern)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fact: how it is stated and asked for. ``{t}`` is the town, ``{v}`` the value."""
+    """One kind of fact: how it is stated, asked for and drawn. ``{t}`` is the town, ``{v}`` the value."""
 
     name: str
     label: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
+    pattern: str
 
     def draw(self, rng: Random) -> str:
         """A value."""
-        return _DRAWS[self.name](rng)
+        return _draw(rng, self.pattern)
 
     def answer(self, town: str, value: str) -> str:
         """The one right answer, in the words the reference model is trained to give."""
@@ -84,7 +68,7 @@ class Kind:
 
 def _make_kind(name: str, words: Mapping[str, str]) -> Kind:
     statements = (f"In {{t}}, the {words['label']} was {{v}}.", *words["statements"].splitlines())
-    return Kind(name, words["label"], statements, tuple(words["questions"].splitlines()))
+    return Kind(name, words["label"], statements, tuple(words["questions"].splitlines()), words["value"])
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType({name: _make_kind(name, words) for name, words in WORDS["kinds"].items()})
@@ -161,11 +145,11 @@ def make_document(rng: Random, town: str, *, extra_facts: int | None = None) -> 
 
 
 def _draw_headline(rng: Random) -> str:
-    return rng.choice(HEADLINES).replace("{o}", rng.choice(OUTLETS))
+    return rng.choice(HEADLINES).replace("{o}", rng.choice(NAMES["outlets"]))
 
 
 def _fill_blanks(rng: Random, template: str) -> str:
-    return template.replace("{p}", _draw_person(rng)).replace("{n}", _draw_number(rng, 10, 99))
+    return template.replace("{p}", _draw(rng, _PERSON)).replace("{n}", _draw(rng, _NUMBER))
 
 
 def reword(rng: Random, document: Document) -> Document:

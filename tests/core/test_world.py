@@ -157,7 +157,13 @@ def test_training_rows_have_their_length(samples, tokenizer) -> None:
 
 
 def test_names_are_single_tokens(tokenizer) -> None:
-    for name in (*world.TOWNS, *world.FIRST_NAMES, *world.SURNAMES, *world.COMPANIES, *world.MONTHS):
+    for name in (
+        *world.TOWNS,
+        *world.NAMES["first_names"],
+        *world.NAMES["surnames"],
+        *world.NAMES["companies"],
+        *world.NAMES["months"],
+    ):
         assert len(tokenizer.encode(f" {name}", add_special_tokens=False)) == 1, name
 
 
