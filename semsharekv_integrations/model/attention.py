@@ -1,8 +1,8 @@
 """Attention of one forward pass, watched or shortened through transformers' attention interface.
 
 ``watched_attention`` collects what some rows attend to. ``blocked_attention`` computes rows in blocks, each over the
-keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask. Without blocks every
-row meets every key then, twice what causal attention needs.
+keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask, and with one every
+row meets every key otherwise: twice what causal attention needs.
 """
 
 from __future__ import annotations

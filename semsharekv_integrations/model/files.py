@@ -35,7 +35,8 @@ _TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "merges.txt"),
 )
 _GGUF_MAGIC = b"GGUF"
-_GGUF_LOCK = free_in_children(threading.RLock())  # held while names of the package gguf are replaced
+# Held while weights are read: transformers replaces functions of torch then, and ``read_gguf_once`` those of gguf
+LOADING = free_in_children(threading.RLock())
 _this_thread = threading.local()
 _ASKED_WITHIN_S = 10.0
 
@@ -241,7 +242,7 @@ def read_gguf_once() -> Iterator[None]:
         return
     import gguf
 
-    with _GGUF_LOCK:
+    with LOADING:
         names = _get_gguf_names()
 
         class Reader(names["GGUFReader"]):

@@ -34,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from semsharekv_integrations.errors import ModelLoadError, SemShareError, UnsupportedModelError, require
 from semsharekv_integrations.model.files import (
     FILE_OPTIONS,
+    LOADING,
     REFERENCE_MODEL,
     ModelFiles,
     read_gguf_once,
@@ -173,7 +174,8 @@ class NamedModel:
             raise files.explain(f"device is {str(self._device)!r}; accepted is None or {_name_devices()}")
         quantized = ({"quantization_config": GgufConfig(dequantize=True)} if base.is_gguf else {}) | self._quantized
         own = {"config": config, "dtype": self._dtype, "adapter_kwargs": base.where, "output_loading_info": True}
-        with _explain_failure(base, "its weights cannot be read"), read_gguf_once() if base.is_gguf else nullcontext():
+        reading = read_gguf_once() if base.is_gguf else nullcontext()
+        with _explain_failure(base, "its weights cannot be read"), LOADING, reading:
             model, found = AutoModelForCausalLM.from_pretrained(base.path, **rest, **base.options, **own, **quantized)
             _require_whole(found["missing_keys"])
             _forget_unpacked_gguf(model)
@@ -181,7 +183,7 @@ class NamedModel:
             with _explain_failure(base, f"it cannot be put on {self._device or 'its device'}"):
                 model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if files is not base:
-            with _explain_failure(files, "the adapter's weights cannot be read"):
+            with _explain_failure(files, "the adapter's weights cannot be read"), LOADING:
                 added = model.load_adapter(
                     files.path, adapter_kwargs=files.where | self._adapter_options, dtype=model.dtype
                 )

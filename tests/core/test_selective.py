@@ -275,7 +275,7 @@ def test_a_model_whose_layers_see_more_than_their_rows_is_refused(monkeypatch: p
     """The proof at construction notices that masks are not obeyed."""
     from semsharekv_integrations.model.rows import RowPass
 
-    monkeypatch.setattr(RowPass, "_mask_for", lambda self, rows, window: self._mask_of(rows, 1))
+    monkeypatch.setattr(RowPass, "_get_mask", lambda self, rows, window: self._make_mask(rows, 1))
     adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
     with pytest.raises(UnsupportedModelError, match="computed alone"):
         SelectivePrefill(adapter)
