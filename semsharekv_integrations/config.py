@@ -126,7 +126,8 @@ class ReuseConfig:
     @property
     def indexed_run_tokens(self) -> int | None:
         """Shortest run of identical tokens that the store must find, or None where none is asked for."""
-        return self.resolve().min_run_tokens if self.preferred_mode in ("identical", "semantic") else None
+        borrows_runs = self.is_approximate and self.preferred_mode != "paper"
+        return self.resolve().min_run_tokens if borrows_runs else None
 
     def resolve(self, *, supported: bool = True) -> ReuseConfig:
         """With every value in place, and ``auto`` replaced: by the preferred mode if the model supports it.

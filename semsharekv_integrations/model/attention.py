@@ -1,8 +1,8 @@
-"""Attention of one forward pass, watched or shortened through transformers' attention interface.
+"""Attention seen and shortened, through transformers' attention interface, while a forward pass runs.
 
 ``watched_attention`` collects what some rows attend to. ``blocked_attention`` computes rows in blocks, each over the
-keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask, and with one every
-row meets every key otherwise: twice what causal attention needs.
+keys up to its last row alone: behind a prefix, or with rows picked from a prompt, an explicit mask is needed, and with
+one every row is computed against every key, twice what causal attention needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(positions: torch.Tensor) -> Sequence[Block]:
-    """Blocks of rows at ``positions`` [N], ascending; none if the rows are too few to be worth it."""
+    """Blocks of rows at ``positions`` [N], ascending; none if there are too few rows to be worth it."""
     num_blocks = min(MOST_BLOCKS, len(positions) // ROWS_PER_BLOCK)
     if num_blocks < 2:
         return ()
@@ -44,7 +44,7 @@ def blocks_of(positions: torch.Tensor) -> Sequence[Block]:
 
 
 def use_blocks(blocks: Sequence[Block]) -> None:
-    """Have ``blocked_attention`` use these blocks from now on."""
+    """What ``blocked_attention`` goes by from now on."""
     _blocks.set(blocks)
 
 
@@ -56,7 +56,7 @@ def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) ->
         return
     token = _blocks.set(blocks)
     try:
-        with _switch_attention(config, _BLOCKED):
+        with _implementation(config, _BLOCKED):
             yield
     finally:
         _blocks.reset(token)
@@ -72,17 +72,17 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[torch.Tensor]]:
     collected: list[torch.Tensor] = []
     token = _collected.set(collected)
     try:
-        with _switch_attention(config, _WATCHED):
+        with _implementation(config, _WATCHED):
             yield collected
     finally:
         _collected.reset(token)
 
 
 @contextmanager
-def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Use another attention function inside; it gives other users of the model at the same time the same results."""
+def _implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Another attention function inside; a model used elsewhere at the same time gets the same results from it."""
     if name not in AttentionInterface():
-        AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _attend_by_blocks}[name])
+        AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _by_blocks}[name])
         AttentionMaskInterface.register(name, sdpa_mask)
     before = config._attn_implementation
     config._attn_implementation = name
@@ -92,7 +92,7 @@ def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _attend_by_blocks(
+def _by_blocks(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

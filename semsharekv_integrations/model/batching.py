@@ -1,7 +1,7 @@
-"""Decode steps of several calls at once: one forward pass for those who ask for a token at about the same time.
+"""Decode steps of several calls at once: one forward pass for whoever asks for a token at about the same time.
 
-Each call decodes by itself and knows nothing of the others. As long as the same calls come together, their KV lies in
-one joint cache, padded on the left. When one of them leaves, each gets its KV back.
+Each call decodes by itself and knows nothing of the others. Their caches are put behind each other in one, padded on
+the left, for as long as the same calls come together, and handed back to each of them when one of them leaves.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.concurrency.scheduler import get_current_job
 from semsharekv_integrations.concurrency.threads import tell_of_forks
-from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.layers import make_cache
 
-PATIENCE_S = 0.005  # a step waits so long for calls that are still at their last token; a forward pass takes longer
+PATIENCE_S = 0.005  # that a step waits for calls which are at their last token still; a forward pass takes longer
 _PROBE_TOKENS = (7, 4)
 
 
 class Row:
-    """One call's place among those that decode together; one thread at a time works on it."""
+    """One call's place; ``step`` is called by one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: SharedDecoding) -> None:
         self.waits = self.late = self.shares = self.has_left = False
         self.thread = 0
         self.call = get_current_job()
@@ -39,6 +36,7 @@ class Row:
         self.num_stored = 0  # tokens that have KV in the joint cache
         self.logits: torch.Tensor | None = None
         self.error: Exception | None = None
+        self._together = together
 
     @property
     def is_driven(self) -> bool:
@@ -47,12 +45,20 @@ class Row:
             return self.thread != threading.get_ident()
         return self.call.is_driven
 
+    def step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` holds its KV at the latest at the end."""
+        return self._together.step(self, ids, cache)
+
+    def leave(self) -> None:
+        """No more steps: the cache is whole again."""
+        self._together.leave(self)
+
 
 class SharedDecoding:
     """Brings together the decode steps of all calls of one engine.
 
-    Every step is a forward pass of its own if ``max_batch_size`` is 1, or if the model does not give the same logits in
-    a padded batch, which is tried once.
+    Where ``max_batch_size`` is 1, or the model does not give the same logits in a padded batch (which is tried once),
+    every step is a forward pass of its own.
 
     Args:
         adapter: the model.
@@ -77,13 +83,13 @@ class SharedDecoding:
 
     def join(self) -> Row:
         """A place for one more call."""
-        row = Row()
+        row = Row(self)
         with self._turn:
             self._rows.append(row)
         return row
 
     def step(self, row: Row, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` has its KV once the call leaves."""
+        """See ``Row.step``."""
         with self._turn:
             takes = self._takes(cache)
         if not takes:
@@ -92,11 +98,11 @@ class SharedDecoding:
             row.ids, row.cache, row.thread = ids, cache, threading.get_ident()
             row.waits, row.late, row.shares = True, False, True
             self._turn.notify_all()
-            self._turn.wait_for(lambda: not (row.waits and self._list_missing()), PATIENCE_S)
+            self._turn.wait_for(lambda: not (row.waits and self._missing()), PATIENCE_S)
             if row.waits:
-                for other in self._list_missing():
+                for other in self._missing():
                     other.late = True  # nobody waits for it again until it is back
-                with self._work():
+                with self._busy():
                     self._advance([row, *(other for other in self._rows if other.waits and other is not row)])
             logits, error, row.logits, row.error = row.logits, row.error, None, None
         if error is not None:
@@ -105,7 +111,7 @@ class SharedDecoding:
         return logits
 
     def leave(self, row: Row) -> None:
-        """End the steps of ``row``, whose cache is whole again.
+        """See ``Row.leave``.
 
         The garbage collector may end a stream in any thread, also in one that is at work here. Such a call leaves when
         that is done, without its KV, which nobody keeps then.
@@ -113,22 +119,28 @@ class SharedDecoding:
         with self._turn:
             row.has_left = True
             if not self._is_busy:
-                with self._work():
+                with self._busy():
                     pass
             self._turn.notify_all()
 
     @contextmanager
-    def _work(self) -> Iterator[None]:
+    def _busy(self) -> Iterator[None]:
         """Work on caches inside; afterwards those who have left are let go, the others of their group with their KV."""
         self._is_busy = True
         try:
             yield
             while gone := [row for row in self._rows if row.has_left]:
                 if any(row in self._group for row in gone):
-                    self._split()
+                    self._part()
                 self._rows = [row for row in self._rows if row not in gone]
         finally:
             self._is_busy = False
+
+    def _missing(self) -> list[Row]:
+        """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
+        if sum(row.waits for row in self._rows) >= self._max_batch_size:
+            return []
+        return [row for row in self._rows if row.shares and row.is_driven and not (row.waits or row.late)]
 
     def _takes(self, cache: DynamicCache) -> bool:
         """Whether steps behind ``cache`` may be joined to others, and there are others."""
@@ -139,25 +151,19 @@ class SharedDecoding:
         if len({layer.keys.shape[2] for layer in cache.layers}) != 1:
             return False
         if self._is_allowed is None:
-            self._is_allowed = self._is_same_in_batches()
+            self._is_allowed = self._same_in_batches()
             if not self._is_allowed:
                 log_trouble("unbatched")
         return self._is_allowed
 
-    def _list_missing(self) -> list[Row]:
-        """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
-        if sum(row.waits for row in self._rows) >= self._max_batch_size:
-            return []
-        return [row for row in self._rows if row.shares and row.is_driven and not (row.waits or row.late)]
-
     def _advance(self, waiting: list[Row]) -> None:
-        """Compute one token for the first of those who wait; their threads find the outcome in their rows."""
+        """One token further with the first of those who wait, whose threads find the outcome in their rows."""
         rows = [row for row in self._rows if row in waiting[: self._max_batch_size]]
         try:
             for row, logits in zip(rows, self._forward(rows), strict=True):
                 row.logits = logits[None]
         except Exception as error:
-            self._split()
+            self._part()
             for row in rows:
                 if len(rows) == 1:
                     row.error = error
@@ -168,46 +174,44 @@ class SharedDecoding:
         self._turn.notify_all()
 
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Logits [B, V] of one step."""
+        """Logits [B, V]."""
         if len(rows) == 1:
-            self._split()
+            self._part()
             return self._adapter.decode_step(rows[0].ids, rows[0].cache)
         if rows != self._group:
-            self._split()
-            self._merge(rows)
+            self._part()
+            self._gather(rows)
         last = torch.cat([row.ids[:, -1:] for row in rows])
         logits = self._adapter.decode_padded(last, self._joint, [row.ids.shape[1] - 1 for row in rows], self._pads)
         for row in rows:
             row.num_stored += 1
         return logits
 
-    def _merge(self, rows: Sequence[Row]) -> None:
-        """Move the KV of ``rows`` into the joint cache."""
-        self._joint, self._pads = merge_caches([row.cache for row in rows])
+    def _gather(self, rows: Sequence[Row]) -> None:
+        """Move the KV of ``rows`` into one cache."""
+        self._joint, self._pads = padded([row.cache for row in rows])
         self._group = list(rows)
         for row in rows:
             row.num_stored = row.cache.layers[0].keys.shape[2]
-            for layer in row.cache.layers:  # [B, H, 0, D] of [B, H, T, D]
-                layer.keys, layer.values = (
-                    t.new_empty((*t.shape[:2], 0, t.shape[3])) for t in (layer.keys, layer.values)
-                )
+            for layer in row.cache.layers:
+                layer.keys, layer.values = _emptied(layer.keys), _emptied(layer.values)
 
-    def _split(self) -> None:
+    def _part(self) -> None:
         """Give every call of the group its KV back."""
-        for index, (row, padding) in enumerate(zip(self._group, self._pads, strict=True)):
-            place = (slice(index, index + 1), slice(None), slice(padding, padding + row.num_stored))
+        for index, (row, pad) in enumerate(zip(self._group, self._pads, strict=True)):
+            place = (slice(index, index + 1), slice(None), slice(pad, pad + row.num_stored))
             for own, joint in zip(row.cache.layers, self._joint.layers, strict=True):
                 own.keys, own.values = joint.keys[place].clone(), joint.values[place].clone()
         self._group, self._joint, self._pads = [], DynamicCache(), np.empty(0, dtype=np.int64)
 
-    def _is_same_in_batches(self) -> bool:
+    def _same_in_batches(self) -> bool:
         """Whether two probes of different lengths, decoded together, end in the logits that each has alone."""
         adapter = self._adapter
         if not adapter.accepts_padding:
             return False
         probes = [adapter.probe_ids()[: size + 1] for size in _PROBE_TOKENS]
         alone = [adapter.prefill(ids).logits for ids in probes]
-        joint, pads = merge_caches([adapter.prefill(ids[:-1]).cache for ids in probes])
+        joint, pads = padded([adapter.prefill(ids[:-1]).cache for ids in probes])
         last = torch.tensor([[ids[-1]] for ids in probes])
         try:
             together = adapter.decode_padded(last, joint, list(_PROBE_TOKENS), pads)
@@ -216,17 +220,26 @@ class SharedDecoding:
         return all(adapter.is_close(one[None], other) for one, other in zip(together, alone, strict=True))
 
 
-def merge_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
+def padded(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
     """One cache [B, H, T, D] of several, each behind so many slots of padding [B] that all end together."""
     lengths = np.array([cache.layers[0].keys.shape[2] for cache in caches], dtype=np.int64)
     pads = lengths.max() - lengths
-
-    def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([pad(tensor, (0, 0, int(slots), 0)) for tensor, slots in zip(tensors, pads, strict=True)])
-
+    joint = DynamicCache()
     with torch.inference_mode():
-        joint = make_cache(
-            LayerKV(stack([part.keys for part in parts]), stack([part.values for part in parts]))
-            for parts in zip(*(cache.layers for cache in caches), strict=True)
-        )
+        for parts in zip(*(cache.layers for cache in caches), strict=True):
+            layer = DynamicLayer()
+            keys, values = _behind(pads, [part.keys for part in parts]), _behind(pads, [part.values for part in parts])
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            joint.layers.append(layer)
     return joint, pads
+
+
+def _behind(pads: np.ndarray, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, H, T, D] of several [1, H, T, D]."""
+    return torch.cat([torch.nn.functional.pad(t, (0, 0, int(pad), 0)) for t, pad in zip(tensors, pads, strict=True)])
+
+
+def _emptied(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, H, 0, D] of [B, H, T, D]."""
+    return tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3]))

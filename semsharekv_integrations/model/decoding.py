@@ -1,8 +1,9 @@
-"""Decoding behind a prefill, token by token, and the cache that retention leaves to it.
+"""Token by token behind a prefill, with transformers' own logits processors and stopping criteria.
 
-Logits processors and stopping criteria are transformers' own: ``generate`` is called once, with a callable that only
-hands back what it prepared. So sampling options mean exactly what they mean in transformers, while the prefill and the
-loop are ours.
+``generate`` is called once, with a callable that only hands back what it prepared: sampling options keep exactly
+the meaning they have in transformers, while the prefill and the loop are ours.
+
+Retention carried out: after prefill, each layer of the cache keeps only what the question hangs on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
-from semsharekv_integrations.model.layers import make_cache
 from semsharekv_integrations.model.rows import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.reuse.selection import choose_retained_tokens, compute_retained_shares
@@ -40,11 +40,11 @@ class Decoder:
         adapter: the model.
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
-        together: the decode steps of the engine's other calls.
         constraint: what the answer must look like, or None.
+        together: with which other calls decode.
 
     Attributes:
-        cache: what decoding goes on with; it holds KV of all tokens but the last when ``decode`` has ended.
+        cache: what decoding goes on with; it holds KV of all tokens but the last when ``tokens`` has ended.
     """
 
     cache: DynamicCache
@@ -69,9 +69,9 @@ class Decoder:
     def decode(
         self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[tuple[int, bool], None, None]:
-        """Yield each new token, and whether it is the last. Closing the generator ends the call.
+        """Each new token, and whether it is the last. Closing it ends the call.
 
-        ``see`` gets the model's logits [B, V] for each token. ``cache`` may be replaced behind the first one.
+        ``see`` is shown the model's logits [B, V] for each. ``cache`` may be replaced behind the first token.
         """
         self.cache, logits = prefill.cache, prefill.logits
         row = self._together.join()
@@ -85,9 +85,9 @@ class Decoder:
                 yield token_id, last
                 if last:
                     return
-                logits = self._together.step(row, self._ids, self.cache)
+                logits = row.step(self._ids, self.cache)
         finally:
-            self._together.leave(row)
+            row.leave()
 
     def is_end(self, token_id: int) -> bool:
         """Whether ``token_id`` is one of the model's end-of-sequence tokens."""
@@ -118,10 +118,10 @@ class Decoder:
             custom_generate=hand_back,
             logits_processor=LogitsProcessorList([ConstraintProcessor(self._constraint)] if self._constraint else []),
             stopping_criteria=StoppingCriteriaList([ConstraintCriterion(self._constraint)] if self._constraint else []),
-            generation_config=self._configure(sampling),
+            generation_config=self._generation_config(sampling),
         )
 
-    def _configure(self, sampling: SamplingConfig) -> GenerationConfig:
+    def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
         """The model's own settings, overruled by what the caller set."""
         config = copy.deepcopy(self._adapter.model.generation_config)
         greedy = sampling.temperature == 0
@@ -147,11 +147,11 @@ class Decoder:
 
 
 class Retainer:
-    """Shortens the caches of one model: each layer keeps only what the question hangs on.
+    """Shortens caches of one model.
 
     Args:
         adapter: the model.
-        selective: shows what tokens attend to.
+        selective: sees what tokens attend to.
         rules: with a ``retention_ratio``.
 
     Raises:
@@ -176,17 +176,17 @@ class Retainer:
 
         Args:
             token_ids: [T] of the prompt.
-            question: [T] tokens whose attention decides.
-            relevant: [T] tokens that are kept before any other.
+            question: [T] whose attention decides.
+            relevant: [T] what is kept before anything else.
             cache: of that prompt.
         """
         whole = GatheredCache([LayerKV(layer.keys, layer.values) for layer in cache.layers])
         for layer in whole.layers:
             layer.frozen = True
-        attended = self._selective.watch_attention(token_ids, question, whole, np.zeros_like(question))
+        attended = self._selective.attention_of(token_ids, question, whole, np.zeros_like(question))
         layers = []
         for layer, weights, share in zip(cache.layers, attended, self._shares, strict=True):
             first = torch.from_numpy(relevant).to(weights.device)
             kept = choose_retained_tokens(weights, share, first).to(layer.keys.device)
             layers.append(LayerKV(layer.keys[:, :, kept], layer.values[:, :, kept]))
-        return make_cache(layers)
+        return GatheredCache(layers).finished()
