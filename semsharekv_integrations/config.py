@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args
 
 from semsharekv_integrations.errors import (
     IN_UTF8,
@@ -30,6 +30,11 @@ Eviction = Literal["value", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 MOST_STOP_STRINGS, MOST_STOP_CHARS = 256, 1024  # all of them are looked for behind every token
 BY_MODE: Any = None  # the mode's own value, which ``ReuseConfig.resolve`` fills in
+_T = TypeVar("_T")
+if TYPE_CHECKING:
+    ByMode = Annotated[_T, "or None"]  # whoever reads a resolved config has a value
+else:
+    ByMode = _T | None  # what pydantic accepts where a framework's class reads a config from a file
 _OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder")  # the first fields
 
 
@@ -80,25 +85,25 @@ class ReuseConfig:
     mode: ModeSetting = "auto"
     min_prefix_tokens: int = 1
     embedder: str | None = None
-    min_run_tokens: int = BY_MODE
-    boundary_tokens: int = BY_MODE
-    edit_tokens: int = BY_MODE
-    tail_tokens: int = BY_MODE
-    relevance_ratio: float = BY_MODE
-    attention_ratio: float = BY_MODE
-    deviation_ratio: float = BY_MODE
-    final_share: float = BY_MODE
-    full_layers: int = BY_MODE
-    max_deviation: float = BY_MODE
-    max_compute_ratio: float = BY_MODE
-    fuzzy: bool = BY_MODE
+    min_run_tokens: ByMode[int] = BY_MODE
+    boundary_tokens: ByMode[int] = BY_MODE
+    edit_tokens: ByMode[int] = BY_MODE
+    tail_tokens: ByMode[int] = BY_MODE
+    relevance_ratio: ByMode[float] = BY_MODE
+    attention_ratio: ByMode[float] = BY_MODE
+    deviation_ratio: ByMode[float] = BY_MODE
+    final_share: ByMode[float] = BY_MODE
+    full_layers: ByMode[int] = BY_MODE
+    max_deviation: ByMode[float] = BY_MODE
+    max_compute_ratio: ByMode[float] = BY_MODE
+    fuzzy: ByMode[bool] = BY_MODE
     min_similarity: float | None = BY_MODE
-    min_token_similarity: float = BY_MODE
-    guard_facts: bool = BY_MODE
-    lsh_bits: int = BY_MODE
-    rotate_keys: bool = BY_MODE
+    min_token_similarity: ByMode[float] = BY_MODE
+    guard_facts: ByMode[bool] = BY_MODE
+    lsh_bits: ByMode[int] = BY_MODE
+    rotate_keys: ByMode[bool] = BY_MODE
     retention_ratio: float | None = BY_MODE
-    retention_final_share: float = BY_MODE
+    retention_final_share: ByMode[float] = BY_MODE
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
