@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -157,13 +158,8 @@ def test_training_rows_have_their_length(samples, tokenizer) -> None:
 
 
 def test_names_are_single_tokens(tokenizer) -> None:
-    for name in (
-        *world.TOWNS,
-        *world.NAMES["first_names"],
-        *world.NAMES["surnames"],
-        *world.NAMES["companies"],
-        *world.NAMES["months"],
-    ):
+    names = [world.NAMES[key] for key in ("towns", "first_names", "surnames", "companies", "months")]
+    for name in chain.from_iterable(names):
         assert len(tokenizer.encode(f" {name}", add_special_tokens=False)) == 1, name
 
 
