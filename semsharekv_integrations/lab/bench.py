@@ -1,7 +1,7 @@
-"""The bench: every scenario under every policy, on one model in one run. A call gives figures of quality and of speed.
+"""The bench runs every scenario under every policy, on one model. Each call gives figures of quality and of speed.
 
-What a case's references leave in a store is computed once, in full, and given to every policy anew before each call,
-so that a call finds them and not its own earlier prompt. Answers are generated greedily. What cannot be measured is
+The KV of a case's references is computed once, in full. Before each call it is put into the policy's empty store, so
+that a call finds the references and not its own earlier prompt. Decoding is greedy. A call that cannot be measured is
 recorded with its reason, and the run goes on.
 """
 
@@ -44,22 +44,22 @@ Watch = Callable[[Case, str, int], AbstractContextManager[dict[str, Any]]]
 
 @contextmanager
 def watch_nothing(case: Case, policy: str, turn: int) -> Iterator[dict[str, Any]]:
-    """A watch is around a call, and yields a place for what it measures: the outcome's ``extra``."""
+    """The default watch. A watch wraps one call and yields a dict for what it measures, the outcome's ``extra``."""
     yield {}
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that is needed to measure and to tabulate.
+    """What a run measures, and how its report counts.
 
     Attributes:
         configs: engine settings by policy.
-        corrupt: what is done to the stored references of a policy, by its name.
-        judging: whether the right answer is ``exact``, in the words of the case, or ``mentions`` its facts, in any
-            words and spelling, as a model answers that was not trained on these words.
-        watch: around every call.
-        figures: what is made of the outcomes.
-        regroup: puts outcomes of all scenarios into others, before they are counted.
+        corrupt: changes the stored references of a policy, by its name.
+        judging: ``exact`` takes an answer as right in the words of the case; ``mentions`` takes any words that hold its
+            facts, since other models were not trained on these words.
+        watch: wraps every call.
+        figures: what the rows of the report hold.
+        regroup: moves outcomes to other scenarios before they are counted.
         about: a line on each policy that has one.
     """
 
@@ -76,7 +76,7 @@ class Study:
 
 @dataclass
 class Results:
-    """All that was measured, and what was not."""
+    """Every outcome of a run, and every failure."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -91,8 +91,8 @@ class Results:
 class Bench:
     """One engine for each policy of a study, all on the same weights.
 
-    Policies that the model does not allow are left out, with their reasons in ``missing``. A full prefill named ``off``
-    is added if there is none. On random weights there is no deviation guard, and no answer is right or wrong.
+    The bench adds a full prefill named ``off`` if there is none. ``missing`` holds the policies that the model does not
+    allow, with the reasons. On random weights there is no deviation guard, and no answer is right or wrong.
 
     Raises:
         ValueError: if ``off`` is no full prefill, or ``corrupt`` names no policy.
@@ -125,11 +125,11 @@ class Bench:
         return scenario.total * len(scenario.rounds) * len(self.engines)
 
     def measure(self, scenario: Scenario, results: Results, advance: Callable[[], None] = lambda: None) -> None:
-        """Every case under every policy, in every round; who goes first is drawn anew for each.
+        """Run every case under every policy in every round, in an order drawn for each round.
 
         Args:
-            scenario: what is asked, behind what.
-            results: to which is added.
+            scenario: its cases are iterated once.
+            results: receives outcomes and failures.
             advance: called for every call, done or failed.
         """
         for name, reason in self.missing.items():
@@ -164,7 +164,7 @@ class Bench:
                         results.outcomes.append(replace(said[name], agrees=agrees))
 
     def make_references(self, case: Case) -> list[Reference]:
-        """What the case's references leave in a store, exact and in their order."""
+        """The KV of the case's references, computed in full, in their order."""
         try:
             for query in case.references:
                 self.filler.generate(query.prompt, documents=query.documents, namespace=NAMESPACE, max_new_tokens=1)
@@ -175,7 +175,7 @@ class Bench:
     def _call(
         self, outcome: Outcome, case: Case, references: Sequence[Reference], max_new_tokens: int | None
     ) -> Outcome:
-        """One call behind ``references`` alone; ``outcome`` with what came of it."""
+        """Make one call with ``references`` in the store; return ``outcome`` with what came of it."""
         engine, store_s, room = self.engines[outcome.policy], None, max_new_tokens or self.count_room(case)
         collects = gc.isenabled()
         try:
@@ -220,7 +220,7 @@ class Bench:
 
 
 def _explain(error: BaseException) -> str:
-    """Why a call failed. What is no known reason is raised again: a bug must not read as a figure."""
+    """Why a call failed. An error without a known reason is raised again: a bug must not read as a figure."""
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in _NO_MEMORY):
         traceback.clear_frames(error.__traceback__)  # they hold what did not fit

@@ -40,13 +40,13 @@ class Case:
     """One prompt behind others that it resembles.
 
     Attributes:
-        scenario: in which way it resembles them.
+        scenario: how it resembles them.
         references: what is seen first.
         target: what is then asked.
         answer: the right answer, or None if it is not known. Its lines may come in any order.
         stale: what the references' documents would answer, or None if that is the same or they do not say.
         values: the facts of the right answer: what one in other words has to hold.
-        stale_values: those of the stale one.
+        stale_values: the facts of the stale answer.
         asked: id of the document that is asked about, or None if it is about several.
     """
 
@@ -62,10 +62,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Cases that share the rows of a report.
+    """Cases that a report counts together.
 
     Attributes:
-        name: in which way their prompts resemble what was seen.
+        name: how their prompts resemble what was seen.
         cases: iterated once.
         total: how many there are.
         length: tokens that prompts were asked to have, or None if they were drawn.
@@ -274,7 +274,7 @@ def shuffle(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
 
 
 def make_apart(references: Sequence[Query], make: Callable[[], Query]) -> Query:
-    """The first query made that has no whole document in the text with which a reference begins too."""
+    """The first query made whose common beginning with each reference holds no whole document."""
     while True:
         query = make()
         text = _flatten(query.prompt)
