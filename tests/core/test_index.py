@@ -103,9 +103,9 @@ def test_namespaces_never_leak(index: SegmentIndex) -> None:
     assert found(index, CATS, "c") == []
     with pytest.raises(ValueError, match=r"reference.namespace is 'b'; accepted is 'a'"):
         index.sync([theirs], "a")
-    index.forget("b")
+    index.keep_only("b", ())
     assert found(index, DOGS, "b") == [] and found(index, CATS, "a") == [CATS.tolist()]
-    index.clear()
+    index.keep_only("a", ())
     assert found(index, CATS, "a") == []
 
 

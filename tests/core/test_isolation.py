@@ -444,7 +444,7 @@ class TestTheSegmentIndex:
         asked = [stored["a"][0].token_ids[1:4]]
         for stranger in STRANGERS:
             assert index.find_nearest(asked, stranger) == [[]]
-            index.forget(stranger)
+            index.keep_only(stranger, ())
             index.sync([], stranger)
             with pytest.raises(ValueError, match="accepted is"):
                 index.sync(stored["a"][:1], stranger)
