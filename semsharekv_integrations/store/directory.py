@@ -94,20 +94,20 @@ class KVDirectory:
         except BaseException:
             self._resources.close()
             raise
-        self._found: Contents | None = kept  # until the first change
+        self._found: Contents | None = kept  # until somebody takes it, or changes it
         self.files.records = {file.id: file for file in kept.files}
         self._uses = Counter(node.file for node in kept.nodes)  # number of nodes of each file in use
         self._is_open = True
         self.num_bytes = sum(file.num_bytes for file in kept.files)  # of files in use, without the catalog
-
         tell_of_forks(self)
 
     def contents(self) -> Contents:
-        """All records, parents before children."""
-        if self._found is not None:
-            return self._found
-        found = self._catalog.read()
-        return found._replace(nodes=keep_rooted(found.nodes))
+        """All records, parents before children. Memory keeps none: the first call has what the opening read."""
+        found, self._found = self._found, None
+        if found is None:
+            found = self._catalog.read()
+            found = found._replace(nodes=keep_rooted(found.nodes))
+        return found
 
     def discard(self, file: str) -> None:
         """Delete a file that was written, unless a node lies in it."""

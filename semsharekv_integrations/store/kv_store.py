@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,28 @@ from semsharekv_integrations.store.namespace import Entry, Namespace, begins_wit
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
 from semsharekv_integrations.store.standing import entries_with, forms_of
+
+
+class _Work:
+    """Holds the store's lock; drops expired entries first, and commits all changes to the catalog at the end."""
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+        self._lock = entries.lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._entries.expire()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._entries.tiers.disk.commit(retry=False)
+        finally:
+            self._lock.release()
 
 
 class KVStore:
@@ -113,7 +134,7 @@ class KVStore:
         Looks in ``namespace``, in the shared namespace, and at the tainted entry of ``session``, which must agree for
         longer than the others. Counts as a use of the entry. None if no entry has the first token.
         """
-        with self._working():
+        with _Work(self._entries):
             while True:
                 found = [
                     match
@@ -142,7 +163,7 @@ class KVStore:
         of ``min_run_tokens`` that occurs in an entry starts inside a run. Gaps are looked for in the shared namespace.
         Counts as a use of the entries.
         """
-        with self._working():
+        with _Work(self._entries):
             runs: list[Run] = []
             for name in self.list_readable(namespace):
                 for first, last in find_gaps(runs, start, stop):
@@ -162,7 +183,7 @@ class KVStore:
             ValueError: if its labels cannot be written as JSON; nothing changes.
         """
         require_writable(reference)
-        with self._working():
+        with _Work(self._entries):
             if self._state is not None and reference.state != self._state:
                 own_id = reference_id(reference.namespace, reference.token_ids, self._state)
                 reference = replace(reference, id=own_id, state=self._state)
@@ -189,7 +210,7 @@ class KVStore:
 
     def references(self, namespace: str | None = None) -> list[Reference]:
         """The references of one namespace, or of all, without KV and without tainted ones; oldest use first."""
-        with self._working():
+        with _Work(self._entries):
             entries = sorted(self._entries.select(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
@@ -218,7 +239,7 @@ class KVStore:
         that had expired: the count does not tell what others did since. For ``tokens`` and ``text_of`` see
         ``entries_with``.
         """
-        with self._working():
+        with _Work(self._entries):
             found = self._entries.select(namespace)
             if document_id is not None:
                 found = entries_with(document_id, found, tokens, text_of)
@@ -257,18 +278,8 @@ class KVStore:
         with self._lock:
             self._entries.check()
 
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """Hold the lock; drop expired entries first, and commit all changes to the catalog at the end."""
-        with self._lock:
-            try:
-                self._entries.expire()
-                yield
-            finally:
-                self._entries.tiers.disk.commit(retry=False)
-
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        with self._working():
+        with _Work(self._entries):
             entry = self._entries.find(reference_id, self.list_readable(namespace), self._state)
             return self._entries.load(entry, entry.node.path()) if entry is not None else None
 
