@@ -402,9 +402,9 @@ def test_nothing_of_others_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         store.put(reference((5, 10 + number), "a", session="s", exact_tokens=1))
     fill(store, "b")
     for module in (radix, space):
-        compare = module.common_prefix_tokens
+        compare = module.count_common_tokens
         monkeypatch.setattr(
-            module, "common_prefix_tokens", lambda x, y, compare=compare: compared.append(x.tolist()) or compare(x, y)
+            module, "count_common_tokens", lambda x, y, compare=compare: compared.append(x.tolist()) or compare(x, y)
         )
     WAYS["prefix by session"](store, "b")
     assert compared == [list(SECRET), [*SECRET, 9]]
@@ -488,7 +488,7 @@ ADMINISTRATIVE = {"references", "fetch_all"}
 HOUSEKEEPING = {"collect_left"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {
     KVStore: {"list_readable", "find_prefix", "find_runs", "fetch", "forget", "find_forms"},
-    SegmentIndex: {"sync", "nearest", "forget", "keep_only"},
+    SegmentIndex: {"sync", "find_nearest", "forget", "keep_only"},
 }
 
 
