@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -70,6 +70,10 @@ class GenerateOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
 
 
+_OF_SAMPLING = (option.name for option in fields(SamplingConfig))  # ``GenerateOptions`` names them for type checkers
+OPTION_NAMES = tuple(dict.fromkeys((*_OF_SAMPLING, *GenerateOptions.__annotations__)))
+
+
 class DocumentNotes(dict[str, str]):
     """Texts by id as a framework found them: those that do not stand in the prompt are left out.
 
@@ -118,8 +122,8 @@ class Request:
         Raises:
             ValueError: naming the option, its value and what is accepted.
         """
-        unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
-        require(not unknown, "options", unknown, ", ".join(GenerateOptions.__annotations__))
+        unknown = sorted(options.keys() - set(OPTION_NAMES))
+        require(not unknown, "options", unknown, ", ".join(OPTION_NAMES))
         rest = dict(options)
         namespace = check_namespace(rest.pop("namespace", "default"))
         session = check_optional_name("session", rest.pop("session", None))

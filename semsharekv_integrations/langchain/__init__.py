@@ -1,11 +1,13 @@
-"""LangChain over the engine. Needs ``langchain-core`` alone, but for the middleware, which is loaded when named."""
+"""LangChain over the engine: a chat model, an LLM, and what tells them of documents. It must not know how KV is reused.
+
+It needs ``langchain-core`` alone. The middleware, which is loaded when named, needs ``langchain`` as well.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 from semsharekv_integrations.langchain.chat_models import ChatSemShareKV
-from semsharekv_integrations.langchain.documents import DocumentTracker
+from semsharekv_integrations.langchain.documents import DocumentTracker, SemShareKVWarmer
 from semsharekv_integrations.langchain.llms import SemShareKVLLM
-from semsharekv_integrations.langchain.warming import SemShareKVWarmer
 
 if TYPE_CHECKING:
     from semsharekv_integrations.langchain.middleware import SemShareKVMiddleware as SemShareKVMiddleware

@@ -1,42 +1,52 @@
-"""What a model's fields and a single call may set of the engine's options, and how one is laid over the other.
+"""What the chat model and the plain LLM share: their fields, what one call may set, and the engine behind them.
 
-Knows nothing about prompts, messages or loading.
-
-What LangChain knows of a call beside its prompt, handed on to the model: tenant, conversation and documents.
-
-A ``RunnableConfig`` reaches ``invoke`` and ``stream``, but not what a model implements below them; here it becomes
-keyword arguments on the way. Knows nothing about messages or the engine.
-
-What the chat model and the plain LLM share: their fields, the engine behind them, and what identifies them.
-
-Knows nothing about messages, nor about how KV is reused.
+LangChain tells a model of a call's tenant, conversation and documents by a ``RunnableConfig``, which reaches ``invoke``
+and ``stream``, but not what a model implements below them; here it becomes keyword arguments on the way. Knows nothing
+about chat templates, nor about how KV is reused.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Self, cast
-from uuid import uuid4
 
 import torch
-from langchain_core.callbacks import Callbacks
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from semsharekv_integrations.concurrency.streams import raise_first_error
-from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ModeSetting
+from semsharekv_integrations.config import EngineConfig, ModeSetting
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.errors import IN_UTF8, is_utf8, require
-from semsharekv_integrations.langchain.documents import in_artifacts, in_marked_blocks, tracked_documents, with_found
+from semsharekv_integrations.errors import require
+from semsharekv_integrations.frameworks import (
+    SAMPLING_FIELDS,
+    check_mode,
+    describe_engine,
+    make_engine,
+    make_private_name,
+    make_sampling_fields,
+    name_for_engine,
+    require_agreement,
+    tokenize,
+)
+from semsharekv_integrations.langchain.documents import (
+    add_found,
+    find_in_artifacts,
+    find_marked_blocks,
+    find_tracked_documents,
+)
 from semsharekv_integrations.langchain.messages import PROVIDER
-from semsharekv_integrations.model.loading import merge_arguments
 from semsharekv_integrations.request import GenerateOptions, Request, check_optional_name
 
+Stop = list[str] | None
+Run = CallbackManagerForLLMRun | None
+AsyncRun = AsyncCallbackManagerForLLMRun | None
 _OTHER_NAMES = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -50,32 +60,19 @@ _ONE_MEANING: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
 }
+_SESSION_NAMES = ("thread_id", "session_id")  # LangGraph's, and RunnableWithMessageHistory's
+_SECRETS = {"token"}
+_SamplingFields: Any = create_model(
+    "_SamplingFields", __module__=__name__, **make_sampling_fields(stop=list[str] | None)
+)
 
 
-class SamplingFields(BaseModel):
-    """Options that a model has as fields and that every call may set anew. Unknown names are refused."""
+class SamplingFields(_SamplingFields):
+    """Options that a model has as fields and that every call may set anew. Unknown names are refused.
 
-    temperature: float = 0.0
-    """0 is greedy; above, logits are divided by it. Default 0."""
-
-    top_p: float = 1.0
-    """Share of probability mass kept, above 0 up to 1. Default 1."""
-
-    top_k: int | None = None
-    """Number of likeliest tokens kept, or None for the model's own default."""
-
-    repetition_penalty: float | None = None
-    """Above 1 discourages tokens seen before; None for the model's own default."""
-
-    seed: int | None = None
-    """Seed of each call's own random generator, or None for a fresh one."""
-
-    max_tokens: int = 256
-    """Most tokens to generate, at least 1; also taken as ``max_new_tokens``, ``max_completion_tokens`` or
-    ``num_predict``. Default 256."""
-
-    stop: list[str] | None = None
-    """Strings that end the text and are not part of it, also taken as ``stop_sequences``; a call's own replace them."""
+    They are those of ``SamplingConfig``. ``max_tokens`` is also taken as ``max_new_tokens``, ``max_completion_tokens``
+    or ``num_predict``, and ``stop`` as ``stop_sequences``; a call's own ``stop`` replaces that of the model.
+    """
 
     namespace: str | None = None
     """Whose KV may be read, and where new KV goes: a tenant's name, or None for this model object and its copies alone.
@@ -83,39 +80,28 @@ class SamplingFields(BaseModel):
     ``configurable["namespace"]`` of a call's config goes before it, and the call's own ``namespace`` before both.
     """
 
-    private_namespace: str = Field(
-        default_factory=lambda: f"private-{uuid4().hex}", frozen=True, exclude=True, repr=False
-    )
+    private_namespace: str = Field(default_factory=make_private_name, frozen=True, exclude=True, repr=False)
     """What ``namespace`` None stands for. A field, since LangChain rebuilds models from their fields."""
 
     @model_validator(mode="before")
     @classmethod
-    def _known_names(cls, values: Any) -> Any:
+    def _check_names(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):  # an instance in another model's field
             return values
-        values = under_own_names(values)
+        values = rename_options(values)
         unknown = sorted(values.keys() - cls.model_fields.keys())
         require(not unknown, "keyword arguments", unknown, ", ".join(cls.model_fields))
         return values
 
     @model_validator(mode="after")
-    def _in_range(self) -> Self:
+    def _check_values(self) -> Self:
         check_optional_name("namespace", self.namespace)
-        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-        Request.of("", self._sampling_options())
+        Request.of("", self._make_sampling_options())
         return self
 
-    def _sampling_options(self) -> GenerateOptions:
-        return GenerateOptions(
-            max_new_tokens=self.max_tokens,
-            stop=self.stop,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            namespace=self.kv_namespace,
-        )
+    def _make_sampling_options(self) -> GenerateOptions:
+        options = name_for_engine({name: getattr(self, name) for name in SAMPLING_FIELDS})
+        return options | GenerateOptions(namespace=self.kv_namespace)
 
     @property
     def kv_namespace(self) -> str:
@@ -136,37 +122,37 @@ class CallOptions(SamplingFields):
     """Ids by text of documents that may stand in the prompt; those that do not are left out."""
 
     @classmethod
-    def of(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> Self:
-        """The model's fields, overridden by what the call sets to anything but None.
+    def merge(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> Self:
+        """Replace a model's fields by what one call sets to anything but None.
 
         Raises:
             ValueError: naming the option, its value and what is accepted.
         """
-        given = under_own_names({"stop": stop, **configured(None, call)})
-        given = _with_effect({name: value for name, value in given.items() if value is not None})
+        given = rename_options({"stop": stop, **apply_config(None, call)})
+        given = _drop_ineffective({name: value for name, value in given.items() if value is not None})
         shared = cls.model_fields.keys() & type(fields).model_fields.keys()
         return cls(**{**{name: getattr(fields, name) for name in shared}, **given})
 
-    def for_engine(self, contents: Sequence[str], messages: Sequence[BaseMessage] = ()) -> GenerateOptions:
-        """As keyword arguments of the engine's methods.
+    def make_options(self, contents: Sequence[str], messages: Sequence[BaseMessage] = ()) -> GenerateOptions:
+        """The keyword arguments of the engine's methods.
 
         Args:
             contents: the prompt's text, or that of its messages, in which documents are looked for.
             messages: what the prompt was made of, which may tell where documents are.
         """
         tracked = [(key, text) for text, key in self.tracked_documents.items()]
-        found = [*in_artifacts(messages), *tracked]
-        documents = with_found(self.documents, found, in_marked_blocks(messages), contents)
+        found = [*find_in_artifacts(messages), *tracked]
+        documents = add_found(self.documents, found, find_marked_blocks(messages), contents)
         known = GenerateOptions(documents=documents, session=self.session)
-        return self._sampling_options() | known | self.engine_options()
+        return self._make_sampling_options() | known | self.make_other_options()
 
-    def engine_options(self) -> GenerateOptions:
-        """What else the engine is told; nothing, but for those that know of more."""
+    def make_other_options(self) -> GenerateOptions:
+        """What a subclass has beside these options."""
         return GenerateOptions()
 
 
-def under_own_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with what other models call otherwise under its one name here."""
+def rename_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with what other models call otherwise under its one name here."""
     renamed = dict(values)
     for other, name in _OTHER_NAMES.items():
         given, known = renamed.pop(other, None), renamed.get(name)
@@ -176,8 +162,8 @@ def under_own_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _with_effect(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what other models are told that has one possible meaning here.
+def _drop_ineffective(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what other models are told and what has one possible meaning here.
 
     Raises:
         ValueError: if it is told with another meaning.
@@ -188,11 +174,8 @@ def _with_effect(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in _ONE_MEANING}
 
 
-_SESSION_NAMES = ("thread_id", "session_id")  # LangGraph's, and RunnableWithMessageHistory's
-
-
-def configured(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """``call`` with the ``session`` and ``namespace`` that ``config`` names, unless it sets them itself.
+def apply_config(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the ``session`` and ``namespace`` that a config names to a call that does not set them itself.
 
     The session is ``configurable``'s ``thread_id``, else its ``session_id``; the namespace its ``namespace``. Without
     a config it is that of the chain around the call, if any.
@@ -204,49 +187,11 @@ def configured(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[s
     return {**call, **wanted}
 
 
-class ConfiguredCalls(BaseLanguageModel):
-    """Entry points that carry a call's configuration on; to be mixed in before LangChain's own class."""
-
-    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """As in the base class; ``configurable`` may name ``thread_id`` and ``namespace``."""
-        return super().invoke(input, config, **configured(config, kwargs))  # type: ignore[safe-super]
-
-    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """As ``invoke``, without blocking the event loop."""
-        return await super().ainvoke(input, config, **configured(config, kwargs))
-
-    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        """As ``invoke``, in pieces."""
-        return super().stream(input, config, **self._tracked(ensure_config(config), configured(config, kwargs)))
-
-    def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        """As ``stream``, without blocking the event loop."""
-        return super().astream(input, config, **self._tracked(ensure_config(config), configured(config, kwargs)))
-
-    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """As in the base class; ``configurable`` may name ``thread_id`` and ``namespace``."""
-        known = self._tracked(ensure_config(config), configured(config, kwargs))
-        return super().stream_events(input, config, **known)
-
-    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """As ``stream_events``, without blocking the event loop."""
-        known = self._tracked(ensure_config(config), configured(config, kwargs))
-        return super().astream_events(input, config, **known)
-
-    def _tracked(self, config: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
-        """``call`` with what a ``DocumentTracker`` knows of the run, if there is one."""
-        callbacks: Callbacks = config.get("callbacks")
-        texts = tracked_documents(callbacks, self.callbacks)
-        return {**call, "tracked_documents": texts} if texts else dict(call)
-
-
-_UNNAMED = "a path or hub id, or an engine in its place"
-_SECRETS = {"token"}
-_NOT_SAMPLING = {"stop", "private_namespace"}
-
-
-class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
+class LocalModel(SamplingFields, BaseLanguageModel):
     """A local transformers model, given by name (weights are loaded at the first call) or as a shared engine.
+
+    To be mixed in before LangChain's own class, since its entry points carry a call's configuration on: as in the base
+    class, but ``configurable`` may name ``thread_id`` and ``namespace``.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -277,19 +222,46 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_engine(cls, values: Any) -> Any:
+    def _set_engine(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):  # an instance in another model's field
             return values
         given = {name: value for name, value in values.items() if value is not None}
-        return given | (_of_engine(given) if "engine" in given else _of_name(given))
+        return given | (_read_engine(given) if "engine" in given else _make_engine(given))
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """The answer."""
+        return super().invoke(input, config, **apply_config(config, kwargs))  # type: ignore[safe-super]
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """As ``invoke``, without blocking the event loop."""
+        return await super().ainvoke(input, config, **apply_config(config, kwargs))
+
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """As ``invoke``, in pieces."""
+        return super().stream(input, config, **self._apply_run(config, kwargs))
+
+    def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """As ``stream``, without blocking the event loop."""
+        return super().astream(input, config, **self._apply_run(config, kwargs))
+
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """What happens while the model answers."""
+        return super().stream_events(input, config, **self._apply_run(config, kwargs))
+
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """As ``stream_events``, without blocking the event loop."""
+        return super().astream_events(input, config, **self._apply_run(config, kwargs))
+
+    def _apply_run(self, config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
+        """As ``apply_config``, with what a ``DocumentTracker`` of the run knows as well."""
+        return self._add_tracked(ensure_config(config).get("callbacks"), apply_config(config, call))
+
+    def _add_tracked(self, callbacks: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+        texts = find_tracked_documents(callbacks, self.callbacks)
+        return {**call, "tracked_documents": texts} if texts else dict(call)
 
     def batch(
-        self,
-        inputs: list[Any],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
+        self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         """The answers in order; what prompts share is computed once, and those that run together decode together.
 
@@ -300,12 +272,7 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
         return done if return_exceptions else raise_first_error(done)
 
     async def abatch(
-        self,
-        inputs: list[Any],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
+        self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         """As ``batch``, without blocking the event loop."""
         with self.engine.sharing():
@@ -314,66 +281,58 @@ class LocalModel(SamplingFields, ConfiguredCalls, BaseLanguageModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""
-        if self.custom_get_token_ids is not None:
-            return self.custom_get_token_ids(text)
-        require(is_utf8(text), "text", text, f"a text{IN_UTF8}")
-        return list(self.engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        own = self.custom_get_token_ids
+        return tokenize(self.engine, text) if own is None else own(text)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """All that can change the text, as plain values: LangChain's response cache is keyed by it."""
-        sampling = {name: getattr(self, name) for name in SamplingFields.model_fields if name not in _NOT_SAMPLING}
+        sampling = {name: getattr(self, name) for name in (*SAMPLING_FIELDS, "namespace")}
         return {
             "model_name": self.model,
             "model_identity": self.engine.identity(),
             "mode": self.mode,
             "device": None if self.device is None else str(self.device),
-            "dtype": _plain(self.dtype),
-            "model_kwargs": {key: _plain(value) for key, value in self.model_kwargs.items() if key not in _SECRETS},
+            "dtype": _make_plain(self.dtype),
+            "model_kwargs": {
+                key: _make_plain(value) for key, value in self.model_kwargs.items() if key not in _SECRETS
+            },
             "config": asdict(self.config),
-            "stop_strings": self.stop,  # LangChain overwrites "stop" with that of the call
+            "stop_strings": sampling.pop("stop"),  # LangChain overwrites "stop" with that of the call
             **sampling,
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        call = under_own_names({"stop": stop, **kwargs})
+        call = rename_options({"stop": stop, **kwargs})
         known = super()._get_ls_params(stop=call.pop("stop") or self.stop, **call)
         return {**known, "ls_provider": PROVIDER}
 
 
-def _of_engine(given: Mapping[str, Any]) -> dict[str, Any]:
+def _read_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a given engine fills in; those given beside it must say the same."""
     engine = given["engine"]
-    require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
-    own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
-    for name, value in own.items():
-        require(given.get(name, value) == value, name, given.get(name), f"{value!r}, that of the engine, or nothing")
+    own = describe_engine(engine)
     if "model" in given:  # a model rebuilt from the fields of another: they describe how its engine was made
+        require_agreement(own, given, own)
         return own
-    for name in ("device", "dtype", "model_kwargs"):
-        require(name not in given, name, given.get(name), "nothing beside an engine, which is loaded in its own way")
-    if engine.is_loaded:
-        own |= {"device": engine.model.device, "dtype": engine.model.dtype}
-    return own
+    require_agreement(own, given)
+    return own | ({"device": engine.model.device, "dtype": engine.model.dtype} if engine.is_loaded else {})
 
 
-def _of_name(given: Mapping[str, Any]) -> dict[str, Any]:
+def _make_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model given by name, and its engine; nothing is loaded."""
-    name, config = given.get("model"), given.get("config", EngineConfig())
+    name, config, options = given.get("model"), given.get("config", EngineConfig()), given.get("model_kwargs", {})
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
-    require(isinstance(name, str) and bool(name), "model", name, _UNNAMED)
+    require(isinstance(name, str) and bool(name), "model", name, "a path or hub id, or an engine in its place")
     require(isinstance(config, EngineConfig), "config", config, "None or an EngineConfig")
-    if "mode" in given:
-        require(given["mode"] in MODE_SETTINGS, "mode", given["mode"], " or ".join(map(repr, (None, *MODE_SETTINGS))))
-        config = replace(config, reuse=replace(config.reuse, mode=given["mode"]))
-    options = given.get("model_kwargs", {})
+    check_mode(given.get("mode"))
     require(isinstance(options, Mapping), "model_kwargs", options, "None or a dict")
-    arguments = merge_arguments(given.get("device"), given.get("dtype", "auto"), options)
-    engine = SemShareEngine.from_pretrained(str(name), config, **arguments)
-    return {"engine": engine, "model": name, "mode": config.reuse.mode, "config": config}
+    loading = given.get("device"), given.get("dtype", "auto"), options
+    engine = make_engine(str(name), given.get("mode"), config, *loading)
+    return {"engine": engine, "model": name, "mode": engine.config.reuse.mode, "config": engine.config}
 
 
-def _plain(value: Any) -> Any:
+def _make_plain(value: Any) -> Any:
     """``value`` if JSON knows it, else its text; ``torch.float16`` by the name that it may also be given by."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")

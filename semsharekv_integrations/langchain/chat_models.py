@@ -5,11 +5,12 @@ Every way to call it goes through ``_stream`` or its asynchronous twin. Knows no
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -19,21 +20,28 @@ from pydantic import Field, SecretStr
 
 from semsharekv_integrations.concurrency.streams import raise_first_error, run_each
 from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
-from semsharekv_integrations.langchain.base import LocalModel
-from semsharekv_integrations.langchain.messages import details_of, engine_messages, known_to_langchain, usage_of
+from semsharekv_integrations.langchain.base import AsyncRun, LocalModel, Run, Stop
+from semsharekv_integrations.langchain.messages import (
+    astream_pieces,
+    describe_generation,
+    describe_usage,
+    stream_pieces,
+    translate_messages,
+)
 from semsharekv_integrations.langchain.tools import (
     ChatOptions,
     Method,
     Tool,
     ToolCallChunks,
-    engine_choice,
-    json_schema_of,
-    openai_tools,
-    parsed,
-    parser_of,
+    add_parser,
+    make_json_schema,
+    make_parser,
+    translate_choice,
+    translate_tools,
 )
 from semsharekv_integrations.model.loading import is_local
 from semsharekv_integrations.report import GenerationChunk
+from semsharekv_integrations.request import GenerateOptions
 
 
 class ChatSemShareKV(LocalModel, BaseChatModel):
@@ -78,79 +86,43 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return "chat-semsharekv"
 
     def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
-        prompt, options = self._prepared(messages, stop, kwargs)
-        calls = ToolCallChunks(options)
-        known = options.for_engine(_texts(prompt), messages)
-        with known_to_langchain(), closing(self.engine.stream(prompt, **known)) as chunks:
-            for chunk in chunks:
-                piece = self._piece(chunk, calls)
-                if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=piece)
-                yield piece
+        prompt, options, make_piece = self._prepare(messages, stop, kwargs)
+        return stream_pieces(self.engine.stream(prompt, **options), make_piece, run_manager)
 
-    async def _astream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+    def _astream(
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
-        prompt, options = self._prepared(messages, stop, kwargs)
-        calls = ToolCallChunks(options)
-        known = options.for_engine(_texts(prompt), messages)
-        with known_to_langchain():
-            async with aclosing(self.engine.astream(prompt, **known)) as chunks:
-                async for chunk in chunks:
-                    piece = self._piece(chunk, calls)
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=piece)
-                    yield piece
+        prompt, options, make_piece = self._prepare(messages, stop, kwargs)
+        return astream_pieces(self.engine.astream(prompt, **options), make_piece, run_manager)
 
     def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> ChatResult:
         return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
 
     async def _agenerate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> ChatResult:
-        return generate_from_stream(
-            iter([piece async for piece in self._astream(messages, stop, run_manager, **kwargs)])
-        )
+        pieces = [piece async for piece in self._astream(messages, stop, run_manager, **kwargs)]
+        return generate_from_stream(iter(pieces))
 
     def generate(
-        self,
-        messages: list[list[BaseMessage]],
-        stop: list[str] | None = None,
-        callbacks: Callbacks = None,
-        **kwargs: Any,
+        self, messages: list[list[BaseMessage]], stop: Stop = None, callbacks: Callbacks = None, **kwargs: Any
     ) -> LLMResult:
         """As in the base class, for all prompts at the same time, with the documents that a tracker knows of."""
-        kwargs = self._tracked({"callbacks": callbacks}, kwargs)
+        kwargs = self._add_tracked(callbacks, kwargs)
         if len(messages) < 2:
             return super().generate(messages, stop, callbacks, **kwargs)
         first_id = kwargs.pop("run_id", None)
 
-        def one(index: int) -> LLMResult:
+        def answer(index: int) -> LLMResult:
             run_id = None if index else first_id
             return BaseChatModel.generate(self, [messages[index]], stop, callbacks, run_id=run_id, **kwargs)
 
         with self.engine.sharing():
-            done = raise_first_error(run_each(one, range(len(messages)), self.engine.config.max_batch_size))
+            done = raise_first_error(run_each(answer, range(len(messages)), self.engine.config.max_batch_size))
         return LLMResult(
             generations=[generations for result in done for generations in result.generations],
             llm_output=self._combine_llm_outputs([result.llm_output for result in done]),
@@ -158,20 +130,19 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         )
 
     async def agenerate(
-        self,
-        messages: list[list[BaseMessage]],
-        stop: list[str] | None = None,
-        callbacks: Callbacks = None,
-        **kwargs: Any,
+        self, messages: list[list[BaseMessage]], stop: Stop = None, callbacks: Callbacks = None, **kwargs: Any
     ) -> LLMResult:
         """As ``generate``, without blocking the event loop."""
         with self.engine.sharing():
-            return await super().agenerate(messages, stop, callbacks, **self._tracked({"callbacks": callbacks}, kwargs))
+            return await super().agenerate(messages, stop, callbacks, **self._add_tracked(callbacks, kwargs))
 
-    def _prepared(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]], ChatOptions]:
-        return engine_messages(messages), ChatOptions.of(self, stop, kwargs)
+    def _prepare(
+        self, messages: list[BaseMessage], stop: Stop, call: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], GenerateOptions, Callable[[GenerationChunk], ChatGenerationChunk]]:
+        """The prompt, the options, and what makes LangChain's piece of each of the answer's chunks."""
+        prompt, options = translate_messages(messages), ChatOptions.merge(self, stop, call)
+        known = options.make_options([str(turn["content"]) for turn in prompt], messages)
+        return prompt, known, partial(self._make_piece, ToolCallChunks(options))
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -179,25 +150,21 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         """What traces show; the prompt itself shows documents."""
-        return super()._get_invocation_params(stop, **_without(kwargs, "tracked_documents"))
+        return super()._get_invocation_params(stop, **_omit(kwargs, "tracked_documents"))
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The key of LangChain's response cache; neither conversation nor borders are part of the question."""
-        return super()._get_llm_string(stop, **_without(kwargs, "session", "documents", "tracked_documents"))
+        return super()._get_llm_string(stop, **_omit(kwargs, "session", "documents", "tracked_documents"))
 
-    def _piece(self, chunk: GenerationChunk, calls: ToolCallChunks) -> ChatGenerationChunk:
-        text, tool_calls = calls.of(chunk)
+    def _make_piece(self, calls: ToolCallChunks, chunk: GenerationChunk) -> ChatGenerationChunk:
+        text, tool_calls = calls.read(chunk)
         if chunk.generation is None:
             return ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=tool_calls))
-        details = details_of(chunk.generation, self.model)
+        details = describe_generation(chunk.generation, self.model)
         if chunk.generation.finish_reason == "tool_calls" and not calls.count:  # the answer itself was the call
             details["finish_reason"] = "stop"
-        message = AIMessageChunk(
-            content=text,
-            usage_metadata=usage_of(chunk.generation),
-            response_metadata=details,
-            chunk_position="last",
-        )
+        usage = describe_usage(chunk.generation)
+        message = AIMessageChunk(content=text, usage_metadata=usage, response_metadata=details, chunk_position="last")
         return ChatGenerationChunk(message=message, generation_info=details)
 
     def bind_tools(
@@ -220,10 +187,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         Raises:
             ValueError: naming what is wrong with ``tool_choice``.
         """
-        choice = engine_choice(tool_choice)
+        choice = translate_choice(tool_choice)
         if isinstance(tool_choice, Mapping) and tool_choice.get("disable_parallel_tool_use"):  # as Anthropic has it
             kwargs.setdefault("parallel_tool_calls", False)
-        bound: dict[str, Any] = {"tools": openai_tools(tools)} if tools else {}
+        bound: dict[str, Any] = {"tools": translate_tools(tools)} if tools else {}
         return self.bind(**bound, **({} if choice is None else {"tool_choice": choice}), **kwargs)
 
     def with_structured_output(
@@ -248,14 +215,14 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         Raises:
             ValueError: naming the argument, its value and what is accepted.
         """
-        shape = json_schema_of(schema, method)
+        shape = make_json_schema(schema, method)
         traced: dict[str, Any] = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": shape}}
         if method == "function_calling":
             assert schema is not None
             model = self.bind_tools([schema], tool_choice="any", **traced, **kwargs)
         else:
             model = self.bind(json_schema=shape, **traced, **kwargs)
-        return parsed(model, parser_of(schema, method), include_raw=include_raw)
+        return add_parser(model, make_parser(schema, method), include_raw=include_raw)
 
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may rely on; loads no weights and asks no network."""
@@ -267,10 +234,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
             structured_output=True,
             temperature=True,
         )
-        window = self._context_window()
+        window = self._find_context_window()
         return profile if window is None else profile | ModelProfile(max_input_tokens=window)
 
-    def _context_window(self) -> int | None:
+    def _find_context_window(self) -> int | None:
         """In tokens, if it is known without the network: given, of a loaded model, or stated in a local folder."""
         if not self.engine.is_loaded and not is_local(self.model, self.model_kwargs):
             return self.config.max_context_tokens
@@ -279,9 +246,5 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return None
 
 
-def _texts(prompt: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [str(message["content"]) for message in prompt]
-
-
-def _without(call: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _omit(call: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name not in names}

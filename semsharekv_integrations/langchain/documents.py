@@ -1,12 +1,9 @@
 """Where documents begin and end in a prompt, as far as LangChain's objects tell: texts by id for the engine.
 
-A border may be told by the caller's ``documents``, by what a tool returned beside its message, by a
-``DocumentTracker``, or by a content block marked for caching. Knows nothing about models or tokens.
-
-Remembers the documents that pass through a chain, so that a model called in the same run knows their borders.
-
-A prompt template turns documents into text; what they were is known only to callbacks. Knows nothing about prompts:
-which of the documents stand in one is for the model to see.
+A border may be told by the caller's ``documents``, by what a tool returned beside its message, by a content block
+marked for caching, or by a ``DocumentTracker``, which remembers the documents that pass through a chain: what a prompt
+template turns into text is known only to callbacks. ``SemShareKVWarmer`` computes the KV of documents before anybody
+asks. Which of the documents stand in a prompt is for the model to see: nothing here knows prompts, models or tokens.
 """
 
 from __future__ import annotations
@@ -17,74 +14,69 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager, Callbacks
-from langchain_core.documents import Document
+from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager
+from langchain_core.documents import BaseDocumentTransformer, Document
+from langchain_core.language_models import BaseLanguageModel
 from langchain_core.messages import BaseMessage, ToolMessage
 
 from semsharekv_integrations.concurrency.threads import hold_at_forks
-from semsharekv_integrations.errors import is_whole, require
-from semsharekv_integrations.request import DocumentNotes, Documents, make_document_id
+from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.errors import check_lifetime, is_whole, require
+from semsharekv_integrations.frameworks import collect_texts
+from semsharekv_integrations.request import DocumentNotes, Documents, check_optional_name, make_document_id
 
 MAX_DEPTH = 4  # of containers that are looked into for documents
 Named = tuple[str, str]
 
 
-def engine_documents(documents: Any) -> Documents | None:
+def name_documents(documents: Any) -> Documents | None:
     """Texts by id where LangChain documents are among them; anything else unchanged, for the engine to check.
 
     A document's id is its ``id``, else its metadata's ``id``, else a digest of its text.
     """
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
-    texts: dict[str, str] = {}
-    for item in documents:
-        key, text = named(item) if isinstance(item, Document) else (make_document_id(item), item)
-        require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
-        texts[key] = text
-    return texts
+    return collect_texts(
+        name_document(item) if isinstance(item, Document) else (make_document_id(item), item) for item in documents
+    )
 
 
-def named(document: Document) -> Named:
+def name_document(document: Document) -> Named:
     """Id and text of a document."""
     key = document.id or document.metadata.get("id")
-    return str(key) if key else make_document_id(document.page_content), document.page_content
+    return str(key) if key else document_id(document.page_content), document.page_content
 
 
-def documents_in(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
+def find_documents(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
     """The documents in ``value``: itself, or in lists, tuples and mappings, one in another up to ``depth``."""
     if isinstance(value, Document):
         yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from documents_in(item, depth - 1)
-    elif depth and isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from documents_in(item, depth - 1)
+    elif depth and isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from find_documents(item, depth - 1)
 
 
-def in_artifacts(messages: Iterable[BaseMessage]) -> list[Named]:
+def find_in_artifacts(messages: Iterable[BaseMessage]) -> list[Named]:
     """The documents that tools returned beside their messages."""
     artifacts = [message.artifact for message in messages if isinstance(message, ToolMessage)]
-    found = documents_in(artifacts, MAX_DEPTH + 1)
-    return [named(document) for document in found if document.page_content.strip()]
+    found = find_documents(artifacts, MAX_DEPTH + 1)
+    return [name_document(document) for document in found if document.page_content.strip()]
 
 
-def in_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
+def find_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
     """The text blocks that carry ``cache_control``."""
     blocks = [block for message in messages if isinstance(message.content, list) for block in message.content]
     texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("cache_control")]
     return [(make_document_id(text), text) for text in texts if isinstance(text, str)]
 
 
-def with_found(
-    given: Any, found: Iterable[Named], marked: Iterable[Named], contents: Sequence[str]
-) -> Documents | None:
+def add_found(given: Any, found: Iterable[Named], marked: Iterable[Named], contents: Sequence[str]) -> Documents | None:
     """The caller's documents, and those found elsewhere that stand in one of ``contents``.
 
     One that stands within another is left out, and so is a marked block with a document in it. Where an id is taken by
     another text, a digest takes its place.
     """
-    documents = engine_documents(given)
+    documents = name_documents(given)
     if documents is not None and not isinstance(documents, Mapping):
         return documents
     texts: dict[str, str] = dict(documents or {})
@@ -143,16 +135,18 @@ class DocumentTracker(BaseCallbackHandler):
     ) -> None:
         """Remember the documents that go into a step."""
         self._start(run_id, parent_run_id)
-        self._remember(run_id, documents_in(inputs))
+        self._remember(run_id, find_documents(inputs))
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Remember what comes out, and what went in if only that is known by now, as it is in streams."""
-        self._remember(run_id, documents_in([kwargs.get("inputs"), outputs]))
+        self._remember(run_id, find_documents([kwargs.get("inputs"), outputs]))
         self._end(run_id)
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget a run that failed."""
         self._end(run_id)
+
+    on_retriever_error = on_tool_error = on_chain_error
 
     def on_retriever_start(
         self, serialized: Any, query: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -164,11 +158,7 @@ class DocumentTracker(BaseCallbackHandler):
         self, documents: Sequence[Document], *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """Remember what was found."""
-        self._remember(run_id, documents_in(documents), alone=parent_run_id not in self._root_of)
-        self._end(run_id)
-
-    def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """Forget a run that failed."""
+        self._remember(run_id, find_documents(documents), alone=parent_run_id not in self._root_of)
         self._end(run_id)
 
     def on_tool_start(
@@ -179,18 +169,14 @@ class DocumentTracker(BaseCallbackHandler):
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Remember what the tool returned beside its text."""
-        self._remember(run_id, documents_in([output, getattr(output, "artifact", None)]))
-        self._end(run_id)
-
-    def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """Forget a run that failed."""
+        self._remember(run_id, find_documents([output, getattr(output, "artifact", None)]))
         self._end(run_id)
 
     def _start(self, run_id: UUID, parent_run_id: UUID | None) -> None:
         with self._lock:
             root = run_id if parent_run_id is None else self._root_of.get(parent_run_id, parent_run_id)
             self._root_of[run_id] = root
-            self._tree(root)
+            self._touch_tree(root)
 
     def _end(self, run_id: UUID) -> None:
         with self._lock:
@@ -198,21 +184,21 @@ class DocumentTracker(BaseCallbackHandler):
                 self._forget(run_id)
 
     def _remember(self, run_id: UUID, documents: Iterable[Document], *, alone: bool = False) -> None:
-        texts = {text: key for key, text in map(named, documents)}
+        texts = {text: key for key, text in map(name_document, documents)}
         if not texts:
             return
         with self._lock:
             trees = [self._root_of.get(run_id, run_id), None] if alone else [self._root_of.get(run_id, run_id)]
             for tree in trees:
-                known = self._tree(tree)
+                known = self._touch_tree(tree)
                 for text, key in texts.items():
                     known.pop(text, None)
                     known[text] = key
                 for text in list(known)[: -self._max_documents]:
                     del known[text]
 
-    def _tree(self, root: UUID | None) -> dict[str, str]:
-        """What is known of a tree, as the one used last; the one used longest ago goes if there are too many."""
+    def _touch_tree(self, root: UUID | None) -> dict[str, str]:
+        """The ids by text of a tree, now the one used last; the one used longest ago goes if there are too many."""
         texts = self._texts.setdefault(root, {})
         self._texts.move_to_end(root)
         if len(self._texts) > self._max_runs:
@@ -226,22 +212,71 @@ class DocumentTracker(BaseCallbackHandler):
             del self._root_of[run_id]
 
 
-def tracked_documents(callbacks: Callbacks | list[Callbacks] | None, own: Callbacks = None) -> dict[str, str]:
+def find_tracked_documents(callbacks: Any, own: Any = None) -> dict[str, str]:
     """Ids by text of what trackers among a call's callbacks and the model's ``own`` know of the run."""
     found: dict[str, str] = {}
     for given in callbacks if isinstance(callbacks, list) else [callbacks]:
-        manager = given if isinstance(given, BaseCallbackManager) else None
-        parent_run_id = manager.parent_run_id if manager else None
-        handlers = [*(manager.handlers if manager else _listed(given)), *_listed(own)]
-        for handler in handlers:
+        parent_run_id = given.parent_run_id if isinstance(given, BaseCallbackManager) else None
+        for handler in (*_list_handlers(given), *_list_handlers(own)):
             if isinstance(handler, DocumentTracker):
                 found |= {text: key for key, text in handler.documents_of(parent_run_id)}
     return found
 
 
-def _listed(callbacks: Any) -> list[Any]:
+def _list_handlers(callbacks: Any) -> list[Any]:
     if isinstance(callbacks, BaseCallbackManager):
         return list(callbacks.handlers)
     if isinstance(callbacks, list):
         return callbacks
     return [] if callbacks is None else [callbacks]
+
+
+class SemShareKVWarmer(BaseDocumentTransformer):
+    """A step of an indexing pipeline that computes the documents' KV ahead of time and returns them unchanged.
+
+    Place it last, behind the splitter: what is warmed is what retrieval will put into prompts, which then know
+    it without naming it. Modes below ``exact`` take its KV from anywhere in a prompt; ``exact`` only where a prompt
+    begins with the text. A text that was given before under the same id is replaced.
+
+    Args:
+        model: the chat model or LLM that will read them, or an engine.
+        namespace: the tenant who may reuse them; by default the model's own, or ``default`` of an engine.
+        pinned: whether the store's byte bound never evicts them.
+        ttl_s: seconds after their last use at which they expire, or None.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+
+    Example::
+
+        chunks = SemShareKVWarmer(model).transform_documents(splitter.split_documents(documents))
+    """
+
+    def __init__(
+        self,
+        model: BaseLanguageModel[Any] | SemShareEngine,
+        namespace: str | None = None,
+        pinned: bool = False,
+        ttl_s: float | None = None,
+        progress: bool = False,
+    ) -> None:
+        engine: Any = getattr(model, "engine", model)
+        known = isinstance(engine, SemShareEngine)
+        require(known, "model", type(model).__name__, "a ChatSemShareKV, a SemShareKVLLM or a SemShareEngine")
+        check_lifetime("ttl_s", ttl_s)
+        self.engine: SemShareEngine = engine
+        own: str = getattr(model, "kv_namespace", "default")
+        self.namespace = check_optional_name("namespace", namespace) or own
+        self.pinned, self.ttl_s, self.progress = pinned, ttl_s, progress
+
+    def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
+        """Warm the documents, under their ``id``, else their metadata's ``id``, else a digest; they come back as given.
+
+        Raises:
+            ValueError: if two texts have one id, or an option is unknown.
+            ContextWindowError: if one is longer than the model's context.
+        """
+        require(not kwargs, "keyword arguments", sorted(kwargs), "none")
+        self.engine.warm(name_documents(documents) or {}, self.namespace, self.pinned, self.ttl_s, self.progress)
+        return documents

@@ -1,24 +1,35 @@
-"""LangChain's text-in, text-out interface over a ``SemShareEngine``.
-
-Every way to call it goes through ``_stream`` or its asynchronous twin. Knows nothing about tokens or caches.
-"""
+"""LangChain's text-in, text-out interface over a ``SemShareEngine``. Knows nothing about tokens or caches."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
 from functools import partial
 from typing import Any, Self
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from semsharekv_integrations import kv
+from semsharekv_integrations import report
 from semsharekv_integrations.concurrency.streams import Stream, raise_first_error, read_all
-from semsharekv_integrations.langchain.base import CallOptions, LocalModel, SamplingFields, under_own_names
-from semsharekv_integrations.langchain.messages import details_of, known_to_langchain, usage_of
+from semsharekv_integrations.langchain.base import (
+    AsyncRun,
+    CallOptions,
+    LocalModel,
+    Run,
+    SamplingFields,
+    Stop,
+    rename_options,
+)
+from semsharekv_integrations.langchain.messages import (
+    astream_pieces,
+    describe_generation,
+    describe_usage,
+    raise_overflow,
+    stream_pieces,
+)
+from semsharekv_integrations.request import GenerateOptions
 
 
 class SemShareKVLLM(LocalModel, BaseLLM):
@@ -43,107 +54,74 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         return "semsharekv"
 
     def _stream(
-        self,
-        prompt: str,
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, prompt: str, stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> Iterator[GenerationChunk]:
-        options = CallOptions.of(self, stop, kwargs).for_engine([prompt])
-        with known_to_langchain(), closing(self.engine.stream(prompt, **options)) as chunks:
-            for chunk in chunks:
-                piece = self._piece(chunk)
-                if run_manager:
-                    run_manager.on_llm_new_token(piece.text, chunk=piece)
-                yield piece
+        chunks = self.engine.stream(prompt, **self._make_options(prompt, stop, kwargs))
+        return stream_pieces(chunks, self._make_piece, run_manager)
 
-    async def _astream(
-        self,
-        prompt: str,
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+    def _astream(
+        self, prompt: str, stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> AsyncIterator[GenerationChunk]:
-        options = CallOptions.of(self, stop, kwargs).for_engine([prompt])
-        with known_to_langchain():
-            async with aclosing(self.engine.astream(prompt, **options)) as chunks:
-                async for chunk in chunks:
-                    piece = self._piece(chunk)
-                    if run_manager:
-                        await run_manager.on_llm_new_token(piece.text, chunk=piece)
-                    yield piece
+        chunks = self.engine.astream(prompt, **self._make_options(prompt, stop, kwargs))
+        return astream_pieces(chunks, self._make_piece, run_manager)
 
-    def _generate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> LLMResult:
+    def _make_options(self, prompt: str, stop: Stop, call: Mapping[str, Any]) -> GenerateOptions:
+        return CallOptions.merge(self, stop, call).make_options([prompt])
+
+    def _generate(self, prompts: list[str], stop: Stop = None, run_manager: Run = None, **kwargs: Any) -> LLMResult:
         """The answers in order, at the same time. Only the first prompt has a run manager, which hears its tokens."""
 
-        def begin(prompt: str) -> Stream[kv.GenerationChunk]:
-            return self.engine.stream(prompt, **CallOptions.of(self, stop, kwargs).for_engine([prompt]))
+        def begin(prompt: str) -> Stream[report.GenerationChunk]:
+            return self.engine.stream(prompt, **self._make_options(prompt, stop, kwargs))
 
-        def hear(chunk: kv.GenerationChunk) -> None:
+        def hear(chunk: report.GenerationChunk) -> None:
             if run_manager:
-                piece = self._piece(chunk)
-                run_manager.on_llm_new_token(piece.text, chunk=piece)
+                run_manager.on_llm_new_token(chunk.text, chunk=self._make_piece(chunk))
 
-        with self.engine.sharing(), known_to_langchain():
+        with self.engine.sharing(), raise_overflow():
             done = raise_first_error(read_all([partial(begin, prompt) for prompt in prompts], hear))
-        return self._result([_whole([self._piece(chunk) for chunk in chunks]) for chunks in done])
+        return self._make_result([_join([self._make_piece(chunk) for chunk in chunks]) for chunks in done])
 
     async def _agenerate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, prompts: list[str], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> LLMResult:
         async def answer(index: int) -> Generation:
             listener = None if index else run_manager
-            return _whole([piece async for piece in self._astream(prompts[index], stop, listener, **kwargs)])
+            return _join([piece async for piece in self._astream(prompts[index], stop, listener, **kwargs)])
 
         with self.engine.sharing():
             done = await asyncio.gather(*map(answer, range(len(prompts))), return_exceptions=True)
-        return self._result(raise_first_error(done))
+        return self._make_result(raise_first_error(done))
 
     def generate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        callbacks: Callbacks | list[Callbacks] | None = None,
-        **kwargs: Any,
+        self, prompts: list[str], stop: Stop = None, callbacks: Callbacks | list[Callbacks] = None, **kwargs: Any
     ) -> LLMResult:
         """As in the base class, except that the response cache is keyed by the call's settings as well."""
-        kwargs = self._tracked({"callbacks": callbacks}, kwargs)
-        return BaseLLM.generate(self._keyed_by(kwargs), prompts, stop, callbacks, **kwargs)
+        kwargs = self._add_tracked(callbacks, kwargs)
+        return BaseLLM.generate(self._set_fields(kwargs), prompts, stop, callbacks, **kwargs)
 
     async def agenerate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        callbacks: Callbacks | list[Callbacks] | None = None,
-        **kwargs: Any,
+        self, prompts: list[str], stop: Stop = None, callbacks: Callbacks | list[Callbacks] = None, **kwargs: Any
     ) -> LLMResult:
         """As ``generate``, without blocking the event loop."""
-        kwargs = self._tracked({"callbacks": callbacks}, kwargs)
-        return await BaseLLM.agenerate(self._keyed_by(kwargs), prompts, stop, callbacks, **kwargs)
+        kwargs = self._add_tracked(callbacks, kwargs)
+        return await BaseLLM.agenerate(self._set_fields(kwargs), prompts, stop, callbacks, **kwargs)
 
-    def _keyed_by(self, call: Mapping[str, Any]) -> Self:
+    def _set_fields(self, call: Mapping[str, Any]) -> Self:
         """This model with the call's settings as fields, for the key that ``BaseLLM`` makes of the fields alone."""
-        known = under_own_names(call).items()
+        known = rename_options(call).items()
         changes = {key: value for key, value in known if key in SamplingFields.model_fields and value is not None}
         return self.model_copy(update=changes) if changes else self
 
-    def _piece(self, chunk: kv.GenerationChunk) -> GenerationChunk:
+    def _make_piece(self, chunk: report.GenerationChunk) -> GenerationChunk:
         if chunk.generation is None:
             return GenerationChunk(text=chunk.text)
-        usage = {"usage": dict(usage_of(chunk.generation))}
-        return GenerationChunk(text=chunk.text, generation_info=details_of(chunk.generation, self.model) | usage)
+        usage = {"usage": dict(describe_usage(chunk.generation))}
+        return GenerationChunk(
+            text=chunk.text, generation_info=describe_generation(chunk.generation, self.model) | usage
+        )
 
-    def _result(self, answers: Sequence[Generation]) -> LLMResult:
+    def _make_result(self, answers: Sequence[Generation]) -> LLMResult:
         usages = [answer.generation_info["usage"] for answer in answers if answer.generation_info]
         token_usage = {
             "prompt_tokens": sum(usage["input_tokens"] for usage in usages),
@@ -154,5 +132,5 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         return LLMResult(generations=[[answer] for answer in answers], llm_output=llm_output)
 
 
-def _whole(pieces: Sequence[GenerationChunk]) -> Generation:
+def _join(pieces: Sequence[GenerationChunk]) -> Generation:
     return Generation(text="".join(piece.text for piece in pieces), generation_info=pieces[-1].generation_info)

@@ -1,20 +1,15 @@
-"""LangChain's messages as the mappings that chat templates take. Knows nothing about models.
+"""LangChain's messages as the mappings that chat templates take, and finished generations as LangChain reports them.
 
-Content blocks as text, in a history that any provider's model may have begun.
-
-Text is read. Reasoning and what a provider's own servers did is left out, as chat templates leave it out of earlier
-turns. What holds an image, a sound or a file is refused: the answer would be about something else without it.
-
-A finished generation as LangChain reports it: token usage, and details that are plain JSON.
-
-A prompt that is too long, as the error that LangChain's middleware and fallbacks look for.
+Any provider's model may have begun a history. Its text is read. Reasoning and what a provider's own servers did is left
+out, as chat templates leave it out of earlier turns. What holds an image, a sound or a file is refused: the answer
+would be about something else without it. Knows nothing about models.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, closing
 from typing import Any
 
 from langchain_core.exceptions import ContextOverflowError
@@ -30,8 +25,16 @@ from langchain_core.messages import (
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from semsharekv_integrations.errors import ContextWindowError, require
-from semsharekv_integrations.report import Generation
+from semsharekv_integrations.frameworks import (
+    count_tokens,
+    make_function_id,
+    merge_turns,
+    parse_arguments,
+    translate_errors,
+)
+from semsharekv_integrations.report import Generation, GenerationChunk
 
+PROVIDER = "semsharekv"  # LangChain trusts reported usage where this is the model's provider too
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),
     (HumanMessage, "user"),
@@ -40,51 +43,68 @@ _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (FunctionMessage, "tool"),
 )
 _CHAT_ROLES = {"human": "user", "ai": "assistant", "model": "assistant", "chatbot": "assistant", "function": "tool"}
-_KEYS = ("role", "content")
+_ACCEPTED = "'text' or 'text-plain', with its text"
+_CALLS = ("tool_call", "tool_use", "function_call")
+_RESULTS = ("tool_result", "function_call_output")
+_TEXT_KEYS = dict.fromkeys(("text", "text-plain", "input_text", "output_text", "guard_content"), "text")
+_TEXT_KEYS["refusal"] = "refusal"
+_LEFT_OUT = {  # in whatever message: they are no part of what is said
+    "thinking", "redacted_thinking", "reasoning", "reasoning_content", "citation", "non_standard_annotation",
+    "prompt_cache_breakpoint", "cache_point", "invalid_tool_call", "tool_call_chunk", "input_json_delta",
+    "tool_reference",
+}  # fmt: skip
+_MEDIA = {
+    "image", "image_url", "input_image", "image_generation_call", "audio", "input_audio", "output_audio", "video",
+    "video_url", "file", "input_file", "file_data", "media", "document",
+}  # fmt: skip
+_CACHE_POINTS = {"cachePoint", "cache_point", "cacheControl"}  # the only keys of blocks without a type
 
 
-def engine_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+def translate_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Messages with ``role`` and ``content``, tool calls and what tool results refer to, as OpenAI has them.
 
-    Consecutive messages of one role become one, joined by an empty line, since many templates refuse them; only tool
-    calls and tool results stay apart. A message whose blocks are all left out is left out itself.
+    Consecutive messages of one role become one; only tool calls and tool results stay apart. A message whose blocks are
+    all left out is left out itself.
 
     Raises:
         ValueError: if a message is of an unknown kind or holds anything but text.
     """
-    merged: list[dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        for turn in _turns(f"messages[{index}]", message):
-            if merged and merged[-1]["role"] == turn["role"] and merged[-1].keys() == turn.keys() == set(_KEYS):
-                merged[-1]["content"] += f"\n\n{turn['content']}"
-            else:
-                merged.append(turn)
-    return merged
+    return merge_turns(
+        turn for index, message in enumerate(messages) for turn in _split_turns(f"messages[{index}]", message)
+    )
 
 
-def _turns(field: str, message: BaseMessage) -> Iterator[dict[str, Any]]:
+def _split_turns(field: str, message: BaseMessage) -> Iterator[dict[str, Any]]:
     """The turns that a message is: one as a rule, with the results of tools in turns of their own before it."""
-    role = _role(field, message)
+    role = _find_role(field, message)
     blocks = [message.content] if isinstance(message.content, str) else message.content
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
     for at, block in enumerate(blocks):
         name = f"{field}.content[{at}]"
         kind = block.get("type") if isinstance(block, Mapping) else None
-        if isinstance(block, Mapping) and kind in RESULTS and role == "user":
-            yield _result(name, block)
-        elif isinstance(block, Mapping) and kind in CALLS and role == "assistant":
-            calls += [] if _has_calls(message) else filter(None, [block_call(name, block)])
-        elif (text := block_text(name, block, in_answer=role == "assistant")) is not None:
+        if isinstance(block, Mapping) and kind in _RESULTS and role == "user":
+            yield _read_result(name, block)
+        elif isinstance(block, Mapping) and kind in _CALLS and role == "assistant":
+            calls += [] if _has_calls(message) else filter(None, [_read_call(name, block)])
+        elif (text := _read_text(name, block, in_answer=role == "assistant")) is not None:
             texts.append(text)
-    more = _of_tools(message, calls)
+    more = _read_tool_fields(message, calls)
     if texts or more or not blocks:
         yield {"role": role, "content": "".join(texts), **more}
 
 
-def _result(field: str, block: Mapping[str, Any]) -> dict[str, Any]:
+def _find_role(field: str, message: BaseMessage) -> str:
+    if isinstance(message, ChatMessage):
+        return _CHAT_ROLES.get(message.role, message.role)
+    role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
+    require(role is not None, field, type(message).__name__, "a system, human, AI, tool, function or chat message")
+    return str(role)
+
+
+def _read_result(field: str, block: Mapping[str, Any]) -> dict[str, Any]:
     """A tool's result that stands in a user's message, as Anthropic and OpenAI's responses have it."""
-    content = joined_text(f"{field}.content", block.get("content", block.get("output")))
+    content = _join_texts(f"{field}.content", block.get("content", block.get("output")))
     call_id = block.get("tool_use_id") or block.get("call_id") or ""
     return {"role": "tool", "content": content, "tool_call_id": str(call_id)}
 
@@ -94,84 +114,48 @@ def _has_calls(message: BaseMessage) -> bool:
     return isinstance(message, AIMessage) and bool(message.tool_calls or message.invalid_tool_calls)
 
 
-def _of_tools(message: BaseMessage, calls: list[dict[str, Any]]) -> dict[str, Any]:
+def _read_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The call that a block holds; None if its arguments are no JSON, as those of a cut answer.
+
+    Raises:
+        ValueError: if the block has no name or no arguments.
+    """
+    given = next((block[key] for key in ("args", "input", "arguments") if key in block), None)
+    accepted = f"{_ACCEPTED}, or a call"
+    require(bool(block.get("name")) and given is not None, f"{field}.type", block.get("type"), accepted)
+    return _make_call(block["name"], given, block.get("call_id") or block.get("id") or "")
+
+
+def _make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None:
+    """A call in OpenAI's form; None if its arguments are neither an object nor JSON text of one."""
+    parsed = parse_arguments(arguments)
+    if parsed is None:
+        return None
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": parsed}}
+
+
+def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """A message's tool calls, if there are none then ``calls``; or which call a tool's result belongs to."""
     if isinstance(message, FunctionMessage):
-        return {"tool_call_id": _function_id(message.name), "name": message.name}
+        return {"tool_call_id": make_function_id(message.name), "name": message.name}
     if isinstance(message, ToolMessage):
         return {"tool_call_id": message.tool_call_id} | ({"name": message.name} if message.name else {})
     if isinstance(message, AIMessage):
-        given = (openai_call(call["name"], call["args"], call["id"] or "") for call in message.tool_calls)
-        calls = [call for call in given if call] or calls or _function_call(message)
+        given = (_make_call(call["name"], call["args"], call["id"] or "") for call in message.tool_calls)
+        calls = [call for call in given if call] or calls or _read_function_call(message)
     return {"tool_calls": calls} if calls else {}
 
 
-def _function_call(message: AIMessage) -> list[dict[str, Any]]:
+def _read_function_call(message: AIMessage) -> list[dict[str, Any]]:
     """The call of a message from before there were tools."""
     function = message.additional_kwargs.get("function_call")
     if _has_calls(message) or not isinstance(function, Mapping) or not function.get("name"):
         return []
-    call = openai_call(function["name"], function.get("arguments"), _function_id(function["name"]))
+    call = _make_call(function["name"], function.get("arguments"), make_function_id(function["name"]))
     return [call] if call else []
 
 
-def _function_id(name: object) -> str:
-    """What binds a function's result to its call, which have names alone."""
-    return f"function-{name}"
-
-
-def _role(field: str, message: BaseMessage) -> str:
-    if isinstance(message, ChatMessage):
-        return _CHAT_ROLES.get(message.role, message.role)
-    role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
-    require(role is not None, field, type(message).__name__, "a system, human, AI, tool, function or chat message")
-    return str(role)
-
-
-ACCEPTED = "'text' or 'text-plain', with its text"
-CALLS = ("tool_call", "tool_use", "function_call")
-RESULTS = ("tool_result", "function_call_output")
-_TEXT_KEYS = {
-    "text": "text",
-    "text-plain": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "guard_content": "text",
-    "refusal": "refusal",
-}
-_LEFT_OUT = {  # in whatever message: they are no part of what is said
-    "thinking",
-    "redacted_thinking",
-    "reasoning",
-    "reasoning_content",
-    "citation",
-    "non_standard_annotation",
-    "prompt_cache_breakpoint",
-    "cache_point",
-    "invalid_tool_call",
-    "tool_call_chunk",
-    "input_json_delta",
-    "tool_reference",
-}
-_MEDIA = {
-    "image",
-    "image_url",
-    "input_image",
-    "image_generation_call",
-    "audio",
-    "input_audio",
-    "output_audio",
-    "video",
-    "video_url",
-    "file",
-    "input_file",
-    "file_data",
-    "media",
-    "document",
-}
-_CACHE_POINTS = ("cachePoint", "cache_point", "cacheControl")  # the only keys of blocks without a type
-
-
-def block_text(field: str, block: Any, *, in_answer: bool) -> str | None:
+def _read_text(field: str, block: Any, *, in_answer: bool) -> str | None:
     """The text of a content block, or None for one that is left out.
 
     Args:
@@ -187,18 +171,18 @@ def block_text(field: str, block: Any, *, in_answer: bool) -> str | None:
     require(isinstance(block, Mapping), field, type(block).__name__, "a text or a mapping with a type")
     kind, value = block.get("type"), block.get("value")
     if kind == "non_standard" and isinstance(value, Mapping):
-        return block_text(f"{field}.value", value, in_answer=in_answer)
-    if kind in _LEFT_OUT or (kind is None and block.keys() <= set(_CACHE_POINTS)):
+        return _read_text(f"{field}.value", value, in_answer=in_answer)
+    if kind in _LEFT_OUT or (kind is None and block.keys() <= _CACHE_POINTS):
         return None
-    text = _own_text(field, block)
+    text = _find_text(field, block)
     if text is None and in_answer and kind not in _MEDIA and kind not in _TEXT_KEYS:
         said = block.get("content" if kind == "compaction" else "text")
         return said if isinstance(said, str) else None
-    require(text is not None, f"{field}.type", kind, ACCEPTED)
+    require(text is not None, f"{field}.type", kind, _ACCEPTED)
     return text
 
 
-def _own_text(field: str, block: Mapping[str, Any]) -> str | None:
+def _find_text(field: str, block: Mapping[str, Any]) -> str | None:
     """The text that a block of some type holds, in the place that its type has for it."""
     kind, source = str(block.get("type")), block.get("source")
     text: Any = block.get(_TEXT_KEYS[kind]) if kind in _TEXT_KEYS else None
@@ -207,63 +191,35 @@ def _own_text(field: str, block: Mapping[str, Any]) -> str | None:
     elif kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
         text = source.get("data")
     elif kind == "document" and isinstance(source, Mapping) and source.get("type") == "content":
-        return joined_text(f"{field}.source.content", source.get("content"))
+        return _join_texts(f"{field}.source.content", source.get("content"))
     elif kind == "search_result":
-        return joined_text(f"{field}.content", block.get("content"))
+        return _join_texts(f"{field}.content", block.get("content"))
     elif kind == "json":
         return json.dumps(block.get("json"), ensure_ascii=False)
     return text if isinstance(text, str) else None
 
 
-def joined_text(field: str, content: Any) -> str:
-    """The text of blocks within a block; they may be one text, or nothing.
-
-    Raises:
-        ValueError: if one of them is no text.
-    """
+def _join_texts(field: str, content: Any) -> str:
+    """The text of blocks within a block; they may be one text, or nothing."""
     if content is None or isinstance(content, str):
         return content or ""
     require(isinstance(content, Sequence), field, type(content).__name__, "a text, or blocks in a list")
-    texts = (block_text(f"{field}[{at}]", block, in_answer=False) for at, block in enumerate(content))
+    texts = (_read_text(f"{field}[{at}]", block, in_answer=False) for at, block in enumerate(content))
     return "".join(text for text in texts if text)
 
 
-def block_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The call that a block holds, in OpenAI's form; None if its arguments are no JSON, as those of a cut answer.
-
-    Raises:
-        ValueError: if the block has no name or no arguments.
-    """
-    given = next((block[key] for key in ("args", "input", "arguments") if key in block), None)
-    require(bool(block.get("name")) and given is not None, f"{field}.type", block.get("type"), f"{ACCEPTED}, or a call")
-    return openai_call(block["name"], given, block.get("call_id") or block.get("id") or "")
-
-
-def openai_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None:
-    """A call in OpenAI's form; None if its arguments are neither an object nor JSON text of one."""
-    if isinstance(arguments, str):
-        with suppress(ValueError):
-            arguments = json.loads(arguments or "{}", strict=False)
-    if not isinstance(arguments, Mapping):
-        return None
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-
-
-PROVIDER = "semsharekv"  # LangChain trusts reported usage where this is the model's provider too
-
-
-def usage_of(generation: Generation) -> UsageMetadata:
+def describe_usage(generation: Generation) -> UsageMetadata:
     """Token counts; ``cache_read`` is the prompt tokens whose KV was not computed."""
-    report = generation.report
+    counts = count_tokens(generation.report)
     return UsageMetadata(
-        input_tokens=report.prompt_tokens,
-        output_tokens=report.output_tokens,
-        total_tokens=report.prompt_tokens + report.output_tokens,
-        input_token_details=InputTokenDetails(cache_read=report.reused_tokens),
+        input_tokens=counts["prompt_tokens"],
+        output_tokens=counts["completion_tokens"],
+        total_tokens=counts["total_tokens"],
+        input_token_details=InputTokenDetails(cache_read=generation.report.reused_tokens),
     )
 
 
-def details_of(generation: Generation, model_name: str) -> dict[str, Any]:
+def describe_generation(generation: Generation, model_name: str) -> dict[str, Any]:
     """Model, provider, finish reason, and the whole report as ``kv_cache``."""
     return {
         "model_name": model_name,
@@ -274,13 +230,34 @@ def details_of(generation: Generation, model_name: str) -> dict[str, Any]:
 
 
 class PromptOverflowError(ContextWindowError, ContextOverflowError):
-    """A ``ContextWindowError`` that LangChain knows too."""
+    """A prompt that is too long, as the error that LangChain's middleware and fallbacks look for."""
 
 
-@contextmanager
-def known_to_langchain() -> Iterator[None]:
-    """Inside, a ``ContextWindowError`` becomes one that is LangChain's as well."""
-    try:
-        yield
-    except ContextWindowError as error:
-        raise PromptOverflowError(str(error)) from error
+def raise_overflow() -> AbstractContextManager[None]:
+    """Inside, a ``ContextWindowError`` is raised as a ``PromptOverflowError``."""
+    return translate_errors(ContextWindowError, lambda error: PromptOverflowError(str(error)))
+
+
+def stream_pieces(
+    chunks: Generator[GenerationChunk, None, None], make_piece: Callable[[GenerationChunk], Any], run_manager: Any
+) -> Iterator[Any]:
+    """LangChain's piece for each of the engine's chunks, which callbacks hear of; closing it cancels the call."""
+    with raise_overflow(), closing(chunks):
+        for chunk in chunks:
+            piece = make_piece(chunk)
+            if run_manager:
+                run_manager.on_llm_new_token(chunk.text, chunk=piece)
+            yield piece
+
+
+async def astream_pieces(
+    chunks: AsyncGenerator[GenerationChunk, None], make_piece: Callable[[GenerationChunk], Any], run_manager: Any
+) -> AsyncIterator[Any]:
+    """As ``stream_pieces``."""
+    with raise_overflow():
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                piece = make_piece(chunk)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=piece)
+                yield piece

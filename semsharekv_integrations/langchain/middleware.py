@@ -11,8 +11,8 @@ from typing import Any
 
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 
-from semsharekv_integrations.langchain.base import LocalModel, configured
-from semsharekv_integrations.langchain.documents import documents_in, in_artifacts, named
+from semsharekv_integrations.langchain.base import LocalModel, apply_config
+from semsharekv_integrations.langchain.documents import find_documents, find_in_artifacts, name_document
 
 
 class SemShareKVMiddleware(AgentMiddleware):
@@ -30,22 +30,22 @@ class SemShareKVMiddleware(AgentMiddleware):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
         """Call the model with what is known."""
-        return handler(informed(request))
+        return handler(inform_model(request))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
         """As ``wrap_model_call``, without blocking the event loop."""
-        return await handler(informed(request))
+        return await handler(inform_model(request))
 
 
-def informed(request: ModelRequest[Any]) -> ModelRequest[Any]:
-    """The request with documents, session and namespace in its model's settings."""
+def inform_model(request: ModelRequest[Any]) -> ModelRequest[Any]:
+    """Put documents, session and namespace into the settings of the request's model."""
     if not isinstance(getattr(request.model, "bound", request.model), LocalModel):
         return request
     state: dict[str, Any] = dict(request.state)
     messages: Iterable[Any] = state.pop("messages", ())
-    found = [*in_artifacts(messages), *map(named, documents_in(state))]
-    settings = configured(None, request.model_settings)
+    found = [*find_in_artifacts(messages), *map(name_document, find_documents(state))]
+    settings = apply_config(None, request.model_settings)
     known = {text: key for key, text in found} | dict(settings.get("tracked_documents") or {})
     return request.override(model_settings={**settings, "tracked_documents": known})

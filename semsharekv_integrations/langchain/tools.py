@@ -1,11 +1,8 @@
 """Tools and answer formats in the forms that LangChain's callers give them, as the engine takes them.
 
 The engine knows tools in OpenAI's form and one JSON schema for the whole answer. Where both are wanted, as agents with
-a ``response_format`` do, the schema becomes one more tool, whose call is the answer. Knows nothing about models.
-
-Answers as objects: a model whose text is held to a schema, and the parser behind it.
-
-Knows nothing about how sampling is held to a schema.
+a ``response_format`` do, the schema becomes one more tool, whose call is the answer. Answers that were held to a schema
+are parsed here. Knows nothing about models, nor about how sampling is held to a schema.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
@@ -27,20 +24,22 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.langchain.base import CallOptions
-from semsharekv_integrations.report import GenerationChunk, ToolCall
+from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import GenerateOptions
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
+Method = Literal["json_schema", "function_calling", "json_mode"]
+METHODS: tuple[Method, ...] = get_args(Method)
 _OPENAI_CHOICES = {"required": "any", True: "any", False: "none"}
 _CHOICES = "None, 'auto', 'none', 'any', 'required', True, False, a tool's name, or a dict that names one"
 
 
-def openai_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def translate_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """Functions, classes, LangChain tools or schemas, in OpenAI's form."""
     return [convert_to_openai_tool(tool) for tool in tools]
 
 
-def engine_choice(choice: Any) -> str | None:
+def translate_choice(choice: Any) -> str | None:
     """The engine's ``tool_choice`` for any of the forms that LangChain's models take.
 
     Raises:
@@ -76,18 +75,18 @@ class ChatOptions(CallOptions):
     chat_template_kwargs: dict[str, Any] | None = None
     """More variables for the chat template, such as ``enable_thinking``."""
 
-    def engine_options(self) -> GenerateOptions:
-        """Tools, choice, schema and variables, as keyword arguments of the engine's methods."""
-        return GenerateOptions(chat_template_kwargs=self.chat_template_kwargs) | self._answer_options()
-
-    def _answer_options(self) -> GenerateOptions:
-        schema, choice = self._schema(), engine_choice(self.tool_choice)
+    def make_other_options(self) -> GenerateOptions:
+        """Tools, choice, schema and variables."""
+        variables = GenerateOptions(chat_template_kwargs=self.chat_template_kwargs)
+        schema, choice = self._find_schema(), translate_choice(self.tool_choice)
         if not self.tools or schema is None or choice == "none":
             tools = self.tools or None
-            return GenerateOptions(tools=tools, tool_choice=choice if tools else None, json_schema=schema)
+            chosen = choice if tools else None
+            return variables | GenerateOptions(tools=tools, tool_choice=chosen, json_schema=schema)
         require(choice in (None, "auto"), "tool_choice", choice, "None, 'auto' or 'none' beside an answer format")
         answer = {"name": self.answer_tool, "description": "Give the final answer.", "parameters": schema}
-        return GenerateOptions(tools=[*self.tools, {"type": "function", "function": answer}], tool_choice="any")
+        tools = [*self.tools, {"type": "function", "function": answer}]
+        return variables | GenerateOptions(tools=tools, tool_choice="any")
 
     @property
     def answer_tool(self) -> str:
@@ -97,12 +96,11 @@ class ChatOptions(CallOptions):
             name += "_"
         return name
 
-    def _schema(self) -> dict[str, Any] | None:
+    def _find_schema(self) -> dict[str, Any] | None:
         if self.response_format is None:
             return self.json_schema
         require(self.json_schema is None, "response_format", self.response_format, "None beside json_schema")
-        kind = self.response_format.get("type")
-        given = self.response_format.get("json_schema")
+        kind, given = self.response_format.get("type"), self.response_format.get("json_schema")
         if kind == "json_schema" and isinstance(given, Mapping) and isinstance(given.get("schema"), Mapping):
             return dict(given["schema"])
         accepted = "None, or type 'text', 'json_object', or 'json_schema' with json_schema.schema"
@@ -122,38 +120,25 @@ class ToolCallChunks:
         self._is_first = True
         self.count = 0
 
-    def of(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
+    def read(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
         """Text and tool calls of one chunk, as LangChain streams them."""
         text, calls = chunk.text, []
         for call in chunk.tool_calls:
             if not (self._is_first or self._may_be_several):
                 break
-            self._is_first = False
+            self._is_first, arguments = False, json.dumps(call.arguments, ensure_ascii=False)
             if call.name == self._answer_tool:
-                text += _json(call)
+                text += arguments
             else:
-                calls.append(tool_call_chunk(name=call.name, args=_json(call), id=call.id, index=self.count))
+                calls.append(tool_call_chunk(name=call.name, args=arguments, id=call.id, index=self.count))
                 self.count += 1
         return text, calls
 
 
-def _json(call: ToolCall) -> str:
-    return json.dumps(call.arguments, ensure_ascii=False)
-
-
-Method = Literal["json_schema", "function_calling", "json_mode"]
-METHODS = ("json_schema", "function_calling", "json_mode")
-
-
-class _Whole:
-    """Refuses what the token limit cut, since it could be read as something shorter."""
+class _RequireComplete:
+    """Raises ``OutputParserException`` for an answer that the token limit cut, which may parse as something shorter."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """As in the base class.
-
-        Raises:
-            OutputParserException: also if the answer was cut.
-        """
         first = result[0]
         message = first.message if isinstance(first, ChatGeneration) else None
         if message is not None and message.response_metadata.get("finish_reason") == "length":
@@ -162,23 +147,23 @@ class _Whole:
         return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class _Json(_Whole, JsonOutputParser):
+class _Json(_RequireComplete, JsonOutputParser):
     pass
 
 
-class _Object(_Whole, PydanticOutputParser[Any]):
+class _Object(_RequireComplete, PydanticOutputParser[Any]):
     pass
 
 
-class _Call(_Whole, JsonOutputKeyToolsParser):
+class _Call(_RequireComplete, JsonOutputKeyToolsParser):
     pass
 
 
-class _ObjectOfCall(_Whole, PydanticToolsParser):
+class _ObjectOfCall(_RequireComplete, PydanticToolsParser):
     pass
 
 
-def json_schema_of(schema: Any, method: Method) -> dict[str, Any]:
+def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
     """The JSON schema of a pydantic class, a typed dictionary, or a schema; in ``json_mode`` without one, any object.
 
     Raises:
@@ -191,7 +176,7 @@ def json_schema_of(schema: Any, method: Method) -> dict[str, Any]:
     return convert_to_json_schema(schema)
 
 
-def parser_of(schema: Any, method: Method) -> Runnable[Any, Any]:
+def make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
     """The parser of answers that were held to ``schema``."""
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if method == "function_calling":
@@ -201,14 +186,14 @@ def parser_of(schema: Any, method: Method) -> Runnable[Any, Any]:
     return _Object(pydantic_object=schema) if is_class else _Json()
 
 
-def parsed(model: Runnable[Any, Any], parser: Runnable[Any, Any], *, include_raw: bool) -> Runnable[Any, Any]:
-    """``model`` and ``parser``; with ``include_raw`` the raw message beside the object, or the parser's error."""
+def add_parser(model: Runnable[Any, Any], parser: Runnable[Any, Any], *, include_raw: bool) -> Runnable[Any, Any]:
+    """The model with its parser; with ``include_raw`` the raw message beside the object, or the parser's error."""
     if not include_raw:
         return model | parser
-    good = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=RunnableLambda(_nothing))
-    bad = RunnablePassthrough.assign(parsed=RunnableLambda(_nothing))
+    good = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=RunnableLambda(_return_none))
+    bad = RunnablePassthrough.assign(parsed=RunnableLambda(_return_none))
     return RunnableParallel(raw=model) | good.with_fallbacks([bad], exception_key="parsing_error")
 
 
-def _nothing(_: Any) -> None:
+def _return_none(_: Any) -> None:
     return None

@@ -1,45 +1,62 @@
 """What ``SemShareKVLLM`` is made of: its settings, its engine, and how a call's options and documents are found.
 
 Knows nothing about how calls run or what they return.
-
-What a model's fields and a single call may set of the engine's options, and how one is laid over the other.
-
-Knows nothing about prompts, messages or loading.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
-from uuid import uuid4
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
-from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata, MessageRole
+from llama_index.core.bridge.pydantic import (
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import PydanticProgramMode
 
-from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ModeSetting
+from semsharekv_integrations.config import EngineConfig, ModeSetting
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.errors import IN_UTF8, is_utf8, require
+from semsharekv_integrations.errors import require
+from semsharekv_integrations.frameworks import (
+    SAMPLING_FIELDS,
+    check_mode,
+    make_private_name,
+    make_sampling_fields,
+    name_for_engine,
+    tokenize,
+)
 from semsharekv_integrations.llama_index.documents import (
     MessagesPrompt,
     NodeNotes,
     TextPrompt,
-    context_parts,
-    given_documents,
-    hinted_documents,
+    find_context_parts,
+    find_documents,
+    name_documents,
 )
-from semsharekv_integrations.request import GenerateOptions, Request, check_optional_name
+from semsharekv_integrations.llama_index.messages import read_calls
+from semsharekv_integrations.request import OPTION_NAMES, GenerateOptions, Request, check_optional_name
+
+_CALL_OPTIONS = (*OPTION_NAMES, "max_tokens", "parallel_tool_calls")
+_ELSEWHERE = ("extra_headers", "parallel_tool_calls")  # the one sent by DocumentContextExtractor, the other for answers
+_SamplingFields: Any = create_model(
+    "_SamplingFields", __module__=__name__, **make_sampling_fields(stop=list[str] | str | None)
+)
 
 
-class EngineLLM(FunctionCallingLLM):
+class EngineLLM(_SamplingFields, FunctionCallingLLM):
     """An LLM's settings and its engine; the fields are explained at ``SemShareKVLLM``."""
 
     model_config = ConfigDict(extra="forbid")
@@ -52,57 +69,46 @@ class EngineLLM(FunctionCallingLLM):
     model_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True, exclude=True, repr=False)
     namespace: str | None = None
     session: str | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    max_tokens: int = 256
-    stop: list[str] | str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     is_chat_model: bool | None = None
     is_function_calling_model: bool | None = None
     pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.LLM
 
     _engine: SemShareEngine = PrivateAttr()
-    _object_name: str = PrivateAttr(default_factory=lambda: f"private-{uuid4().hex}")
+    _object_name: str = PrivateAttr(default_factory=make_private_name)
     _nodes: NodeNotes = PrivateAttr(default_factory=NodeNotes)
 
     @model_validator(mode="before")
     @classmethod
-    def _known_names(cls, values: Any) -> Any:
-        values = under_own_names(values)
+    def _check_names(cls, values: Any) -> Any:
+        values = _rename_limit(values)
         unknown = sorted(values.keys() - cls.model_fields.keys())
         require(not unknown, "keyword arguments", unknown, f"engine, {', '.join(cls.model_fields)}")
         return values
 
     @field_validator("config", mode="before")
     @classmethod
-    def _checked_config(cls, config: Any) -> Any:
+    def _check_config(cls, config: Any) -> Any:
         accepted = config is None or isinstance(config, EngineConfig | Mapping)  # a mapping where it was serialized
         require(accepted, "config", config, "an EngineConfig or None")
-        return config
+        return _drop_none(config)
 
     @field_validator("mode", mode="before")
     @classmethod
-    def _checked_mode(cls, mode: Any) -> Any:
-        require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, (None, *MODE_SETTINGS))))
+    def _check_mode(cls, mode: Any) -> Any:
+        check_mode(mode)
         return mode
 
     @field_validator("device", "dtype", mode="before")
     @classmethod
-    def _as_name(cls, value: Any) -> Any:
+    def _take_name(cls, value: Any) -> Any:
         """A torch device or dtype by its name, so that fields stay serializable."""
         return value if value is None else str(value).removeprefix("torch.")
-
-    def _engine_config(self) -> EngineConfig:
-        config = self.config or EngineConfig()
-        return config if self.mode is None else replace(config, reuse=replace(config.reuse, mode=self.mode))
 
     def _check_fields(self) -> None:
         """Refuse bad fields now rather than at the first call."""
         check_optional_name("namespace", self.namespace)
-        Request.of("", self._options({}, ""))
+        Request.of("", self._make_options({}, ""))
 
     def __getstate__(self) -> dict[str, Any]:
         pickle.dumps(self._engine)  # which says so if it cannot be; LlamaIndex would leave it out
@@ -194,48 +200,69 @@ class EngineLLM(FunctionCallingLLM):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
-        require(is_utf8(text), "text", text, f"a text{IN_UTF8}")
-        return list(self._engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tokenize(self._engine, text)
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         text = TextPrompt(super()._get_prompt(prompt, **prompt_args))
-        text.parts = context_parts(prompt, prompt_args)
+        text.parts = find_context_parts(prompt, prompt_args)
         return text
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
         messages = MessagesPrompt(super()._get_messages(prompt, **prompt_args))
-        messages.parts = context_parts(prompt, prompt_args)
+        messages.parts = find_context_parts(prompt, prompt_args)
         return messages
 
-    def _options(self, call: Mapping[str, Any], prompt: str | Sequence[ChatMessage]) -> GenerateOptions:
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of ``chat`` for a chat with tools; a ``tool_choice`` given overrides ``tool_required``."""
+        if isinstance(user_msg, str):
+            user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
+        messages = [*(chat_history or ()), *([user_msg] if user_msg else ())]
+        choice = kwargs.pop("tool_choice", None) or ("any" if tool_required else None)
+        require(bool(tools) or choice in (None, "auto", "none"), "tools", list(tools), "at least one to choose from")
+        given = {"tools": list(tools), "tool_choice": choice, "parallel_tool_calls": allow_parallel_tool_calls}
+        return {"messages": messages, **(given if tools else {}), **kwargs}
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The tool calls of an answer.
+
+        Raises:
+            ValueError: if there are none, unless ``error_on_no_tool_call`` is False.
+        """
+        calls = read_calls(response.message)
+        require(bool(calls) or not error_on_no_tool_call, "answer", response.message.content, "one with a tool call")
+        return [ToolSelection(tool_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
+
+    def _make_options(self, call: Mapping[str, Any], prompt: str | Sequence[ChatMessage]) -> GenerateOptions:
         """The engine's options: this model's fields, overridden by those of one call; and the prompt's documents."""
-        fields = {name: getattr(self, name) for name in FIELD_OPTIONS} | {"namespace": self.kv_namespace}
-        options = fields | given_options(call)
+        fields = {name: getattr(self, name) for name in (*SAMPLING_FIELDS, "session", "chat_template_kwargs")}
+        options = fields | {"namespace": self.kv_namespace} | _read_options(call)
         if "documents" in options:
-            options["documents"] = given_documents(options["documents"], prompt)
+            options["documents"] = name_documents(options["documents"], prompt)
         else:
-            options["documents"] = hinted_documents(prompt, self._nodes.of(options["namespace"]))
-        return engine_options(options)
+            options["documents"] = find_documents(prompt, self._nodes.list_latest(options["namespace"]))
+        return name_for_engine(options)
 
 
-FIELD_OPTIONS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "namespace",
-    "session",
-    "chat_template_kwargs",
-    "max_tokens",
-)
-_CALL_OPTIONS = (*GenerateOptions.__annotations__, "max_tokens", "parallel_tool_calls")
-_ELSEWHERE = ("extra_headers", "parallel_tool_calls")  # the one sent by DocumentContextExtractor, the other for answers
+def _drop_none(config: Any) -> Any:
+    """Serialized settings without those that are None, which is the default of each that may be."""
+    if not isinstance(config, Mapping):
+        return config
+    return {name: _drop_none(value) for name, value in config.items() if value is not None}
 
 
-def given_options(call: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call sets to anything but None, with the token limit under its one name here, ``max_tokens``.
+def _read_options(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call sets to anything but None, with tools and their choice in OpenAI's form.
 
     Raises:
         ValueError: naming what is unknown.
@@ -243,54 +270,37 @@ def given_options(call: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_ELSEWHERE})
     require(not unknown, "keyword arguments", unknown, ", ".join(_CALL_OPTIONS))
     given = {name: value for name, value in call.items() if value is not None and name not in _ELSEWHERE}
-    given = under_own_names(given)
-    if "tools" in given:
-        given["tools"] = openai_tools(given["tools"])
+    given = _rename_limit(given)
+    if isinstance(given.get("tools"), Sequence):  # else the engine refuses it
+        given["tools"] = [_translate_tool(tool) for tool in given["tools"]]
     if "tool_choice" in given:
-        given["tool_choice"] = _engine_choice(given["tool_choice"])
+        given["tool_choice"] = _translate_choice(given["tool_choice"])
     return given
 
 
-def under_own_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` with the token limit under its one name here, ``max_tokens``.
+def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with the token limit under its one name here, ``max_tokens``.
 
     Raises:
         ValueError: if it is given twice.
     """
     renamed = dict(given)
-    if renamed.get("max_new_tokens") is not None:
-        limit = renamed.get("max_tokens")
-        require(limit is None, "max_tokens", limit, "nothing beside max_new_tokens")
-        renamed["max_tokens"] = renamed["max_new_tokens"]
-    renamed.pop("max_new_tokens", None)
+    limit = renamed.pop("max_new_tokens", None)
+    if limit is not None:
+        known = renamed.get("max_tokens")
+        require(known is None, "max_tokens", known, "nothing beside max_new_tokens")
+        renamed["max_tokens"] = limit
     return renamed
 
 
-def openai_tools(tools: Any) -> Any:
-    """Tools as OpenAI has them where they are LlamaIndex's; anything else unchanged, for the engine to check."""
-    if not isinstance(tools, Sequence):
-        return tools
-    return [
-        tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool for tool in tools
-    ]
+def _translate_tool(tool: Any) -> Any:
+    return tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool
 
 
-def _engine_choice(choice: Any) -> Any:
+def _translate_choice(choice: Any) -> Any:
     """The engine's name for a tool choice in OpenAI's form."""
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
         return name or choice  # which the engine refuses
     return "any" if choice == "required" else choice
-
-
-def engine_options(options: Mapping[str, Any]) -> GenerateOptions:
-    """``options`` under the engine's names.
-
-    Raises:
-        ValueError: if the token limit is not one.
-    """
-    named = dict(options)
-    limit = named.pop("max_tokens")
-    require(isinstance(limit, int) and limit >= 1, "max_tokens", limit, "an integer of 1 or more")
-    return GenerateOptions(**named, max_new_tokens=limit)  # type: ignore[typeddict-item]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from semsharekv_integrations.concurrency.threads import hold_at_forks
-from semsharekv_integrations.errors import require
+from semsharekv_integrations.frameworks import collect_texts
 from semsharekv_integrations.request import DocumentNotes, Documents, make_document_id
 
 CONTEXT_ARGUMENTS = ("context_str", "context_msg", "context")
@@ -42,13 +42,13 @@ class NodeText:
     forms: tuple[str, ...]
 
     @classmethod
-    def of(cls, item: BaseNode | NodeWithScore) -> NodeText:
+    def read(cls, item: BaseNode | NodeWithScore) -> NodeText:
         """The text of a node, with or without score."""
         node = item.node if isinstance(item, NodeWithScore) else item
         forms = (node.get_content(metadata_mode=mode).strip() for mode in (MetadataMode.LLM, MetadataMode.NONE))
         return cls(node.node_id, node.ref_doc_id, tuple(dict.fromkeys(form for form in forms if form)))
 
-    def standing_in(self, text: str) -> str | None:
+    def find_form(self, text: str) -> str | None:
         """The form that stands in ``text``, if any."""
         return next((form for form in self.forms if form in text), None)
 
@@ -73,7 +73,7 @@ class NodeNotes:
 
     def add(self, namespace: str, nodes: Iterable[BaseNode | NodeWithScore]) -> None:
         """Note nodes; beyond ``MOST_NOTED_NODES`` those noted longest ago are dropped."""
-        texts = [NodeText.of(node) for node in nodes]
+        texts = [NodeText.read(node) for node in nodes]
         with self._lock:
             for text in texts:
                 self._nodes.pop((namespace, text.node_id), None)
@@ -81,7 +81,7 @@ class NodeNotes:
             while len(self._nodes) > MOST_NOTED_NODES:
                 self._nodes.popitem(last=False)
 
-    def of(self, namespace: str) -> list[NodeText]:
+    def list_latest(self, namespace: str) -> list[NodeText]:
         """What is noted in ``namespace``, latest first."""
         with self._lock:
             return [text for (where, _), text in reversed(self._nodes.items()) if where == namespace]
@@ -99,7 +99,7 @@ class MessagesPrompt(list[ChatMessage]):
     parts: tuple[str, ...] = ()
 
 
-def context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+def find_context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The paragraphs of what a template's context arguments are filled with."""
     given = {**template.kwargs, **arguments}
     values = [given[name] for name in CONTEXT_ARGUMENTS if name in given]
@@ -108,7 +108,7 @@ def context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any]) ->
     return tuple(part for part in parts if len(part) >= SHORTEST_PART_CHARS)
 
 
-def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Documents:
+def name_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Documents:
     """Texts by id where LlamaIndex nodes are among ``documents``; anything else unchanged, for the engine to check.
 
     Nodes without text, such as images, are left out.
@@ -118,30 +118,30 @@ def given_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Docu
     """
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
-    where, texts, nodes = _whole_text(prompt), dict[str, str](), list[NodeText]()
-    for item in documents:
-        key, text = make_document_id(item) if isinstance(item, str) else "", item
-        if isinstance(item, BaseNode | NodeWithScore):
-            nodes.append(node := NodeText.of(item))
-            if not node.forms:
-                continue
-            key, text = node.node_id, node.standing_in(where) or node.forms[0]
-        key = key or make_document_id(item)
-        require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
-        texts[key] = text
-    return _labelled(texts, nodes, required=texts)
+    read = [NodeText.read(item) if isinstance(item, BaseNode | NodeWithScore) else item for item in documents]
+    named, nodes = _name_texts(read, _join_texts(prompt)), [item for item in read if isinstance(item, NodeText)]
+    texts = collect_texts((key, text) for key, text in named if text)
+    return _label_texts(texts, nodes, required=texts)
 
 
-def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
+def _name_texts(items: Iterable[Any], prompt: str) -> Iterator[tuple[str, Any]]:
+    for item in items:
+        if isinstance(item, NodeText):
+            yield item.node_id, item.find_form(prompt) or next(iter(item.forms), "")
+        else:
+            yield make_document_id(item), item
+
+
+def find_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
     """The documents of ``prompt``, by id and in order, as far as noted nodes, cache points and arguments tell.
 
     Where hints overlap, nodes come before cache points, these before arguments, and longer nodes before shorter ones.
     A node that stands in the prompt but overlaps another is a further name of that, so that it can be forgotten.
     """
-    where = _whole_text(prompt)
-    nodes = [(node, form) for node in noted if (form := node.standing_in(where)) is not None]
+    where = _join_texts(prompt)
+    nodes = [(node, form) for node in noted if (form := node.find_form(where)) is not None]
     nodes.sort(key=lambda pair: -len(pair[1]))
-    parts = (*_marked(prompt), *getattr(prompt, "parts", ()))
+    parts = (*_find_marked(prompt), *getattr(prompt, "parts", ()))
     placed: list[_Place] = []
     covered: dict[str, list[str]] = {}  # ids of nodes that overlap others, with the ids of these
     for key, text in [
@@ -154,10 +154,10 @@ def hinted_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeTe
             placed.append(place)
         covered[key] = over
     texts = {place.document_id: place.text for place in sorted(placed)}
-    return _labelled(texts, [node for node, _ in nodes], covered=covered)
+    return _label_texts(texts, [node for node, _ in nodes], covered=covered)
 
 
-def _labelled(
+def _label_texts(
     texts: dict[str, str],
     nodes: Iterable[NodeText],
     *,
@@ -185,7 +185,7 @@ class _Place(NamedTuple):
         return self.start < other.start + len(other.text) and other.start < self.start + len(self.text)
 
 
-def _marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
+def _find_marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
     """The text of each message up to each of its cache points, from the one before."""
     found = []
     for message in () if isinstance(prompt, str) else prompt:
@@ -199,7 +199,7 @@ def _marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
     return [text for text in found if text]
 
 
-def _whole_text(prompt: str | Sequence[ChatMessage]) -> str:
+def _join_texts(prompt: str | Sequence[ChatMessage]) -> str:
     if isinstance(prompt, str):
         return prompt
     return _BETWEEN_MESSAGES.join(message.content or "" for message in prompt)

@@ -1,13 +1,16 @@
-"""LlamaIndex's LLM interface over a ``SemShareEngine``: chat and completion, each sync, async and streamed.
+"""LlamaIndex's LLM interface over a ``SemShareEngine``: chat, completion and objects, each sync, async and streamed.
 
 A call is translated into one prompt and one set of options, and handed to the engine; streams and whole answers come
-from the same flow there. Knows nothing about tokens, caches or how KV is reused.
+from the same flow there. Answers that are objects are held to the JSON schema of their class. Knows nothing about
+tokens, caches or how KV is reused.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
@@ -19,27 +22,36 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     CompletionResponseAsyncGen,
     CompletionResponseGen,
+    MessageRole,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.output_parsers import PydanticOutputParser
+from llama_index.core.program.utils import process_streaming_objects
+from llama_index.core.prompts.base import BasePromptTemplate
+from llama_index.core.types import Model, PydanticProgramMode
 
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import require
+from semsharekv_integrations.frameworks import describe_engine, make_engine, require_agreement
+from semsharekv_integrations.llama_index.base import EngineLLM
 from semsharekv_integrations.llama_index.messages import (
     Responder,
     astream_responses,
-    chat_response,
-    completion_response,
-    engine_messages,
-    handed_on,
+    hand_on_errors,
+    keep_one_call,
+    make_chat_response,
+    make_completion_response,
+    make_whole_response,
     stream_responses,
-    whole_response,
+    translate_messages,
 )
-from semsharekv_integrations.llama_index.tools import SchemaLLM, with_one_call
-from semsharekv_integrations.model.loading import merge_arguments
+from semsharekv_integrations.request import GenerateOptions
 from semsharekv_integrations.text.prompt import Prompt
 
+Options = dict[str, Any] | None
 
-class SemShareKVLLM(SchemaLLM):
+
+class SemShareKVLLM(EngineLLM):
     """A local transformers model as a LlamaIndex LLM, which reuses the KV cache of what it has seen.
 
     Constructing it loads nothing: configuration and tokenizer are read when ``metadata`` or ``tokenize`` is first
@@ -53,7 +65,7 @@ class SemShareKVLLM(SchemaLLM):
         Settings.llm = llm
         Settings.tokenizer = llm.tokenize
 
-    Every call also takes, by keyword: the sampling fields, ``namespace`` and ``session`` below (None means the field's
+    Every call also takes, by keyword: the sampling fields, ``namespace`` and ``session`` (None means the field's
     value), ``max_new_tokens`` for ``max_tokens``, ``documents`` that stand in the prompt (texts, texts by id, or
     LlamaIndex nodes), ``json_schema`` that the answer must follow, and in chats ``tools`` (LlamaIndex's, or as OpenAI
     has them), ``tool_choice`` (``auto``, ``none``, ``any`` or ``required``, or a tool's name) and
@@ -68,7 +80,7 @@ class SemShareKVLLM(SchemaLLM):
     Args:
         model: local folder, hub id, or ``semsharekv/reference``.
         engine: a shared engine instead, which brings its own model and settings.
-        fields: the fields below.
+        fields: those below, and those of ``SamplingConfig``, with ``max_tokens`` for ``max_new_tokens``.
 
     Attributes:
         mode: ``auto``, ``off``, ``exact``, ``identical``, ``semantic`` or ``paper`` (see ``ReuseConfig``); None for
@@ -82,13 +94,6 @@ class SemShareKVLLM(SchemaLLM):
             copies; ``kv_namespace`` is what the engine calls it.
         session: name of the conversation, whose own earlier turns are continued even if their KV is approximate, or
             None; see ``scoped``.
-        temperature: 0 is greedy. Default 0.
-        top_p: share of probability mass kept, above 0 up to 1. Default 1.
-        top_k: number of likeliest tokens kept, or None for the model's own default.
-        repetition_penalty: above 1 discourages tokens seen before; None for the model's own default.
-        seed: of every call's random generator, or None for a fresh one.
-        max_tokens: most tokens to generate. Default 256.
-        stop: strings that end the text; they are not part of it.
         chat_template_kwargs: more variables for the chat template, such as ``enable_thinking``, or None.
         is_chat_model: whether LlamaIndex sends prompts as messages; None: if the tokenizer has a chat template.
         is_function_calling_model: whether LlamaIndex gives it tools; None: if it is a chat model that is prompted by
@@ -106,93 +111,174 @@ class SemShareKVLLM(SchemaLLM):
     ) -> None:
         fields = {"model": os.fspath(model) if isinstance(model, os.PathLike) else model, **fields}
         if engine is not None:
-            require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
-            own = {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
-            _require_agreement(own, fields)
+            own = describe_engine(engine)
+            require_agreement(own, fields)
             fields |= own
         require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
         super().__init__(**fields)
-        self._engine = engine or SemShareEngine.from_pretrained(
-            self.model, self._engine_config(), **merge_arguments(self.device, self.dtype, self.model_kwargs)
-        )
+        loading = self.device, self.dtype, self.model_kwargs
+        self._engine = engine or make_engine(self.model, self.mode, self.config, *loading)
         self._check_fields()
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The answer to a conversation."""
-        with handed_on():
-            generation = self._engine.generate(self._chat_prompt(messages), **self._options(kwargs, messages))
-            return whole_response(generation, self._chat_responder(kwargs))
+        with hand_on_errors():
+            prompt, options, respond = self._prepare_chat(messages, kwargs)
+            return make_whole_response(self._engine.generate(prompt, **options), respond)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """The answer as it grows; closing the generator cancels the call."""
-        with handed_on():
-            chunks = self._engine.stream(self._chat_prompt(messages), **self._options(kwargs, messages))
-            return stream_responses(chunks, self._chat_responder(kwargs))
+        with hand_on_errors():
+            prompt, options, respond = self._prepare_chat(messages, kwargs)
+            return stream_responses(self._engine.stream(prompt, **options), respond)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As ``chat``, without blocking the event loop."""
-        with handed_on():
-            generation = await self._engine.agenerate(self._chat_prompt(messages), **self._options(kwargs, messages))
-            return whole_response(generation, self._chat_responder(kwargs))
+        with hand_on_errors():
+            prompt, options, respond = self._prepare_chat(messages, kwargs)
+            return make_whole_response(await self._engine.agenerate(prompt, **options), respond)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As ``stream_chat``, without blocking the event loop."""
-        with handed_on():
-            chunks = self._engine.astream(self._chat_prompt(messages), **self._options(kwargs, messages))
-            return astream_responses(chunks, self._chat_responder(kwargs))
+        with hand_on_errors():
+            prompt, options, respond = self._prepare_chat(messages, kwargs)
+            return astream_responses(self._engine.astream(prompt, **options), respond)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The continuation of a text."""
-        with handed_on():
-            generation = self._engine.generate(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-            return whole_response(generation, self._completion_responder())
+        with hand_on_errors():
+            text, options, respond = self._prepare_completion(prompt, formatted, kwargs)
+            return make_whole_response(self._engine.generate(text, **options), respond)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """The continuation as it grows; closing the generator cancels the call."""
-        with handed_on():
-            chunks = self._engine.stream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-            return stream_responses(chunks, self._completion_responder())
+        with hand_on_errors():
+            text, options, respond = self._prepare_completion(prompt, formatted, kwargs)
+            return stream_responses(self._engine.stream(text, **options), respond)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As ``complete``, without blocking the event loop."""
-        with handed_on():
-            text = self._text_prompt(prompt, formatted)
-            generation = await self._engine.agenerate(text, **self._options(kwargs, prompt))
-            return whole_response(generation, self._completion_responder())
+        with hand_on_errors():
+            text, options, respond = self._prepare_completion(prompt, formatted, kwargs)
+            return make_whole_response(await self._engine.agenerate(text, **options), respond)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As ``stream_complete``, without blocking the event loop."""
-        with handed_on():
-            chunks = self._engine.astream(self._text_prompt(prompt, formatted), **self._options(kwargs, prompt))
-            return astream_responses(chunks, self._completion_responder())
+        with hand_on_errors():
+            text, options, respond = self._prepare_completion(prompt, formatted, kwargs)
+            return astream_responses(self._engine.astream(text, **options), respond)
 
-    def _chat_responder(self, call: dict[str, Any]) -> Responder[ChatResponse]:
-        respond = partial(chat_response, model_name=self.model)
-        return with_one_call(respond) if call.get("parallel_tool_calls") is False else respond
+    def _prepare_chat(
+        self, messages: Sequence[ChatMessage], call: Mapping[str, Any]
+    ) -> tuple[Prompt, GenerateOptions, Responder[ChatResponse]]:
+        """The engine's prompt and options, and what makes a response of its answer."""
+        to_prompt = translate_messages if self.uses_template else self.messages_to_prompt
+        respond: Responder[ChatResponse] = partial(make_chat_response, model_name=self.model)
+        if call.get("parallel_tool_calls") is False:
+            respond = keep_one_call(respond)
+        return to_prompt(messages), self._make_options(call, messages), respond
 
-    def _completion_responder(self) -> Responder[CompletionResponse]:
-        return partial(completion_response, model_name=self.model)
-
-    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
-        to_prompt = self.messages_to_prompt
-        return engine_messages(messages) if to_prompt is None or self.uses_template else to_prompt(messages)
-
-    def _text_prompt(self, prompt: str, formatted: bool) -> str:
+    def _prepare_completion(
+        self, prompt: str, formatted: bool, call: Mapping[str, Any]
+    ) -> tuple[str, GenerateOptions, Responder[CompletionResponse]]:
         require(isinstance(prompt, str), "prompt", type(prompt).__name__, "a text; chat takes messages")
-        return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
+        text = prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
+        return text, self._make_options(call, prompt), partial(make_completion_response, model_name=self.model)
 
+    def structured_predict(
+        self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
+    ) -> Model:
+        """An object of ``output_cls``, whose JSON schema decoding is held to."""
+        prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
+        return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
-def _require_agreement(own: dict[str, Any], given: dict[str, Any]) -> None:
-    """An engine brings model and settings; a field that says otherwise is a mistake."""
-    for name in ("model", "mode", "config", "device", "dtype", "model_kwargs"):
-        value = given.get(name)
-        accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
-        require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")
+    async def astructured_predict(
+        self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
+    ) -> Model:
+        """As ``structured_predict``, without blocking the event loop."""
+        prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
+        return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    def stream_structured_predict(
+        self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
+    ) -> Generator[Any, None, None]:
+        """The object as it grows: with the fields that are there so far."""
+        prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
+        return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    async def astream_structured_predict(
+        self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As ``stream_structured_predict``, without blocking the event loop."""
+        prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
+        return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    def _add_schema(
+        self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options
+    ) -> tuple[Any, dict[str, Any]]:
+        """A copy of the template, which LlamaIndex adds the schema to, and the call's options with the schema."""
+        options = dict(llm_kwargs or {})
+        if self.pydantic_program_mode == PydanticProgramMode.LLM:
+            options.setdefault("json_schema", output_cls.model_json_schema())
+        return copy.copy(prompt), options
+
+    def _structured_stream_call(
+        self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
+    ) -> Generator[Any, None, None]:
+        if self.pydantic_program_mode != PydanticProgramMode.LLM:
+            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+        asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
+        if isinstance(asked, str):
+            return self._read_objects(output_cls, self.stream_complete(asked, formatted=True, **options))
+        return self._read_objects(output_cls, self.stream_chat(asked, **options))
+
+    async def _structured_astream_call(
+        self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
+    ) -> AsyncGenerator[Any, None]:
+        if self.pydantic_program_mode != PydanticProgramMode.LLM:
+            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+        asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
+        if isinstance(asked, str):
+            return self._aread_objects(output_cls, await self.astream_complete(asked, formatted=True, **options))
+        return self._aread_objects(output_cls, await self.astream_chat(asked, **options))
+
+    def _fill_prompt(
+        self, output_cls: type[Model], prompt: Any, prompt_args: dict[str, Any]
+    ) -> str | list[ChatMessage]:
+        """The prompt, filled in, with the schema in words."""
+        prompt.output_parser = PydanticOutputParser(output_cls=output_cls)
+        if self.metadata.is_chat_model:
+            return self._get_messages(prompt, **prompt_args)
+        return self._get_prompt(prompt, **prompt_args)
+
+    def _read_objects(
+        self, output_cls: type[Model], responses: Generator[Any, None, None]
+    ) -> Generator[Any, None, None]:
+        found: Any = None
+        with closing(responses):
+            for response in responses:
+                found = self._read_object(output_cls, response, found)
+                yield found
+
+    async def _aread_objects(
+        self, output_cls: type[Model], responses: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[Any, None]:
+        found: Any = None
+        async with aclosing(responses):
+            async for response in responses:
+                found = self._read_object(output_cls, response, found)
+                yield found
+
+    def _read_object(self, output_cls: type[Model], response: ChatResponse | CompletionResponse, before: Any) -> Any:
+        """The object as far as the answer goes: of another class, without its checks, while fields are missing."""
+        text = response.text if isinstance(response, CompletionResponse) else response.message.content
+        answer = ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text or ""))
+        return process_streaming_objects(answer, output_cls, cur_objects=before and [before], llm=self)

@@ -1,24 +1,16 @@
 """LlamaIndex's messages to the engine's on the way in, and the engine's answers to LlamaIndex's on the way out.
 
-Tool calls are in both forms that LlamaIndex knows: blocks, and in ``additional_kwargs`` as OpenAI has them. Knows
-neither settings nor models; every function depends on its arguments only.
-
-Content blocks of LlamaIndex's messages as text, in a history that any provider's model may have begun.
-
-Text is read; reasoning, cache points and what an answer cites are left out; what holds an image, a sound or a file that
-is no text is refused: the answer would be about something else without it. Knows nothing about tool calls.
-
-What the engine refuses, as errors that LlamaIndex hands on to its caller.
-
-LlamaIndex's synthesizers, programs and extractors catch ``ValueError`` and ``TypeError``, which they take for an answer
-that cannot be parsed, and go on as if the model had said nothing. Knows nothing about calls.
+Any provider's model may have begun a history. Its text is read; reasoning, cache points and what an answer cites are
+left out; what holds an image, a sound or a file that is no text is refused: the answer would be about something else
+without it. Tool calls are in both forms that LlamaIndex knows: blocks, and in ``additional_kwargs`` as OpenAI has them.
+Knows neither settings nor models; every function depends on its arguments only.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, closing
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms import types
@@ -33,6 +25,13 @@ from llama_index.core.base.llms.types import (
 )
 
 from semsharekv_integrations.errors import CallError, require
+from semsharekv_integrations.frameworks import (
+    count_tokens,
+    make_function_id,
+    merge_turns,
+    parse_arguments,
+    translate_errors,
+)
 from semsharekv_integrations.report import Generation, GenerationChunk, ToolCall
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
@@ -49,77 +48,114 @@ _ROLES = {
     MessageRole.FUNCTION: "tool",
 }
 _MERGED_ROLES = ("system", "user")
+_LATER_BLOCKS = {  # which early versions have not
+    name: getattr(types, name, ()) for name in ("ToolCallBlock", "ThinkingBlock", "CitableBlock", "CitationBlock")
+}
+TOOL_CALL_BLOCK: Any = _LATER_BLOCKS["ToolCallBlock"]
+_LEFT_OUT = (CachePoint, TOOL_CALL_BLOCK, _LATER_BLOCKS["ThinkingBlock"])
+_ACCEPTED = "a text block, or a document of text with its data"
 
 
-def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+def translate_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages with ``role`` and ``content``, and what belongs to tools, as chat templates take them.
 
-    Consecutive system messages, and consecutive user messages, become one, joined by an empty line, since many
-    templates refuse them. Cache points are left out: see ``documents``. So is a message all of whose blocks are.
+    Consecutive system messages, and consecutive user messages, become one. Cache points are left out: see
+    ``documents``. So is a message all of whose blocks are.
 
     Raises:
         ValueError: if a message holds anything but text and tool calls.
     """
     a_list = isinstance(messages, Sequence) and not isinstance(messages, str)
     require(a_list, "messages", type(messages).__name__, "a list of LlamaIndex's ChatMessage")
-    merged: list[dict[str, Any]] = []
+    return merge_turns(_read_turns(messages), _MERGED_ROLES)
+
+
+def _read_turns(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
     for index, message in enumerate(messages):
         require(isinstance(message, ChatMessage), f"messages[{index}]", type(message).__name__, "a ChatMessage")
-        role, text, tools = _ROLES[message.role], message_text(index, message), _of_tools(message)
-        if text is None and not tools:
-            continue
-        if merged and merged[-1]["role"] == role and role in _MERGED_ROLES:
-            merged[-1]["content"] += f"\n\n{text}"
-        else:
-            merged.append({"role": role, "content": text or "", **tools})
-    return merged
+        role, text, tools = _ROLES[message.role], _read_message(index, message), _read_tool_fields(message)
+        if text is not None or tools:
+            yield {"role": role, "content": text or "", **tools}
 
 
-def _of_tools(message: ChatMessage) -> dict[str, Any]:
+def _read_message(index: int, message: ChatMessage) -> str | None:
+    """The text of a message; None if it has blocks, all of which are left out.
+
+    Raises:
+        ValueError: naming the block that is no text.
+    """
+    cites = _ROLES[message.role] == "assistant"
+    fields = (f"messages[{index}].blocks[{at}]" for at in range(len(message.blocks)))
+    found = [_read_block(field, block, cites=cites) for field, block in zip(fields, message.blocks, strict=True)]
+    texts = [text for text in found if text is not None]
+    return None if message.blocks and not texts else "\n".join(texts)
+
+
+def _read_block(field: str, block: Any, *, cites: bool) -> str | None:
+    """The text of a block, or None for one that is left out; ``cites`` if what it cites is said beside it."""
+    if isinstance(block, TextBlock):
+        return block.text
+    if isinstance(block, _LEFT_OUT):
+        return None
+    if isinstance(block, _LATER_BLOCKS["CitationBlock"]):
+        return None if cites else _read_block(f"{field}.cited_content", block.cited_content, cites=cites)
+    if isinstance(block, _LATER_BLOCKS["CitableBlock"]):
+        parts = (_read_block(f"{field}.content[{at}]", part, cites=cites) for at, part in enumerate(block.content))
+        return "\n".join(part for part in parts if part is not None)
+    text = _read_document(block) if isinstance(block, DocumentBlock) else None
+    require(text is not None, field, getattr(block, "block_type", type(block).__name__), _ACCEPTED)
+    return text
+
+
+def _read_document(block: DocumentBlock) -> str | None:
+    """The text of a document that brings it along; nothing is fetched, and no file is opened."""
+    if block.data is None or not str(block.document_mimetype).startswith("text/"):
+        return None
+    try:
+        return block.resolve_document().read().decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _read_tool_fields(message: ChatMessage) -> dict[str, Any]:
     """An assistant's tool calls, or which call a tool's result belongs to."""
     role, more = _ROLES[message.role], message.additional_kwargs
     if role == "assistant":
-        calls = _history_calls(message)
-        return {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
+        calls = _read_history_calls(message)
+        return {"tool_calls": [_write_call(call) for call in calls]} if calls else {}
     if message.role == MessageRole.FUNCTION and more.get("name"):
-        return {"tool_call_id": more.get("tool_call_id") or _function_id(more["name"]), "name": more["name"]}
+        return {"tool_call_id": more.get("tool_call_id") or make_function_id(more["name"]), "name": more["name"]}
     names = ("tool_call_id", "name") if role == "tool" else ()
     return {name: more[name] for name in names if more.get(name)}
 
 
-def _history_calls(message: ChatMessage) -> list[ToolCall]:
+def _read_history_calls(message: ChatMessage) -> list[ToolCall]:
     """The calls of a message, those left out whose arguments are no JSON, as another provider's cut answer has them."""
-    function = message.additional_kwargs.get("function_call")
-    if isinstance(function, Mapping) and function.get("name") and not _given_calls(message):
-        given = [(_function_id(function["name"]), function["name"], function.get("arguments"))]
-    else:
-        given = _given_calls(message)
-    return [ToolCall(id_, name, parsed) for id_, name, arguments in given if (parsed := _parsed(arguments)) is not None]
+    given, function = _list_calls(message), message.additional_kwargs.get("function_call")
+    if isinstance(function, Mapping) and function.get("name") and not given:
+        given = [(make_function_id(function["name"]), function["name"], function.get("arguments"))]
+    parsed = ((id_, name, parse_arguments(arguments)) for id_, name, arguments in given)
+    return [ToolCall(id_, name, arguments) for id_, name, arguments in parsed if arguments is not None]
 
 
-def _function_id(name: object) -> str:
-    """What binds a function's result to its call, which have names alone."""
-    return f"function-{name}"
-
-
-def message_calls(message: ChatMessage) -> list[ToolCall]:
+def read_calls(message: ChatMessage) -> list[ToolCall]:
     """The tool calls of a message: its blocks', or else those in ``additional_kwargs``.
 
     Raises:
         ValueError: if one is in no known form.
     """
-    return [ToolCall(id_, name, _arguments(arguments)) for id_, name, arguments in _given_calls(message)]
+    return [ToolCall(id_, name, _require_arguments(arguments)) for id_, name, arguments in _list_calls(message)]
 
 
-def _given_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
+def _list_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
     """Id, name and arguments of each call, these as they are."""
     blocks: list[Any] = [block for block in message.blocks if isinstance(block, TOOL_CALL_BLOCK)]
     if blocks:
         return [(block.tool_call_id or "", block.tool_name, block.tool_kwargs) for block in blocks]
-    return [_given_call(call) for call in message.additional_kwargs.get("tool_calls") or ()]
+    return [_read_call(call) for call in message.additional_kwargs.get("tool_calls") or ()]
 
 
-def _given_call(call: Any) -> tuple[str, str, Any]:
+def _read_call(call: Any) -> tuple[str, str, Any]:
     plain = call.model_dump() if hasattr(call, "model_dump") else call  # OpenAI's own classes
     function = plain.get("function") if isinstance(plain, Mapping) else None
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
@@ -128,26 +164,19 @@ def _given_call(call: Any) -> tuple[str, str, Any]:
     return plain.get("id") or "", function["name"], function.get("arguments")
 
 
-def _arguments(arguments: Any) -> dict[str, Any]:
-    parsed = _parsed(arguments)
+def _require_arguments(arguments: Any) -> dict[str, Any]:
+    parsed = parse_arguments(arguments)
     require(parsed is not None, "arguments of a tool call", arguments, "an object, or one as JSON text")
     return parsed or {}
 
 
-def _parsed(arguments: Any) -> dict[str, Any] | None:
-    """Arguments of a call, given as such or as JSON text; None if they are neither."""
-    with suppress(json.JSONDecodeError):
-        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    return dict(arguments) if isinstance(arguments, Mapping) else None
-
-
-def openai_call(call: ToolCall) -> dict[str, Any]:
+def _write_call(call: ToolCall) -> dict[str, Any]:
     """A tool call as OpenAI has it, with its arguments as JSON text."""
     function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def chat_response(
+def make_chat_response(
     text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
 ) -> ChatResponse:
     """The answer so far; ``generation`` once it is complete."""
@@ -155,27 +184,27 @@ def chat_response(
     if TOOL_CALL_BLOCK:
         named = ({"tool_call_id": call.id, "tool_name": call.name, "tool_kwargs": call.arguments} for call in calls)
         blocks += [TOOL_CALL_BLOCK(**call) for call in named]
-    more = {"tool_calls": [openai_call(call) for call in calls]} if calls else {}
+    more = {"tool_calls": [_write_call(call) for call in calls]} if calls else {}
     message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=more)
-    return ChatResponse(message=message, delta=delta, **_details(generation, model_name))
+    return ChatResponse(message=message, delta=delta, **_describe_generation(generation, model_name))
 
 
-def completion_response(
+def keep_one_call(respond: Responder[ChatResponse]) -> Responder[ChatResponse]:
+    """``respond``, told of the first tool call alone."""
+    return lambda text, delta, calls, generation: respond(text, delta, calls[:1], generation)
+
+
+def make_completion_response(
     text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
 ) -> CompletionResponse:
     """The completion so far, in which there are no calls; ``generation`` once it is complete."""
-    return CompletionResponse(text=text, delta=delta, **_details(generation, model_name))
+    return CompletionResponse(text=text, delta=delta, **_describe_generation(generation, model_name))
 
 
-def _details(generation: Generation | None, model_name: str) -> dict[str, Any]:
+def _describe_generation(generation: Generation | None, model_name: str) -> dict[str, Any]:
     if generation is None:
         return {}
-    report = generation.report
-    counts = {
-        "prompt_tokens": report.prompt_tokens,
-        "completion_tokens": report.output_tokens,
-        "total_tokens": report.prompt_tokens + report.output_tokens,
-    }
+    report, counts = generation.report, count_tokens(generation.report)
     raw = {
         "model": model_name,
         "finish_reason": generation.finish_reason,
@@ -185,7 +214,7 @@ def _details(generation: Generation | None, model_name: str) -> dict[str, Any]:
     return {"raw": raw, "additional_kwargs": counts}
 
 
-def whole_response(generation: Generation, respond: Responder[Response]) -> Response:
+def make_whole_response(generation: Generation, respond: Responder[Response]) -> Response:
     """The response that a finished call gives."""
     return respond(generation.text, None, generation.tool_calls, generation)
 
@@ -195,7 +224,7 @@ def stream_responses(
 ) -> Generator[Response, None, None]:
     """One response for each chunk, with the text so far; closing this generator cancels the engine's call."""
     text, calls = "", tuple[ToolCall, ...]()
-    with handed_on(), closing(chunks):
+    with hand_on_errors(), closing(chunks):
         for chunk in chunks:
             text, calls = text + chunk.text, calls + chunk.tool_calls
             yield respond(text, chunk.text, calls, chunk.generation)
@@ -206,68 +235,21 @@ async def astream_responses(
 ) -> AsyncGenerator[Response, None]:
     """As ``stream_responses``."""
     text, calls = "", tuple[ToolCall, ...]()
-    with handed_on():
+    with hand_on_errors():
         async with aclosing(chunks):
             async for chunk in chunks:
                 text, calls = text + chunk.text, calls + chunk.tool_calls
                 yield respond(text, chunk.text, calls, chunk.generation)
 
 
-_LATER_BLOCKS = {  # which early versions have not
-    name: getattr(types, name, ()) for name in ("ToolCallBlock", "ThinkingBlock", "CitableBlock", "CitationBlock")
-}
-TOOL_CALL_BLOCK: Any = _LATER_BLOCKS["ToolCallBlock"]
-_LEFT_OUT = (CachePoint, TOOL_CALL_BLOCK, _LATER_BLOCKS["ThinkingBlock"])
-_ACCEPTED = "a text block, or a document of text with its data"
+def hand_on_errors() -> AbstractContextManager[None]:
+    """Inside, a ``ValueError`` or ``TypeError`` is raised as a ``CallError`` with the same message.
 
-
-def message_text(index: int, message: ChatMessage) -> str | None:
-    """The text of a message; None if it has blocks, all of which are left out.
-
-    Raises:
-        ValueError: naming the block that is no text.
+    LlamaIndex's synthesizers, programs and extractors catch the two, which they take for an answer that cannot be
+    parsed, and go on as if the model had said nothing.
     """
-    cites = message.role in ("assistant", "chatbot", "model")
-    texts = []
-    for at, block in enumerate(message.blocks):
-        text = _block_text(f"messages[{index}].blocks[{at}]", block, cites=cites)
-        if text is not None:
-            texts.append(text)
-    return None if message.blocks and not texts else "\n".join(texts)
+    return translate_errors((ValueError, TypeError), _make_call_error)
 
 
-def _block_text(field: str, block: Any, *, cites: bool) -> str | None:
-    """The text of a block, or None for one that is left out; ``cites`` if what it cites is said beside it."""
-    if isinstance(block, TextBlock):
-        return block.text
-    if isinstance(block, _LEFT_OUT):
-        return None
-    if isinstance(block, _LATER_BLOCKS["CitationBlock"]):
-        return None if cites else _block_text(f"{field}.cited_content", block.cited_content, cites=cites)
-    if isinstance(block, _LATER_BLOCKS["CitableBlock"]):
-        parts = (_block_text(f"{field}.content[{at}]", part, cites=cites) for at, part in enumerate(block.content))
-        return "\n".join(part for part in parts if part is not None)
-    text = _document_text(block) if isinstance(block, DocumentBlock) else None
-    require(text is not None, field, getattr(block, "block_type", type(block).__name__), _ACCEPTED)
-    return text
-
-
-def _document_text(block: DocumentBlock) -> str | None:
-    """The text of a document that brings it along; nothing is fetched, and no file is opened."""
-    if block.data is None or not str(block.document_mimetype).startswith("text/"):
-        return None
-    try:
-        return block.resolve_document().read().decode()
-    except UnicodeDecodeError:
-        return None
-
-
-@contextmanager
-def handed_on() -> Iterator[None]:
-    """Inside, a ``ValueError`` or ``TypeError`` becomes a ``CallError`` with the same message."""
-    try:
-        yield
-    except ValueError as error:
-        raise CallError(str(error)) from error
-    except TypeError as error:
-        raise CallError(f"TypeError: {error}") from error
+def _make_call_error(error: Exception) -> CallError:
+    return CallError(str(error) if isinstance(error, ValueError) else f"TypeError: {error}")

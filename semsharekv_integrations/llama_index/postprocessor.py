@@ -1,8 +1,7 @@
-"""A query engine's last node postprocessor, which tells the LLM what was retrieved. Changes no nodes.
+"""Two places in LlamaIndex's pipelines that tell the LLM of nodes before prompts hold them; neither changes a node.
 
-KV ahead of time: a transformation of an ingestion pipeline that computes what queries will reuse.
-
-Changes no nodes. Knows nothing about how KV is computed or kept.
+A query engine's last postprocessor notes what was retrieved. An ingestion pipeline's last transformation computes the
+KV that queries will reuse. Knows nothing about how KV is computed or kept.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.request import check_optional_name
 
 
-def settings_llm() -> EngineLLM:
+def find_settings_llm() -> EngineLLM:
     """LlamaIndex's global LLM.
 
     Raises:
@@ -54,7 +53,7 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
         ValueError: if the LLM is of another class.
     """
 
-    llm: EngineLLM = Field(default_factory=settings_llm, exclude=True)
+    llm: EngineLLM = Field(default_factory=find_settings_llm, exclude=True)
     namespace: str | None = None
 
     @classmethod
@@ -92,7 +91,7 @@ class SemShareKVWarmer(TransformComponent):
         ValueError: naming the field, its value and what is accepted.
     """
 
-    llm: EngineLLM = Field(default_factory=settings_llm, exclude=True)
+    llm: EngineLLM = Field(default_factory=find_settings_llm, exclude=True)
     namespace: str | None = None
     pinned: bool = False
     ttl_s: float | None = None
@@ -100,7 +99,7 @@ class SemShareKVWarmer(TransformComponent):
 
     @field_validator("ttl_s", mode="before")
     @classmethod
-    def _checked_lifetime(cls, ttl_s: Any) -> Any:
+    def _check_lifetime(cls, ttl_s: Any) -> Any:
         check_lifetime("ttl_s", ttl_s)
         return ttl_s
 
@@ -127,7 +126,7 @@ class SemShareKVWarmer(TransformComponent):
         Raises:
             ContextWindowError: if a node's text is longer than the model's context window.
         """
-        forms = {node.node_id: NodeText.of(node).forms for node in nodes}
+        forms = {node.node_id: NodeText.read(node).forms for node in nodes}
         texts = {key: found[0] for key, found in forms.items() if found}
         stored = self.llm.engine.warm(texts, self._namespace, self.pinned, self.ttl_s, self.progress)
         if stored < len(texts) and self.llm.engine.config.reuse.mode != "off":

@@ -17,6 +17,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts
 # From the top down. A module may import from lower layers and from its own.
 LAYERS = (
     {"langchain", "llama_index", "metrics", "serve", "cli", "__main__"},
+    {"frameworks"},
     {"engine"},
     {"memory", "identity"},
     {"runtime"},

@@ -20,8 +20,8 @@ from langchain_tests.integration_tests.chat_models import magic_function, magic_
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from semsharekv_integrations.langchain.messages import engine_messages
-from semsharekv_integrations.langchain.tools import openai_tools
+from semsharekv_integrations.langchain.messages import translate_messages
+from semsharekv_integrations.langchain.tools import translate_tools
 from semsharekv_integrations.text.prompt import PromptRenderer
 from tool_templates import TAGGED
 
@@ -135,8 +135,8 @@ def trained_model(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Dialog
 def _row(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt and answer in tokens, and the same with -1 in place of the prompt."""
     renderer = PromptRenderer(tokenizer)
-    tools = openai_tools(dialogue.tools)
-    prompt = renderer.render(engine_messages([HumanMessage(dialogue.question)]), {}, tools=tools).token_ids
+    tools = translate_tools(dialogue.tools)
+    prompt = renderer.render(translate_messages([HumanMessage(dialogue.question)]), {}, tools=tools).token_ids
     said = dialogue.answer
     text = said if isinstance(said, str) else renderer.tool_format.write([said])
     answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]

@@ -19,7 +19,7 @@ from langchain_core.runnables import RunnableConfig
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations import langchain as ours
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVMiddleware
-from semsharekv_integrations.langchain.middleware import informed
+from semsharekv_integrations.langchain.middleware import inform_model
 
 FLAG = Document("In Prorna , a green flag was raised on Monday .", id="flag")
 FLOOD = Document("In Erivia , a flood affected 12 people .", id="flood")
@@ -54,19 +54,19 @@ async def test_documents_and_thread_of_the_state_reach_the_model(chat: ChatSemSh
 def test_documents_of_trimmed_messages_are_known(chat: ChatSemShareKV) -> None:
     whole = [HumanMessage("."), AIMessage("."), ToolMessage(".", tool_call_id="1", artifact={"docs": [FLAG]})]
     request: ModelRequest[Any] = ModelRequest(model=chat, messages=whole[:1], state={"messages": whole})
-    assert informed(request).model_settings["tracked_documents"] == {FLAG.page_content: "flag"}
+    assert inform_model(request).model_settings["tracked_documents"] == {FLAG.page_content: "flag"}
 
 
 def test_other_models_are_left_alone() -> None:
     request: ModelRequest[Any] = ModelRequest(model=FakeListChatModel(responses=["a"]), messages=[], state=state())
-    assert informed(request) is request
+    assert inform_model(request) is request
 
 
 def test_settings_of_the_agent_hold(chat: ChatSemShareKV) -> None:
     request: ModelRequest[Any] = ModelRequest(
         model=chat, messages=[], state=state(found=[FLAG]), model_settings={"session": "mine", "max_tokens": 2}
     )
-    settings = informed(request).model_settings
+    settings = inform_model(request).model_settings
     assert (settings["session"], settings["max_tokens"]) == ("mine", 2)
 
 

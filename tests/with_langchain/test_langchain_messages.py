@@ -20,11 +20,11 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
-from semsharekv_integrations.langchain.messages import engine_messages
+from semsharekv_integrations.langchain.messages import translate_messages
 
 
 def pairs(*messages: BaseMessage) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in engine_messages(messages)]
+    return [(message["role"], message["content"]) for message in translate_messages(messages)]
 
 
 def test_every_kind_has_its_role() -> None:
@@ -70,17 +70,17 @@ def test_text_blocks_are_joined_as_they_are() -> None:
 )
 def test_anything_but_text_is_refused(block: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"messages\[1\].content\[1\].type is .*; accepted is 'text'"):
-        engine_messages([SystemMessage("s"), HumanMessage(["look:", block])])
+        translate_messages([SystemMessage("s"), HumanMessage(["look:", block])])
 
 
 def test_unknown_messages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"messages\[0\] is 'RemoveMessage'"):
-        engine_messages([RemoveMessage("x")])
+        translate_messages([RemoveMessage("x")])
 
 
 def test_messages_are_left_as_they_were() -> None:
     given = [HumanMessage("a"), HumanMessage("b")]
-    engine_messages(given)
+    translate_messages(given)
     assert given == [HumanMessage("a"), HumanMessage("b")]
 
 
@@ -113,11 +113,13 @@ LEFT_OUT: list[dict[str, Any]] = [
 @pytest.mark.parametrize("block", LEFT_OUT, ids=lambda block: str(block.get("type")))
 def test_what_is_no_text_of_an_answer_is_left_out(block: dict[str, Any]) -> None:
     asked, again = HumanMessage("Who?"), HumanMessage("Since when?")
-    plain = engine_messages([asked, AIMessage("Anna Kelsen."), again])
+    plain = translate_messages([asked, AIMessage("Anna Kelsen."), again])
     for content in ([block, TEXT], [TEXT, block]):
-        assert engine_messages([asked, AIMessage(content), again]) == plain
-        assert engine_messages([asked, AIMessageChunk(content), again]) == plain
-    assert engine_messages([asked, AIMessage([block]), again]) == engine_messages([asked, again]), "nothing was said"
+        assert translate_messages([asked, AIMessage(content), again]) == plain
+        assert translate_messages([asked, AIMessageChunk(content), again]) == plain
+    assert translate_messages([asked, AIMessage([block]), again]) == translate_messages([asked, again]), (
+        "nothing was said"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_documents_of_text_are_read(block: dict[str, Any]) -> None:
 def test_media_are_refused_in_every_message(role: Any, kind: str) -> None:
     for block in ({"type": kind, "url": "x"}, {"type": "non_standard", "value": {"type": kind, "url": "x"}}):
         with pytest.raises(ValueError, match=rf"messages\[0\].content\[1\].*type is '{kind}'; accepted is 'text'"):
-            engine_messages([role([TEXT, block])])
+            translate_messages([role([TEXT, block])])
 
 
 @pytest.mark.parametrize(
@@ -170,21 +172,21 @@ def test_media_are_refused_in_every_message(role: Any, kind: str) -> None:
 )
 def test_calls_count_once_wherever_they_stand(block: dict[str, Any]) -> None:
     done = ToolMessage("42", tool_call_id="1")
-    expected = engine_messages([AIMessage("", tool_calls=[CALL]), done])
-    assert engine_messages([AIMessage([block], tool_calls=[CALL]), done]) == expected
+    expected = translate_messages([AIMessage("", tool_calls=[CALL]), done])
+    assert translate_messages([AIMessage([block], tool_calls=[CALL]), done]) == expected
     for content in ([block], [{"type": "thinking", "thinking": "Hm."}, block]):
-        assert engine_messages([AIMessage(content), done]) == expected
+        assert translate_messages([AIMessage(content), done]) == expected
 
 
 def test_functions_from_before_tools_are_read() -> None:
     function = {"name": "f", "arguments": json.dumps({"town": "Prorna"})}
-    call, result = engine_messages(
+    call, result = translate_messages(
         [AIMessage("", additional_kwargs={"function_call": function}), FunctionMessage("42", name="f")]
     )
     assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"town": "Prorna"}}
     assert result == {"role": "tool", "content": "42", "name": "f", "tool_call_id": call["tool_calls"][0]["id"]}
     cut = AIMessage("Hm.", additional_kwargs={"function_call": {"name": "f", "arguments": "{"}})
-    assert engine_messages([cut]) == [{"role": "assistant", "content": "Hm."}]
+    assert translate_messages([cut]) == [{"role": "assistant", "content": "Hm."}]
 
 
 @pytest.mark.parametrize(
@@ -197,17 +199,21 @@ def test_functions_from_before_tools_are_read() -> None:
 )
 def test_results_in_users_messages_are_those_of_tools(block: dict[str, Any]) -> None:
     asked = AIMessage("", tool_calls=[CALL])
-    expected = engine_messages([asked, ToolMessage("42", tool_call_id="1"), HumanMessage("Thanks.")])
-    assert engine_messages([asked, HumanMessage([block, {"type": "text", "text": "Thanks."}])]) == expected
-    assert engine_messages([asked, HumanMessage([block])]) == expected[:2]
+    expected = translate_messages([asked, ToolMessage("42", tool_call_id="1"), HumanMessage("Thanks.")])
+    assert translate_messages([asked, HumanMessage([block, {"type": "text", "text": "Thanks."}])]) == expected
+    assert translate_messages([asked, HumanMessage([block])]) == expected[:2]
 
 
 def test_invalid_calls_are_left_out() -> None:
     invalid = [{"name": "f", "args": "{", "id": "1", "error": "cut", "type": "invalid_tool_call"}]
-    assert engine_messages([AIMessage("Hm.", invalid_tool_calls=invalid)]) == [{"role": "assistant", "content": "Hm."}]
+    assert translate_messages([AIMessage("Hm.", invalid_tool_calls=invalid)]) == [
+        {"role": "assistant", "content": "Hm."}
+    ]
     openai = {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}
-    assert engine_messages([AIMessage("Hm.", additional_kwargs=openai)]) == [{"role": "assistant", "content": "Hm."}]
-    assert len(engine_messages([AIMessage("", invalid_tool_calls=invalid), ToolMessage("Bad", tool_call_id="1")])) == 2
+    assert translate_messages([AIMessage("Hm.", additional_kwargs=openai)]) == [{"role": "assistant", "content": "Hm."}]
+    assert (
+        len(translate_messages([AIMessage("", invalid_tool_calls=invalid), ToolMessage("Bad", tool_call_id="1")])) == 2
+    )
 
 
 def test_a_history_read_from_disk_is_the_same() -> None:
@@ -219,4 +225,4 @@ def test_a_history_read_from_disk_is_the_same() -> None:
         ChatMessage("x", role="developer"),
     ]
     again = load(json.loads(json.dumps(dumpd(history))), allowed_objects="all")
-    assert engine_messages(again) == engine_messages(history)
+    assert translate_messages(again) == translate_messages(history)

@@ -126,10 +126,10 @@ def test_one_call_at_most_is_the_first(is_answer: bool) -> None:
     calls = [ToolCall(str(at), name, {"x": at}) for at, name in enumerate(names)]
     for chunks in ([calls], [calls[:1], calls[1:]]):
         kept = ToolCallChunks(options)
-        found = [kept.of(GenerationChunk("", tool_calls=tuple(group))) for group in chunks]
+        found = [kept.read(GenerationChunk("", tool_calls=tuple(group))) for group in chunks]
         texts, streamed = "".join(text for text, _ in found), [call["name"] for _, some in found for call in some]
         assert (bool(texts), streamed) == ((True, []) if is_answer else (False, ["f"]))
-    several = ToolCallChunks(ChatOptions()).of(GenerationChunk("", tool_calls=tuple(calls)))[1]
+    several = ToolCallChunks(ChatOptions()).read(GenerationChunk("", tool_calls=tuple(calls)))[1]
     assert len(several) == (2 if is_answer else 3)
 
 

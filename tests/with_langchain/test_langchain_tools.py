@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from semsharekv_integrations import GenerationChunk, SemShareEngine, ToolCall
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
-from semsharekv_integrations.langchain.messages import engine_messages
+from semsharekv_integrations.langchain.messages import translate_messages
 
 EngineMaker = Callable[..., SemShareEngine]
 
@@ -170,7 +170,7 @@ def test_messages_with_calls_and_results() -> None:
     asked = AIMessage([{"type": "text", "text": "a"}, {"type": "tool_use", "id": "1"}, call], tool_calls=[call])
     done = ToolMessage("A flood .", tool_call_id="1", name="get_news", artifact=["x"])
     function = {"name": "get_news", "arguments": {"town": "Prorna"}}
-    assert engine_messages([HumanMessage("?"), asked, done, AIMessage("b"), AIMessage("c")]) == [
+    assert translate_messages([HumanMessage("?"), asked, done, AIMessage("b"), AIMessage("c")]) == [
         {"role": "user", "content": "?"},
         {
             "role": "assistant",
@@ -184,13 +184,13 @@ def test_messages_with_calls_and_results() -> None:
 
 def test_calls_stay_apart_from_other_turns() -> None:
     call = {"name": "get_news", "args": {}, "id": "1", "type": "tool_call"}
-    assert len(engine_messages([AIMessage("a"), AIMessage("", tool_calls=[call]), AIMessage("b")])) == 3
+    assert len(translate_messages([AIMessage("a"), AIMessage("", tool_calls=[call]), AIMessage("b")])) == 3
 
 
 @pytest.mark.parametrize("block", [{"type": "tool_use", "id": "1"}, {"type": "tool_call", "name": "a"}])
 def test_call_blocks_without_their_call_are_refused(block: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="type is 'tool_"):
-        engine_messages([AIMessage([block])])
+        translate_messages([AIMessage([block])])
 
 
 @pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])

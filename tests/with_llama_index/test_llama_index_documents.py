@@ -13,7 +13,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.llama_index import SemShareKVLLM, SemShareKVPostprocessor
-from semsharekv_integrations.llama_index.documents import MOST_NOTED_NODES, NodeNotes, hinted_documents
+from semsharekv_integrations.llama_index.documents import MOST_NOTED_NODES, NodeNotes, find_documents
 
 FLOOD = "In Velmar , the mayor said that the bridge was closed after the flood ."
 FIRE = "A fire hit the old school of Osteck on Monday , reporters said ."
@@ -114,10 +114,10 @@ def test_few_notes_are_kept_and_the_latest_of_them() -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(note, many))
     notes.add("a", [TextNode(id_="1", text="This is another node .")])
-    kept = [*notes.of("a"), *notes.of("b")]
+    kept = [*notes.list_latest("a"), *notes.list_latest("b")]
     assert len(kept) == MOST_NOTED_NODES == len({node.node_id for node in kept})
-    assert notes.of("a")[0].forms == ("This is another node .",)
-    assert notes.of("c") == []
+    assert notes.list_latest("a")[0].forms == ("This is another node .",)
+    assert notes.list_latest("c") == []
 
 
 def test_cache_points_end_documents(llm: SemShareKVLLM) -> None:
@@ -163,9 +163,9 @@ def test_nodes_count_rather_than_their_paragraphs(llm: SemShareKVLLM) -> None:
     node = TextNode(id_="long", text=f"{FLOOD}\n\n{FIRE}")
     llm.note([node])
     template = PromptTemplate("{context_str}\n\n{query_str}")
-    documents = hinted_documents(
+    documents = find_documents(
         llm._get_prompt(template, context_str=f"{node.text}\n\n{STRIKE}", query_str="Who ?"),
-        llm._nodes.of(llm.kv_namespace),
+        llm._nodes.list_latest(llm.kv_namespace),
     )
     assert list(documents.values()) == [node.text, STRIKE]  # type: ignore[union-attr]
 

@@ -23,7 +23,7 @@ from llama_index.core.base.llms.types import (
 
 from semsharekv_integrations import CallError
 from semsharekv_integrations.llama_index import SemShareKVLLM
-from semsharekv_integrations.llama_index.messages import engine_messages
+from semsharekv_integrations.llama_index.messages import translate_messages
 
 TEXT = TextBlock(text="Anna Kelsen.")
 ASKED, AGAIN = ChatMessage("Who?"), ChatMessage("Since when?")
@@ -43,12 +43,12 @@ def answer(*blocks: Any, **more: Any) -> ChatMessage:
 
 @pytest.mark.parametrize("block", LEFT_OUT, ids=lambda block: type(block).__name__)
 def test_what_is_no_text_of_an_answer_is_left_out(block: Any) -> None:
-    plain = engine_messages([ASKED, answer(TEXT), AGAIN])
-    assert engine_messages([ASKED, answer(block, TEXT), AGAIN]) == plain
-    assert engine_messages([ASKED, answer(TEXT, block), AGAIN]) == plain
+    plain = translate_messages([ASKED, answer(TEXT), AGAIN])
+    assert translate_messages([ASKED, answer(block, TEXT), AGAIN]) == plain
+    assert translate_messages([ASKED, answer(TEXT, block), AGAIN]) == plain
     again = ChatMessage.model_validate(json.loads(answer(block, TEXT).model_dump_json()))
-    assert engine_messages([ASKED, again, AGAIN]) == plain, "read from a chat store"
-    assert engine_messages([ASKED, answer(block), AGAIN]) == engine_messages([ASKED, AGAIN]), "nothing was said"
+    assert translate_messages([ASKED, again, AGAIN]) == plain, "read from a chat store"
+    assert translate_messages([ASKED, answer(block), AGAIN]) == translate_messages([ASKED, AGAIN]), "nothing was said"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_is_no_text_of_an_answer_is_left_out(block: Any) -> None:
     ids=lambda block: type(block).__name__,
 )
 def test_documents_of_text_are_read(block: Any) -> None:
-    assert engine_messages([ChatMessage(blocks=[block])]) == [{"role": "user", "content": "A flood."}]
+    assert translate_messages([ChatMessage(blocks=[block])]) == [{"role": "user", "content": "A flood."}]
 
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
@@ -86,7 +86,7 @@ def test_what_is_no_text_is_refused_by_name(llm: SemShareKVLLM, role: str, block
 
 
 def test_functions_from_before_tools_are_read() -> None:
-    call, result = engine_messages(
+    call, result = translate_messages(
         [
             answer(function_call={"name": "f", "arguments": '{"town": "Prorna"}'}),
             ChatMessage("42", role="function", additional_kwargs={"name": "f"}),
@@ -94,7 +94,7 @@ def test_functions_from_before_tools_are_read() -> None:
     )
     assert json.loads(call["tool_calls"][0]["function"]["arguments"]) == {"town": "Prorna"}
     assert result["tool_call_id"] == call["tool_calls"][0]["id"] and result["name"] == "f"
-    assert engine_messages([answer(TEXT, function_call={"name": "f", "arguments": "{"})]) == engine_messages(
+    assert translate_messages([answer(TEXT, function_call={"name": "f", "arguments": "{"})]) == translate_messages(
         [answer(TEXT)]
     )
 
@@ -102,11 +102,11 @@ def test_functions_from_before_tools_are_read() -> None:
 def test_invalid_calls_are_left_out() -> None:
     openai = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
     good = {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    (message,) = engine_messages([answer(TEXT, tool_calls=[openai, good])])
+    (message,) = translate_messages([answer(TEXT, tool_calls=[openai, good])])
     assert [call["id"] for call in message["tool_calls"]] == ["2"]
 
 
 @pytest.mark.parametrize("messages", ["a text", [("user", "Hi")], [{"role": "user", "content": "Hi"}], 5])
 def test_what_are_no_messages_is_refused(messages: Any) -> None:
     with pytest.raises(ValueError, match=r"messages(\[0\])? is '\w+'; accepted is a"):
-        engine_messages(messages)
+        translate_messages(messages)

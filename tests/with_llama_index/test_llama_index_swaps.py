@@ -45,10 +45,10 @@ def test_unknown_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
     [
         ({"model": "semsharekv/reference", "config": {"reuse": "exact"}}, "config"),
         ({"model": "semsharekv/reference", "config": "exact"}, "config is 'exact'; accepted is an EngineConfig"),
-        ({"model": "semsharekv/reference", "mode": "fast"}, "mode is 'fast'; accepted is 'auto'"),
+        ({"model": "semsharekv/reference", "mode": "fast"}, "mode is 'fast'; accepted is None or 'auto'"),
         ({"model": 5}, "model"),
         ({}, "model is None; accepted is a path or hub id, unless engine= is given"),
-        ({"engine": "semsharekv/reference"}, "engine is 'str'; accepted is a SemShareEngine"),
+        ({"engine": "semsharekv/reference"}, "engine is 'str'; accepted is None or a SemShareEngine"),
     ],
 )
 def test_what_makes_no_engine_is_refused_by_name(fields: dict[str, Any], message: str) -> None:

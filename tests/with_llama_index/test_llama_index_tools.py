@@ -101,17 +101,16 @@ def test_bad_tools_are_refused_by_name(llm: SemShareKVLLM) -> None:
 
 
 def test_several_calls_only_where_they_are_allowed() -> None:
-    from semsharekv_integrations.llama_index.messages import chat_response, message_calls
-    from semsharekv_integrations.llama_index.tools import with_one_call
+    from semsharekv_integrations.llama_index.messages import keep_one_call, make_chat_response, read_calls
     from semsharekv_integrations.report import ToolCall
 
     calls = [ToolCall("1", "forecast", {}), ToolCall("2", "mayor", {})]
 
     def respond(*answer: Any) -> Any:
-        return chat_response(*answer, model_name="x")
+        return make_chat_response(*answer, model_name="x")
 
-    assert message_calls(respond("", None, calls, None).message) == calls
-    assert message_calls(with_one_call(respond)("", None, calls, None).message) == calls[:1]
+    assert read_calls(respond("", None, calls, None).message) == calls
+    assert read_calls(keep_one_call(respond)("", None, calls, None).message) == calls[:1]
 
 
 @pytest.mark.parametrize("form", ["blocks", "additional_kwargs", "text arguments"])

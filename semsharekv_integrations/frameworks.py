@@ -1,0 +1,168 @@
+"""What the classes for LangChain and for LlamaIndex do alike; knows neither of them.
+
+Their sampling fields come from ``SamplingConfig``, their engines from the same few fields, and what they read and raise
+goes through the same functions. Both frameworks build on pydantic, and so may this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
+from uuid import uuid4
+
+from pydantic import Field
+
+from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ModeSetting, SamplingConfig
+from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.errors import IN_UTF8, is_utf8, is_whole, require
+from semsharekv_integrations.model.loading import merge_arguments
+from semsharekv_integrations.report import ReuseReport
+from semsharekv_integrations.request import GenerateOptions
+
+ENGINE_FIELDS = ("model", "mode", "config", "device", "dtype", "model_kwargs")
+
+
+def make_sampling_fields(stop: Any) -> dict[str, Any]:
+    """The fields of ``SamplingConfig`` for pydantic's ``create_model``: types, defaults and descriptions.
+
+    Both frameworks call ``max_new_tokens`` ``max_tokens``, and take None for no ``stop``, of whose type they differ.
+    These two come last.
+    """
+    types, docs = get_type_hints(SamplingConfig), describe_fields(SamplingConfig)
+    made: dict[str, Any] = {
+        field.name: (types[field.name], Field(default=field.default, description=docs.get(field.name)))
+        for field in fields(SamplingConfig)
+    }
+    limit, _ = made.pop("max_new_tokens"), made.pop("stop")
+    return {**made, "max_tokens": limit, "stop": (stop, Field(default=None, description=docs.get("stop")))}
+
+
+def describe_fields(config: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each of its attributes, in one line each."""
+    section = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+SAMPLING_FIELDS = tuple(make_sampling_fields(Any))  # their names
+
+
+def name_for_engine(options: Mapping[str, Any]) -> GenerateOptions:
+    """The options under the engine's names.
+
+    Raises:
+        ValueError: if ``max_tokens`` is no limit.
+    """
+    limit = options["max_tokens"]
+    require(is_whole(limit, 1), "max_tokens", limit, "an integer of 1 or more")
+    rest = {name: value for name, value in options.items() if name != "max_tokens"}
+    return GenerateOptions(**rest, max_new_tokens=limit)  # type: ignore[typeddict-item]
+
+
+def make_private_name() -> str:
+    """A namespace that nobody guesses, for a model object that was given none."""
+    return f"private-{uuid4().hex}"
+
+
+def check_mode(mode: object) -> None:
+    """Raise ``ValueError`` unless ``mode`` is None or one that an engine can be set to."""
+    require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, (None, *MODE_SETTINGS))))
+
+
+def make_engine(
+    model: str, mode: ModeSetting | None, config: EngineConfig | None, device: Any, dtype: Any, options: Any
+) -> SemShareEngine:
+    """An engine for a framework's fields; it loads nothing yet. ``mode``, if given, replaces that of ``config``."""
+    config = config or EngineConfig()
+    if mode is not None:
+        config = replace(config, reuse=replace(config.reuse, mode=mode))
+    return SemShareEngine.from_pretrained(model, config, **merge_arguments(device, dtype, options))
+
+
+def describe_engine(engine: object) -> dict[str, Any]:
+    """The fields that a given engine fills in.
+
+    Raises:
+        ValueError: if it is no engine.
+    """
+    require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
+    assert isinstance(engine, SemShareEngine)
+    return {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
+
+
+def require_agreement(own: Mapping[str, Any], given: Mapping[str, Any], names: Iterable[str] = ENGINE_FIELDS) -> None:
+    """Raise ``ValueError`` for a given field that says otherwise than the engine's ``own`` do."""
+    for name in names:
+        value = given.get(name)
+        accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
+        require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")
+
+
+def tokenize(engine: SemShareEngine, text: str) -> list[int]:
+    """Token ids of a text by the model's own tokenizer, without special tokens; loads no weights."""
+    require(is_utf8(text), "text", text, f"a text{IN_UTF8}")
+    return list(engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def merge_turns(turns: Iterable[dict[str, Any]], roles: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Join consecutive turns of one role by an empty line, since many templates refuse them.
+
+    Turns that hold more than ``role`` and ``content``, such as tool calls, stay apart; so do those of other ``roles``.
+    """
+    merged: list[dict[str, Any]] = []
+    for turn in turns:
+        last = merged[-1] if merged else {}
+        plain = last.keys() == turn.keys() == {"role", "content"}
+        if plain and last["role"] == turn["role"] and (roles is None or turn["role"] in roles):
+            last["content"] += f"\n\n{turn['content']}"
+        else:
+            merged.append(turn)
+    return merged
+
+
+def collect_texts(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Documents by id.
+
+    Raises:
+        ValueError: if two texts have one id.
+    """
+    texts: dict[str, Any] = {}
+    for key, text in named:
+        require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
+        texts[key] = text
+    return texts
+
+
+def parse_arguments(arguments: Any) -> dict[str, Any] | None:
+    """Arguments of a tool call, given as such or as JSON text; None if they are neither."""
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}", strict=False)
+    return dict(arguments) if isinstance(arguments, Mapping) else None
+
+
+def make_function_id(name: object) -> str:
+    """What binds a function's result to its call in histories from before there were tools, which have names alone."""
+    return f"function-{name}"
+
+
+def count_tokens(report: ReuseReport) -> dict[str, int]:
+    """Tokens of prompt and answer, under OpenAI's names."""
+    counts = {"prompt_tokens": report.prompt_tokens, "completion_tokens": report.output_tokens}
+    return {**counts, "total_tokens": sum(counts.values())}
+
+
+@contextmanager
+def translate_errors(
+    kinds: type[Exception] | tuple[type[Exception], ...], translate: Callable[[Exception], Exception]
+) -> Iterator[None]:
+    """Inside, raise what ``translate`` makes of an error of these kinds in its place."""
+    try:
+        yield
+    except kinds as error:
+        raise translate(error) from error
