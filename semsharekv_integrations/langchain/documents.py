@@ -44,7 +44,7 @@ def name_documents(documents: Any) -> Documents | None:
 def name_document(document: Document) -> Named:
     """Id and text of a document."""
     key = document.id or document.metadata.get("id")
-    return str(key) if key else document_id(document.page_content), document.page_content
+    return str(key) if key else make_document_id(document.page_content), document.page_content
 
 
 def find_documents(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
