@@ -298,10 +298,6 @@ class Scheduler:
 
     def _begin(self, new: list[Job[Any]]) -> None:
         """Begin with the first in line, if one may."""
-        if not threading.main_thread().is_alive():
-            for job in [job for job in self._line if not job.is_read]:
-                del self._line[job]
-                self._end(job, JobEnd(CancelledError()))
         if len(self._begun) >= self._most or any(not job.has_begun or job.is_left for job in self._begun):
             return
         for job in [*islice(self._line, 1)]:

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
+from semsharekv_integrations.concurrency import scheduler
 from semsharekv_integrations.concurrency.scheduler import Job
+from semsharekv_integrations.concurrency.threads import start_thread
 from semsharekv_integrations.model.batching import SharedDecoding
 from tiny_models import EngineMaker
 
@@ -407,7 +410,8 @@ def test_one_thread_computes_call_after_call(make_engine: EngineMaker, monkeypat
     assert set(found) == {found[0]}
 
 
-def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: EngineMaker) -> None:
+def test_no_thread_waits_for_calls_of_an_engine_that_is_gone(make_engine: EngineMaker, monkeypatch) -> None:
+    monkeypatch.setattr(scheduler, "LINGER_S", float("inf"))
     with collecting_here_alone():
         engine = make_engine()
         engine.generate(PROMPTS[0], max_new_tokens=3)
@@ -435,9 +439,18 @@ def test_a_call_ends_while_others_begin_to_wait_for_that() -> None:
     assert heard == [0, 1, 2, 3]
 
 
+def test_python_joins_threads_that_compute() -> None:
+    found = SimpleQueue[bool]()
+    start_thread(lambda: found.put(threading.current_thread().daemon))
+    assert not found.get(timeout=60), "its work would be cut off at exit"
+
+
 SCRIPT = """
 import asyncio, sys, threading
 from semsharekv_integrations import EngineConfig, SemShareEngine, StoreConfig
+from semsharekv_integrations.concurrency import scheduler
+
+scheduler.LINGER_S = float("inf")
 
 engine = SemShareEngine.from_pretrained("semsharekv/reference", EngineConfig(store=StoreConfig(directory=sys.argv[1])))
 engine.generate("x", max_new_tokens=1)
