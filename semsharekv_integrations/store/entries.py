@@ -254,13 +254,14 @@ class Entries:
     def stats(self) -> dict[str, int]:
         """See ``KVStore.stats``."""
         tiers = self.tiers
+        bounds: dict[str, int] = {}
+        for tier in tiers.memory:
+            prefix = "" if tier is tiers.device else f"{tier.name}_"
+            bounds |= {f"{prefix}bytes": tier.num_bytes, f"{prefix}max_bytes": tier.max_bytes}
         return {
             "entries": len(self.by_key),
             "tainted_entries": sum(entry.reference.is_tainted for entry in self.by_key.values()),
-            "bytes": tiers.device.num_bytes,
-            "max_bytes": tiers.device.max_bytes,
-            "host_bytes": tiers.host.num_bytes,
-            "host_max_bytes": tiers.host.max_bytes,
+            **bounds,
             "disk_bytes": tiers.disk.num_bytes,
             "disk_max_bytes": tiers.disk.tier.max_bytes,
             "index_bytes": sum(space.index_bytes for space in self.namespaces.values()),

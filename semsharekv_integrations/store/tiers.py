@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -178,7 +178,7 @@ class Tiers:
         self._rounds = config.kv_bits is not None
         self.counts: Counter[str] = Counter()
         self.device = Tier("device", config.max_bytes, config.eviction)
-        self.host = Tier("host", config.host_max_bytes, config.eviction)
+        self.memory = (self.device, Tier("host", config.host_max_bytes, config.eviction))  # fastest first
         self.disk = DiskTier(Tier(DISK, config.disk_max_bytes, config.eviction), self.counts, self._give_up)
 
     def place(self, node: Node, packed: PackedKV, namespace: str | None) -> bool:
@@ -187,7 +187,7 @@ class Tiers:
         Demotes or evicts others for it, unless there can be no room. Counts as a use of the nodes before it.
         """
         path = node.path()
-        tier = next((tier for tier in self._memory() if self._make_room(tier, packed.num_bytes, path)), None)
+        tier = next((tier for tier in self.memory if self._make_room(tier, packed.num_bytes, path)), None)
         if tier is not None and (held := packed if tier is self.device else _move(packed, _CPU)) is not None:
             self._put_into(tier, node, held)
         saved = namespace is not None and self.disk.save(node, packed, namespace)
@@ -235,11 +235,11 @@ class Tiers:
 
     def could_hold(self, num_bytes: int) -> bool:
         """Whether ``num_bytes`` fit into a memory tier beside pinned nodes."""
-        return any(tier.can_hold(num_bytes, ()) for tier in self._memory())
+        return any(tier.can_hold(num_bytes, ()) for tier in self.memory)
 
     def check(self, nodes: Collection[Node], written: set[str]) -> None:
         """The law: tiers hold exactly what ``nodes``, which are all, say of themselves; the catalog has ``written``."""
-        for tier in self._memory():
+        for tier in self.memory:
             held = {node: node.held.num_bytes for node in nodes if node.held is not None and node.tier is tier}
             assert tier.sizes == held, f"tier {tier.name} differs from its nodes"
             tier.check()
@@ -248,10 +248,6 @@ class Tiers:
             assert node.held is None or node.held.num_tokens == len(node.token_ids)
             assert (node.held is None) == (node.tier is None)
         self.disk.check(nodes, written)
-
-    def _memory(self) -> Iterator[Tier]:
-        yield self.device
-        yield self.host
 
     def _make_room(self, tier: Tier, num_bytes: int, protected: Collection[Node], *, novel: bool = True) -> bool:
         """Demote nodes of ``tier`` until ``num_bytes`` fit; whether they do."""
@@ -264,15 +260,17 @@ class Tiers:
         return True
 
     def _demote(self, tier: Tier, node: Node, protected: Collection[Node]) -> None:
-        """Move ``node`` from ``tier`` to host memory, or leave it to the disk; else lose it, its last child first."""
+        """Move ``node`` to a lower memory tier, or leave it to the disk; else lose it, its last child first."""
         assert node.held is not None
         packed, novel = node.held, node.hits == 0
-        if tier is self.device and self._make_room(self.host, packed.num_bytes, protected, novel=novel):
+        for lower in self.memory[self.memory.index(tier) + 1 :]:
+            if not self._make_room(lower, packed.num_bytes, protected, novel=novel):
+                continue
             if node.held is None:  # went with what had to go from there
                 return
             if (moved := _move(packed, _CPU)) is not None:
                 self._take_out(node)
-                self._put_into(self.host, node, moved)
+                self._put_into(lower, node, moved)
                 self.counts["demoted"] += 1
                 return
         if node.on_disk is not None:
@@ -293,7 +291,7 @@ class Tiers:
         packed = node.held or self._read(node)
         if packed.is_rounded and not self._rounds:  # another store wrote it, which takes it for good enough
             raise Unreadable(node)
-        for tier in self._memory():
+        for tier in self.memory:
             if node.tier is tier:
                 return packed
             if tier.can_hold(packed.num_bytes, protected):
@@ -301,18 +299,18 @@ class Tiers:
         return packed
 
     def _promote(self, node: Node, packed: PackedKV, tier: Tier, protected: Collection[Node]) -> PackedKV:
-        was_held = node.held is not None
+        former = node.tier
         self._take_out(node)  # first, so that what must go from the device finds room on the host
         self._make_room(tier, packed.num_bytes, protected, novel=False)
-        raised = _move(packed, packed.device if tier is self.device else _CPU, copied=not was_held)
+        raised = _move(packed, packed.device if tier is self.device else _CPU, copied=former is None)
         if raised is not None:
             self._put_into(tier, node, raised)
             self.counts["promoted"] += 1
             return raised
         # There was room in the tier, and none in the machine: it is served from where it was.
         self.counts["promotion_failed"] += 1
-        if was_held and self._make_room(self.host, packed.num_bytes, protected, novel=False):
-            self._put_into(self.host, node, packed)
+        if former is not None and self._make_room(former, packed.num_bytes, protected, novel=False):
+            self._put_into(former, node, packed)
         elif node.on_disk is None:
             raise Unreadable(node)
         return packed

@@ -282,7 +282,7 @@ def test_no_memory_to_raise_it_and_no_way_back_is_a_counted_miss(monkeypatch: py
     store, _ = without_memory()
     with monkeypatch.context() as patch:
         patch.setattr(PackedKV, "move_to", failing)
-        patch.setattr(store._entries.tiers.host, "max_bytes", 0)
+        patch.setattr(store._entries.tiers.memory[1], "max_bytes", 0)
         assert lookup(store, (1,) * 4) == 0
         store.check()
     stats = store.stats()
