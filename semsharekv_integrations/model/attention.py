@@ -1,8 +1,8 @@
-"""Attention seen and shortened, through transformers' attention interface, while a forward pass runs.
+"""Attention of one forward pass, watched or shortened through transformers' attention interface.
 
 ``watched_attention`` collects what some rows attend to. ``blocked_attention`` computes rows in blocks, each over the
-keys up to its last row alone: behind a prefix, or with rows picked from a prompt, an explicit mask is needed, and with
-one every row is computed against every key, twice what causal attention needs.
+keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask, and with one every
+row meets every key otherwise: twice what causal attention needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -21,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 ROWS_PER_BLOCK, MOST_BLOCKS = 64, 8
 _WATCHED, _BLOCKED = "semsharekv_watched", "semsharekv_blocked"
-_collected: ContextVar[list[torch.Tensor] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
 _blocks: ContextVar[Sequence[Block]] = ContextVar("blocks", default=())
 
 
@@ -33,8 +34,8 @@ class Block(NamedTuple):
     num_keys: int
 
 
-def blocks_of(positions: torch.Tensor) -> Sequence[Block]:
-    """Blocks of rows at ``positions`` [N], ascending; none if there are too few rows to be worth it."""
+def blocks_of(positions: Tensor) -> Sequence[Block]:
+    """Blocks of rows at ``positions`` [N], ascending; none if the rows are too few to be worth it."""
     num_blocks = min(MOST_BLOCKS, len(positions) // ROWS_PER_BLOCK)
     if num_blocks < 2:
         return ()
@@ -44,7 +45,7 @@ def blocks_of(positions: torch.Tensor) -> Sequence[Block]:
 
 
 def use_blocks(blocks: Sequence[Block]) -> None:
-    """What ``blocked_attention`` goes by from now on."""
+    """Have ``blocked_attention`` use these blocks from now on."""
     _blocks.set(blocks)
 
 
@@ -56,33 +57,33 @@ def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) ->
         return
     token = _blocks.set(blocks)
     try:
-        with _implementation(config, _BLOCKED):
+        with _switch_attention(config, _BLOCKED):
             yield
     finally:
         _blocks.reset(token)
 
 
 @contextmanager
-def watched_attention(config: PreTrainedConfig) -> Iterator[list[torch.Tensor]]:
+def watched_attention(config: PreTrainedConfig) -> Iterator[list[Tensor]]:
     """Collect, for each layer that runs inside, the rows' attention [heads, T], averaged over the rows.
 
     Meant for a few rows: their weights are materialized. Needs an explicit 4D mask. Biases beyond scale, mask and soft
     cap (attention sinks, for one) are left out, as the weights only serve as a signal.
     """
-    collected: list[torch.Tensor] = []
+    collected: list[Tensor] = []
     token = _collected.set(collected)
     try:
-        with _implementation(config, _WATCHED):
+        with _switch_attention(config, _WATCHED):
             yield collected
     finally:
         _collected.reset(token)
 
 
 @contextmanager
-def _implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Another attention function inside; a model used elsewhere at the same time gets the same results from it."""
+def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Use another attention function inside; it gives other users of the model at the same time the same results."""
     if name not in AttentionInterface():
-        AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _by_blocks}[name])
+        AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _attend_by_blocks}[name])
         AttentionMaskInterface.register(name, sdpa_mask)
     before = config._attn_implementation
     config._attn_implementation = name
@@ -92,14 +93,9 @@ def _implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _by_blocks(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
+def _attend_by_blocks(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """Attention of query [B, heads, N, D] over key and value [B, H, T, D]; mask [B, 1, N, T], or None for causal."""
     num_rows = query.shape[2]
     if attention_mask is None:
@@ -123,14 +119,14 @@ def _by_blocks(
 
 def _watch(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Plain attention of a few rows: query [B, heads, N, D], key and value [B, H, T, D], mask [B, 1, N, T]."""
     collected = _collected.get()
     if collected is None:  # somebody else's pass through the same model

@@ -1,7 +1,7 @@
-"""Decode steps of several calls at once: one forward pass for whoever asks for a token at about the same time.
+"""Decode steps of several calls at once: one forward pass for those who ask for a token at about the same time.
 
-Each call decodes by itself and knows nothing of the others. Their caches are put behind each other in one, padded on
-the left, for as long as the same calls come together, and handed back to each of them when one of them leaves.
+Each call decodes by itself and knows nothing of the others. As long as the same calls come together, their KV lies in
+one joint cache, padded on the left. When one of them leaves, each gets its KV back.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.concurrency.scheduler import get_current_job
 from semsharekv_integrations.concurrency.threads import tell_of_forks
+from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.layers import make_cache
 
-PATIENCE_S = 0.005  # that a step waits for calls which are at their last token still; a forward pass takes longer
+PATIENCE_S = 0.005  # a step waits so long for calls that are still at their last token; a forward pass takes longer
 _PROBE_TOKENS = (7, 4)
 
 
 class Row:
-    """One call's place; ``step`` is called by one thread at a time."""
+    """One call's place among those that decode together; one thread at a time works on it."""
 
-    def __init__(self, together: SharedDecoding) -> None:
+    def __init__(self) -> None:
         self.waits = self.late = self.shares = self.has_left = False
         self.thread = 0
         self.call = get_current_job()
         self.ids = torch.empty(1, 0)
         self.cache = DynamicCache()
         self.num_stored = 0  # tokens that have KV in the joint cache
-        self.logits: torch.Tensor | None = None
+        self.logits: Tensor | None = None
         self.error: Exception | None = None
-        self._together = together
 
     @property
     def is_driven(self) -> bool:
@@ -45,24 +48,12 @@ class Row:
             return self.thread != threading.get_ident()
         return self.call.is_driven
 
-    def step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` holds its KV at the latest at the end."""
-        return self._together.step(self, ids, cache)
-
-    def leave(self) -> None:
-        """No more steps: the cache is whole again."""
-        self._together.leave(self)
-
 
 class SharedDecoding:
     """Brings together the decode steps of all calls of one engine.
 
-    Where ``max_batch_size`` is 1, or the model does not give the same logits in a padded batch (which is tried once),
-    every step is a forward pass of its own.
-
-    Args:
-        adapter: the model.
-        max_batch_size: most calls in one forward pass.
+    Every step is a forward pass of its own if ``max_batch_size`` is 1, or if the model does not give the same logits in
+    a padded batch, which is tried once.
     """
 
     def __init__(self, adapter: ModelAdapter, max_batch_size: int) -> None:
@@ -83,13 +74,13 @@ class SharedDecoding:
 
     def join(self) -> Row:
         """A place for one more call."""
-        row = Row(self)
+        row = Row()
         with self._turn:
             self._rows.append(row)
         return row
 
-    def step(self, row: Row, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """See ``Row.step``."""
+    def step(self, row: Row, ids: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` has its KV once the call leaves."""
         with self._turn:
             takes = self._takes(cache)
         if not takes:
@@ -98,11 +89,11 @@ class SharedDecoding:
             row.ids, row.cache, row.thread = ids, cache, threading.get_ident()
             row.waits, row.late, row.shares = True, False, True
             self._turn.notify_all()
-            self._turn.wait_for(lambda: not (row.waits and self._missing()), PATIENCE_S)
+            self._turn.wait_for(lambda: not (row.waits and self._list_missing()), PATIENCE_S)
             if row.waits:
-                for other in self._missing():
+                for other in self._list_missing():
                     other.late = True  # nobody waits for it again until it is back
-                with self._busy():
+                with self._work():
                     self._advance([row, *(other for other in self._rows if other.waits and other is not row)])
             logits, error, row.logits, row.error = row.logits, row.error, None, None
         if error is not None:
@@ -111,7 +102,7 @@ class SharedDecoding:
         return logits
 
     def leave(self, row: Row) -> None:
-        """See ``Row.leave``.
+        """End the steps of ``row``, whose cache is whole again.
 
         The garbage collector may end a stream in any thread, also in one that is at work here. Such a call leaves when
         that is done, without its KV, which nobody keeps then.
@@ -119,28 +110,22 @@ class SharedDecoding:
         with self._turn:
             row.has_left = True
             if not self._is_busy:
-                with self._busy():
+                with self._work():
                     pass
             self._turn.notify_all()
 
     @contextmanager
-    def _busy(self) -> Iterator[None]:
+    def _work(self) -> Iterator[None]:
         """Work on caches inside; afterwards those who have left are let go, the others of their group with their KV."""
         self._is_busy = True
         try:
             yield
             while gone := [row for row in self._rows if row.has_left]:
                 if any(row in self._group for row in gone):
-                    self._part()
+                    self._split()
                 self._rows = [row for row in self._rows if row not in gone]
         finally:
             self._is_busy = False
-
-    def _missing(self) -> list[Row]:
-        """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
-        if sum(row.waits for row in self._rows) >= self._max_batch_size:
-            return []
-        return [row for row in self._rows if row.shares and row.is_driven and not (row.waits or row.late)]
 
     def _takes(self, cache: DynamicCache) -> bool:
         """Whether steps behind ``cache`` may be joined to others, and there are others."""
@@ -151,19 +136,25 @@ class SharedDecoding:
         if len({layer.keys.shape[2] for layer in cache.layers}) != 1:
             return False
         if self._is_allowed is None:
-            self._is_allowed = self._same_in_batches()
+            self._is_allowed = self._is_same_in_batches()
             if not self._is_allowed:
                 log_trouble("unbatched")
         return self._is_allowed
 
+    def _list_missing(self) -> list[Row]:
+        """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
+        if sum(row.waits for row in self._rows) >= self._max_batch_size:
+            return []
+        return [row for row in self._rows if row.shares and row.is_driven and not (row.waits or row.late)]
+
     def _advance(self, waiting: list[Row]) -> None:
-        """One token further with the first of those who wait, whose threads find the outcome in their rows."""
+        """Compute one token for the first of those who wait; their threads find the outcome in their rows."""
         rows = [row for row in self._rows if row in waiting[: self._max_batch_size]]
         try:
             for row, logits in zip(rows, self._forward(rows), strict=True):
                 row.logits = logits[None]
         except Exception as error:
-            self._part()
+            self._split()
             for row in rows:
                 if len(rows) == 1:
                     row.error = error
@@ -173,45 +164,47 @@ class SharedDecoding:
             row.waits = False
         self._turn.notify_all()
 
-    def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Logits [B, V]."""
+    def _forward(self, rows: Sequence[Row]) -> Tensor:
+        """Logits [B, V] of one step."""
         if len(rows) == 1:
-            self._part()
+            self._split()
             return self._adapter.decode_step(rows[0].ids, rows[0].cache)
         if rows != self._group:
-            self._part()
-            self._gather(rows)
+            self._split()
+            self._merge(rows)
         last = torch.cat([row.ids[:, -1:] for row in rows])
         logits = self._adapter.decode_padded(last, self._joint, [row.ids.shape[1] - 1 for row in rows], self._pads)
         for row in rows:
             row.num_stored += 1
         return logits
 
-    def _gather(self, rows: Sequence[Row]) -> None:
-        """Move the KV of ``rows`` into one cache."""
-        self._joint, self._pads = padded([row.cache for row in rows])
+    def _merge(self, rows: Sequence[Row]) -> None:
+        """Move the KV of ``rows`` into the joint cache."""
+        self._joint, self._pads = merge_caches([row.cache for row in rows])
         self._group = list(rows)
         for row in rows:
             row.num_stored = row.cache.layers[0].keys.shape[2]
-            for layer in row.cache.layers:
-                layer.keys, layer.values = _emptied(layer.keys), _emptied(layer.values)
+            for layer in row.cache.layers:  # [B, H, 0, D] of [B, H, T, D]
+                layer.keys, layer.values = (
+                    t.new_empty((*t.shape[:2], 0, t.shape[3])) for t in (layer.keys, layer.values)
+                )
 
-    def _part(self) -> None:
+    def _split(self) -> None:
         """Give every call of the group its KV back."""
-        for index, (row, pad) in enumerate(zip(self._group, self._pads, strict=True)):
-            place = (slice(index, index + 1), slice(None), slice(pad, pad + row.num_stored))
+        for index, (row, padding) in enumerate(zip(self._group, self._pads, strict=True)):
+            place = (slice(index, index + 1), slice(None), slice(padding, padding + row.num_stored))
             for own, joint in zip(row.cache.layers, self._joint.layers, strict=True):
                 own.keys, own.values = joint.keys[place].clone(), joint.values[place].clone()
         self._group, self._joint, self._pads = [], DynamicCache(), np.empty(0, dtype=np.int64)
 
-    def _same_in_batches(self) -> bool:
+    def _is_same_in_batches(self) -> bool:
         """Whether two probes of different lengths, decoded together, end in the logits that each has alone."""
         adapter = self._adapter
         if not adapter.accepts_padding:
             return False
         probes = [adapter.probe_ids()[: size + 1] for size in _PROBE_TOKENS]
         alone = [adapter.prefill(ids).logits for ids in probes]
-        joint, pads = padded([adapter.prefill(ids[:-1]).cache for ids in probes])
+        joint, pads = merge_caches([adapter.prefill(ids[:-1]).cache for ids in probes])
         last = torch.tensor([[ids[-1]] for ids in probes])
         try:
             together = adapter.decode_padded(last, joint, list(_PROBE_TOKENS), pads)
@@ -220,26 +213,17 @@ class SharedDecoding:
         return all(adapter.is_close(one[None], other) for one, other in zip(together, alone, strict=True))
 
 
-def padded(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
+def merge_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
     """One cache [B, H, T, D] of several, each behind so many slots of padding [B] that all end together."""
     lengths = np.array([cache.layers[0].keys.shape[2] for cache in caches], dtype=np.int64)
     pads = lengths.max() - lengths
-    joint = DynamicCache()
+
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(tensor, (0, 0, int(slots), 0)) for tensor, slots in zip(tensors, pads, strict=True)])
+
     with torch.inference_mode():
-        for parts in zip(*(cache.layers for cache in caches), strict=True):
-            layer = DynamicLayer()
-            keys, values = _behind(pads, [part.keys for part in parts]), _behind(pads, [part.values for part in parts])
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            joint.layers.append(layer)
+        joint = make_cache(
+            LayerKV(stack([part.keys for part in parts]), stack([part.values for part in parts]))
+            for parts in zip(*(cache.layers for cache in caches), strict=True)
+        )
     return joint, pads
-
-
-def _behind(pads: np.ndarray, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[B, H, T, D] of several [1, H, T, D]."""
-    return torch.cat([torch.nn.functional.pad(t, (0, 0, int(pad), 0)) for t, pad in zip(tensors, pads, strict=True)])
-
-
-def _emptied(tensor: torch.Tensor) -> torch.Tensor:
-    """[B, H, 0, D] of [B, H, T, D]."""
-    return tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3]))

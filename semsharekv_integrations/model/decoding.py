@@ -1,9 +1,8 @@
-"""Token by token behind a prefill, with transformers' own logits processors and stopping criteria.
+"""Decoding behind a prefill, token by token, and the cache that retention leaves to it.
 
-``generate`` is called once, with a callable that only hands back what it prepared: sampling options keep exactly
-the meaning they have in transformers, while the prefill and the loop are ours.
-
-Retention carried out: after prefill, each layer of the cache keeps only what the question hangs on.
+Logits processors and stopping criteria are transformers' own: ``generate`` is called once, with a callable that only
+hands back what it prepared. So sampling options mean exactly what they mean in transformers, while the prefill and the
+loop are ours.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from semsharekv_integrations.config import ReuseConfig, SamplingConfig
@@ -22,15 +22,11 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
+from semsharekv_integrations.model.layers import make_cache
 from semsharekv_integrations.model.rows import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.reuse.selection import choose_retained_tokens, compute_retained_shares
 from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion, ConstraintProcessor
-
-
-class _Prepared(NamedTuple):
-    logits_processor: LogitsProcessorList
-    stopping_criteria: StoppingCriteriaList
 
 
 class Decoder:
@@ -40,11 +36,11 @@ class Decoder:
         adapter: the model.
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
+        together: the decode steps of the engine's other calls.
         constraint: what the answer must look like, or None.
-        together: with which other calls decode.
 
     Attributes:
-        cache: what decoding goes on with; it holds KV of all tokens but the last when ``tokens`` has ended.
+        cache: what decoding goes on with; it holds KV of all tokens but the last when ``decode`` has ended.
     """
 
     cache: DynamicCache
@@ -61,17 +57,17 @@ class Decoder:
         self._together = together
         self._constraint = constraint
         self._ids = torch.from_numpy(prompt_ids)[None].to(adapter.device)  # [B, T]
-        self._prepared = self._prepare(sampling)
         self._greedy = sampling.temperature == 0
+        self._process, self._criteria = self._prepare(sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed  # torch's own needs a file handle
         self._random = torch.Generator(device=adapter.device).manual_seed(seed)
 
     def decode(
-        self, prefill: Prefill, see: Callable[[torch.Tensor], None] | None = None
+        self, prefill: Prefill, see: Callable[[Tensor], None] | None = None
     ) -> Generator[tuple[int, bool], None, None]:
-        """Each new token, and whether it is the last. Closing it ends the call.
+        """Yield each new token, and whether it is the last. Closing the generator ends the call.
 
-        ``see`` is shown the model's logits [B, V] for each. ``cache`` may be replaced behind the first token.
+        ``see`` gets the model's logits [B, V] for each token. ``cache`` may be replaced behind the first one.
         """
         self.cache, logits = prefill.cache, prefill.logits
         row = self._together.join()
@@ -81,13 +77,13 @@ class Decoder:
                     see(logits)
                 token_id, scores = self._choose(logits)
                 self._ids = torch.cat([self._ids, torch.tensor([[token_id]], device=self._ids.device)], dim=1)
-                last = bool(self._prepared.stopping_criteria(self._ids, scores).all())
+                last = bool(self._criteria(self._ids, scores).all())
                 yield token_id, last
                 if last:
                     return
-                logits = row.step(self._ids, self.cache)
+                logits = self._together.step(row, self._ids, self.cache)
         finally:
-            row.leave()
+            self._together.leave(row)
 
     def is_end(self, token_id: int) -> bool:
         """Whether ``token_id`` is one of the model's end-of-sequence tokens."""
@@ -98,19 +94,17 @@ class Decoder:
         """Whether the answer is all that its constraint allows."""
         return self._constraint is not None and self._constraint.is_complete
 
-    def _choose(self, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
+    def _choose(self, logits: Tensor) -> tuple[int, Tensor]:
         with torch.inference_mode():
-            scores = self._prepared.logits_processor(self._ids, logits.float().to(self._ids.device))  # [B, V]
+            scores = self._process(self._ids, logits.float().to(self._ids.device))  # [B, V]
             if self._greedy:
                 return int(scores.argmax(-1)), scores
             chosen = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
             return int(chosen), scores
 
-    def _prepare(self, sampling: SamplingConfig) -> _Prepared:
-        def hand_back(
-            model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
-        ) -> _Prepared:
-            return _Prepared(logits_processor, stopping_criteria)
+    def _prepare(self, sampling: SamplingConfig) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        def hand_back(*_: Any, logits_processor: Any, stopping_criteria: Any, **__: Any) -> tuple[Any, Any]:
+            return logits_processor, stopping_criteria
 
         return self._adapter.model.generate(
             self._ids,
@@ -118,41 +112,28 @@ class Decoder:
             custom_generate=hand_back,
             logits_processor=LogitsProcessorList([ConstraintProcessor(self._constraint)] if self._constraint else []),
             stopping_criteria=StoppingCriteriaList([ConstraintCriterion(self._constraint)] if self._constraint else []),
-            generation_config=self._generation_config(sampling),
+            generation_config=self._configure(sampling),
         )
 
-    def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
+    def _configure(self, sampling: SamplingConfig) -> GenerationConfig:
         """The model's own settings, overruled by what the caller set."""
         config = copy.deepcopy(self._adapter.model.generation_config)
-        greedy = sampling.temperature == 0
-        config.update(
-            max_new_tokens=sampling.max_new_tokens,
-            max_length=None,
-            do_sample=not greedy,
-            num_beams=1,
-            num_return_sequences=1,
-            cache_implementation=None,
-            use_cache=False,  # generate would make one, which nobody needs
-            stop_strings=None,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-        )
-        if greedy:
-            config.update(top_k=None, min_p=None, typical_p=None)
-        elif sampling.top_k is not None:
-            config.update(top_k=sampling.top_k)
+        config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, stop_strings=None)
+        config.update(num_beams=1, num_return_sequences=1, do_sample=not self._greedy)
+        config.update(cache_implementation=None, use_cache=False)  # generate would make one, which nobody needs
+        if self._greedy:
+            config.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+        else:
+            config.update(temperature=sampling.temperature, top_p=sampling.top_p)
+            if sampling.top_k is not None:
+                config.update(top_k=sampling.top_k)
         if sampling.repetition_penalty is not None:
             config.update(repetition_penalty=sampling.repetition_penalty)
         return config
 
 
 class Retainer:
-    """Shortens caches of one model.
-
-    Args:
-        adapter: the model.
-        selective: sees what tokens attend to.
-        rules: with a ``retention_ratio``.
+    """Shortens the caches of one model: each layer keeps only what the question hangs on.
 
     Raises:
         UnsupportedModelError: if layers with caches of different lengths cannot be decoded from.
@@ -172,21 +153,17 @@ class Retainer:
         )
 
     def shorten(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:
-        """What is kept of ``cache``, which itself stays as it is.
+        """What is kept of the ``cache`` of a prompt [T], which itself stays as it is.
 
-        Args:
-            token_ids: [T] of the prompt.
-            question: [T] whose attention decides.
-            relevant: [T] what is kept before anything else.
-            cache: of that prompt.
+        The attention of ``question`` [T] decides; ``relevant`` [T] tokens are kept before any other.
         """
         whole = GatheredCache([LayerKV(layer.keys, layer.values) for layer in cache.layers])
         for layer in whole.layers:
             layer.frozen = True
-        attended = self._selective.attention_of(token_ids, question, whole, np.zeros_like(question))
+        attended = self._selective.watch_attention(token_ids, question, whole, np.zeros_like(question))
         layers = []
         for layer, weights, share in zip(cache.layers, attended, self._shares, strict=True):
             first = torch.from_numpy(relevant).to(weights.device)
             kept = choose_retained_tokens(weights, share, first).to(layer.keys.device)
             layers.append(LayerKV(layer.keys[:, :, kept], layer.values[:, :, kept]))
-        return GatheredCache(layers).finished()
+        return make_cache(layers)

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a GGUF file, or a repository on the hub, and the options to read it by.
+"""Where a model's files are: in a folder, a GGUF file, or a repository on the hub, and the options to read them by.
 
 Says in one line what is missing. Knows nothing about weights.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from functools import cached_property
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import cached_file
 
+from semsharekv_integrations.concurrency.threads import free_in_children
 from semsharekv_integrations.errors import ModelLoadError, is_whole, require, show_value
 
 REFERENCE_MODEL = "semsharekv/reference"
@@ -31,6 +35,9 @@ _TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "merges.txt"),
 )
 _GGUF_MAGIC = b"GGUF"
+# Held while weights are read: transformers replaces functions of torch then, and ``read_gguf_once`` those of gguf
+LOADING = free_in_children(threading.RLock())
+_this_thread = threading.local()
 _ASKED_WITHIN_S = 10.0
 
 
@@ -43,12 +50,10 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
 
 
 class ModelFiles:
-    """The files of one model, wherever they are. All may raise ``ModelLoadError``.
+    """The files of one model: a folder, a GGUF file, a hub id, or ``semsharekv/reference``.
 
-    Args:
-        name: a folder, a GGUF file, a hub id, or ``semsharekv/reference``.
-        options: of ``from_pretrained``; what says where files are or how to read them is kept, the rest ignored.
-        role: what errors call it.
+    Of the options, those that say where files are or how to read them are kept. Errors call the model by its ``role``.
+    Everything may raise ``ModelLoadError``.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], role: str = "model") -> None:
@@ -75,52 +80,58 @@ class ModelFiles:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """For every ``from_pretrained`` that reads of them; a hub that does not answer is not asked again."""
+        """What every ``from_pretrained`` gets; a hub that does not answer is not asked again."""
         asked = not (self.is_local or self._given.get("local_files_only") or constants.HF_HUB_OFFLINE)
-        return self._given | ({"local_files_only": True} if asked and not _hub_answers() else {})
+        return self._given | ({"local_files_only": True} if asked and not _can_reach_hub() else {})
 
     @property
     def where(self) -> dict[str, Any]:
-        """Those of the options that say where files are."""
+        """The options that say where files are."""
         return {key: value for key, value in self.options.items() if key in _WHERE}
 
-    def failure(self, reason: object) -> ModelLoadError:
-        """The error that says why the model could not be loaded, in one line."""
-        return ModelLoadError(f"{self._role} {self.name!r} could not be loaded: {in_one_line(reason)}")
+    def explain(self, reason: object) -> ModelLoadError:
+        """The error that says in one line why the model could not be loaded."""
+        return ModelLoadError(f"{self._role} {self.name!r} could not be loaded: {shorten_reason(reason)}")
 
     def require_place(self) -> None:
         """Refuse what is neither a folder nor can be on a hub."""
         if self.is_local:
             if not self._folder.is_dir():
-                raise self.failure(f"there is no folder {self._given['subfolder']!r} (subfolder) in its folder")
+                raise self.explain(f"there is no folder {self._given['subfolder']!r} (subfolder) in its folder")
             return
         if os.path.exists(self.path):
-            raise self.failure(f"it is a file; accepted is a folder, a {_GGUF} file or a hub id")
+            raise self.explain(f"it is a file; accepted is a folder, a {_GGUF} file or a hub id")
         if self.path.endswith(_GGUF) or not _can_be_on_hub(self.path):
-            raise self.failure("there is no such file or folder")
+            raise self.explain("there is no such file or folder")
 
     def require_model(self) -> None:
         """Refuse a path that does not exist, and a folder without a model."""
         self.require_place()
         gguf = self._given.get("gguf_file")
-        if gguf is not None and self.is_local and not self._has(gguf):
-            raise self.failure(f"there is no file {gguf!r} (gguf_file) in its folder")
-        if gguf is not None and self.is_local and not _begins_as_gguf(self._folder / gguf):
-            raise self.failure(f"{gguf!r} is no GGUF file: it does not begin with {_GGUF_MAGIC.decode()!r}")
-        if gguf is None and self.is_local and not self._has(_CONFIG) and not self._has(_ADAPTER):
+        if not self.is_local:
+            offline = self.options.get("local_files_only", constants.HF_HUB_OFFLINE)
+            if offline and self.find(gguf or _CONFIG) is None and self.find(_ADAPTER) is None:
+                is_asked = not (self._given.get("local_files_only") or constants.HF_HUB_OFFLINE)
+                why = f"and {constants.ENDPOINT} does not answer" if is_asked else "and the hub is not asked"
+                raise self.explain(f"there is no such folder, nor such a model in the hub's cache, {why}")
+            return
+        if gguf is not None:
+            if not self._has(gguf):
+                raise self.explain(f"there is no file {gguf!r} (gguf_file) in its folder")
+            with (self._folder / gguf).open("rb") as file:
+                if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+                    raise self.explain(f"{gguf!r} is no GGUF file: it does not begin with {_GGUF_MAGIC.decode()!r}")
+        elif not self._has(_CONFIG) and not self._has(_ADAPTER):
             found = sorted(path.name for path in self._folder.glob(f"*{_GGUF}"))
             hint = f"; gguf_file may be {' or '.join(map(repr, found[:4]))}" if found else ""
-            raise self.failure(f"there is no model in its folder: neither {_CONFIG} nor {_ADAPTER}{hint}")
-        if self.is_local and self._has(_GENERATION):
-            self._check_generation()  # transformers does without, and knows no end of answers
-        offline = not self.is_local and self.options.get("local_files_only", constants.HF_HUB_OFFLINE)
-        if offline and self.find(gguf or _CONFIG) is None and self.find(_ADAPTER) is None:
-            raise self.failure(f"there is no such folder, nor such a model in the hub's cache, {self._offline}")
+            raise self.explain(f"there is no model in its folder: neither {_CONFIG} nor {_ADAPTER}{hint}")
+        if self._has(_GENERATION):
+            self._require_generation()  # transformers does without, and knows no end of answers
 
     def require_tokenizer(self) -> None:
         """Refuse a folder without a tokenizer."""
         if self.is_local and not self.has_tokenizer:
-            raise self.failure("there is no tokenizer in its folder: no tokenizer.json, tokenizer.model or the like")
+            raise self.explain("there is no tokenizer in its folder: no tokenizer.json, tokenizer.model or the like")
 
     @property
     def has_tokenizer(self) -> bool:
@@ -136,7 +147,7 @@ class ModelFiles:
             return None
         config = self._read_json(found)
         if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
-            raise self.failure(f"its {_ADAPTER} names no base_model_name_or_path")
+            raise self.explain(f"its {_ADAPTER} names no base_model_name_or_path")
         return config
 
     @cached_property
@@ -157,42 +168,31 @@ class ModelFiles:
         try:
             found = cached_file(self.path, filename, **self.where, **silent)
         except OSError as error:
-            raise self.failure(error) from None
+            raise self.explain(error) from None
         return None if found is None else Path(found)
 
     @property
     def _folder(self) -> Path:
         return Path(self.path, self._given.get("subfolder", ""))
 
-    @property
-    def _offline(self) -> str:
-        if self._given.get("local_files_only") or constants.HF_HUB_OFFLINE:
-            return "and the hub is not asked"
-        return f"and {constants.ENDPOINT} does not answer"
-
     def _read_json(self, path: Path) -> Any:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise self.failure(f"its {path.name} is damaged: {error}") from None
+            raise self.explain(f"its {path.name} is damaged: {error}") from None
 
-    def _check_generation(self) -> None:
+    def _require_generation(self) -> None:
         found = self._read_json(self._folder / _GENERATION)
-        ends = found.get("eos_token_id") if isinstance(found, dict) else None
         if not isinstance(found, dict):
-            raise self.failure(f"its {_GENERATION} is damaged: it holds no object")
+            raise self.explain(f"its {_GENERATION} is damaged: it holds no object")
+        ends = found.get("eos_token_id")
         if ends is not None and not all(is_whole(end, -1) for end in (ends if isinstance(ends, list) else [ends])):
-            raise self.failure(
+            raise self.explain(
                 f"its {_GENERATION} has eos_token_id {show_value(ends)}; accepted is null, a token id or a list of them"
             )
 
     def _has(self, filename: str) -> bool:
         return (self._folder / filename).is_file()
-
-
-def _begins_as_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
 
 
 def _can_be_on_hub(name: str) -> bool:
@@ -203,7 +203,7 @@ def _can_be_on_hub(name: str) -> bool:
     return True
 
 
-def _hub_answers() -> bool:
+def _can_reach_hub() -> bool:
     """Whether the hub can be reached: one try, where its own client would wait and try again for each file."""
     try:
         get_session().head(constants.ENDPOINT, timeout=_ASKED_WITHIN_S)
@@ -212,7 +212,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def in_one_line(reason: object, most: int = 300) -> str:
+def shorten_reason(reason: object, most: int = 300) -> str:
     """``reason`` without line breaks, shortened; with its kind where an error's text does not stand by itself."""
     text = " ".join(str(reason).split())
     if isinstance(reason, UnpicklingError):  # whose text says how to run what the file may hold
@@ -222,3 +222,40 @@ def in_one_line(reason: object, most: int = 300) -> str:
     if isinstance(reason, Exception) and not (text and isinstance(reason, OSError | ValueError)):
         text = f"{type(reason).__name__}: {text}"
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+@contextmanager
+def read_gguf_once() -> Iterator[None]:
+    """Let transformers, which asks gguf for a file's content three times and for a name map per module, ask once.
+
+    Names of the package gguf are replaced meanwhile, by one thread at a time, which may enter more than once.
+    """
+    if getattr(_this_thread, "reads_gguf", False):
+        yield
+        return
+    import gguf
+
+    with LOADING:
+        names = _get_gguf_names()
+
+        class Reader(names["GGUFReader"]):
+            """Slices a plain array, which takes a fifth of the time that slicing a memory map takes."""
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+        _this_thread.reads_gguf = True
+        vars(gguf).update(GGUFReader=cache(Reader), get_tensor_name_map=cache(names["get_tensor_name_map"]))
+        try:
+            yield
+        finally:
+            vars(gguf).update(names)
+            _this_thread.reads_gguf = False
+
+
+@cache
+def _get_gguf_names() -> dict[str, Any]:
+    """What ``read_gguf_once`` replaces. Found once: a child may be forked while a thread of its parent replaces it."""
+    import gguf
+
+    return {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}

@@ -1,117 +1,82 @@
-"""What a model's code and configuration say: the name of its cache argument, its layers, what rules reuse out."""
+"""What a model's configuration, code and modules say: what it is, its layers and embeddings, how its keys turn.
+
+Rotations are found among the model's buffers and proven on real forward passes. A probe runs at two places; the
+rotation of a layer is the candidate that carries its keys from one place to the other. A model without such a candidate
+(learned positions, frequencies that change, rotation of a part that is not the first) is refused for modes that move
+keys.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
-from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.kv import LayerKV, Rotation, rotate
 
+PROMPT_LEARNING = (
+    "a PEFT adapter of prompt learning ({}), whose virtual tokens stand before every pass; accepted are adapters of "
+    "the layers, such as LoRA"
+)
+PROBE_SHIFT = 23  # positions
+HALF_TOLERANCE, FLOAT_TOLERANCE = 0.1, 1e-3  # mean error as a share of the keys' mean magnitude
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")  # the last one from transformers 5.24 on
 _RENAMED_IN = Version("5.24")
 _NO_DECODER = "not a causal language model"
-PROMPT_LEARNING = (
-    "a PEFT adapter of prompt learning ({}), whose virtual tokens stand before every pass; accepted are adapters of "
-    "the layers, such as LoRA"
-)
 
 
 def require_decoder(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what the configuration says is no decoder; ``name`` is the model's.
-
-    Raises:
-        UnsupportedModelError: saying what it is.
-    """
+    """Raise ``UnsupportedModelError`` if the configuration of the model ``name`` is no decoder's."""
     masked, causal = (type(config) in kinds for kinds in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder-decoder ({_kind_of(config)})")
+        raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder-decoder ({_name_kind(config)})")
     looks_ahead = masked and (not causal or getattr(config, "is_decoder", None) is False)
-    if looks_ahead and not _brings_decoder(config):
-        raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder ({_kind_of(config)})")
+    if looks_ahead and not _has_own_decoder(config):
+        raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder ({_name_kind(config)})")
 
 
 def require_loadable_decoder(config: PreTrainedConfig, name: str) -> None:
-    """As ``require_decoder``, and refuse what transformers knows no causal language model for."""
+    """As ``require_decoder``, and raise if transformers has no causal language model for the configuration."""
     require_decoder(config, name)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_decoder(config):
-        raise UnsupportedModelError(f"{name} is {_NO_DECODER} ({_kind_of(config)})")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _has_own_decoder(config):
+        raise UnsupportedModelError(f"{name} is {_NO_DECODER} ({_name_kind(config)})")
 
 
-def _brings_decoder(config: PreTrainedConfig) -> bool:
+def _has_own_decoder(config: PreTrainedConfig) -> bool:
     """Whether the code of a causal language model lies beside the configuration."""
     return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
-def _kind_of(config: PreTrainedConfig) -> str:
+def _name_kind(config: PreTrainedConfig) -> str:
     return " or ".join(getattr(config, "architectures", None) or [config.model_type])
 
 
 def require_no_prompt_learning(model: PreTrainedModel) -> None:
-    """Refuse PEFT prompt learning.
-
-    Raises:
-        UnsupportedModelError: naming the method.
-    """
+    """Raise ``UnsupportedModelError`` if the model has a PEFT adapter of prompt learning."""
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
         if getattr(config, "is_prompt_learning", False):
             raise UnsupportedModelError(f"{type(model).__name__} has {PROMPT_LEARNING.format(config.peft_type.value)}")
 
 
-def cache_argument(model_class: type[PreTrainedModel]) -> str:
-    """The name of the argument by which the forward of ``model_class`` takes its KV cache.
-
-    Raises:
-        UnsupportedModelError: if there is none.
-    """
-    parameters = inspect.signature(model_class.forward).parameters
-    for name in _CACHE_ARGUMENTS:
-        if name in parameters and (name != "cache" or _is_kv_cache(str(parameters[name].annotation))):
-            return name
-    raise UnsupportedModelError(f"{model_class.__name__} takes no KV cache: none of {', '.join(_CACHE_ARGUMENTS)}")
-
-
-def _is_kv_cache(annotation: str) -> bool:
-    """Whether an argument called ``cache`` is the KV cache; that of XLM is a dictionary of something else."""
-    renamed = Version(transformers.__version__).release >= _RENAMED_IN.release
-    return "Cache" in annotation or (renamed and "dict" not in annotation)
-
-
-def find_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
-    """The modules that keys and values come from, in order.
-
-    Raises:
-        UnsupportedModelError: if there is no list of ``num_hidden_layers`` modules.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return list(module)
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
-
-
-def windows_of(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """For each layer how many positions a token sees, itself included; None for all before it."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        slides = window is not None and getattr(config, "use_sliding_window", True)
-        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
 def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, mode: str) -> None:
-    """Refuse what the configuration already rules out.
-
-    Raises:
-        UnsupportedModelError: naming what was found.
-    """
+    """Raise ``UnsupportedModelError`` for what the configuration rules out, where KV is moved or computed in part."""
     name = type(model).__name__
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if found:
@@ -125,3 +90,120 @@ def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, m
             f"{name} has attn_implementation {config._attn_implementation!r}; mode {mode!r} accepts "
             f"{' or '.join(map(repr, sorted(_ATTENTION)))}"
         )
+
+
+def find_cache_argument(model_class: type[PreTrainedModel]) -> str:
+    """The name of the argument by which ``model_class`` takes its KV cache; ``UnsupportedModelError`` without one."""
+    kinds = {name: str(given.annotation) for name, given in inspect.signature(model_class.forward).parameters.items()}
+    renamed = Version(transformers.__version__).release >= _RENAMED_IN.release
+    for name in _CACHE_ARGUMENTS:  # an argument ``cache`` of XLM is a dictionary of something else
+        if name in kinds and (name != "cache" or "Cache" in kinds[name] or (renamed and "dict" not in kinds[name])):
+            return name
+    raise UnsupportedModelError(f"{model_class.__name__} takes no KV cache: none of {', '.join(_CACHE_ARGUMENTS)}")
+
+
+def make_cache(layers: Iterable[LayerKV]) -> DynamicCache:
+    """A plain cache of these keys and values; they are not copied, and an update makes new ones."""
+    cache = DynamicCache()
+    cache.layers = [fill_layer(DynamicLayer(), layer) for layer in layers]
+    return cache
+
+
+def fill_layer(layer: DynamicLayer, kv: LayerKV) -> DynamicLayer:
+    """``layer`` with these keys and values."""
+    layer.lazy_initialization(*kv)
+    layer.keys, layer.values = kv
+    return layer
+
+
+def find_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
+    """The modules that keys and values come from, in order; ``UnsupportedModelError`` without a list of them."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return list(module)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
+
+
+def list_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """For each layer how many positions a token sees, itself included; None for all before it."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        slides = window is not None and getattr(config, "use_sliding_window", True)
+        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def find_input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in; ``UnsupportedModelError`` if the model's weights are nowhere."""
+    module = model.get_input_embeddings()
+    hook = find_offload_hook(module)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    found: torch.device = module.weight.device
+    if found.type == "meta":
+        raise UnsupportedModelError(f"{type(model).__name__} has no weights: they are on device 'meta'")
+    return found
+
+
+def read_embeddings(model: PreTrainedModel) -> Tensor:
+    """The input embeddings of all tokens [V, hidden]; read from disk if they are offloaded there."""
+    module = model.get_input_embeddings()
+    hook = find_offload_hook(module)
+    weights: Mapping[str, Tensor] = {"weight": module.weight} if hook is None else hook.weights_map
+    found = weights["weight"].detach()
+    return found.dequantize() if hasattr(found, "__tensor_flatten__") else found
+
+
+def find_offload_hook(module: nn.Module) -> Any:
+    """What accelerate puts before a module to bring in its weights for every pass, or None if they are in it."""
+    hook = vars(module).get("_hf_hook")
+    for one in (hook, *getattr(hook, "hooks", ())):
+        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
+            return one
+    return None
+
+
+def find_rotations(
+    model: nn.Module, here: Sequence[LayerKV], there: Sequence[LayerKV], shift: int
+) -> tuple[Rotation | None, ...]:
+    """The rotation of each layer, or None where keys do not turn, from KV of a probe and ``shift`` positions later.
+
+    Raises:
+        UnsupportedModelError: if values change with position, or keys in another way than by a rotation.
+    """
+    width = min(layer.keys.shape[3] for layer in here)
+    candidates = [None, *(c for c in _list_candidates(model) if 2 * len(c.inverse_frequencies) <= width)]
+    pairs = enumerate(zip(here, there, strict=True))
+    return tuple(_find_rotation(index, candidates, first, second, shift) for index, (first, second) in pairs)
+
+
+def _find_rotation(
+    index: int, candidates: Sequence[Rotation | None], here: LayerKV, there: LayerKV, shift: int
+) -> Rotation | None:
+    shifts = torch.full((here.keys.shape[2],), shift, device=here.keys.device)
+    moved = [here.keys if rotation is None else rotate(here.keys, shifts, rotation) for rotation in candidates]
+    errors = [_measure_error(keys, there.keys) for keys in moved]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    tolerance = FLOAT_TOLERANCE if here.keys.dtype == torch.float32 else HALF_TOLERANCE
+    if errors[best] > tolerance or _measure_error(here.values, there.values) > tolerance:
+        raise UnsupportedModelError(
+            f"layer {index}: keys at another position are not the rotated ones (error {errors[best]:.3f} of their "
+            f"magnitude), as with learned positions, ALiBi, MLA or partial rotation; use mode='exact'"
+        )
+    return candidates[best]
+
+
+def _measure_error(moved: Tensor, real: Tensor) -> float:
+    return float((moved.float() - real.float()).abs().mean() / real.float().abs().mean().clamp_min(1e-6))
+
+
+def _list_candidates(model: nn.Module) -> Iterator[Rotation]:
+    """Every set of inverse frequencies that the model holds (its original one where it changes), in both pairings."""
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, frequencies in buffers.items():
+            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+                original = buffers.get(f"{name.removesuffix('inv_freq')}original_inv_freq")
+                chosen = frequencies if original is None else original
+                yield from (Rotation(chosen.float(), interleaved) for interleaved in (False, True))

@@ -1,10 +1,7 @@
 """Where a model comes from: configuration, tokenizer and weights, by name or as given objects.
 
-Each is read when first asked for, so that what a framework wants to know beforehand loads no weights.
-
-Where a model's input embeddings are: in their module, or kept elsewhere by accelerate until a pass needs them.
-
-A GGUF file as an ordinary transformers folder, so that it is dequantized once and not at every start.
+Each is read when it is first asked for, so that what a framework wants to know beforehand loads no weights. A GGUF file
+can be converted into an ordinary transformers folder, so that it is dequantized once and not at every start.
 """
 
 from __future__ import annotations
@@ -15,12 +12,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache, cached_property
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -36,7 +32,15 @@ from transformers.utils import is_gguf_available, is_peft_available
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error, tqdm
 
 from semsharekv_integrations.errors import ModelLoadError, SemShareError, UnsupportedModelError, require
-from semsharekv_integrations.model.files import FILE_OPTIONS, REFERENCE_MODEL, ModelFiles, in_one_line, resolve
+from semsharekv_integrations.model.files import (
+    FILE_OPTIONS,
+    LOADING,
+    REFERENCE_MODEL,
+    ModelFiles,
+    read_gguf_once,
+    resolve,
+    shorten_reason,
+)
 from semsharekv_integrations.model.layers import PROMPT_LEARNING, require_loadable_decoder
 from semsharekv_integrations.versions import require_tested_transformers
 
@@ -45,28 +49,8 @@ _APART = {"adapter_kwargs", "output_loading_info", "quantization_config", "torch
 _SECRETS = {"token"}
 
 
-class ModelSource(Protocol):
-    """A model that may not be in memory yet. All three may raise ``ModelLoadError`` or ``UnsupportedModelError``."""
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The model's configuration; loads no weights."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer; loads no weights."""
-
-    def load(self) -> PreTrainedModel:
-        """The model with its weights, in evaluation mode; called once."""
-
-
 class GivenModel:
-    """A model and a tokenizer that are in memory already.
-
-    Raises:
-        ValueError: if they are something else.
-        UnsupportedVersionError: if transformers has a version that was not tested.
-    """
+    """A model and a tokenizer that are in memory already; ``ValueError`` if they are something else."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         require_tested_transformers()
@@ -110,10 +94,10 @@ class NamedModel:
         require(isinstance(name, (str, os.PathLike)) and bool(os.fspath(name)), "name_or_path", name, accepted)
         require(device is None or "device_map" not in options, "device", device, "None beside device_map")
         older = options.get("torch_dtype", dtype)
-        require(dtype == "auto" or _same(older, dtype), "torch_dtype", older, f"{dtype!r} or nothing beside dtype")
+        require(dtype == "auto" or _is_same(older, dtype), "torch_dtype", older, f"{dtype!r} or nothing beside dtype")
         self.name = os.fspath(name)
-        self._device = None if device is None else _checked_device(device)
-        self._dtype = _checked_dtype(older)
+        self._device = None if device is None else _parse_device(device)
+        self._dtype = _parse_dtype(older)
         self._files = ModelFiles(self.name, options)
         self._options = {key: value for key, value in options.items() if key not in FILE_OPTIONS | _APART}
         self._quantized = {key: value for key, value in options.items() if key == "quantization_config"}
@@ -141,10 +125,9 @@ class NamedModel:
         if files is not base:
             _require_peft(files)
         base.require_model()
-        with _naming_what_failed(base, "its configuration cannot be read"):
-            config, rest = AutoConfig.from_pretrained(
-                base.path, return_unused_kwargs=True, **self._options, **base.options
-            )
+        options = self._options | base.options
+        with _explain_failure(base, "its configuration cannot be read"):
+            config, rest = AutoConfig.from_pretrained(base.path, return_unused_kwargs=True, **options)
         require_loadable_decoder(config, f"model {self.name!r}")
         return config, {key: value for key, value in rest.items() if key in self._options}
 
@@ -155,7 +138,7 @@ class NamedModel:
         files = self._files if self._files.has_tokenizer else self._files.base
         files.require_tokenizer()
         options = files.options if files is self._files.base else files.options | {"config": config}
-        with _naming_what_failed(files, "its tokenizer cannot be read"):
+        with _explain_failure(files, "its tokenizer cannot be read"):
             tokenizer = AutoTokenizer.from_pretrained(files.path, **options)
             if not tokenizer.get_vocab():
                 raise ValueError("it has no vocabulary")
@@ -167,23 +150,28 @@ class NamedModel:
         config, rest = self._config_and_rest  # says what is wrong with the files before anything takes long
         files, base = self._files, self._files.base
         if self._device is not None and not _is_here(self._device):
-            raise files.failure(f"device is {str(self._device)!r}; accepted is None or {_devices_here()}")
+            raise files.explain(f"device is {str(self._device)!r}; accepted is None or {_name_devices()}")
         quantized = ({"quantization_config": GgufConfig(dequantize=True)} if base.is_gguf else {}) | self._quantized
         own = {"config": config, "dtype": self._dtype, "adapter_kwargs": base.where, "output_loading_info": True}
-        with _naming_what_failed(base, "its weights cannot be read"):
+        reading = read_gguf_once() if base.is_gguf else nullcontext()
+        with _explain_failure(base, "its weights cannot be read"), LOADING, reading:
             model, found = AutoModelForCausalLM.from_pretrained(base.path, **rest, **base.options, **own, **quantized)
             _require_whole(found["missing_keys"])
-            _forget_unpacked_gguf(model)
+            _make_ordinary(model)
         if "device_map" not in self._options:
-            with _naming_what_failed(base, f"it cannot be put on {self._device or 'its device'}"):
+            with _explain_failure(base, f"it cannot be put on {self._device or 'its device'}"):
                 model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if files is not base:
-            with _naming_what_failed(files, "the adapter's weights cannot be read"):
-                added = model.load_adapter(
-                    files.path, adapter_kwargs=files.where | self._adapter_options, dtype=model.dtype
-                )
+            with _explain_failure(files, "the adapter's weights cannot be read"), LOADING:
+                options = files.where | self._adapter_options
+                added = model.load_adapter(files.path, adapter_kwargs=options, dtype=model.dtype)
                 _require_whole(added.missing_keys)
         return model.eval()
+
+
+# A model that may not be in memory yet. Reading ``config`` and ``tokenizer`` loads no weights; these two and ``load``,
+# which is called once, may raise ``ModelLoadError`` or ``UnsupportedModelError``.
+ModelSource = GivenModel | NamedModel
 
 
 def merge_arguments(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,13 +185,9 @@ def merge_arguments(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict
     arguments = {"device": device, "dtype": dtype, **options}
     for name, field, usual in (("device", device, None), ("dtype", dtype, "auto")):
         if field != usual:
-            require(_same(arguments[name], field), f"model_kwargs[{name!r}]", arguments[name], f"{field!r} or nothing")
+            found = arguments[name]
+            require(_is_same(found, field), f"model_kwargs[{name!r}]", found, f"{field!r} or nothing")
     return arguments
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two devices or dtypes are the same, by whatever name."""
-    return str(one).removeprefix("torch.") == str(other).removeprefix("torch.")
 
 
 def is_local(name: str, options: Mapping[str, Any]) -> bool:
@@ -215,21 +199,41 @@ def is_local(name: str, options: Mapping[str, Any]) -> bool:
         return True
 
 
-def hide_progress_bars() -> None:
-    """Turn off transformers' own progress bars, for callers that show their own; errors alone are logged then."""
-    disable_progress_bar()
-    set_verbosity_error()
-    modeling_gguf_pytorch_utils.tqdm = tqdm  # one that can be turned off, in place of one that cannot
-
-
 def get_window(config: PreTrainedConfig) -> int | None:
     """Most positions that the model was made for, or None if its configuration does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def hide_progress_bars() -> None:
+    """Turn off transformers' own progress bars, for callers that show their own; only errors are logged then."""
+    disable_progress_bar()
+    set_verbosity_error()
+    modeling_gguf_pytorch_utils.tqdm = tqdm  # one that can be turned off, in place of one that cannot
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write the GGUF file ``path`` as ``folder``, whole or not at all, readable by its owner alone, in bfloat16.
+
+    Raises:
+        OSError: if the folder cannot be written.
+        ModelLoadError: if the file cannot be read, or is no model that transformers reads.
+    """
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
+    try:
+        source = NamedModel(str(path), "cpu", torch.bfloat16, {})
+        with read_gguf_once():
+            source.load().save_pretrained(part)
+            source.tokenizer.save_pretrained(part)
+            if not folder.exists():
+                part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 @contextmanager
-def _naming_what_failed(files: ModelFiles, what: str) -> Iterator[None]:
-    """Other libraries' errors as one line that names the model; they raise anything where files are damaged."""
+def _explain_failure(files: ModelFiles, what: str) -> Iterator[None]:
+    """Turn other libraries' errors, which may be of any kind, into one line that names the model."""
     try:
         yield
     except SemShareError:
@@ -238,10 +242,10 @@ def _naming_what_failed(files: ModelFiles, what: str) -> Iterator[None]:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is not None and isinstance(error, TypeError):
             what, error = "options", ValueError(f"{unknown[1]} is none that loading knows")
-        reason = f"{what}: {in_one_line(error)}"
+        reason = f"{what}: {shorten_reason(error)}"
         if files.is_gguf and not is_gguf_available():
             reason = "reading a GGUF file needs the package gguf: pip install gguf"
-        raise files.failure(reason) from None
+        raise files.explain(reason) from None
 
 
 def _require_whole(missing: Collection[str]) -> None:
@@ -255,7 +259,7 @@ def _require_peft(files: ModelFiles) -> None:
     """Refuse an adapter that cannot be loaded."""
     assert files.adapter is not None
     if not is_peft_available():
-        raise files.failure("it is a PEFT adapter; loading it needs the package peft: pip install peft")
+        raise files.explain("it is a PEFT adapter; loading it needs the package peft: pip install peft")
     import peft
 
     kind = str(files.adapter.get("peft_type"))
@@ -265,7 +269,7 @@ def _require_peft(files: ModelFiles) -> None:
         raise UnsupportedModelError(f"model {files.name!r} is {PROMPT_LEARNING.format(kind)}")
 
 
-def _forget_unpacked_gguf(model: PreTrainedModel) -> None:
+def _make_ordinary(model: PreTrainedModel) -> None:
     """Make a model of unpacked GGUF weights an ordinary one, which can be saved, moved and compared."""
     config = getattr(model.config, "quantization_config", None)
     if isinstance(config, GgufConfig) and config.dequantize:
@@ -275,14 +279,17 @@ def _forget_unpacked_gguf(model: PreTrainedModel) -> None:
             vars(model).pop(name, None)
 
 
-def _checked_device(device: str | torch.device) -> torch.device:
-    """What is a device on some machine; whether it is on this one, loading finds out."""
-    try:
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two devices or dtypes are the same, by whatever name."""
+    return str(one).removeprefix("torch.") == str(other).removeprefix("torch.")
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    """A device of some machine; loading finds out whether this one has it."""
+    found = torch.device("meta")
+    with suppress(RuntimeError, TypeError):
         found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    require(found is not None and found.type != "meta", "device", device, f"None or {_devices_here()}")
-    assert found is not None
+    require(found.type != "meta", "device", device, f"None or {_name_devices()}")
     return found
 
 
@@ -294,7 +301,7 @@ def _is_here(device: torch.device) -> bool:
     return kind.is_available() and (device.index or 0) < kind.device_count()
 
 
-def _devices_here() -> str:
+def _name_devices() -> str:
     """The devices of this machine, as an error offers them."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
@@ -303,84 +310,8 @@ def _devices_here() -> str:
     return " or ".join(map(repr, ("cpu", accelerator.type, *names)))
 
 
-def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def _parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     fits = dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
     require(fits, "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")
     return "auto" if dtype == "auto" or found is None else found
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go in.
-
-    Raises:
-        UnsupportedModelError: if the model's weights are nowhere.
-    """
-    module = model.get_input_embeddings()
-    hook = _offloading_hook(module)
-    if hook is not None and hook.execution_device is not None:
-        return torch.device(hook.execution_device)
-    found: torch.device = module.weight.device
-    if found.type == "meta":
-        raise UnsupportedModelError(f"{type(model).__name__} has no weights: they are on device 'meta'")
-    return found
-
-
-def has_embeddings_elsewhere(model: PreTrainedModel) -> bool:
-    """Whether accelerate keeps them on disk or host between passes."""
-    return _offloading_hook(model.get_input_embeddings()) is not None
-
-
-def embeddings_of(model: PreTrainedModel) -> torch.Tensor:
-    """The input embeddings of all tokens [V, hidden]; read from disk if that is where they are."""
-    module = model.get_input_embeddings()
-    hook = _offloading_hook(module)
-    weights: Mapping[str, torch.Tensor] = {"weight": module.weight} if hook is None else hook.weights_map
-    found = weights["weight"].detach()
-    return found.dequantize() if hasattr(found, "__tensor_flatten__") else found
-
-
-def _offloading_hook(module: torch.nn.Module) -> Any:
-    """What accelerate puts before a module to bring in its weights, or None if they are in it."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = (hook, *getattr(hook, "hooks", ()))
-    return next((one for one in hooks if getattr(one, "offload", False) and one.weights_map is not None), None)
-
-
-def convert(path: Path, folder: Path) -> None:
-    """Write ``folder``, whole or not at all, readable by its owner alone. Weights are kept in bfloat16.
-
-    Raises:
-        OSError: if the folder cannot be written.
-        ModelLoadError: if the file cannot be read, or is no model that transformers reads.
-    """
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
-    try:
-        source = NamedModel(str(path), "cpu", torch.bfloat16, {})
-        with _reading_once():
-            source.load().save_pretrained(part)
-            source.tokenizer.save_pretrained(part)
-        if not folder.exists():
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _reading_once() -> Iterator[None]:
-    """Let transformers, which asks gguf for a file's content three times and for a name map per module, ask once."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """Slices a plain array, which takes a fifth of the time that slicing a memory map takes."""
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
-
-    names = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
-    vars(gguf).update(GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
-    try:
-        yield
-    finally:
-        vars(gguf).update(names)

@@ -1,32 +1,32 @@
-"""A forward pass over some rows of a prompt, narrowing from layer to layer, under the model's own forward.
+"""A forward pass over some rows of a prompt, and the cache that it runs on.
 
 Hooks before the decoder layers replace hidden states, positions and mask by those of the rows that are still active.
-They act only on passes that carry the pass's own cache, and are gone when it ends.
-
-A prompt's KV gathered from stored references into its own order, in a cache that takes up what is computed.
-
-The paper's rearranged cache (arXiv 2509.24832, section 3), with keys turned to where they stand now.
+They act only on passes with the pass's own cache, and are gone when it ends. That cache is the rearranged one of the
+paper (arXiv 2509.24832, section 3): KV gathered from stored references into the prompt's order, with keys turned to
+where they stand now. It takes up what is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations.kv import LayerKV, Reference, Rotation, take_first_tokens, turn
+from semsharekv_integrations.kv import LayerKV, Rotation, take_first_tokens, turn
 from semsharekv_integrations.model.attention import blocks_of, use_blocks
+from semsharekv_integrations.model.layers import fill_layer, make_cache
 from semsharekv_integrations.reuse.plan import PROJECTION_SHARE, Borrowing, ReusePlan
 
 Measure = Callable[[], LayerKV]
-Choose = Callable[[int, torch.Tensor, Measure], torch.Tensor]
+Choose = Callable[[int, Tensor, Measure], Tensor]
 
 
 class LayerView(NamedTuple):
@@ -36,51 +36,42 @@ class LayerView(NamedTuple):
     windows: Sequence[int | None]
 
 
+@dataclass(eq=False)
 class RowPass:
     """One pass.
 
-    Args:
+    Attributes:
         view: the decoder layers.
         cache: KV of all tokens, which takes up what is computed.
-        rows: [N] positions of the tokens that go in, ascending.
-        choose: from layer, active rows, and a way to have the layer's fresh keys and values for them, to the rows
-            that stay, a subset. Asked once for each layer.
-        hidden: [T] tokens that have no KV yet and must not be seen, or None.
+        rows: [N] positions of the tokens that go in, ascending; later those that are still active.
+        choose: called once for each layer with its index, the active rows, and a function that computes the layer's
+            fresh keys and values for them; returns the rows that stay, a subset.
         dtype: of the mask.
+        hidden: [T] tokens that have no KV yet and must not be seen, or None.
+        row_layers: how many rows were computed, summed over layers.
     """
 
-    def __init__(
-        self,
-        view: LayerView,
-        cache: GatheredCache,
-        rows: torch.Tensor,
-        choose: Choose,
-        dtype: torch.dtype,
-        hidden: torch.Tensor | None = None,
-    ) -> None:
-        self._view = view
-        self._cache = cache
-        self._first = self._rows = rows
-        self._choose = choose
-        self._dtype = dtype
-        self._hidden = hidden
-        self._mask = self.first_mask = self._mask_of(rows, None)
-        self._window: int | None = None
-        self.row_layers = 0.0
+    view: LayerView
+    cache: GatheredCache
+    rows: Tensor
+    choose: Choose
+    dtype: torch.dtype
+    hidden: Tensor | None = None
+    row_layers: float = field(default=0.0, init=False)
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """The rows that are active now."""
-        return self._rows
+    def __post_init__(self) -> None:
+        self._first = self.rows
+        self._mask = self.first_mask = self._make_mask(self.rows, None)
+        self._window: int | None = None
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Hooks in place."""
+    def install(self) -> Iterator[None]:
+        """Put the hooks in place."""
         handles = [
             module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
-            for index, module in enumerate(self._view.modules)
+            for index, module in enumerate(self.view.modules)
         ]
-        use_blocks(blocks_of(self._rows))
+        use_blocks(blocks_of(self.rows))
         try:
             yield
         finally:
@@ -88,72 +79,69 @@ class RowPass:
                 handle.remove()
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = self._cache.layers[index]
-        if layer.measures or all(value is not self._cache for value in (*args, *kwargs.values())):
+        """The arguments of layer ``index`` for the rows that are chosen, or None to leave them as they are."""
+        layer = self.cache.layers[index]
+        if layer.measures or all(value is not self.cache for value in (*args, *kwargs.values())):
             return None
-        rows = self._choose(index, self._rows, partial(self._measure, index, module, args, kwargs))
-        current = self._inputs(index, args, kwargs, rows)
-        self._rows = layer.rows = rows
+        rows = self.choose(index, self.rows, partial(self._measure, index, module, args, kwargs))
+        current = self._narrow(index, args, kwargs, rows)
+        self.rows = layer.rows = rows
         self.row_layers += len(rows)
         return current
 
     def _measure(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
         """The layer's fresh keys and values [B, H, N, D] of its rows, by its own code, stopped once they are there."""
-        layer = self._cache.layers[index]
-        self.row_layers += PROJECTION_SHARE * len(self._rows)
+        layer = self.cache.layers[index]
+        self.row_layers += PROJECTION_SHARE * len(self.rows)
         layer.measures = True
         try:
-            narrowed, changed = self._inputs(index, args, kwargs, self._rows)
+            narrowed, changed = self._narrow(index, args, kwargs, self.rows)
             module(*narrowed, **changed)
-        except Measured as measured:
-            return measured.layer
+        except _Measured as measured:
+            return LayerKV(*measured.args)
         finally:
             layer.measures = False
         raise AssertionError("the layer did not update its cache")
 
-    def _inputs(
-        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: torch.Tensor
+    def _narrow(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The layer's arguments for ``rows`` alone; hidden states come for the rows before, the rest for the first."""
         states = args[0]
         if len(rows) < states.shape[1]:
-            states = _picked(states, torch.searchsorted(self._rows, rows))
-        changed = dict(kwargs, attention_mask=self._mask_for(rows, self._view.windows[index]).to(states.device))
+            states = _pick(states, torch.searchsorted(self.rows, rows))
+        changed = dict(kwargs, attention_mask=self._get_mask(rows, self.view.windows[index]).to(states.device))
         if len(rows) < len(self._first):
             kept = torch.searchsorted(self._first, rows)
-            changed["position_ids"] = _picked(kwargs["position_ids"], kept)
-            changed["position_embeddings"] = tuple(_picked(part, kept) for part in kwargs["position_embeddings"])
+            changed["position_ids"] = _pick(kwargs["position_ids"], kept)
+            changed["position_embeddings"] = tuple(_pick(part, kept) for part in kwargs["position_embeddings"])
         return (states, *args[1:]), changed
 
-    def _mask_for(self, rows: torch.Tensor, window: int | None) -> torch.Tensor:
+    def _get_mask(self, rows: Tensor, window: int | None) -> Tensor:
         """The mask [1, 1, N, T], kept while rows and window stay."""
         if len(rows) != self._mask.shape[2] or window != self._window:
-            self._mask, self._window = self._mask_of(rows, window), window
+            self._mask, self._window = self._make_mask(rows, window), window
             use_blocks(blocks_of(rows))
         return self._mask
 
-    def _mask_of(self, rows: torch.Tensor, window: int | None) -> torch.Tensor:
-        keys = torch.arange(self._cache.layers[0].keys.shape[2], device=rows.device)
+    def _make_mask(self, rows: Tensor, window: int | None) -> Tensor:
+        keys = torch.arange(self.cache.layers[0].keys.shape[2], device=rows.device)
         unseen = keys > rows[:, None]  # [N, T]
         if window is not None:
             unseen |= keys <= rows[:, None] - window
-        if self._hidden is not None:
-            unseen |= self._hidden
-        mask = torch.zeros(unseen.shape, dtype=self._dtype, device=rows.device)
-        return mask.masked_fill_(unseen, torch.finfo(self._dtype).min)[None, None]
+        if self.hidden is not None:
+            unseen |= self.hidden
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=rows.device)
+        return mask.masked_fill_(unseen, torch.finfo(self.dtype).min)[None, None]
 
 
-def _picked(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def _pick(tensor: Tensor, indices: Tensor) -> Tensor:
     """Entries ``indices`` [N] of ``tensor`` [B, T, ...], wherever both are."""
     return tensor[:, indices.to(tensor.device)]
 
 
-class Measured(Exception):
-    """Fresh keys and values [B, H, N, D] of a layer whose rest is not wanted."""
-
-    def __init__(self, layer: LayerKV) -> None:
-        super().__init__()
-        self.layer = layer
+class _Measured(Exception):
+    """Stops a layer; its arguments are the layer's fresh keys and values [B, H, N, D]."""
 
 
 class GatheredLayer(DynamicLayer):
@@ -161,32 +149,31 @@ class GatheredLayer(DynamicLayer):
 
     Attributes:
         rows: [N] positions of the tokens that the layer computes next.
-        measures: whether an update raises ``Measured`` instead.
-        frozen: whether updates change nothing, since what they bring is there.
+        measures: whether an update raises ``_Measured`` instead.
+        frozen: whether updates are ignored, because the KV is already in place.
     """
 
     def __init__(self, layer: LayerKV) -> None:
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer
+        fill_layer(self, layer)
         self.rows = torch.arange(0)
         self.measures = self.frozen = False
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> LayerKV:
-        """Put the fresh keys and values [B, H, N, D] of ``rows`` in place; all of them [B, H, T, D]."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> LayerKV:
+        """Put the fresh keys and values [B, H, N, D] of ``rows`` in place; returns all of them [B, H, T, D]."""
         if self.measures:
-            raise Measured(LayerKV(key_states, value_states))
+            raise _Measured(key_states, value_states)
         if not self.frozen:
             self.put(self.rows, LayerKV(key_states, value_states))
         return LayerKV(self.keys, self.values)
 
-    def put(self, rows: torch.Tensor, fresh: LayerKV) -> None:
+    def put(self, rows: Tensor, fresh: LayerKV) -> None:
         """Replace the keys and values of ``rows`` [N]."""
         rows = rows.to(self.keys.device)
         self.keys.index_copy_(2, rows, fresh.keys)
         self.values.index_copy_(2, rows, fresh.values)
 
-    def take(self, rows: torch.Tensor) -> LayerKV:
+    def take(self, rows: Tensor) -> LayerKV:
         """The keys and values of ``rows`` [N], copied."""
         rows = rows.to(self.keys.device)
         return LayerKV(self.keys[:, :, rows], self.values[:, :, rows])
@@ -201,78 +188,59 @@ class GatheredCache(DynamicCache):
         super().__init__()
         self.layers = [GatheredLayer(layer) for layer in layers]
 
-    def finished(self) -> DynamicCache:
+    def finish(self) -> DynamicCache:
         """The same tensors in a plain cache, which decoding lets grow."""
-        cache = DynamicCache()
-        for gathered in self.layers:
-            layer = DynamicLayer()
-            layer.lazy_initialization(gathered.keys, gathered.values)
-            layer.keys, layer.values = gathered.keys, gathered.values
-            cache.layers.append(layer)
-        return cache
+        return make_cache(LayerKV(layer.keys, layer.values) for layer in self.layers)
 
 
 def gather(plan: ReusePlan, rotations: Sequence[Rotation | None]) -> GatheredCache:
-    """The KV that ``plan`` borrows, at its places, keys re-rotated if it says so; zeros where nothing is borrowed.
-
-    Args:
-        plan: it borrows something.
-        rotations: of each layer, or None where keys do not turn.
-    """
-    gatherer = _Gatherer(plan)
-    return GatheredCache([gatherer.layer(index, rotation) for index, rotation in enumerate(rotations)])
-
-
-class _Taken(NamedTuple):
-    """What is taken from one reference: its tokens ``sources`` [N] become tokens ``targets`` [N] of the prompt."""
-
-    reference: Reference
-    sources: torch.Tensor
-    targets: torch.Tensor
+    """The KV that ``plan`` borrows, in the prompt's order; zeros elsewhere. ``rotations`` turn each layer's keys."""
+    groups: dict[int, list[Borrowing]] = {}
+    for borrowing in plan.borrowings:
+        groups.setdefault(id(borrowing.reference), []).append(borrowing)
+    sources = [_Source(group) for group in groups.values()]
+    prefixes = take_first_tokens(plan.prefix.reference.layers, plan.prefix.num_tokens) if plan.prefix else None
+    layers = []
+    for index, rotation in enumerate(rotations):
+        prefix = next(prefixes) if prefixes else (None, None)
+        stored = zip(*(source.reference.layers[index] for source in sources), strict=True)  # keys, then values
+        turning = (rotation if plan.rotate_keys else None, None)
+        pieces = zip(stored, prefix, turning, strict=True)
+        layers.append(LayerKV(*(_gather(len(plan.token_ids), sources, *piece) for piece in pieces)))
+    return GatheredCache(layers)
 
 
-class _Gatherer:
-    """Gathers layer after layer; the angles are the same for all layers of one rotation."""
-
-    def __init__(self, plan: ReusePlan) -> None:
-        self._plan = plan
-        groups: dict[int, list[Borrowing]] = {}
-        for borrowing in plan.borrowings:
-            groups.setdefault(id(borrowing.reference), []).append(borrowing)
-        self._taken = [_taken(group) for group in groups.values()]
-        prefix = plan.prefix
-        self._prefixes = take_first_tokens(prefix.reference.layers, prefix.num_tokens) if prefix else None
-        self._angles: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def layer(self, index: int, rotation: Rotation | None) -> LayerKV:
-        stored = [taken.reference.layers[index] for taken in self._taken]
-        prefix = next(self._prefixes) if self._prefixes else LayerKV(*(tensor[:, :, :0] for tensor in stored[0]))
-        keys = self._gathered([layer.keys for layer in stored], prefix.keys, rotation)
-        return LayerKV(keys, self._gathered([layer.values for layer in stored], prefix.values, None))
-
-    def _gathered(
-        self, stored: Sequence[torch.Tensor], prefix: torch.Tensor, rotation: Rotation | None
-    ) -> torch.Tensor:
-        """Keys or values [B, H, T, D] of one layer from those of each reference [B, H, S, D]."""
-        like = stored[0]
-        whole = like.new_zeros((*like.shape[:2], len(self._plan.token_ids), like.shape[3]))
+def _gather(
+    length: int, sources: Sequence[_Source], stored: Sequence[Tensor], prefix: Tensor | None, turning: Rotation | None
+) -> Tensor:
+    """Keys or values [B, H, T, D] of one layer from those of each reference [B, H, S, D]."""
+    like = stored[0]
+    whole = like.new_zeros((*like.shape[:2], length, like.shape[3]))
+    if prefix is not None:
         whole[:, :, : prefix.shape[2]] = prefix
-        for place, (_, sources, targets) in enumerate(self._taken):
-            part = stored[place].index_select(2, sources.to(whole.device))
-            if rotation is not None and self._plan.rotate_keys and not torch.equal(sources, targets):
-                part = turn(part, *self._angles_of(place, rotation, whole.device), rotation.interleaved)
-            whole.index_copy_(2, targets.to(whole.device), part)
-        return whole
-
-    def _angles_of(self, place: int, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        known = (place, id(rotation), device)
-        if known not in self._angles:
-            taken = self._taken[place]
-            self._angles[known] = rotation.angles((taken.targets - taken.sources).to(device))
-        return self._angles[known]
+    for source, tensor in zip(sources, stored, strict=True):
+        source.put(whole, tensor, turning)
+    return whole
 
 
-def _taken(borrowings: Sequence[Borrowing]) -> _Taken:
-    """All borrowings from one reference together."""
-    sources, targets = (np.concatenate([getattr(b, name) for b in borrowings]) for name in ("sources", "targets"))
-    return _Taken(borrowings[0].reference, torch.from_numpy(sources), torch.from_numpy(targets))
+class _Source:
+    """A reference, whose tokens ``sources`` [N] become tokens ``targets`` [N] of the prompt."""
+
+    def __init__(self, borrowings: Sequence[Borrowing]) -> None:
+        self.reference = borrowings[0].reference
+        self._sources, self._targets = (
+            torch.from_numpy(np.concatenate([getattr(b, name) for b in borrowings])) for name in ("sources", "targets")
+        )
+        self._moves = not torch.equal(self._sources, self._targets)
+        self._angles: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # of each rotation
+
+    def put(self, whole: Tensor, stored: Tensor, rotation: Rotation | None) -> None:
+        """Copy the tokens of ``stored`` [B, H, S, D] into ``whole`` [B, H, T, D], turned to where they stand now."""
+        device = whole.device
+        part = stored.index_select(2, self._sources.to(device))
+        if rotation is not None and self._moves:
+            known = id(rotation), device
+            if known not in self._angles:
+                self._angles[known] = rotation.angles((self._targets - self._sources).to(device))
+            part = turn(part, *self._angles[known], rotation.interleaved)
+        whole.index_copy_(2, self._targets.to(device), part)

@@ -1,28 +1,33 @@
-"""The selective prefill: a plan carried out by the model's own layers, on the rows that need it.
+"""The selective prefill: the model's own layers carry a plan out, on the rows that need it.
 
 SemShareKV (arXiv 2509.24832, section 3): the KV of similar tokens is gathered into the prompt's order, and only some
 tokens are computed, fewer with depth. Departs from the paper: borrowed keys are turned to their new position, deviation
-is measured behind the full layers, and the question's attention selects tokens as well. It is seen in a pass of the
-question alone over the borrowed KV, which costs little because a question is short.
+is measured behind the full layers, and the question's attention selects tokens as well. A pass of the question alone
+over the borrowed KV shows that attention; it costs little because a question is short.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, Reference, Run, TokenIds
-from semsharekv_integrations.model.adapter import PROBE_SHIFT, ModelAdapter, Prefill, find_rotations
+from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.attention import blocked_attention, watched_attention
-from semsharekv_integrations.model.layers import find_layers, require_reuse_off_prefix, windows_of
+from semsharekv_integrations.model.layers import (
+    PROBE_SHIFT,
+    find_layers,
+    find_rotations,
+    list_windows,
+    require_reuse_off_prefix,
+)
 from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
@@ -50,14 +55,14 @@ class Outcome(NamedTuple):
 
 
 def prefill_behind_prefix(adapter: ModelAdapter, plan: ReusePlan) -> Outcome:
-    """A full prefill of what ``plan`` leaves behind the exact prefix; it borrows nothing else."""
+    """Compute everything behind the exact prefix of ``plan``."""
     computed = np.arange(len(plan.token_ids)) >= plan.prefix_tokens
     prefill = adapter.prefill(plan.token_ids, plan.prefix)
-    return Outcome(prefill, float(computed.mean()), computed, _exact_tokens(plan, computed))
+    return Outcome(prefill, float(computed.mean()), computed, _count_exact(plan, computed))
 
 
-def _exact_tokens(plan: ReusePlan, computed: Mask) -> int:
-    """Number of leading tokens that stand on nothing approximate; every token to come, if that is all."""
+def _count_exact(plan: ReusePlan, computed: Mask) -> int:
+    """Number of leading tokens that rest on nothing approximate; ``sys.maxsize`` if that is all of them."""
     if plan.prefix and plan.prefix.reference.is_tainted:
         exact = plan.prefix.reference.exact_tokens or 0
         if exact < plan.prefix_tokens:
@@ -66,61 +71,8 @@ def _exact_tokens(plan: ReusePlan, computed: Mask) -> int:
     return plan.prefix_tokens + int(borrowed[0]) if len(borrowed) else sys.maxsize
 
 
-class GivenUp(Exception):
-    """The borrowed KV deviates too much, and the rows that were left out have no hidden states to go on with."""
-
-
-@dataclass(eq=False)
-class _State:
-    """What one selective pass has found out."""
-
-    plan: ReusePlan
-    optional: torch.Tensor
-    borrowed: torch.Tensor  # optional or relevant: behind no boundary, so that deviation says how good borrowing is
-    must: torch.Tensor
-    attended: torch.Tensor | None = None
-    priority: torch.Tensor | None = None
-    deviation: float | None = None
-    fell_back: str | None = None
-
-    @classmethod
-    def of(cls, plan: ReusePlan, device: torch.device) -> _State:
-        masks = plan.optional, plan.optional | plan.relevant, plan.must
-        optional, borrowed, must = (torch.from_numpy(mask).to(device) for mask in masks)
-        return cls(plan, optional, borrowed, must)
-
-    def rank(self, deviations: torch.Tensor | None) -> None:
-        """Priorities from the signals there are."""
-        signals = []
-        if self.attended is not None:
-            signals.append(Signal(self.attended, self.plan.attention_tokens))
-        if deviations is not None:
-            signals.append(Signal(deviations, self.plan.deviation_tokens))
-        self.priority = rank_tokens(signals, self.optional)
-
-    def judge(self, deviations: torch.Tensor, rows: torch.Tensor) -> None:
-        """Take the deviations [T] measured at ``rows`` in: rank by them, or give the reuse up."""
-        measured = rows[self.borrowed[rows]]
-        if len(measured):
-            self.deviation = float(deviations[measured].mean())
-        if self.deviation is not None and self.deviation > self.plan.max_deviation:
-            self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
-            if not self.plan.full_layers:
-                raise GivenUp
-        if self.plan.full_layers:
-            self.rank(deviations)
-
-    def active(self, layer: int) -> torch.Tensor:
-        """[T] tokens that ``layer`` computes."""
-        assert self.priority is not None, "priorities are known"
-        return self.must | select_tokens(self.priority, self.plan.shares[layer])
-
-
 class SelectivePrefill:
     """Carries plans out on one model.
-
-    Args:
-        adapter: the model.
 
     Raises:
         UnsupportedModelError: if its keys cannot be moved, or a selective pass over exact KV does not give the
@@ -130,11 +82,11 @@ class SelectivePrefill:
     def __init__(self, adapter: ModelAdapter) -> None:
         require_reuse_off_prefix(adapter.model, adapter.config, adapter.mode)
         self._adapter = adapter
-        self._view = LayerView(find_layers(adapter.model, adapter.config), windows_of(adapter.config))
+        self._view = LayerView(find_layers(adapter.model, adapter.config), list_windows(adapter.config))
         probe = adapter.probe_ids()
         here, there = (adapter.compute_kv(probe, start) for start in (0, PROBE_SHIFT))
         self.rotations = find_rotations(adapter.model, here, there, PROBE_SHIFT)
-        self._prove(probe, here)
+        self._require_same_logits(probe, here)
 
     @property
     def windows(self) -> Sequence[int | None]:
@@ -155,57 +107,56 @@ class SelectivePrefill:
         with self._adapter.lock(), torch.inference_mode():
             with watch.phase("gather"):
                 cache = gather(plan, self.rotations)
-            state = _State.of(plan, self._adapter.device)
+            selection = _Selection(plan, cache, self._adapter.device)
             if plan.attention_tokens:
                 with watch.phase("attend"):
-                    state.attended = self._attended(plan, cache)
-            state.rank(None)
+                    selection.attended = self._attend(plan, cache)
+            selection.rank(None)
             with watch.phase("forward"):
-                return self._forward(state, cache)
+                return self._forward(selection)
 
-    def _attended(self, plan: ReusePlan, cache: GatheredCache) -> torch.Tensor:
+    def _attend(self, plan: ReusePlan, cache: GatheredCache) -> Tensor:
         """[T] how much the question attends to each token, averaged over layers and heads."""
         absent = ~(plan.borrowed | plan.question)
         absent[: plan.prefix_tokens] = False
-        layers = self.attention_of(plan.token_ids, plan.question, cache, absent)
+        layers = self.watch_attention(plan.token_ids, plan.question, cache, absent)
         return torch.stack([weights.mean(0).to(self._adapter.device) for weights in layers]).mean(0)
 
-    def _forward(self, state: _State, cache: GatheredCache) -> Outcome:
-        plan, num_tokens = state.plan, len(state.plan.token_ids)
-        first = _positions(np.arange(num_tokens) >= plan.prefix_tokens, self._adapter.device)
-        if not plan.full_layers:
-            first = state.active(0).nonzero()[:, 0]
-        selective = RowPass(self._view, cache, first, partial(_choose, state, cache), self._adapter.model.dtype)
-        looked = int(plan.question.sum()) * self.num_layers if plan.attention_tokens else 0
-        try:
-            with blocked_attention(self._adapter.config), selective.installed():
-                logits = self._adapter.forward_rows(plan.token_ids, first, cache, selective.first_mask)
-        except GivenUp:
-            whole, wasted = prefill_behind_prefix(self._adapter, plan), selective.row_layers + looked
-            ratio = whole.compute_ratio + wasted / (num_tokens * self.num_layers)
-            return whole._replace(compute_ratio=ratio, deviation=state.deviation, fell_back=state.fell_back)
-        computed = np.zeros(num_tokens, dtype=bool)
-        computed[selective.rows.cpu().numpy()] = True
-        ratio = (looked + selective.row_layers) / (num_tokens * self.num_layers)
-        exact = _exact_tokens(plan, computed)
-        return Outcome(Prefill(logits, cache.finished()), ratio, computed, exact, state.deviation, state.fell_back)
-
-    def attention_of(
-        self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask
-    ) -> list[torch.Tensor]:
+    def watch_attention(self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask) -> list[Tensor]:
         """For each layer [heads, T], the attention from ``question`` [T] to each token, averaged over rows.
 
         A pass of the question alone: ``cache`` takes up its KV. ``absent`` [T] marks tokens that have none yet.
         """
-        rows = _positions(question, self._adapter.device)
+        adapter, rows = self._adapter, _find_positions(question, self._adapter.device)
         hidden = torch.from_numpy(absent).to(rows.device)
-        ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, self._adapter.model.dtype, hidden)
-        with self._adapter.lock(), watched_attention(self._adapter.config) as collected, ahead.installed():
-            self._adapter.forward_rows(token_ids, rows, cache, ahead.first_mask)
+        ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, adapter.model.dtype, hidden)
+        with adapter.lock(), watched_attention(adapter.config) as collected, ahead.install():
+            adapter.forward_rows(token_ids, rows, cache, ahead.first_mask)
         return collected
 
-    def _prove(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
-        """A selective pass over the probe's own KV must end in the logits of its full prefill."""
+    def _forward(self, selection: _Selection) -> Outcome:
+        adapter, plan, cache = self._adapter, selection.plan, selection.cache
+        token_layers = len(plan.token_ids) * self.num_layers
+        first = _find_positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, adapter.device)
+        if not plan.full_layers:
+            first = selection.select(0).nonzero()[:, 0]
+        rows = RowPass(self._view, cache, first, selection.choose, adapter.model.dtype)
+        looked = int(plan.question.sum()) * self.num_layers if plan.attention_tokens else 0
+        try:
+            with blocked_attention(adapter.config), rows.install():
+                logits = adapter.forward_rows(plan.token_ids, first, cache, rows.first_mask)
+        except _GivenUp:
+            whole = prefill_behind_prefix(adapter, plan)
+            ratio = whole.compute_ratio + (looked + rows.row_layers) / token_layers
+            return whole._replace(compute_ratio=ratio, deviation=selection.deviation, fell_back=selection.fell_back)
+        computed = np.zeros(len(plan.token_ids), dtype=bool)
+        computed[rows.rows.cpu().numpy()] = True
+        ratio = (looked + rows.row_layers) / token_layers
+        prefill, exact = Prefill(logits, cache.finish()), _count_exact(plan, computed)
+        return Outcome(prefill, ratio, computed, exact, selection.deviation, selection.fell_back)
+
+    def _require_same_logits(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
+        """Raise unless a selective pass over the probe's own KV ends in the logits of its full prefill."""
         name = type(self._adapter.model).__name__
         rules = ReuseConfig(mode="identical", full_layers=1, attention_ratio=0.2, deviation_ratio=0.2)
         run = Run(0, Reference("probe", "probe", probe, layers), 0, len(probe) - 2)
@@ -219,21 +170,70 @@ class SelectivePrefill:
             raise UnsupportedModelError(f"{name} gives other logits if some rows are computed alone; use mode='exact'")
 
 
-def _choose(state: _State, cache: GatheredCache, layer: int, rows: torch.Tensor, measure: Measure) -> torch.Tensor:
-    """The rows that ``layer`` goes on with; deviation is measured on the way into the first layer that narrows."""
-    plan = state.plan
-    if layer < plan.full_layers or state.fell_back:
-        return rows
-    if layer == plan.measured_layer:
-        fresh, gathered = measure(), cache.layers[layer]
-        deviations = torch.zeros_like(state.must, dtype=torch.float32)
-        deviations[rows] = measure_deviation(fresh, gathered.take(rows)).to(rows.device)
-        gathered.put(rows, fresh)
-        state.judge(deviations, rows)
-        if state.fell_back:
+class _GivenUp(Exception):
+    """The borrowed KV deviates too much, and the rows that were left out have no hidden states to go on with."""
+
+
+class _Selection:
+    """Which tokens each layer of one selective pass computes, and what is known so far to choose them by.
+
+    Attributes:
+        attended: [T] how much the question attends to each token, if the plan asks for it.
+        deviation: mean deviation of the borrowed tokens that were computed again, once it is measured.
+        fell_back: why everything is computed from here on, or None.
+    """
+
+    def __init__(self, plan: ReusePlan, cache: GatheredCache, device: torch.device) -> None:
+        self.plan = plan
+        self.cache = cache
+        # borrowed: behind no boundary, so that their deviation says how good borrowing is
+        masks = plan.optional, plan.optional | plan.relevant, plan.must
+        self._optional, self._borrowed, self._must = (torch.from_numpy(mask).to(device) for mask in masks)
+        self._priority: Tensor | None = None
+        self.attended: Tensor | None = None
+        self.deviation: float | None = None
+        self.fell_back: str | None = None
+
+    def rank(self, deviations: Tensor | None) -> None:
+        """Set priorities from the signals there are."""
+        signals = []
+        if self.attended is not None:
+            signals.append(Signal(self.attended, self.plan.attention_tokens))
+        if deviations is not None:
+            signals.append(Signal(deviations, self.plan.deviation_tokens))
+        self._priority = rank_tokens(signals, self._optional)
+
+    def select(self, layer: int) -> Tensor:
+        """[T] the tokens that ``layer`` computes."""
+        assert self._priority is not None, "priorities are known"
+        return self._must | select_tokens(self._priority, self.plan.shares[layer])
+
+    def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
+        """The rows that ``layer`` goes on with; deviation is measured on the way into the first layer that narrows."""
+        if layer < self.plan.full_layers or self.fell_back:
             return rows
-    return rows[state.active(layer)[rows]]
+        if layer == self.plan.measured_layer:
+            fresh, gathered = measure(), self.cache.layers[layer]
+            deviations = torch.zeros_like(self._must, dtype=torch.float32)
+            deviations[rows] = measure_deviation(fresh, gathered.take(rows)).to(rows.device)
+            gathered.put(rows, fresh)
+            self._judge(deviations, rows)
+            if self.fell_back:
+                return rows
+        return rows[self.select(layer)[rows]]
+
+    def _judge(self, deviations: Tensor, rows: Tensor) -> None:
+        """Take in the deviations [T] measured at ``rows``: rank by them, or give the reuse up."""
+        measured = rows[self._borrowed[rows]]
+        if len(measured):
+            self.deviation = float(deviations[measured].mean())
+        if self.deviation is not None and self.deviation > self.plan.max_deviation:
+            self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
+            if not self.plan.full_layers:
+                raise _GivenUp
+        if self.plan.full_layers:
+            self.rank(deviations)
 
 
-def _positions(mask: Mask, device: torch.device) -> torch.Tensor:
+def _find_positions(mask: Mask, device: torch.device) -> Tensor:
     return torch.from_numpy(mask.nonzero()[0]).to(device)

@@ -17,7 +17,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.concurrency.streams import run_each
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.batching import SharedDecoding, padded
+from semsharekv_integrations.model.batching import SharedDecoding, merge_caches
 from semsharekv_integrations.report import Stopwatch
 from tiny_models import ARCHITECTURES, EngineMaker, make_model
 
@@ -53,8 +53,8 @@ def decoded(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, together:
     row, logits = together.join(), [prefill.logits]
     for _ in range(6):
         ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
-        logits.append(row.step(ids, prefill.cache))
-    row.leave()
+        logits.append(together.step(row, ids, prefill.cache))
+    together.leave(row)
     return torch.cat(logits), adapter.read_layers(prefill.cache)
 
 
@@ -129,7 +129,7 @@ def test_a_forward_pass_that_fails_for_all_is_tried_for_each(make_engine: Engine
         if width > 1:
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(SharedDecoding, "_same_in_batches", lambda self: True)
+    monkeypatch.setattr(SharedDecoding, "_is_same_in_batches", lambda self: True)
     with widths(engine._load().adapter, out_of_memory) as found:
         assert [g.token_ids for g in engine.generate_batch(PROMPTS, max_new_tokens=8)] == wanted
     assert max(found) > 1
@@ -138,8 +138,8 @@ def test_a_forward_pass_that_fails_for_all_is_tried_for_each(make_engine: Engine
 def test_a_stream_that_nobody_reads_is_not_waited_for(make_engine: EngineMaker, monkeypatch) -> None:
     engine, options = make_engine("exact"), {"max_new_tokens": 60, "temperature": 3.0}
     wanted = make_engine("off").generate(PROMPTS[1], seed=1, **options).token_ids
-    missing, waits = SharedDecoding._missing, []
-    monkeypatch.setattr(SharedDecoding, "_missing", lambda self: waits.extend(found := missing(self)) or found)
+    missing, waits = SharedDecoding._list_missing, []
+    monkeypatch.setattr(SharedDecoding, "_list_missing", lambda self: waits.extend(found := missing(self)) or found)
     with ThreadPoolExecutor(1) as pool:
         idle = engine.stream(PROMPTS[0], seed=4, **options)
         pool.submit(lambda: [next(idle) for _ in range(3)]).result()
@@ -177,7 +177,7 @@ def test_a_stream_dropped_in_the_middle_of_a_pass_spoils_no_other(llama, tokeniz
 
     def dropping(*args):
         if len(dropped) == 2:
-            rows[1].leave()
+            together.leave(rows[1])
         dropped.append(True)
         return alone(*args)
 
@@ -186,13 +186,13 @@ def test_a_stream_dropped_in_the_middle_of_a_pass_spoils_no_other(llama, tokeniz
 
     def step(at: int) -> None:
         ids[at] = torch.cat([ids[at], logits[at][-1].argmax(-1, keepdim=True)], dim=1)
-        logits[at].append(rows[at].step(ids[at], prefills[at].cache))
+        logits[at].append(together.step(rows[at], ids[at], prefills[at].cache))
 
     for _ in range(6):
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(step, [0] if rows[1].has_left else [0, 1]))
     assert len(dropped) == 3 and together._rows == [rows[0]] and not together._group
-    rows[0].leave()
+    together.leave(rows[0])
     torch.testing.assert_close(torch.cat(logits[0]), wanted[0][0], atol=2e-4, rtol=1e-4)
     for layer, wanted_layer in zip(adapter.read_layers(prefills[0].cache), wanted[0][1], strict=True):
         torch.testing.assert_close(layer.keys, wanted_layer.keys, atol=2e-4, rtol=1e-4)
@@ -220,7 +220,7 @@ def test_a_model_that_takes_no_padding_decodes_each_by_itself(make_engine: Engin
 def test_padding_comes_first(llama, tokenizer) -> None:
     adapter = ModelAdapter(llama, "exact")
     caches = [adapter.prefill(adapter.probe_ids()[:size]).cache for size in (3, 5)]
-    joint, pads = padded(caches)
+    joint, pads = merge_caches(caches)
     assert pads.tolist() == [2, 0]
     for layer, short, long in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
         assert not layer.keys[0, :, :2].any() and not layer.values[0, :, :2].any()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from semsharekv_integrations.model.files import read_gguf_once
 from semsharekv_integrations.model.loading import NamedModel, convert
 
 gguf = pytest.importorskip("gguf")
@@ -106,3 +110,43 @@ def test_what_was_converted_meanwhile_stays_and_its_owner_alone_reads_it(path: P
     convert(path, folder)
     assert {file.name: file.stat().st_ino for file in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_two_conversions_at_once_leave_gguf_as_it_was(path: Path, tmp_path: Path) -> None:
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = NamedModel(str(path), "cpu", torch.bfloat16, {}).load().state_dict()
+    both = threading.Barrier(2)
+
+    def convert_one(name: str) -> dict[str, torch.Tensor]:
+        both.wait(60)
+        convert(path, tmp_path / name)
+        return NamedModel(tmp_path / name, "cpu", "auto", {}).load().state_dict()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(convert_one, ("one", "other")))
+    assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
+    assert all(torch.equal(weights[name], weight) for weights in found for name, weight in plain.items())
+
+
+def test_one_thread_at_a_time_replaces_names_of_gguf() -> None:
+    before, both = gguf.GGUFReader, threading.Barrier(2)
+
+    def enter_often(_: int) -> bool:
+        both.wait(60)
+        kept = True
+        for _ in range(300):
+            with read_gguf_once():
+                mine = gguf.GGUFReader
+                with read_gguf_once():
+                    kept &= gguf.GGUFReader is mine is not before
+                kept &= gguf.GGUFReader is mine
+        return kept
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(enter_often, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert gguf.GGUFReader is before

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import Rotation, rotate
-from semsharekv_integrations.model.adapter import ModelAdapter, find_rotations
+from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.layers import find_rotations
 from tiny_models import ARCHITECTURES, make_model
 
 VOCAB, SHIFT = 99, 57

@@ -144,8 +144,8 @@ def test_the_exact_part_ends_at_the_first_borrowed_token(
     adapter, selective = llama_selective
     plan = moved_plan(adapter)
     outcome, full = selective.run(plan), adapter.prefill(plan.token_ids)
-    exact = outcome.exact_tokens
-    assert 17 + RULES.boundary_tokens <= exact < len(plan.token_ids)
+    exact, boundary = outcome.exact_tokens, RULES.resolve().boundary_tokens
+    assert boundary and 17 + boundary <= exact < len(plan.token_ids)
     for layer, expected in zip(outcome.prefill.cache.layers, full.cache.layers, strict=True):
         torch.testing.assert_close(layer.keys[:, :, :exact], expected.keys[:, :, :exact], atol=1e-4, rtol=1e-3)
     last, wanted = outcome.prefill.cache.layers[-1], full.cache.layers[-1]
@@ -275,7 +275,7 @@ def test_a_model_whose_layers_see_more_than_their_rows_is_refused(monkeypatch: p
     """The proof at construction notices that masks are not obeyed."""
     from semsharekv_integrations.model.rows import RowPass
 
-    monkeypatch.setattr(RowPass, "_mask_for", lambda self, rows, window: self._mask_of(rows, 1))
+    monkeypatch.setattr(RowPass, "_get_mask", lambda self, rows, window: self._make_mask(rows, 1))
     adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
     with pytest.raises(UnsupportedModelError, match="computed alone"):
         SelectivePrefill(adapter)
