@@ -471,6 +471,29 @@ def test_what_expires_together_costs_one_change_and_a_bounded_number_of_files(
     assert store.forget("a", document_id="d") == 1 and files_of(tmp_path) == set()
 
 
+def test_all_that_a_call_changes_is_one_change_of_the_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever new KV lies in a file is one change more, before what needs it."""
+    clock = Clock()
+    store = opened_at(tmp_path, clock)
+    changes = count_calls(monkeypatch, Catalog, "change")
+    calls: list[tuple[Callable[[], object], int]] = [
+        (lambda: store.put(reference((1, 2, 3, 4), document_starts={"d": 1})), 2),
+        (lambda: store.put(reference((1, 2, 3, 4), document_starts={"e": 1})), 1),  # labels alone
+        (lambda: store.put(reference((1, 2, 3, 4, 5, 6))), 2),  # in place of the one before
+        (lambda: store.put(reference((1, 2, 7))), 2),  # splits what the other begins with
+        (lambda: store.put(reference((1, 2))), 1),  # stands in both: labels of one of them
+        (lambda: lookup(store, (1, 2, 3)), 0),
+        (lambda: runs_of(store, (0, 1, 2, 7)), 0),
+        (lambda: store.references(), 0),
+        (lambda: store.clear(), 1),
+    ]
+    for call, wanted in calls:
+        changes.clear()
+        call()
+        assert len(changes) == wanted
+        store.check()
+
+
 @pytest.mark.parametrize("way", ["forget", "clear", "close"])
 def test_what_is_forgotten_or_left_is_gone_from_the_disk_at_once(tmp_path: Path, way: str) -> None:
     clock = Clock()
