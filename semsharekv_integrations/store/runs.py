@@ -178,8 +178,10 @@ class RunIndex:
         """
 
         def rank(match: _Match) -> tuple[float, ...]:
-            is_near = expected is not None and match.place >> POSITION_BITS == expected >> POSITION_BITS
-            return match.num_tokens, -abs(match.place - expected) if is_near else float("-inf"), match.place
+            nearness = float("-inf")
+            if expected is not None and match.place >> POSITION_BITS == expected >> POSITION_BITS:
+                nearness = -abs(match.place - expected)
+            return match.num_tokens, nearness, match.place
 
         matches = []
         for place in self._find_candidates(window_hash, expected):
