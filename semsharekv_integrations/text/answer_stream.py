@@ -1,10 +1,8 @@
-"""What one answer's tokens say, and what they are held to: text, tool calls, JSON of a schema.
+"""From the tokens of an answer to its text and tool calls, piece by piece as they become certain.
 
-Token ids to text, piece by piece: whole characters only, and nothing that may belong to a stop string.
-
-Where several stop strings stand in the text, the one that is complete first ends it (the longest, of several that
-end together): so the text does not depend on how it was cut into tokens. Special tokens have no text, but stop strings
-may name them, alone or among other characters.
+A piece has whole characters only, and nothing that may belong to a stop string. Where several stop strings stand in the
+text, the one that is complete first ends it (the longest, of several that end together): so the text does not depend on
+how it was cut into tokens. Special tokens have no text, but stop strings may name them, alone or among other text.
 """
 
 from __future__ import annotations
@@ -16,73 +14,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.text.grammar import Constraint, GrammarFactory
-from semsharekv_integrations.text.tool_calls import AnswerPart, ToolCallParser
+from semsharekv_integrations.text.tool_calls import AnswerPart, ToolCallParser, count_overlap
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
-
-class AnswerReader:
-    """The text and the tool calls of one answer as it grows.
-
-    Args:
-        stream: tokens to text.
-        constraint: what the answer is held to, or None.
-    """
-
-    def __init__(self, stream: TextStream, constraint: Constraint | None) -> None:
-        self._stream = stream
-        self.constraint = constraint
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended it."""
-        return self._stream.stopped
-
-    def push(self, token_id: int) -> AnswerPart:
-        """What became certain with this token."""
-        return AnswerPart(self._stream.push(token_id))
-
-    def finish(self) -> AnswerPart:
-        """What was held back until now."""
-        return AnswerPart(self._stream.finish())
-
-
-class CallingText(AnswerReader):
-    """An answer that may hold tool calls. Stop strings end its visible text; within a call they mean nothing.
-
-    Args:
-        stream: tokens to text, which goes on at stop strings that name no special tokens.
-        constraint: what the answer is held to, or None.
-        parser: finds the calls.
-        stop: all stop strings.
-    """
-
-    def __init__(
-        self, stream: TextStream, constraint: Constraint | None, parser: ToolCallParser, stop: Sequence[str]
-    ) -> None:
-        super().__init__(stream, constraint)
-        self._parser = parser
-        self._stop = StopStrings(stop)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended it."""
-        return self._stream.stopped or self._stop.stopped
-
-    def push(self, token_id: int) -> AnswerPart:
-        """What became certain with this token."""
-        text, calls = self._parser.push(self._stream.push(token_id))
-        return AnswerPart(self._stop.push(text), calls)
-
-    def finish(self) -> AnswerPart:
-        """What was held back until now; nothing if a stop string ended the visible text."""
-        if self._stop.stopped:
-            return AnswerPart()
-        first, last = self._parser.push(self._stream.finish()), self._parser.finish()
-        return AnswerPart(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
+_INCOMPLETE = "\ufffd"
+_FIRST_MARKER = 0xD800  # lone surrogates stand for special tokens, as no decoded text has any
 
 
 class AnswerReaderFactory:
-    """Begins the answers of one model.
+    """Makes the readers of one model's answers.
 
     Args:
         tokenizer: of the model.
@@ -91,11 +31,11 @@ class AnswerReaderFactory:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._special = special_tokens(tokenizer)
+        self._special = collect_special_tokens(tokenizer)
         self._grammars = GrammarFactory(tokenizer, end_ids)
 
     def begin_plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerReader:
-        """An answer without tool calls, of nothing yet; JSON of ``json_schema`` if that is not None.
+        """Make the reader of an answer without tool calls; of JSON if ``json_schema`` is not None.
 
         Raises:
             ValueError: if it is no schema, or nothing can be valid.
@@ -107,7 +47,7 @@ class AnswerReaderFactory:
     def begin_calling(
         self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str
     ) -> AnswerReader:
-        """An answer that may call ``tools``, of nothing yet; ``choice`` is any tool choice but ``none``.
+        """Make the reader of an answer that may call ``tools``; ``choice`` is any tool choice but ``none``.
 
         Raises:
             UnsupportedModelError: if a call is forced, and the tokenizer does not allow it.
@@ -115,55 +55,58 @@ class AnswerReaderFactory:
         by_name = {tool["function"]["name"]: tool for tool in tools}
         special = [text for text in stop if any(token in text for token in self._special.values())]
         stream = TextStream(self._tokenizer, special, tool_format.find_marks(self._tokenizer), self._special, stop)
-        constraint = self._held_to_calls(tool_format, by_name, choice)
-        return CallingText(stream, constraint, ToolCallParser(tool_format, by_name), stop)
-
-    def _held_to_calls(self, tool_format: ToolFormat, tools: Mapping[str, Tool], choice: str) -> Constraint | None:
-        """A call where one is wanted; where it is up to the model, only if a call's beginning cannot be mistaken."""
-        if choice == "any":
-            return self._grammars.build_forced_calls(tool_format, list(tools.values()))
+        tools, constraint = list(by_name.values()), None
         if choice != "auto":
-            return self._grammars.build_forced_calls(tool_format, [tools[choice]])
-        unmistakable = bool(tool_format.opening) and self._grammars.is_possible
-        return self._grammars.build_opened_calls(tool_format, list(tools.values())) if unmistakable else None
+            constraint = self._grammars.build_forced_calls(tool_format, tools if choice == "any" else [by_name[choice]])
+        elif tool_format.opening and self._grammars.is_possible:  # without it, a call's beginning may be plain text
+            constraint = self._grammars.build_opened_calls(tool_format, tools)
+        return AnswerReader(stream, constraint, ToolCallParser(tool_format, by_name), stop)
 
 
-_INCOMPLETE = "\ufffd"
-_FIRST_MARKER = 0xD800  # lone surrogates stand for special tokens, as no decoded text has any
-
-
-class StopStrings:
-    """Ends a text at the first of some strings that is complete.
+class AnswerReader:
+    """Reads the text and the tool calls of one answer as it grows.
 
     Args:
-        stop: the strings.
+        stream: tokens to text; where calls may come, it goes on at stop strings that name no special tokens.
+        constraint: what the answer is held to, or None.
+        parser: finds tool calls, or None if there can be none.
+        stop: strings that end the visible text where calls may come; within a call they mean nothing.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""  # may be the start of a stop string
-        self.stopped = False
+    def __init__(
+        self,
+        stream: TextStream,
+        constraint: Constraint | None = None,
+        parser: ToolCallParser | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.constraint = constraint
+        self._stream = stream
+        self._parser = parser
+        self._stop = StopStrings(stop)
 
-    def push(self, text: str, *, final: bool = False) -> str:
-        """What certainly stands before a stop string; sets ``stopped`` when one is complete. ``final`` lets all go."""
-        self._held += text
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            released, self._held = self._held[: min(found)[1]], ""
-            return released
-        keep = 0 if final else self._possible_stop_chars()
-        cut = len(self._held) - keep
-        released, self._held = self._held[:cut], self._held[cut:]
-        return released
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stream.stopped or self._stop.stopped
 
-    def _possible_stop_chars(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
-                return size
-        return 0
+    def push(self, token_id: int) -> AnswerPart:
+        """Take one more token; return what became certain with it."""
+        part = AnswerPart(self._stream.push(token_id))
+        if self._parser is None:
+            return part
+        part = self._parser.push(part.text)
+        return part._replace(text=self._stop.push(part.text))
+
+    def finish(self) -> AnswerPart:
+        """Return what was held back until now; nothing if a stop string ended the visible text."""
+        if self._stop.stopped:
+            return AnswerPart()
+        rest = self._stream.finish()
+        if self._parser is None:
+            return AnswerPart(rest)
+        first, last = self._parser.push(rest), self._parser.finish()
+        return AnswerPart(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
 
 
 class TextStream:
@@ -189,9 +132,9 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks
-        self._special = special_tokens(tokenizer) if special is None else special
+        self._special = collect_special_tokens(tokenizer) if special is None else special
         silent = {token: id_ for id_, token in self._special.items() if id_ not in marks}
-        with_tokens, self._markers = _with_markers(stop if token_stop is None else token_stop, silent)
+        with_tokens, self._markers = _mark_tokens(stop if token_stop is None else token_stop, silent)
         self._stop = StopStrings(stop)
         self._token_stop = StopStrings(with_tokens)
         self._endings = {id_ for id_, marker in self._markers.items() if marker in with_tokens}
@@ -205,23 +148,23 @@ class TextStream:
         return self._stop.stopped or self._token_stop.stopped
 
     def push(self, token_id: int) -> str:
-        """Text that became certain with this token."""
+        """Take one more token; return the text that became certain with it."""
         self._ids.append(token_id)
         ends = token_id in self._endings
-        return self._certain(self._new_text(final=ends) + self._markers.get(token_id, ""), final=ends)
+        return self._release(self._decode_new(final=ends) + self._markers.get(token_id, ""), final=ends)
 
     def finish(self) -> str:
-        """The text held back until now; nothing if a stop string ended it."""
-        return "" if self.stopped else self._certain(self._new_text(final=True), final=True)
+        """Return the text held back until now; nothing if a stop string ended it."""
+        return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
 
-    def _certain(self, text: str, *, final: bool) -> str:
-        """What certainly stands before a stop string, without the markers of special tokens."""
+    def _release(self, text: str, *, final: bool) -> str:
+        """Return what certainly stands before a stop string, without the markers of special tokens."""
         if self._markers:
             text = self._token_stop.push(text, final=final)
             text = "".join(char for char in text if char not in self._markers.values())
         return self._stop.push(text, final=final or self._token_stop.stopped)
 
-    def _new_text(self, *, final: bool) -> str:
+    def _decode_new(self, *, final: bool) -> str:
         context = self._decode(self._ids[self._context_start : self._text_start])
         whole = self._decode(self._ids[self._context_start :])
         if len(whole) <= len(context) or (whole.endswith(_INCOMPLETE) and not final):
@@ -234,15 +177,37 @@ class TextStream:
         return str(self._tokenizer.decode(kept, skip_special_tokens=not self._marks))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tokens that are no text, by id: those that the tokenizer has a use for, and those added as special."""
+class StopStrings:
+    """Ends a text at the first of the strings ``stop`` that is complete."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._stop = stop
+        self._held = ""  # may be the start of a stop string
+
+    def push(self, text: str, *, final: bool = False) -> str:
+        """Return what certainly stands before a stop string, all of it if ``final``; set ``stopped`` at a whole one."""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = self._held[: min(found)[1]], ""
+            return released
+        overlaps = () if final else (count_overlap(self._held, stop) for stop in self._stop)
+        cut = len(self._held) - max(overlaps, default=0)
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
+
+
+def collect_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Collect the tokens that are no text, by id: those that the tokenizer has a use for, or marks as special."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return named | added
 
 
-def _with_markers(stop: Sequence[str], special: Mapping[str, int]) -> tuple[list[str], dict[int, str]]:
-    """The stop strings that name special tokens, with one character for each of these; and the characters, by id.
+def _mark_tokens(stop: Sequence[str], special: Mapping[str, int]) -> tuple[list[str], dict[int, str]]:
+    """Put one marker character for each special token that a stop string names; return these strings and markers by id.
 
     A special token that begins or ends with a stop string is one itself, as it is to transformers.
     """

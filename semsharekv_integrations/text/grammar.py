@@ -1,19 +1,10 @@
 """Holds an answer to a grammar while it is sampled: JSON of a schema, or tool calls in the template's format.
 
 llguidance says which tokens may come next; all others are taken from the scores before temperature and the like. JSON
-comes on one line, with at most one space behind a comma or a colon, so that space cannot go on without end.
+comes on one line, with at most one space behind a comma or a colon, so that space cannot go on without end. Tool calls
+are written in llguidance's Lark, as a template writes them, with arguments of their schemas.
 
 Knows nothing about where text stops or what calls mean.
-
-Grammars of tool calls, written in llguidance's Lark: as a template writes them, with arguments of their schemas.
-
-Objects that name their properties get no others, unless their schema says something of it: ``additionalProperties``
-is true where a schema does not mention it, but no function takes arguments that it does not know.
-
-How much of a JSON schema a grammar can hold an answer to: all of it, else as much as can be, which is said once.
-
-What is left out first are the keywords that llguidance does not know, and patterns and formats that it cannot read;
-where that is not enough, tools get any JSON object.
 """
 
 from __future__ import annotations
@@ -24,8 +15,7 @@ import reprlib
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-from urllib.parse import unquote
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +25,14 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCrite
 
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.errors import SemShareError, UnsupportedModelError
+from semsharekv_integrations.text.schema import ANY_OBJECT, SchemaJudge
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
+_RULES = r"""COLON: /: ?/
+COMMA: /, ?/
+SPACE: /[ \n]{1,2}/
+TEXT: /(.|\n)*/
+"""
 _FAULT_CHARS = 200
 
 
@@ -58,10 +54,10 @@ class Constraint:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def add(self, token_id: int) -> None:
-        """One more token of the answer.
+        """Take one more token of the answer.
 
         Raises:
-            SemShareError: if it is none that ``find_allowed`` named.
+            SemShareError: if it is not one that ``find_allowed`` gave.
         """
         if self._matcher.consume_token(token_id):
             return
@@ -70,7 +66,7 @@ class Constraint:
         self._matcher = self._fresh.deep_copy()  # a special token in free text: look for calls behind it
 
     def find_allowed(self, vocab_size: int) -> torch.Tensor | None:
-        """Which tokens may come next, [V], or None for all."""
+        """Mark the tokens [V] that may come next, or return None for all."""
         if self._fresh is not None and self._matcher.is_accepting():
             return None
         if self._matcher.is_error():
@@ -120,86 +116,95 @@ class GrammarFactory:
         self._tokenizer = tokenizer
         self._end_ids = list(end_ids)
         self._lock = hold_at_forks(threading.Lock())
-        self._wrapped: LLTokenizer | str | None = None
-        self._schemas = SchemaJudge(self._fault_of)
+        self._wrapped: LLTokenizer | str | None = None  # or why there is none
+        self._schemas = SchemaJudge(self._find_fault)
 
     @property
     def is_possible(self) -> bool:
         """Whether the tokenizer allows constraints: it must be a fast one of a kind that llguidance knows."""
         try:
-            self._llguidance()
+            self._wrap()
         except UnsupportedModelError:
             return False
         return True
 
     def build_json(self, schema: Mapping[str, Any]) -> Constraint:
-        """JSON of ``schema`` and nothing else. What no grammar can hold to is left out, with a warning.
+        """Allow JSON of ``schema`` and nothing else. What no grammar can hold to is left out, with a warning.
 
         Raises:
             ValueError: if it is no schema, or nothing can be valid.
             UnsupportedModelError: if the tokenizer does not allow it.
         """
-        self._llguidance()
+        self._wrap()  # which says what is wrong with the tokenizer, before the schema is judged by it
         held = self._schemas.judge("json_schema", schema)
         if held.schema is None:
             raise ValueError(f"json_schema is {reprlib.repr(schema)}; accepted is a schema: {held.fault}")
-        return Constraint(self._matcher(_json_grammar(held.schema)))
+        return Constraint(self._match_json(held.schema))
 
     def build_forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """One call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it, only.
+        """Allow only one call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it.
 
         Raises:
             UnsupportedModelError: if the tokenizer does not allow it.
         """
-        return Constraint(self._calls(tool_format, tools, CallGrammar.forced))
+        return Constraint(self._match_calls(tool_format, tools, CallGrammar.write_forced))
 
     def build_opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """Free text, in which a call that has been opened is a valid one, as far as a grammar can hold to it."""
-        return Constraint(self._calls(tool_format, tools, CallGrammar.opened), on_trigger=True)
+        """Allow free text, in which a call that has been opened is a valid one, as far as a grammar can hold to it."""
+        return Constraint(self._match_calls(tool_format, tools, CallGrammar.write_opened), on_trigger=True)
 
-    def _calls(
-        self, tool_format: ToolFormat, tools: Sequence[Tool], written: Callable[[CallGrammar], str]
+    def _match_calls(
+        self, tool_format: ToolFormat, tools: Sequence[Tool], write: Callable[[CallGrammar], str]
     ) -> LLMatcher:
-        """Calls of ``tools``; all arguments are any object where they are too much together."""
-        wrapped = self._llguidance()
+        """Match calls of ``tools``; all arguments are any object where they are too much together."""
+        wrapped = self._wrap()
         special = {
             text: id_ for text, id_ in self._tokenizer.get_added_vocab().items() if wrapped.is_special_token(id_)
         }
+
+        def match(schemas: Sequence[Mapping[str, Any]]) -> LLMatcher:
+            grammar = write(CallGrammar(tool_format, dict(zip(names, schemas, strict=True)), special))
+            return self._match(LLMatcher.grammar_from_lark(grammar))
+
         names = [tool["function"]["name"] for tool in tools]
         parameters = [tool["function"]["parameters"] for tool in tools]
         held = [self._schemas.judge(f"tool {name!r}", schema) for name, schema in zip(names, parameters, strict=True)]
         for name, judged in zip(names, held, strict=True):
             if judged.schema is None:
                 warnings.warn(f"calls of tool {name!r} are held to no schema: {judged.fault}", stacklevel=2)
-        schemas = [ANY_OBJECT if judged.schema is None else judged.schema for judged in held]
         try:
-            return self._matcher(
-                LLMatcher.grammar_from_lark(written(CallGrammar(tool_format, tools, schemas, special)))
-            )
+            return match([ANY_OBJECT if judged.schema is None else judged.schema for judged in held])
         except ValueError as error:
             warnings.warn(f"calls of {len(tools)} tools are held to no schemas: {error}", stacklevel=2)
-        free = CallGrammar(tool_format, tools, [ANY_OBJECT] * len(tools), special)
-        return self._matcher(LLMatcher.grammar_from_lark(written(free)))
+        return match([ANY_OBJECT] * len(tools))
 
-    def _matcher(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._llguidance(), grammar, log_level=0)
+    def _match_json(self, schema: Mapping[str, Any]) -> LLMatcher:
+        return self._match(LLMatcher.grammar_from_json_schema(dict(schema)))
+
+    def _match(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._wrap(), grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return matcher
 
-    def _fault_of(self, schema: Mapping[str, Any]) -> str:
-        """The first line of what llguidance says against a schema."""
+    def _find_fault(self, schema: Mapping[str, Any]) -> str:
+        """Return the first line of what llguidance says against a schema."""
         try:
-            self._matcher(_json_grammar(schema))
+            self._match_json(schema)
         except (TypeError, ValueError, RecursionError) as error:
             return " ".join(str(error).split())[:_FAULT_CHARS] or type(error).__name__
         return ""
 
-    def _llguidance(self) -> LLTokenizer:
-        """The tokenizer as llguidance takes it, which is made once."""
+    def _wrap(self) -> LLTokenizer:
+        """Return the tokenizer as llguidance takes it; it is wrapped once."""
         with self._lock:
-            if self._wrapped is None:
-                self._wrapped = self._made()
+            if self._wrapped is None and not self._tokenizer.is_fast:
+                self._wrapped = "is slow"
+            elif self._wrapped is None:
+                try:
+                    self._wrapped = from_tokenizer(self._tokenizer, eos_token=self._end_ids or None)
+                except ValueError as error:
+                    self._wrapped = f"is of another kind: {error}"
         if isinstance(self._wrapped, str):
             name = type(self._tokenizer).__name__
             raise UnsupportedModelError(
@@ -207,222 +212,57 @@ class GrammarFactory:
             )
         return self._wrapped
 
-    def _made(self) -> LLTokenizer | str:
-        """The wrapped tokenizer, or why there is none."""
-        if not self._tokenizer.is_fast:
-            return "is slow"
-        try:
-            return from_tokenizer(self._tokenizer, eos_token=self._end_ids or None)
-        except ValueError as error:
-            return f"is of another kind: {error}"
-
-
-def _json_grammar(schema: Mapping[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(dict(schema))
-
-
-STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-_RULES = r"""COLON: /: ?/
-COMMA: /, ?/
-SPACE: /[ \n]{1,2}/
-TEXT: /(.|\n)*/
-"""
-_OPENERS = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "maxProperties")
-_COMBINERS = ("allOf", "anyOf", "oneOf", "not", "if", "$ref")
-_OF_SCHEMAS = ("properties", "$defs", "definitions")  # names to schemas
-_SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
-
 
 class CallGrammar:
-    """The calls of some tools in one format.
+    """Writes the calls of some tools in one format as a grammar.
 
     Args:
         tool_format: how they are written.
-        tools: in OpenAI's form.
-        schemas: of the tools' arguments, with llguidance's options in them.
+        schemas: of the tools' arguments by name, with llguidance's options in them.
         special: ids of the special tokens by their text.
     """
 
     def __init__(
-        self,
-        tool_format: ToolFormat,
-        tools: Sequence[Tool],
-        schemas: Sequence[Mapping[str, Any]],
-        special: Mapping[str, int],
+        self, tool_format: ToolFormat, schemas: Mapping[str, Mapping[str, Any]], special: Mapping[str, int]
     ) -> None:
         self._format = tool_format
-        self._calls = [(tool["function"]["name"], schema) for tool, schema in zip(tools, schemas, strict=True)]
+        self._schemas = schemas
         self._special = special
 
-    def forced(self) -> str:
-        """One call and nothing else, spaced as the template does."""
-        space = _literal(self._format.space)
-        opening, closing = self._parts(self._format.opening), self._parts(self._format.closing)
+    def write_forced(self) -> str:
+        """Allow one call and nothing else, spaced as the template does."""
+        space = _quote(self._format.space)
+        opening, closing = self._split(self._format.opening), self._split(self._format.closing)
         body = '"[" call "]"' if self._format.in_list else "call"
         before, behind = [*opening, space] if opening else [], [space, *closing] if closing else []
-        return self._whole(" ".join([*before, body, *behind]))
+        return self._write(" ".join([*before, body, *behind]))
 
-    def opened(self) -> str:
-        """Free text with calls in it, where spacing is the model's own."""
-        first, *rest = self._parts(self._format.opening)
+    def write_opened(self) -> str:
+        """Allow free text with calls in it, where spacing is the model's own."""
+        first, *rest = self._split(self._format.opening)
         head = f"head[lazy]: TEXT {first}" if first.startswith('"') else f"head: TEXT {first}"
-        closing = self._parts(self._format.closing)
+        closing = self._split(self._format.closing)
         body = '"[" call (COMMA call)* "]"' if self._format.in_list else "call"
         behind = " ".join(["SPACE?", *closing]) if closing else ""
-        start = f"(head {' '.join(rest)} SPACE? {body} {behind})* TEXT"
-        return self._whole(start) + f"{head}\n"
+        return self._write(f"(head {' '.join(rest)} SPACE? {body} {behind})* TEXT") + f"{head}\n"
 
-    def _whole(self, start: str) -> str:
-        calls = " | ".join(f"call_{index}" for index in range(len(self._calls)))
-        rules = "".join(self._rules(index, *call) for index, call in enumerate(self._calls))
+    def _write(self, start: str) -> str:
+        calls = " | ".join(f"call_{index}" for index in range(len(self._schemas)))
+        rules = "".join(self._write_call(index, *call) for index, call in enumerate(self._schemas.items()))
         return f"%llguidance {{}}\nstart: {start}\ncall: {calls}\n{rules}{_RULES}"
 
-    def _rules(self, index: int, name: str, schema: Mapping[str, Any]) -> str:
+    def _write_call(self, index: int, name: str, schema: Mapping[str, Any]) -> str:
         written = sorted({json.dumps(name), json.dumps(name, ensure_ascii=False)})
-        named = f"{_literal(json.dumps(self._format.name_key))} COLON ({' | '.join(map(_literal, written))})"
-        arguments = f"{_literal(json.dumps(self._format.arguments_key))} COLON arguments_{index}"
+        named = f"{_quote(json.dumps(self._format.name_key))} COLON ({' | '.join(map(_quote, written))})"
+        arguments = f"{_quote(json.dumps(self._format.arguments_key))} COLON arguments_{index}"
         return f'call_{index}: "{{" {named} COMMA {arguments} "}}"\narguments_{index}: %json {json.dumps(schema)}\n'
 
-    def _parts(self, text: str) -> list[str]:
-        """Special tokens and literals that make up ``text``."""
-        if not self._special:
-            return [_literal(text)] if text else []
+    def _split(self, text: str) -> list[str]:
+        """Split ``text`` into special tokens and literals."""
         found = re.split("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")", text)
-        return [f"<[{self._special[part]}]>" if part in self._special else _literal(part) for part in found if part]
+        parts = found if self._special else [text]
+        return [f"<[{self._special[part]}]>" if part in self._special else _quote(part) for part in parts if part]
 
 
-def _literal(text: str) -> str:
+def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
-
-
-def close_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """``schema`` without properties that it does not name, wherever it says nothing of others.
-
-    Schemas that combine several with ``allOf`` stay as they are, since closing each would leave nothing.
-    """
-    return dict(schema) if '"allOf"' in json.dumps(schema) else _closed(schema)
-
-
-def _closed(schema: Any) -> Any:
-    if not isinstance(schema, Mapping):
-        return schema
-    found = dict(schema)
-    for key in _OF_SCHEMAS:
-        if isinstance(found.get(key), Mapping):
-            found[key] = {name: _closed(inner) for name, inner in found[key].items()}
-    if "items" in found:
-        found["items"] = _closed(found["items"])
-    has_properties = "properties" in found
-    for key in _SCHEMA_LISTS:
-        if isinstance(found.get(key), list) and not has_properties:
-            found[key] = [_closed(inner) for inner in found[key]]
-    if has_properties and not any(key in found for key in (*_OPENERS, *_COMBINERS)):
-        found["additionalProperties"] = False
-    return found
-
-
-ANY_OBJECT: dict[str, Any] = {"type": "object", "x-guidance": STYLE}
-_MOST_JUDGED = 4096
-
-
-class JudgedSchema(NamedTuple):
-    """What a grammar is made of, with llguidance's options in it; ``fault`` is why that is not the whole schema."""
-
-    schema: dict[str, Any] | None
-    fault: str = ""
-
-
-class SchemaJudge:
-    """Judges schemas, each once; safe to use from several threads.
-
-    Args:
-        fault_of: what is wrong with a schema that has llguidance's options in it; nothing if a grammar can be made.
-    """
-
-    def __init__(self, fault_of: Callable[[Mapping[str, Any]], str]) -> None:
-        self._fault_of = fault_of
-        self._judged: dict[str, JudgedSchema] = {}
-        self._lock = hold_at_forks(threading.Lock())
-
-    def judge(self, name: str, schema: Mapping[str, Any]) -> JudgedSchema:
-        """As much of ``schema`` as can be held to, or None; ``name`` is what the warning calls it.
-
-        Raises:
-            ValueError: if it is no JSON.
-        """
-        try:
-            text = json.dumps(schema)
-        except (TypeError, RecursionError) as error:
-            raise ValueError(f"{name} is {reprlib.repr(schema)}; accepted is a JSON schema: {error}") from error
-        with self._lock:
-            known = self._judged.get(text)
-        if known is not None:
-            return known
-        judged = self._judge(json.loads(text, parse_constant=_null))
-        if judged.fault and judged.schema is not None:
-            warnings.warn(f"not all of {name} can be held to while sampling: {judged.fault}", stacklevel=2)
-        with self._lock:
-            if len(self._judged) >= _MOST_JUDGED:
-                self._judged.clear()
-            self._judged[text] = judged
-        return judged
-
-    def _judge(self, schema: Mapping[str, Any]) -> JudgedSchema:
-        endless = _endless_reference(schema)
-        if endless is not None:
-            return JudgedSchema(None, f"$ref {endless!r} leads back to itself")
-        whole = close_schema(schema) | {"x-guidance": STYLE}
-        fault = self._fault_of(whole)
-        if not fault:
-            return JudgedSchema(whole)
-        relaxed = self._readable(whole) | {"x-guidance": STYLE | {"lenient": True}}
-        return JudgedSchema(None if self._fault_of(relaxed) else relaxed, fault)
-
-    def _readable(self, value: Any) -> Any:
-        """``value`` without the patterns that cannot be read."""
-        if isinstance(value, list):
-            return [self._readable(inner) for inner in value]
-        if not isinstance(value, Mapping):
-            return value
-        found = {key: self._readable(inner) for key, inner in value.items()}
-        if isinstance(found.get("pattern"), str) and not self._reads(found["pattern"]):
-            del found["pattern"]
-        patterns = found.get("patternProperties")
-        if isinstance(patterns, dict) and not all(map(self._reads, patterns)):
-            del found["patternProperties"]
-        return found
-
-    def _reads(self, pattern: str) -> bool:
-        return not self._fault_of({"type": "string", "pattern": pattern, "x-guidance": STYLE})
-
-
-def _null(name: str) -> None:
-    """NaN and the infinities, which JSON does not have: null in their place, as everywhere where JSON is written."""
-
-
-def _endless_reference(schema: Mapping[str, Any]) -> str | None:
-    """A ``$ref`` from which references lead back to it, past nothing that would end them: no text can satisfy it."""
-    inner: list[Any] = [schema]
-    while inner:
-        value = inner.pop()
-        inner += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-        seen: set[str] = set()
-        while isinstance(value, Mapping) and isinstance(value.get("$ref"), str):
-            if value["$ref"] in seen:
-                return str(value["$ref"])
-            seen.add(value["$ref"])
-            value = _referred(schema, value["$ref"])
-    return None
-
-
-def _referred(schema: Any, reference: str) -> Any:
-    """What a local reference names, or None."""
-    if not reference.startswith("#"):
-        return None
-    for part in reference[1:].split("/")[1:]:
-        key = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(schema, Mapping):
-            schema = schema.get(key)
-        else:
-            schema = schema[int(key)] if isinstance(schema, list) and key.isdigit() and int(key) < len(schema) else None
-    return schema

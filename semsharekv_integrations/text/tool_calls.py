@@ -120,7 +120,7 @@ class ToolCallParser:
             self._held[begun.start() : begun.start() + 1] == "\n" or self._at_line_start
         )
         fence = len(self._held) - begun.start(1) if begun and starts_line else 0
-        return max(fence, *(_overlap(self._held, mark) for mark in marks))
+        return max(fence, *(count_overlap(self._held, mark) for mark in marks))
 
     @property
     def _at_line_start(self) -> bool:
@@ -218,7 +218,7 @@ def _may_become_whole(error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos <= _UNSURE_CHARS
 
 
-def _overlap(text: str, mark: str) -> int:
+def count_overlap(text: str, mark: str) -> int:
     """Length of the longest end of ``text`` that ``mark`` begins with."""
     sizes = range(min(len(mark) - 1, len(text)), 0, -1)
     return next((size for size in sizes if mark.startswith(text[-size:])), 0)

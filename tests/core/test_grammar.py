@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from semsharekv_integrations import ReuseConfig, SemShareEngine, SemShareError, UnsupportedModelError
 from semsharekv_integrations.text.answer_stream import AnswerReaderFactory
-from semsharekv_integrations.text.grammar import Constraint, ConstraintProcessor, GrammarFactory, close_schema
+from semsharekv_integrations.text.grammar import Constraint, ConstraintProcessor, GrammarFactory
+from semsharekv_integrations.text.schema import close_schema
 from semsharekv_integrations.text.tool_format import ToolFormat
 from tiny_models import EngineMaker, make_model
 from tool_templates import TEMPLATES, TOOLS, tool, tool_tokenizer

@@ -1,0 +1,152 @@
+"""How much of a JSON schema a grammar can hold an answer to: all of it, else as much as can be, with one warning.
+
+What is left out first are the keywords that llguidance does not know, and patterns and formats that it cannot read. Of
+a schema that fails even so, nothing is left. Objects that name their properties get no others, unless their schema says
+something of it: JSON Schema allows them where it does not, but no function takes arguments that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from semsharekv_integrations.concurrency.threads import hold_at_forks
+
+STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+ANY_OBJECT: dict[str, Any] = {"type": "object", "x-guidance": STYLE}
+_MOST_JUDGED = 4096
+_OPENERS = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "maxProperties")
+_COMBINERS = ("allOf", "anyOf", "oneOf", "not", "if", "$ref")
+_OF_SCHEMAS = ("properties", "$defs", "definitions")  # names to schemas
+_SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
+
+
+class JudgedSchema(NamedTuple):
+    """What a grammar is made of, with llguidance's options in it; ``fault`` is why that is not the whole schema."""
+
+    schema: dict[str, Any] | None
+    fault: str = ""
+
+
+class SchemaJudge:
+    """Judges schemas, each once; safe to use from several threads.
+
+    Args:
+        find_fault: says what is wrong with a schema that has llguidance's options in it; nothing if it makes a grammar.
+    """
+
+    def __init__(self, find_fault: Callable[[Mapping[str, Any]], str]) -> None:
+        self._find_fault = find_fault
+        self._judged: dict[str, JudgedSchema] = {}
+        self._lock = hold_at_forks(threading.Lock())
+
+    def judge(self, name: str, schema: Mapping[str, Any]) -> JudgedSchema:
+        """Return as much of ``schema`` as can be held to, or None; ``name`` is what the warning calls it.
+
+        Raises:
+            ValueError: if it is no JSON.
+        """
+        try:
+            text = json.dumps(schema)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"{name} is {reprlib.repr(schema)}; accepted is a JSON schema: {error}") from error
+        with self._lock:
+            known = self._judged.get(text)
+        if known is not None:
+            return known
+        # NaN and the infinities, which JSON does not have, become null, as everywhere where JSON is written
+        judged = self._judge(json.loads(text, parse_constant=lambda _: None))
+        if judged.fault and judged.schema is not None:
+            warnings.warn(f"not all of {name} can be held to while sampling: {judged.fault}", stacklevel=2)
+        with self._lock:
+            if len(self._judged) >= _MOST_JUDGED:
+                self._judged.clear()
+            self._judged[text] = judged
+        return judged
+
+    def _judge(self, schema: Mapping[str, Any]) -> JudgedSchema:
+        endless = _find_endless_reference(schema)
+        if endless is not None:
+            return JudgedSchema(None, f"$ref {endless!r} leads back to itself")
+        whole = close_schema(schema) | {"x-guidance": STYLE}
+        fault = self._find_fault(whole)
+        if not fault:
+            return JudgedSchema(whole)
+        relaxed = self._drop_unreadable(whole) | {"x-guidance": STYLE | {"lenient": True}}
+        return JudgedSchema(None if self._find_fault(relaxed) else relaxed, fault)
+
+    def _drop_unreadable(self, value: Any) -> Any:
+        """Drop the patterns that cannot be read."""
+        if isinstance(value, list):
+            return [self._drop_unreadable(inner) for inner in value]
+        if not isinstance(value, Mapping):
+            return value
+        found = {key: self._drop_unreadable(inner) for key, inner in value.items()}
+        if isinstance(found.get("pattern"), str) and not self._reads(found["pattern"]):
+            del found["pattern"]
+        patterns = found.get("patternProperties")
+        if isinstance(patterns, dict) and not all(map(self._reads, patterns)):
+            del found["patternProperties"]
+        return found
+
+    def _reads(self, pattern: str) -> bool:
+        return not self._find_fault({"type": "string", "pattern": pattern, "x-guidance": STYLE})
+
+
+def close_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Forbid properties that ``schema`` does not name, wherever it says nothing of others.
+
+    Schemas that combine several with ``allOf`` stay as they are, since closing each would leave nothing.
+    """
+    return dict(schema) if '"allOf"' in json.dumps(schema) else _close(schema)
+
+
+def _close(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for key in _OF_SCHEMAS:
+        if isinstance(found.get(key), Mapping):
+            found[key] = {name: _close(inner) for name, inner in found[key].items()}
+    if "items" in found:
+        found["items"] = _close(found["items"])
+    has_properties = "properties" in found
+    for key in _SCHEMA_LISTS:
+        if isinstance(found.get(key), list) and not has_properties:
+            found[key] = [_close(inner) for inner in found[key]]
+    if has_properties and not any(key in found for key in (*_OPENERS, *_COMBINERS)):
+        found["additionalProperties"] = False
+    return found
+
+
+def _find_endless_reference(schema: Mapping[str, Any]) -> str | None:
+    """Find a ``$ref`` that references lead back to, past nothing that would end them: no text can satisfy it."""
+    inner: list[Any] = [schema]
+    while inner:
+        value = inner.pop()
+        inner += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        seen: set[str] = set()
+        while isinstance(value, Mapping) and isinstance(value.get("$ref"), str):
+            if value["$ref"] in seen:
+                return str(value["$ref"])
+            seen.add(value["$ref"])
+            value = _follow(schema, value["$ref"])
+    return None
+
+
+def _follow(schema: Any, reference: str) -> Any:
+    """Return what a local reference names, or None."""
+    if not reference.startswith("#"):
+        return None
+    for part in reference[1:].split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, Mapping):
+            schema = schema.get(key)
+        else:
+            schema = schema[int(key)] if isinstance(schema, list) and key.isdigit() and int(key) < len(schema) else None
+    return schema
