@@ -99,55 +99,6 @@ class SemShareEngine(Identified):
         engine._made_by = partial(cls.from_pretrained, name_or_path, config, device, dtype, **kwargs)
         return engine
 
-    def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
-        self.config = check_config(config)
-        self.name = name
-        self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
-        self.auditor = Auditor(self.config.audit)
-        self._observers = Observers(log_call)
-        self._source = source
-        self._runtime: Runtime | None = None
-        self._loading = free_in_children(threading.RLock())
-        self._lock = hold_at_forks(threading.Lock())
-        self._scheduler = Scheduler(self.config.calls_in_flight)
-        weakref.finalize(self, self._scheduler.dismiss)
-        self._queue = PrefillQueue()
-        self._memory = Memory(self.config, self._store)
-        self._counts: Counter[str] = Counter()
-        self._counting = hold_at_forks(threading.Lock())
-
-    @property
-    def store(self) -> KVStore:
-        """Where KV is kept, with that of the calls that ended until now."""
-        self._scheduler.settle()
-        return self._store
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._runtime is not None
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The transformers model, loaded if it was not."""
-        return self._load().adapter.model
-
-    @property
-    def mode(self) -> Mode:
-        """The mode that calls run in; where ``auto`` is set, what the model allows, which has to be loaded for it."""
-        setting = self.config.reuse.mode
-        return self._load().mode if setting == "auto" else setting
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; loads no weights."""
-        return self._source.tokenizer
-
-    @property
-    def context_window(self) -> int | None:
-        """Most tokens of prompt and answer together, or None if nothing bounds it; loads no weights."""
-        return self.config.max_context_tokens or get_window(self._source.config)
-
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """The whole answer to a text prompt or to messages (mappings with ``role`` and ``content``).
 
@@ -176,10 +127,6 @@ class SemShareEngine(Identified):
             begin = [partial(self._start, prompt, options, _is_last) for prompt in check_prompts(prompts)]
             return [_take_last(chunks) for chunks in raise_first_error(read_all(begin))]
 
-    def sharing(self) -> AbstractContextManager[None]:
-        """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
-        return self._scheduler.group_jobs()
-
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
         async with aclosing(self._read_async(prompt, options, _is_last)) as chunks:
@@ -192,6 +139,63 @@ class SemShareEngine(Identified):
         async with aclosing(self._read_async(prompt, options, _is_told)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
+        return self._scheduler.group_jobs()
+
+    def _start(
+        self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
+    ) -> Stream[GenerationChunk]:
+        request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
+
+        def begin() -> Generator[GenerationChunk, None, None]:
+            return self._run(request, since, self._load())  # an interruption ends the loading as well
+
+        return Stream(self._scheduler, begin, shows)
+
+    def _read_async(
+        self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
+
+        def begin() -> Generator[GenerationChunk, None, None]:
+            yield from self._run(request, since, self._load())
+
+        return read_async(self._scheduler, begin, shows)
+
+    def _run(self, request: Request, since: Since, runtime: Runtime) -> Generator[GenerationChunk, None, None]:
+        """Take one prompt to its answer: render, plan, execute, decode, remember, audit. Each phase is timed."""
+        call = Call(request, since)
+        call.count_wait(get_current_job())
+        known = self._memory.resolve_documents(call)
+        runtime.render(call, known, self.context_window)
+        with self._queue.admit(call.watch.phase("wait")):  # so that each may reuse what the one before computed
+            check_wanted()
+            runtime = runtime.current()
+            runtime.plan(call, is_suspended=self.auditor.suspends(call.request.namespace))
+            runtime.execute(call)
+            if self._scheduler.has_concurrent_calls:
+                self._memory.keep(call, runtime)
+        try:
+            yield from runtime.decode(call)
+        except JobLeft:
+            self._remember(call, runtime)
+            raise
+        self._remember(call, runtime)
+        runtime.audit(call, self.auditor)
+        generation = call.build_generation()
+        self._observers.tell(generation.report)
+        yield GenerationChunk("", generation)
+
+    def _remember(self, call: Call, runtime: Runtime) -> None:
+        """Count the call, and store its KV as far as that is exact and whole."""
+        with call.watch.phase("remember"):
+            reused = int(call.reused.sum())
+            counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))
+            with self._counting:
+                self._counts.update(dict(zip(COUNTS, counts, strict=True)))
+            self._memory.keep(call, runtime)
 
     def warm(
         self,
@@ -256,21 +260,6 @@ class SemShareEngine(Identified):
             self.auditor.clear(namespace)
         return self._memory.clear(namespace, session)
 
-    def stats(self) -> dict[str, float]:
-        """Counts of requests and tokens since the start, and the state of the store and of the audit."""
-        self._scheduler.settle()
-        with self._counting:
-            counts = {name: self._counts[name] for name in COUNTS}
-        stored = {f"store_{name}": value for name, value in self._store.stats().items()}
-        return {**counts, **stored, **self.auditor.stats()}
-
-    def observe(self, callback: Callable[[ReuseReport], None]) -> None:
-        """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
-
-        It runs before the last chunk is out, in the thread that computes: it should be quick. Its errors are logged.
-        """
-        self._observers.add(callback)
-
     def save(self, path: str | Path) -> int:
         """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
         path, runtime = check_path(path), self._load()
@@ -291,58 +280,69 @@ class SemShareEngine(Identified):
         self._scheduler.settle()
         self._scheduler.carry_out(self._store.close)
 
-    def _start(
-        self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
-    ) -> Stream[GenerationChunk]:
-        request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
+    def observe(self, callback: Callable[[ReuseReport], None]) -> None:
+        """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
 
-        def begin() -> Generator[GenerationChunk, None, None]:
-            return self._run(request, since, self._load())  # an interruption ends the loading as well
+        It runs before the last chunk is out, in the thread that computes: it should be quick. Its errors are logged.
+        """
+        self._observers.add(callback)
 
-        return Stream(self._scheduler, begin, shows)
+    def stats(self) -> dict[str, float]:
+        """Counts of requests and tokens since the start, and the state of the store and of the audit."""
+        self._scheduler.settle()
+        with self._counting:
+            counts = {name: self._counts[name] for name in COUNTS}
+        stored = {f"store_{name}": value for name, value in self._store.stats().items()}
+        return {**counts, **stored, **self.auditor.stats()}
 
-    def _read_async(
-        self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
-    ) -> AsyncGenerator[GenerationChunk, None]:
-        request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
+    @property
+    def store(self) -> KVStore:
+        """Where KV is kept, with that of the calls that ended until now."""
+        self._scheduler.settle()
+        return self._store
 
-        def begin() -> Generator[GenerationChunk, None, None]:
-            yield from self._run(request, since, self._load())
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._runtime is not None
 
-        return read_async(self._scheduler, begin, shows)
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, loaded if it was not."""
+        return self._load().adapter.model
 
-    def _run(self, request: Request, since: Since, runtime: Runtime) -> Generator[GenerationChunk, None, None]:
-        """Take one prompt to its answer: render, plan, execute, decode, remember, audit. Each phase is timed."""
-        call = Call(request, since)
-        call.count_wait(get_current_job())
-        known = self._memory.resolve_documents(call)
-        runtime.render(call, known, self.context_window)
-        with self._queue.admit(call.watch.phase("wait")):  # so that each may reuse what the one before computed
-            check_wanted()
-            runtime = runtime.current()
-            runtime.plan(call, is_suspended=self.auditor.suspends(call.request.namespace))
-            runtime.execute(call)
-            if self._scheduler.has_concurrent_calls:
-                self._memory.keep(call, runtime)
-        try:
-            yield from runtime.decode(call)
-        except JobLeft:
-            self._remember(call, runtime)
-            raise
-        self._remember(call, runtime)
-        runtime.audit(call, self.auditor)
-        generation = call.build_generation()
-        self._observers.tell(generation.report)
-        yield GenerationChunk("", generation)
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; loads no weights."""
+        return self._source.tokenizer
 
-    def _remember(self, call: Call, runtime: Runtime) -> None:
-        """Count the call, and store its KV as far as that is exact and whole."""
-        with call.watch.phase("remember"):
-            reused = int(call.reused.sum())
-            counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))
-            with self._counting:
-                self._counts.update(dict(zip(COUNTS, counts, strict=True)))
-            self._memory.keep(call, runtime)
+    @property
+    def mode(self) -> Mode:
+        """The mode that calls run in; where ``auto`` is set, what the model allows, which has to be loaded for it."""
+        setting = self.config.reuse.mode
+        return self._load().mode if setting == "auto" else setting
+
+    @property
+    def context_window(self) -> int | None:
+        """Most tokens of prompt and answer together, or None if nothing bounds it; loads no weights."""
+        return self.config.max_context_tokens or get_window(self._source.config)
+
+    def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
+        self.config = check_config(config)
+        self.name = name
+        self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
+        self.auditor = Auditor(self.config.audit)
+        self._observers = Observers(log_call)
+        self._source = source
+        self._runtime: Runtime | None = None
+        self._loading = free_in_children(threading.RLock())
+        self._lock = hold_at_forks(threading.Lock())
+        self._scheduler = Scheduler(self.config.calls_in_flight)
+        weakref.finalize(self, self._scheduler.dismiss)
+        self._queue = PrefillQueue()
+        self._memory = Memory(self.config, self._store)
+        self._counts: Counter[str] = Counter()
+        self._counting = hold_at_forks(threading.Lock())
 
     def _load(self) -> Runtime:
         """The runtime; the first call loads the model."""
