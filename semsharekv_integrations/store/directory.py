@@ -148,10 +148,6 @@ class KVDirectory:
             del self._uses[file.id]
         self.files.remove(*(file.id for file in ended), most=MOST_REMOVED)
 
-    def sweep(self) -> None:
-        """Delete at most ``MOST_REMOVED`` files out of use that are still there."""
-        self.files.remove(most=MOST_REMOVED)
-
     def scrub(self, *, whole: bool = True) -> None:
         """Empty the catalog's log and delete a catalog that was set aside: both may name forgotten tokens.
 

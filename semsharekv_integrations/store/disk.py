@@ -16,7 +16,7 @@ import torch
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, raise_memory_errors
-from semsharekv_integrations.store.directory import KVDirectory
+from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
 from semsharekv_integrations.store.files import TOKEN_DIM
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord
@@ -153,16 +153,15 @@ class DiskTier:
         for node in nodes:
             if node.on_disk is not None:
                 by_file[node.on_disk.file].append(node)
-        partly = [
-            part for file, part in by_file.items() if _num_tokens(part) < self._directory.files.records[file].num_tokens
-        ]
+        files = self._directory.files.records
+        partly = [needed for file, needed in by_file.items() if _count_tokens(needed) < files[file].num_tokens]
         rewritten = [self._rewrite(needed, namespace) for needed in partly]
         return all(rewritten)
 
     def sweep(self) -> None:
         """Delete some of the files that no node needs any more."""
         if self._directory is not None:
-            self._directory.sweep()
+            self._directory.files.remove(most=MOST_REMOVED)
 
     def scrub(self, *, whole: bool) -> bool:
         """As ``KVDirectory.scrub``; whether nothing on disk names forgotten tokens and documents any more."""
@@ -226,7 +225,8 @@ class DiskTier:
         assert self.num_bytes <= self.tier.max_bytes, "the bound of the disk tier"
         self._directory.check()
         found = self._directory.contents()
-        assert sorted(map(_plain, found.nodes)) == sorted(_plain(_record(node, "")) for node in here), "nodes written"
+        wanted = sorted(_make_plain(_record(node, "")) for node in here)
+        assert sorted(map(_make_plain, found.nodes)) == wanted, "nodes written"
         assert {entry.id for entry in found.entries} == keys, "entries written"
 
     @property
@@ -304,7 +304,7 @@ class DiskTier:
         log_trouble("write_failed")
 
 
-def _num_tokens(nodes: Iterable[Node]) -> int:
+def _count_tokens(nodes: Iterable[Node]) -> int:
     return sum(len(node.token_ids) for node in nodes)
 
 
@@ -314,6 +314,6 @@ def _record(node: Node, namespace: str) -> NodeRecord:
     return NodeRecord(node.id, parent, namespace, node.token_ids, node.on_disk.file, node.on_disk.first)
 
 
-def _plain(record: NodeRecord) -> tuple[str, ...]:
+def _make_plain(record: NodeRecord) -> tuple[str, ...]:
     """A record's fields, comparable."""
     return record.id, str(record.parent), record.token_ids.tobytes().hex(), record.file, str(record.first)

@@ -103,12 +103,11 @@ class Entries:
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
         """Load what lies in ``directory``, has not expired and fits the bound; how many entries."""
         self.tiers.disk.attach(directory, dtype, device)
-        with _gc_paused():
+        with _pause_gc():
             found = self._reopen(directory)
-        for name in [
-            name for name, space in self.namespaces.items() if not (space.tree.root.children or space.tainted)
-        ]:
-            self._drop_namespace(name)
+        for name, space in list(self.namespaces.items()):
+            if not (space.tree.root.children or space.tainted):
+                self._drop_namespace(name)
         began = self._wall_clock() - self._clock()
         for entry, used_s in found:
             entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger
@@ -374,7 +373,7 @@ class Entries:
 
 
 @contextmanager
-def _gc_paused() -> Iterator[None]:
+def _pause_gc() -> Iterator[None]:
     """Pause the garbage collector: everything loaded here stays alive, and scanning it doubles the time to open."""
     was_enabled = gc.isenabled()
     gc.disable()
