@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text"}
+MADE_UP = {"new.md", "gpu_check.py", "examples/lab/results/NAME.md"}
 ANSWERS = {"mayor of Velmar?": "Anna Kelsen", "cost in Velmar?": "42 million", "cost in Osteck?": "17 million"}
 
 
@@ -29,6 +30,10 @@ def find_anchors(page: Path) -> set[str]:
     """What ``#...`` may name on a page, as GitHub makes it from the headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def find_code(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
 
 
 def cases(language: str) -> list[object]:
@@ -79,6 +84,21 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         file = page.parent / path if path else page
         assert file.exists(), target
         assert not anchor or anchor in find_anchors(file), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "CHANGELOG"], ids=lambda page: page.stem)
+def test_every_file_that_is_named_is_there(page: Path) -> None:
+    for path in re.findall(r"[\w./]+\.(?:py|md|toml|txt)\b", page.read_text(encoding="utf-8")):
+        places = (page.parent, ROOT, ROOT / "semsharekv_integrations")
+        assert any((place / path).is_file() for place in places) or path in MADE_UP, path
+
+
+def test_recipes_name_what_is_there() -> None:
+    code = "".join(path.read_text() for folder in ("semsharekv_integrations", "tests") for path in find_code(folder))
+    words = set(re.findall(r"\w+", code))
+    for named in re.findall(r"`([\w.]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        if not named.endswith((".py", ".md", ".toml", ".txt")) and "NAME" not in named:
+            assert set(named.split(".")) <= words, named
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
