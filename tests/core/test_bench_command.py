@@ -48,7 +48,7 @@ def written_by(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> t
     ("line", "drawn", "sized"),
     [
         ([], list(DRAWN), list(SIZED)),
-        (["--quick"], ["reordered", "edited", "unlike", "turns"], ["next_turn", "reordered", "reworded_30", "unlike"]),
+        (["--quick"], ["reordered", "edited", "unlike", "turns"], ["next_turn", "reordered", "unlike"]),
         (["--cases", "3"], list(DRAWN), []),
         (["--documents", "2", "3", "--scenarios", "edited", "unlike"], ["edited", "unlike"], []),
         (["--lengths", "512"], [], list(SIZED)),
@@ -75,7 +75,7 @@ def test_a_study_is_what_was_asked_for(folder: str) -> None:
     drawn = [scenario for scenario in study.scenarios if scenario.length is None]
     assert all(len(scenario.rounds) == 1 and scenario.total == command.QUICK_CASES for scenario in drawn)
     sized = [scenario for scenario in study.scenarios if scenario.length]
-    assert {scenario.length for scenario in sized} == set(command.QUICK_LENGTHS) and len(sized) == 8
+    assert {scenario.length for scenario in sized} == set(command.QUICK_LENGTHS) and len(sized) == 6
     assert all(list(scenario.rounds) == [UNTIMED, 1, 2] for scenario in sized)
     assert {scenario.max_new_tokens for scenario in sized} == {command.NEW_TOKENS}
     whole, _ = command.prepare(parsed("--model", folder, "--lengths", "512", "--scenarios", "unlike", "--cases", "2"))
