@@ -1,13 +1,13 @@
 """Prompts to token ids: plain text, or messages through the tokenizer's chat template.
 
 Token ids are always those of the whole text, so that a prompt means the same to every engine, whatever it has said
-before. Where a reply was sampled in other tokens than its text has, the exact prefix of the next turn ends there.
-
-Room in the context window: text far beyond it is refused before all of it is tokenized.
+before. Where a reply was sampled in other tokens than its text has, the exact prefix of the next turn ends there. Text
+far beyond the context window is refused before all of it is tokenized.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from semsharekv_integrations.errors import ContextWindowError, PromptError
+from semsharekv_integrations.errors import ContextWindowError, PromptError, is_json, show_value
 from semsharekv_integrations.kv import Rendered, Segment, TokenIds
 from semsharekv_integrations.text.chat_template import ChatTemplate
-from semsharekv_integrations.text.tool_calls import check_message
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 _PASSAGE = re.compile(r"\S(?:.|\n(?!\s*\n))*")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_USUAL_TOKEN_CHARS = 4  # a text of so many for each token of the window is tokenized at once
+_PIECE_CHARS = 1 << 15
+_CUT_TOKENS = 16  # by so many a piece's tokens may differ from the whole text's, at its ends
+_MARGIN_RATIO = 1.25  # beyond which the count of the pieces is trusted
 
 
 class PromptRenderer:
@@ -43,7 +46,7 @@ class PromptRenderer:
         return self._chat.tool_format
 
     def get_stops(self, prompt: Prompt) -> tuple[str, ...]:
-        """Strings that end every answer to ``prompt``, whatever the caller asks for."""
+        """Return the strings that end every answer to ``prompt``, whatever the caller asks for."""
         return () if isinstance(prompt, str) else self._chat.stops
 
     def render(
@@ -55,14 +58,13 @@ class PromptRenderer:
         template_kwargs: Mapping[str, Any] | None = None,
         window: int | None = None,
     ) -> Rendered:
-        """Token ids of ``prompt``, and where the texts of ``documents`` (by id) stand in it.
+        """Turn ``prompt`` into token ids, and find where the texts of ``documents`` (by id) stand in it.
 
         Args:
             prompt: text, or messages.
             documents: texts by id.
             tools: shown to the model, as its template does it or in the system message.
-            hints: more texts that may stand there: they count where no named one does, the longest of those that
-                overlap.
+            hints: more texts that may stand there; they count where no named one does, the longer before the shorter.
             template_kwargs: more variables for the chat template, none of ``RENDERING_OPTIONS``.
             window: context window in tokens, or None.
 
@@ -72,14 +74,13 @@ class PromptRenderer:
         """
         if not isinstance(prompt, (str, Sequence)):
             raise PromptError(f"prompt is {type(prompt).__name__}; accepted is text or a sequence of messages")
+        if isinstance(prompt, str) and tools:
+            raise PromptError("prompt is text; accepted with tools is a sequence of messages")
         if isinstance(prompt, str):
-            if tools:
-                raise PromptError("prompt is text; accepted with tools is a sequence of messages")
-            messages, text = None, prompt
-            bos = self._tokenizer.bos_token
+            messages, text, bos = None, prompt, self._tokenizer.bos_token
             adds_special = not (bos and text.startswith(bos))
         else:
-            messages = _checked(prompt)
+            messages = _check_messages(prompt)
             text = self._chat.render(messages, tools, template_kwargs)
             adds_special = self._tokenizer.chat_template is None
         require_room_for_text(text, window, self._count)
@@ -88,105 +89,142 @@ class PromptRenderer:
             raise PromptError("prompt is empty; accepted is text or messages of at least one token")
         require_room(len(token_ids), window)
         starts = list(accumulate(offsets, max))
+        named = _find_documents(text, starts, documents, loosely=True)
         return Rendered(
             np.array(token_ids, dtype=np.int64),
-            _with_hints(_segments(text, starts, documents, loosely=True), _segments(text, starts, hints or {})),
-            _passages(text, starts),
-            None if messages is None else _question(text, starts, messages),
-            self._unplaced(text, starts, messages or [], documents),
+            _add_hints(named, _find_documents(text, starts, hints or {})),
+            _find_passages(text, starts),
+            None if messages is None else _find_question(text, starts, messages),
+            self._find_unplaced(text, starts, messages or [], documents),
         )
 
     def decode(self, token_ids: TokenIds) -> str:
-        """The text of ``token_ids`` [N], without special tokens."""
+        """Turn ``token_ids`` [N] into text, without special tokens."""
         return self._decode(token_ids.tolist())
 
     def tokenize(self, text: str) -> TokenIds:
-        """The tokens of a text that stands by itself, without special tokens."""
+        """Turn a text that stands by itself into tokens, without special tokens."""
         return np.array(self._encode(text.strip(), add_special_tokens=False)[0], dtype=np.int64)
 
     def split_pieces(self, token_ids: TokenIds) -> list[str]:
-        """The text of each token [N], with the space that stands before it where a word begins."""
+        """Return the text of each token [N], with the space that stands before it where a word begins."""
         known = self._pieces
         for token_id in set(token_ids.tolist()) - known.keys():
-            known[token_id] = self._piece(token_id)
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            # decoding drops SentencePiece's mark for a leading space
+            known[token_id] = token if token.startswith("▁") else self._decode([token_id], keep_special=True)
         return [known[token_id] for token_id in token_ids.tolist()]
 
     def render_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_kwargs: Mapping[str, Any] | None = None
     ) -> str:
-        """The messages through the chat template; a last assistant message is left open, to be continued."""
-        return self._chat.render(_checked(messages), tools, template_kwargs)
+        """Render messages as text; a last assistant message is left open, to be continued."""
+        return self._chat.render(_check_messages(messages), tools, template_kwargs)
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _unplaced(
+    def _find_unplaced(
         self, text: str, starts: list[int], messages: Sequence[Message], documents: Mapping[str, str]
     ) -> dict[str, int]:
-        """The documents whose place cannot be told, each with the number of tokens that surely come before.
+        """Find the documents whose place cannot be told, each with the number of tokens that surely come before.
 
         They stand in a message that the template changed, or the tokenizer does not tell where tokens start.
         """
         found = {}
         for key, content in ((key, content.strip()) for key, content in documents.items()):
-            at, _ = _place(text, content, loosely=True)
+            at, _ = _find_text(text, content, loosely=True)
             if not content or (at >= 0 and starts):
                 continue
-            before = text[:at] if at >= 0 else _text_before(text, messages, content)
+            before = text[:at] if at >= 0 else _find_text_before(text, messages, content)
             if before is not None:
-                found[key] = max(
-                    0, len(self._encode(before, add_special_tokens=False)[0]) - 2
-                )  # some are cut otherwise within the whole text
+                num_tokens = len(self._encode(before, add_special_tokens=False)[0])
+                found[key] = max(0, num_tokens - 2)  # some are cut otherwise within the whole text
         return found
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """Token ids, and the character at which each starts (none from tokenizers that cannot tell)."""
+        """Turn text into token ids, and the characters at which they start (none from tokenizers that cannot tell)."""
         fast = self._tokenizer.is_fast
         encoded = self._tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=fast, verbose=False
         )
         return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]] if fast else []
 
-    def _piece(self, token_id: int) -> str:
-        """One token's text; SentencePiece's mark for a leading space is kept, as decoding alone would drop it."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        return token if token.startswith("▁") else self._decode([token_id], keep_special=True)
-
     def _decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special))
 
 
-def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     if not messages:
         raise PromptError("prompt has no messages; accepted is at least one")
-    return [check_message(index, message, ROLES) for index, message in enumerate(messages)]
+    return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
-def _segments(text: str, starts: list[int], documents: Mapping[str, str], *, loosely: bool = False) -> list[Segment]:
-    """Where each document's text first stands, in tokens; documents that are not in the text are left out.
+def _check_message(field: str, message: object) -> dict[str, Any]:
+    """Check a message; return it with text content, and perhaps tool calls with their arguments as a mapping."""
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{field} is {type(message).__name__}; accepted is a mapping with role and content")
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise PromptError(f"{field}.role is {role!r}; accepted is one of {', '.join(ROLES)}")
+    if calls and role != "assistant":
+        raise PromptError(f"{field}.tool_calls is there; accepted is it in messages of the assistant alone")
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise PromptError(f"{field}.content is {type(content).__name__}; accepted is a string")
+    checked = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
+    if calls:
+        checked["content"] = content.rstrip()  # templates put their own space before calls, as the model did
+        checked["tool_calls"] = _check_calls(f"{field}.tool_calls", calls)
+    return checked
+
+
+def _check_calls(field: str, calls: object) -> list[dict[str, Any]]:
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise PromptError(f"{field} is {type(calls).__name__}; accepted is a list")
+    return [_check_call(f"{field}[{index}]", call) for index, call in enumerate(calls)]
+
+
+def _check_call(field: str, call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise PromptError(f"{field} is {call!r}; accepted is a mapping with id and function")
+    name, arguments, id_ = function.get("name"), function.get("arguments"), call.get("id", "")
+    if not isinstance(name, str) or not name:
+        raise PromptError(f"{field}.function.name is {name!r}; accepted is a non-empty string")
+    if not isinstance(id_, str):
+        raise PromptError(f"{field}.id is {id_!r}; accepted is a string")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, strict=False)
+        except ValueError as error:
+            raise PromptError(f"{field}.function.arguments is no JSON ({error}): {arguments!r}") from error
+    if not isinstance(arguments, Mapping):
+        raise PromptError(f"{field}.function.arguments is {arguments!r}; accepted is an object, or one as JSON text")
+    if not is_json(dict(arguments)):
+        raise PromptError(f"{field}.function.arguments is {show_value(arguments)}; accepted is what JSON can hold")
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def _find_documents(
+    text: str, starts: list[int], documents: Mapping[str, str], *, loosely: bool = False
+) -> list[Segment]:
+    """Find where each document's text first stands, in tokens; documents that are not in the text are left out.
 
     ``loosely``: space within it may be another, as where lines are broken anew.
     ``starts`` is where each token starts, in characters; special tokens put behind the text claim the last place.
     """
     found = []
     for document_id, content in documents.items():
-        at, stop = _place(text, content.strip(), loosely=loosely)
+        at, stop = _find_text(text, content.strip(), loosely=loosely)
         if at >= 0 and starts and stop > at:
-            found.append(Segment(document_id, *_tokens_between(starts, at, stop)))
+            found.append(Segment(document_id, *_find_tokens(starts, at, stop)))
     return found
 
 
-def _place(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
-    """Where ``content`` first stands, in characters; -1 twice if nowhere."""
-    at = text.find(content)
-    if at >= 0 or not loosely:
-        return at, at + len(content)
-    match = re.search(r"\s+".join(map(re.escape, content.split())), text)
-    return match.span() if match else (-1, -1)
-
-
-def _with_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
-    """In order: the named ones, and of the others those that overlap neither a named one nor a longer one."""
+def _add_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
+    """Add to the named documents the hinted ones that overlap neither a named one nor a longer one; in order."""
     kept = list(named)
     for segment in sorted(hinted, key=lambda s: s.start - s.stop):
         if all(segment.stop <= other.start or other.stop <= segment.start for other in kept):
@@ -194,8 +232,31 @@ def _with_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
     return sorted(kept, key=lambda s: (s.start, s.stop))
 
 
-def _text_before(text: str, messages: Sequence[Message], content: str) -> str | None:
-    """The text up to the end of what comes before the first message with ``content``, or None if there is none."""
+def _find_passages(text: str, starts: list[int]) -> list[Segment]:
+    """Find the parts of the text between blank lines, in tokens."""
+    spans = [match.span() for match in _PASSAGE.finditer(text)] if starts else []
+    found = [Segment("", *_find_tokens(starts, *span)) for span in spans]
+    return [segment for segment in found if segment.stop > segment.start]
+
+
+def _find_question(text: str, starts: list[int], messages: Sequence[Message]) -> tuple[int, int] | None:
+    """Find where the content of the last user message stands, in tokens."""
+    contents = [message["content"].strip() for message in messages if message["role"] == "user"]
+    at = text.rfind(contents[-1]) if contents and starts else -1
+    return None if at < 0 else _find_tokens(starts, at, at + len(contents[-1]))
+
+
+def _find_text(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
+    """Find where ``content`` first stands, in characters; -1 twice if nowhere."""
+    at = text.find(content)
+    if at >= 0 or not loosely:
+        return at, at + len(content)
+    match = re.search(r"\s+".join(map(re.escape, content.split())), text)
+    return match.span() if match else (-1, -1)
+
+
+def _find_text_before(text: str, messages: Sequence[Message], content: str) -> str | None:
+    """Find the text up to the end of what comes before the first message with ``content``, or None without one."""
     cursor = 0
     for message in messages:
         if content in message["content"]:
@@ -205,41 +266,18 @@ def _text_before(text: str, messages: Sequence[Message], content: str) -> str | 
     return None
 
 
-def _passages(text: str, starts: list[int]) -> list[Segment]:
-    """The parts of the text between blank lines, in tokens."""
-    spans = [match.span() for match in _PASSAGE.finditer(text)] if starts else []
-    found = [Segment("", *_tokens_between(starts, *span)) for span in spans]
-    return [segment for segment in found if segment.stop > segment.start]
-
-
-def _question(text: str, starts: list[int], messages: Sequence[Message]) -> tuple[int, int] | None:
-    """Where the content of the last user message stands, in tokens."""
-    contents = [message["content"].strip() for message in messages if message["role"] == "user"]
-    at = text.rfind(contents[-1]) if contents and starts else -1
-    return None if at < 0 else _tokens_between(starts, at, at + len(contents[-1]))
-
-
-def _tokens_between(starts: list[int], first: int, last: int) -> tuple[int, int]:
-    """The tokens of the characters from ``first`` to ``last``; the first may begin before, perhaps with a space."""
+def _find_tokens(starts: list[int], first: int, last: int) -> tuple[int, int]:
+    """Find the tokens of the characters from ``first`` to ``last``; the first may begin before, as with a space."""
     return max(0, bisect_right(starts, first) - 1), bisect_left(starts, last)
 
 
-_USUAL_TOKEN_CHARS = 4  # a text of so many for each token of the window is tokenized at once
-_PIECE_CHARS = 1 << 15
-_CUT_TOKENS = 16  # by so many a piece's tokens may differ from the whole text's, at its ends
-_MARGIN_RATIO = 1.25  # beyond which the count of the pieces is trusted
-
-
 def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> None:
-    """Whether a prompt leaves room for a new token.
+    """Raise ``ContextWindowError`` unless a prompt of ``num_tokens`` leaves room for a new token.
 
     Args:
         num_tokens: of the prompt.
         window: context window in tokens, or None if nothing bounds it.
         counted: what stands before the number, if not all were counted.
-
-    Raises:
-        ContextWindowError: if it does not.
     """
     if window is not None and num_tokens >= window:
         raise ContextWindowError(
@@ -249,15 +287,12 @@ def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> N
 
 
 def require_room_for_text(text: str, window: int | None, count: Callable[[str], int]) -> None:
-    """Whether a text that looks too long is not so long that this is beyond doubt; piece by piece.
+    """Raise ``ContextWindowError`` for a text that is too long beyond doubt; it is counted piece by piece.
 
     Args:
         text: the whole prompt.
         window: context window in tokens, or None.
         count: how many tokens a text has.
-
-    Raises:
-        ContextWindowError: if it is.
     """
     if window is None or len(text) <= _USUAL_TOKEN_CHARS * window:
         return
