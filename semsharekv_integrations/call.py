@@ -15,7 +15,6 @@ import torch
 
 from semsharekv_integrations.concurrency.scheduler import Job
 from semsharekv_integrations.config import Mode
-from semsharekv_integrations.forgetting import Since
 from semsharekv_integrations.kv import Mask, Rendered, Span, TokenIds
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.report import (
@@ -31,6 +30,7 @@ from semsharekv_integrations.report import (
 )
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.plan import ReusePlan
+from semsharekv_integrations.store.forgetting import Since
 from semsharekv_integrations.text.answer_stream import AnswerReader
 from semsharekv_integrations.text.tool_calls import AnswerPart
 

@@ -25,8 +25,6 @@ from semsharekv_integrations.concurrency.scheduler import JobLeft, Scheduler, ch
 from semsharekv_integrations.concurrency.streams import PrefillQueue, Stream, raise_first_error, read_all, read_async
 from semsharekv_integrations.concurrency.threads import free_in_children, hold_at_forks
 from semsharekv_integrations.config import EngineConfig, Mode
-from semsharekv_integrations.forgetting import Since
-from semsharekv_integrations.identity import Identified
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, get_window
@@ -45,8 +43,9 @@ from semsharekv_integrations.request import (
     check_warming,
     read_documents,
 )
-from semsharekv_integrations.runtime import Runtime
+from semsharekv_integrations.runtime import ModelHolder, Runtime
 from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.forgetting import Since
 from semsharekv_integrations.text.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 COUNTS = ("requests", "prompt_tokens", "reused_tokens", "output_tokens")
 
 
-class SemShareEngine(Identified):
+class SemShareEngine(ModelHolder):
     """A transformers causal language model that keeps the KV cache of what it has seen.
 
     Safe to use from several threads: calls interleave token by token, forward passes take turns. Deep copies share it.

@@ -18,15 +18,14 @@ import numpy as np
 from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
-from semsharekv_integrations.forgetting import Forgotten, UnderWay
 from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, select_within
 from semsharekv_integrations.request import make_document_id
 from semsharekv_integrations.reuse.matching import list_segments
 from semsharekv_integrations.reuse.plan import build_prefix_plan
 from semsharekv_integrations.runtime import Runtime
 from semsharekv_integrations.store import KVStore
+from semsharekv_integrations.store.forgetting import Forgotten, UnderWay, has_form
 from semsharekv_integrations.store.records import reference_id
-from semsharekv_integrations.store.standing import has_form
 
 
 def make_references(

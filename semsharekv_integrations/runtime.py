@@ -6,12 +6,12 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -334,3 +334,29 @@ def _make_selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> Selec
         name = type(adapter.model).__name__
         warnings.warn(f"mode 'auto' reuses exact prefixes alone on {name}: {error}", stacklevel=2)
         return None
+
+
+class ModelHolder:
+    """Has a model, or knows where to get it. A deep copy is the object itself; a pickle holds how it was made."""
+
+    _source: ModelSource
+    _runtime: Runtime | None
+    _made_by: Callable[[], Any] | None = None
+
+    def identity(self) -> str:
+        """Equal for the same model in the same state, in every process; loads no weights.
+
+        A model by name goes by how it is loaded and by its files, until it is changed in memory.
+        """
+        named = self._source.origin if isinstance(self._source, NamedModel) else ""
+        changed = self._runtime.changed_identity() if self._runtime is not None else ""
+        return f"{named} {changed}".strip()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        if self._made_by is None:
+            name = type(self).__name__
+            raise TypeError(f"this {name} was given its model; accepted to pickle is one of {name}.from_pretrained")
+        return self._made_by, ()

@@ -24,10 +24,10 @@ from semsharekv_integrations.store.codec import pack_if_room
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
+from semsharekv_integrations.store.forgetting import entries_with, forms_of
 from semsharekv_integrations.store.namespace import Entry, Namespace, begins_with, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
-from semsharekv_integrations.store.standing import entries_with, forms_of
 
 
 class _Work:
