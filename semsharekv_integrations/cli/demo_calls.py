@@ -37,80 +37,48 @@ class Question(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What one call is given.
-
-    Attributes:
-        question: what to ask.
-        articles: texts by id, in the order in which they stand in the prompt.
-        history: earlier questions and answers of the same conversation.
-        max_tokens: most tokens of the answer.
-    """
+    """What one call is given."""
 
     question: str
-    articles: Mapping[str, str]
-    history: Sequence[tuple[str, str]]
-    max_tokens: int
+    articles: Mapping[str, str]  # texts by id, in the order in which they stand in the prompt
+    history: Sequence[tuple[str, str]]  # earlier questions and answers of the same conversation
+    max_tokens: int  # of the answer
 
 
 Ask = Callable[[Asked], str]
 
 
 class Part(NamedTuple):
-    """One part of the demo.
-
-    Attributes:
-        title: for people.
-        make: makes, for an engine and a namespace, what answers a question.
-        is_chat: whether a call hands on what was said before; the articles then keep their order.
-    """
+    """One part of the demo."""
 
     title: str
-    make: Callable[[SemShareEngine, str], Ask]
-    is_chat: bool = False
+    make: Callable[[SemShareEngine, str], Ask]  # for an engine and a namespace
+    is_chat: bool = False  # a call then hands on what was said before, and the articles keep their order
 
 
 @dataclass(frozen=True)
 class Script:
-    """All that is read and asked.
+    """All that is read and asked."""
 
-    Attributes:
-        articles: texts by id; all of them stand in every prompt.
-        questions: those of each of ``PARTS``, in order.
-        is_right: whether an answer holds what is expected.
-        answer_tokens: most tokens of an answer.
-        reword: puts an article into other words with the same facts, or None where there are none.
-    """
-
-    articles: Mapping[str, str]
-    questions: Mapping[str, Sequence[Question]]
-    is_right: Callable[[str, str], bool]
-    answer_tokens: int
-    reword: Callable[[Random, str], str] | None = None
+    articles: Mapping[str, str]  # texts by id; all of them stand in every prompt
+    questions: Mapping[str, Sequence[Question]]  # of each of ``PARTS``, in order
+    is_right: Callable[[str, str], bool]  # of an answer and what is expected
+    answer_tokens: int  # most of them
+    reword: Callable[[Random, str], str] | None = None  # the same facts in other words, where there are such words
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the demo, with reuse and beside it in full.
+    """One call of the demo, with reuse and beside it in full."""
 
-    Attributes:
-        scenario: the part of the demo.
-        question: what was asked.
-        answer: what the model said.
-        right: whether that is a right answer.
-        same_as_off: whether a full prefill of the same prompt gave the same text.
-        report: the reuse report of the first run.
-        ttft_s: seconds to the first token with reuse, the median of all runs.
-        off_ttft_s: likewise with a full prefill.
-    """
-
-    scenario: str
+    scenario: str  # the title of its part
     question: str
     answer: str
-    right: bool
-    same_as_off: bool
-    report: dict[str, Any]
-    ttft_s: float
-    off_ttft_s: float
+    right: bool  # whether the answer holds what is expected
+    same_as_off: bool  # whether a full prefill of the same prompt gave the same text
+    report: dict[str, Any]  # of the first run
+    ttft_s: float  # with reuse, the median of all runs
+    off_ttft_s: float  # with a full prefill, likewise
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, fit for JSON; ``speedup`` is the full prefill's time over that with reuse."""
@@ -136,9 +104,11 @@ class Demo:
         seed: int = 7,
         tell: Callable[[str, str], object] = lambda _part, _answer: None,
     ) -> None:
-        off = SemShareEngine(engine.model, engine.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
         self.engine, self.script, self.runs, self.tell = engine, script, runs, tell
-        self._reusing, self._full = _ObservedEngine(engine), _ObservedEngine(off)
+        self._off = SemShareEngine(engine.model, engine.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
+        self._reports: list[ReuseReport] = []
+        for observed in (engine, self._off):
+            observed.observe(self._reports.append)
         self._rng = Random(seed)
 
     @property
@@ -151,14 +121,14 @@ class Demo:
         few = {name: text[:_WARM_UP_CHARACTERS] for name, text in list(self.script.articles.items())[:2]}
         for articles in (few, dict(reversed(few.items()))):
             asked = Asked("What happened?", articles, (), 2)
-            for observed in (self._reusing, self._full):
-                observed.answer(make_chain(observed.engine, "demo warm-up"), asked)
+            for engine in (self.engine, self._off):
+                make_chain(engine, "demo warm-up")(asked)
 
     def run(self) -> Iterator[Call]:
         """Make the calls; yields each when it is done."""
         for name, part in PARTS.items():
             askers = [part.make(self.engine, f"demo {run}") for run in range(self.runs)]
-            ask_in_full = part.make(self._full.engine, "demo")
+            ask_in_full = part.make(self._off, "demo")
             history: list[tuple[str, str]] = []
             for number, question in enumerate(self.script.questions[name]):
                 articles = self.script.articles if number == 0 or part.is_chat else self._shuffle_articles()
@@ -181,13 +151,13 @@ class Demo:
         """Make one call in all its runs. Repeats say one token, unless a later turn continues what they say."""
         short = asked._replace(max_tokens=1)
         again = asked if part.is_chat else short
-        answer, report = self._reusing.answer(askers[0], asked)
+        answer, report = self._answer(askers[0], asked)
         self.tell(part.title, answer)
-        full_answer, full_report = self._full.answer(ask_in_full, asked)
+        full_answer, full_report = self._answer(ask_in_full, asked)
         seconds, full_seconds = [report["ttft_s"]], [full_report["ttft_s"]]
         for ask in askers[1:]:
-            seconds.append(self._reusing.answer(ask, again)[1]["ttft_s"])
-            full_seconds.append(self._full.answer(ask_in_full, short)[1]["ttft_s"])
+            seconds.append(self._answer(ask, again)[1]["ttft_s"])
+            full_seconds.append(self._answer(ask_in_full, short)[1]["ttft_s"])
         return Call(
             scenario=part.title,
             question=question.text,
@@ -199,16 +169,7 @@ class Demo:
             off_ttft_s=median(full_seconds),
         )
 
-
-class _ObservedEngine:
-    """An engine, and the reports of the calls that made an answer."""
-
-    def __init__(self, engine: SemShareEngine) -> None:
-        self.engine = engine
-        self._reports: list[ReuseReport] = []
-        engine.observe(self._reports.append)
-
-    def answer(self, ask: Ask, asked: Asked) -> tuple[str, dict[str, Any]]:
+    def _answer(self, ask: Ask, asked: Asked) -> tuple[str, dict[str, Any]]:
         """Answer and report. Of several calls it is the last one's, with the counts and seconds of all."""
         self._reports.clear()
         answer = ask(asked).strip()
