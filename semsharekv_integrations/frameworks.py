@@ -34,10 +34,9 @@ def make_sampling_fields(stop: Any) -> dict[str, Any]:
     These two come last.
     """
     types, docs = get_type_hints(SamplingConfig), describe_fields(SamplingConfig)
-    made: dict[str, Any] = {
-        field.name: (types[field.name], Field(default=field.default, description=docs.get(field.name)))
-        for field in fields(SamplingConfig)
-    }
+    made: dict[str, Any] = {}
+    for field in fields(SamplingConfig):
+        made[field.name] = types[field.name], Field(default=field.default, description=docs.get(field.name))
     limit, _ = made.pop("max_new_tokens"), made.pop("stop")
     return {**made, "max_tokens": limit, "stop": (stop, Field(default=None, description=docs.get("stop")))}
 
@@ -53,11 +52,7 @@ SAMPLING_FIELDS = tuple(make_sampling_fields(Any))  # their names
 
 
 def name_for_engine(options: Mapping[str, Any]) -> GenerateOptions:
-    """The options under the engine's names.
-
-    Raises:
-        ValueError: if ``max_tokens`` is no limit.
-    """
+    """The options under the engine's names; ``ValueError`` if ``max_tokens`` is no limit."""
     limit = options["max_tokens"]
     require(is_whole(limit, 1), "max_tokens", limit, "an integer of 1 or more")
     rest = {name: value for name, value in options.items() if name != "max_tokens"}
@@ -85,11 +80,7 @@ def make_engine(
 
 
 def describe_engine(engine: object) -> dict[str, Any]:
-    """The fields that a given engine fills in.
-
-    Raises:
-        ValueError: if it is no engine.
-    """
+    """The fields that a given engine fills in; ``ValueError`` if it is none."""
     require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
     assert isinstance(engine, SemShareEngine)
     return {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
@@ -126,11 +117,7 @@ def merge_turns(turns: Iterable[dict[str, Any]], roles: Collection[str] | None =
 
 
 def collect_texts(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Documents by id.
-
-    Raises:
-        ValueError: if two texts have one id.
-    """
+    """Documents by id; ``ValueError`` if two texts have one id."""
     texts: dict[str, Any] = {}
     for key, text in named:
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")

@@ -20,27 +20,12 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import ConfigDict, Field, create_model, model_validator
 
+from semsharekv_integrations import frameworks
 from semsharekv_integrations.concurrency.streams import raise_first_error
 from semsharekv_integrations.config import EngineConfig, ModeSetting
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.frameworks import (
-    SAMPLING_FIELDS,
-    check_mode,
-    describe_engine,
-    make_engine,
-    make_private_name,
-    make_sampling_fields,
-    name_for_engine,
-    require_agreement,
-    tokenize,
-)
-from semsharekv_integrations.langchain.documents import (
-    add_found,
-    find_in_artifacts,
-    find_marked_blocks,
-    find_tracked_documents,
-)
+from semsharekv_integrations.langchain.documents import collect_documents, find_tracked_documents
 from semsharekv_integrations.langchain.messages import PROVIDER
 from semsharekv_integrations.request import GenerateOptions, Request, check_optional_name
 
@@ -62,12 +47,10 @@ _ONE_MEANING: dict[str, tuple[Any, ...]] = {
 }
 _SESSION_NAMES = ("thread_id", "session_id")  # LangGraph's, and RunnableWithMessageHistory's
 _SECRETS = {"token"}
-_SamplingFields: Any = create_model(
-    "_SamplingFields", __module__=__name__, **make_sampling_fields(stop=list[str] | None)
-)
+_Fields: Any = create_model("_Fields", __module__=__name__, **frameworks.make_sampling_fields(stop=list[str] | None))
 
 
-class SamplingFields(_SamplingFields):
+class SamplingFields(_Fields):
     """Options that a model has as fields and that every call may set anew. Unknown names are refused.
 
     They are those of ``SamplingConfig``. ``max_tokens`` is also taken as ``max_new_tokens``, ``max_completion_tokens``
@@ -80,7 +63,7 @@ class SamplingFields(_SamplingFields):
     ``configurable["namespace"]`` of a call's config goes before it, and the call's own ``namespace`` before both.
     """
 
-    private_namespace: str = Field(default_factory=make_private_name, frozen=True, exclude=True, repr=False)
+    private_namespace: str = Field(default_factory=frameworks.make_private_name, frozen=True, exclude=True, repr=False)
     """What ``namespace`` None stands for. A field, since LangChain rebuilds models from their fields."""
 
     @model_validator(mode="before")
@@ -100,7 +83,7 @@ class SamplingFields(_SamplingFields):
         return self
 
     def _make_sampling_options(self) -> GenerateOptions:
-        options = name_for_engine({name: getattr(self, name) for name in SAMPLING_FIELDS})
+        options = frameworks.name_for_engine({name: getattr(self, name) for name in frameworks.SAMPLING_FIELDS})
         return options | GenerateOptions(namespace=self.kv_namespace)
 
     @property
@@ -112,37 +95,21 @@ class SamplingFields(_SamplingFields):
 class CallOptions(SamplingFields):
     """What one call sets."""
 
-    documents: Any = None
-    """Texts that stand in the prompt: texts or LangChain documents in a list, or texts by id."""
-
-    session: str | None = None
-    """Name of the conversation; by default the ``thread_id`` or ``session_id`` that LangChain runs the call under."""
-
-    tracked_documents: dict[str, str] = {}
-    """Ids by text of documents that may stand in the prompt; those that do not are left out."""
+    documents: Any = None  # that stand in the prompt: texts or LangChain documents in a list, or texts by id
+    session: str | None = None  # by default the ``thread_id`` or ``session_id`` that LangChain runs the call under
+    tracked_documents: dict[str, str] = {}  # ids by text; those that do not stand in the prompt are left out
 
     @classmethod
     def merge(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> Self:
-        """Replace a model's fields by what one call sets to anything but None.
-
-        Raises:
-            ValueError: naming the option, its value and what is accepted.
-        """
+        """Replace a model's fields by what one call sets to anything but None; ``ValueError`` names a bad option."""
         given = rename_options({"stop": stop, **apply_config(None, call)})
         given = _drop_ineffective({name: value for name, value in given.items() if value is not None})
         shared = cls.model_fields.keys() & type(fields).model_fields.keys()
         return cls(**{**{name: getattr(fields, name) for name in shared}, **given})
 
     def make_options(self, contents: Sequence[str], messages: Sequence[BaseMessage] = ()) -> GenerateOptions:
-        """The keyword arguments of the engine's methods.
-
-        Args:
-            contents: the prompt's text, or that of its messages, in which documents are looked for.
-            messages: what the prompt was made of, which may tell where documents are.
-        """
-        tracked = [(key, text) for text, key in self.tracked_documents.items()]
-        found = [*find_in_artifacts(messages), *tracked]
-        documents = add_found(self.documents, found, find_marked_blocks(messages), contents)
+        """The engine's keyword arguments, for a prompt of such texts, made of ``messages`` if it is a chat's."""
+        documents = collect_documents(self.documents, self.tracked_documents, messages, contents)
         known = GenerateOptions(documents=documents, session=self.session)
         return self._make_sampling_options() | known | self.make_other_options()
 
@@ -163,11 +130,7 @@ def rename_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drop_ineffective(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what other models are told and what has one possible meaning here.
-
-    Raises:
-        ValueError: if it is told with another meaning.
-    """
+    """Leave out what other models are told and has one possible meaning here; ``ValueError`` for another meaning."""
     for name, accepted in _ONE_MEANING.items():
         value = given.get(name, accepted[0])
         require(value in accepted, name, value, " or ".join(map(repr, accepted)))
@@ -177,8 +140,8 @@ def _drop_ineffective(given: Mapping[str, Any]) -> dict[str, Any]:
 def apply_config(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
     """Add the ``session`` and ``namespace`` that a config names to a call that does not set them itself.
 
-    The session is ``configurable``'s ``thread_id``, else its ``session_id``; the namespace its ``namespace``. Without
-    a config it is that of the chain around the call, if any.
+    The session is ``configurable``'s ``thread_id``, else its ``session_id``. Without a config, that of the chain around
+    the call is asked, if any.
     """
     known = ensure_config(config).get("configurable", {})
     session = next((known[name] for name in _SESSION_NAMES if known.get(name) is not None), None)
@@ -253,7 +216,6 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         return super().astream_events(input, config, **self._apply_run(config, kwargs))
 
     def _apply_run(self, config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
-        """As ``apply_config``, with what a ``DocumentTracker`` of the run knows as well."""
         return self._add_tracked(ensure_config(config).get("callbacks"), apply_config(config, call))
 
     def _add_tracked(self, callbacks: Any, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,12 +244,12 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""
         own = self.custom_get_token_ids
-        return tokenize(self.engine, text) if own is None else own(text)
+        return frameworks.tokenize(self.engine, text) if own is None else own(text)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """All that can change the text, as plain values: LangChain's response cache is keyed by it."""
-        sampling = {name: getattr(self, name) for name in (*SAMPLING_FIELDS, "namespace")}
+        sampling = {name: getattr(self, name) for name in (*frameworks.SAMPLING_FIELDS, "namespace")}
         return {
             "model_name": self.model,
             "model_identity": self.engine.identity(),
@@ -311,11 +273,11 @@ class LocalModel(SamplingFields, BaseLanguageModel):
 def _read_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a given engine fills in; those given beside it must say the same."""
     engine = given["engine"]
-    own = describe_engine(engine)
+    own = frameworks.describe_engine(engine)
     if "model" in given:  # a model rebuilt from the fields of another: they describe how its engine was made
-        require_agreement(own, given, own)
+        frameworks.require_agreement(own, given, own)
         return own
-    require_agreement(own, given)
+    frameworks.require_agreement(own, given)
     return own | ({"device": engine.model.device, "dtype": engine.model.dtype} if engine.is_loaded else {})
 
 
@@ -325,10 +287,10 @@ def _make_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
     require(isinstance(name, str) and bool(name), "model", name, "a path or hub id, or an engine in its place")
     require(isinstance(config, EngineConfig), "config", config, "None or an EngineConfig")
-    check_mode(given.get("mode"))
+    frameworks.check_mode(given.get("mode"))
     require(isinstance(options, Mapping), "model_kwargs", options, "None or a dict")
     loading = given.get("device"), given.get("dtype", "auto"), options
-    engine = make_engine(str(name), given.get("mode"), config, *loading)
+    engine = frameworks.make_engine(str(name), given.get("mode"), config, *loading)
     return {"engine": engine, "model": name, "mode": engine.config.reuse.mode, "config": engine.config}
 
 

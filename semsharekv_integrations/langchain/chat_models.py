@@ -16,6 +16,7 @@ from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field, SecretStr
 
 from semsharekv_integrations.concurrency.streams import raise_first_error, run_each
@@ -30,6 +31,7 @@ from semsharekv_integrations.langchain.messages import (
 )
 from semsharekv_integrations.langchain.tools import (
     ChatOptions,
+    Choice,
     Method,
     Tool,
     ToolCallChunks,
@@ -37,7 +39,6 @@ from semsharekv_integrations.langchain.tools import (
     make_json_schema,
     make_parser,
     translate_choice,
-    translate_tools,
 )
 from semsharekv_integrations.model.loading import is_local
 from semsharekv_integrations.report import GenerationChunk
@@ -70,16 +71,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     """More variables for the chat template, such as ``enable_thinking``; a call's own replace them."""
 
     stream_usage: bool | None = None
-    """Accepted for models that can be swapped; usage is reported in any case."""
-
     timeout: float | None = None
-    """Accepted for models that can be swapped; has no effect on a local model."""
-
     max_retries: int | None = None
-    """Accepted for models that can be swapped; has no effect on a local model."""
-
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
-    """Accepted for models that can be swapped; has no effect on a local model."""
+    """As ``stream_usage``, ``timeout`` and ``max_retries``, accepted for models that can be swapped, without effect."""
 
     @property
     def _llm_type(self) -> str:
@@ -168,12 +163,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return ChatGenerationChunk(message=message, generation_info=details)
 
     def bind_tools(
-        self,
-        tools: Sequence[Tool],
-        *,
-        tool_choice: str | bool | dict[str, Any] | None = None,
-        strict: bool | None = None,
-        **kwargs: Any,
+        self, tools: Sequence[Tool], *, tool_choice: Choice = None, strict: bool | None = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """This model with tools that it may call; its messages then have ``tool_calls``.
 
@@ -190,7 +180,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         choice = translate_choice(tool_choice)
         if isinstance(tool_choice, Mapping) and tool_choice.get("disable_parallel_tool_use"):  # as Anthropic has it
             kwargs.setdefault("parallel_tool_calls", False)
-        bound: dict[str, Any] = {"tools": translate_tools(tools)} if tools else {}
+        bound: dict[str, Any] = {"tools": list(map(convert_to_openai_tool, tools))} if tools else {}
         return self.bind(**bound, **({} if choice is None else {"tool_choice": choice}), **kwargs)
 
     def with_structured_output(
@@ -226,16 +216,13 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may rely on; loads no weights and asks no network."""
-        profile = ModelProfile(
-            text_inputs=True,
-            text_outputs=True,
-            tool_calling=True,
-            tool_choice=True,
-            structured_output=True,
-            temperature=True,
+        reads, calls = (
+            ModelProfile(text_inputs=True, text_outputs=True),
+            ModelProfile(tool_calling=True, tool_choice=True),
         )
         window = self._find_context_window()
-        return profile if window is None else profile | ModelProfile(max_input_tokens=window)
+        known = reads | calls | ModelProfile(structured_output=True, temperature=True)
+        return known if window is None else known | ModelProfile(max_input_tokens=window)
 
     def _find_context_window(self) -> int | None:
         """In tokens, if it is known without the network: given, of a loaded model, or stated in a local folder."""

@@ -63,15 +63,17 @@ def find_in_artifacts(messages: Iterable[BaseMessage]) -> list[Named]:
     return [name_document(document) for document in found if document.page_content.strip()]
 
 
-def find_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
+def _find_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
     """The text blocks that carry ``cache_control``."""
     blocks = [block for message in messages if isinstance(message.content, list) for block in message.content]
     texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("cache_control")]
     return [(make_document_id(text), text) for text in texts if isinstance(text, str)]
 
 
-def add_found(given: Any, found: Iterable[Named], marked: Iterable[Named], contents: Sequence[str]) -> Documents | None:
-    """The caller's documents, and those found elsewhere that stand in one of ``contents``.
+def collect_documents(
+    given: Any, tracked: Mapping[str, str], messages: Sequence[BaseMessage], contents: Sequence[str]
+) -> Documents | None:
+    """The caller's documents, and those tracked or found in ``messages`` that stand in one of ``contents``.
 
     One that stands within another is left out, and so is a marked block with a document in it. Where an id is taken by
     another text, a digest takes its place.
@@ -80,12 +82,13 @@ def add_found(given: Any, found: Iterable[Named], marked: Iterable[Named], conte
     if documents is not None and not isinstance(documents, Mapping):
         return documents
     texts: dict[str, str] = dict(documents or {})
+    found = [*find_in_artifacts(messages), *((key, text) for text, key in tracked.items())]
     present = {text.strip(): key for key, text in found if any(text.strip() in content for content in contents)}
     wholes = [*map(str, texts.values()), *present]
     for text, key in present.items():
         if text and not any(text in other for other in wholes if other != text) and text not in texts.values():
             texts[make_document_id(text) if key in texts else key] = text
-    for key, text in marked:
+    for key, text in _find_marked_blocks(messages):
         if text.strip() and not any(str(other).strip() in text for other in texts.values()):
             texts[key] = text
     return DocumentNotes(texts, documents or ()) if texts else None
@@ -130,11 +133,9 @@ class DocumentTracker(BaseCallbackHandler):
                 trees = [None] if parent_run_id is None else [parent_run_id, None]
             return [(key, text) for tree in trees for text, key in self._texts.get(tree, {}).items()]
 
-    def on_chain_start(
-        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
+    def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Remember the documents that go into a step."""
-        self._start(run_id, parent_run_id)
+        self._start(run_id, kwargs.get("parent_run_id"))
         self._remember(run_id, find_documents(inputs))
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -148,24 +149,18 @@ class DocumentTracker(BaseCallbackHandler):
 
     on_retriever_error = on_tool_error = on_chain_error
 
-    def on_retriever_start(
-        self, serialized: Any, query: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
+    def on_retriever_start(self, serialized: Any, query: str, *, run_id: UUID, **kwargs: Any) -> None:
         """Place the retriever in its run."""
-        self._start(run_id, parent_run_id)
+        self._start(run_id, kwargs.get("parent_run_id"))
 
-    def on_retriever_end(
-        self, documents: Sequence[Document], *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
+    def on_retriever_end(self, documents: Sequence[Document], *, run_id: UUID, **kwargs: Any) -> None:
         """Remember what was found."""
-        self._remember(run_id, find_documents(documents), alone=parent_run_id not in self._root_of)
+        self._remember(run_id, find_documents(documents), alone=kwargs.get("parent_run_id") not in self._root_of)
         self._end(run_id)
 
-    def on_tool_start(
-        self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
+    def on_tool_start(self, serialized: Any, input_str: str, *, run_id: UUID, **kwargs: Any) -> None:
         """Place the tool in its run, for retrievers that it calls."""
-        self._start(run_id, parent_run_id)
+        self._start(run_id, kwargs.get("parent_run_id"))
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Remember what the tool returned beside its text."""
@@ -188,8 +183,7 @@ class DocumentTracker(BaseCallbackHandler):
         if not texts:
             return
         with self._lock:
-            trees = [self._root_of.get(run_id, run_id), None] if alone else [self._root_of.get(run_id, run_id)]
-            for tree in trees:
+            for tree in (self._root_of.get(run_id, run_id), *([None] if alone else [])):
                 known = self._touch_tree(tree)
                 for text, key in texts.items():
                     known.pop(text, None)
@@ -202,8 +196,7 @@ class DocumentTracker(BaseCallbackHandler):
         texts = self._texts.setdefault(root, {})
         self._texts.move_to_end(root)
         if len(self._texts) > self._max_runs:
-            oldest = next(iter(self._texts))
-            self._forget(oldest)
+            self._forget(next(iter(self._texts)))
         return texts
 
     def _forget(self, root: UUID | None) -> None:

@@ -38,10 +38,8 @@ class SemShareKVLLM(LocalModel, BaseLLM):
     Prompts are continued as they are, without a chat template. Each generation's ``generation_info`` holds
     ``model_name``, ``finish_reason``, ``usage`` (tokens) and ``kv_cache`` (the ``ReuseReport``), all plain JSON.
 
-    Every call also takes the sampling fields and ``namespace`` by keyword (None means what ``configurable`` of the
-    config or else the field says), ``session`` (the conversation's name; by default ``configurable``'s ``thread_id`` or
-    ``session_id``) and ``documents`` that stand in the prompt (texts, LangChain documents, or texts by id; see also
-    ``DocumentTracker``). Anything else is refused.
+    Every call also takes the sampling fields, ``namespace``, ``session`` and ``documents`` by keyword, as those of
+    ``ChatSemShareKV`` do. Anything else is refused.
 
     Example::
 
@@ -123,11 +121,8 @@ class SemShareKVLLM(LocalModel, BaseLLM):
 
     def _make_result(self, answers: Sequence[Generation]) -> LLMResult:
         usages = [answer.generation_info["usage"] for answer in answers if answer.generation_info]
-        token_usage = {
-            "prompt_tokens": sum(usage["input_tokens"] for usage in usages),
-            "completion_tokens": sum(usage["output_tokens"] for usage in usages),
-            "total_tokens": sum(usage["total_tokens"] for usage in usages),
-        }
+        names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
+        token_usage = {name: sum(usage[own] for usage in usages) for name, own in names.items()}
         llm_output = {"token_usage": token_usage, "model_name": self.model}
         return LLMResult(generations=[[answer] for answer in answers], llm_output=llm_output)
 

@@ -24,14 +24,8 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
+from semsharekv_integrations import frameworks
 from semsharekv_integrations.errors import ContextWindowError, require
-from semsharekv_integrations.frameworks import (
-    count_tokens,
-    make_function_id,
-    merge_turns,
-    parse_arguments,
-    translate_errors,
-)
 from semsharekv_integrations.report import Generation, GenerationChunk
 
 PROVIDER = "semsharekv"  # LangChain trusts reported usage where this is the model's provider too
@@ -69,7 +63,7 @@ def translate_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a message is of an unknown kind or holds anything but text.
     """
-    return merge_turns(
+    return frameworks.merge_turns(
         turn for index, message in enumerate(messages) for turn in _split_turns(f"messages[{index}]", message)
     )
 
@@ -115,11 +109,7 @@ def _has_calls(message: BaseMessage) -> bool:
 
 
 def _read_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The call that a block holds; None if its arguments are no JSON, as those of a cut answer.
-
-    Raises:
-        ValueError: if the block has no name or no arguments.
-    """
+    """The call that a block holds; None if its arguments are no JSON, as those of a cut answer."""
     given = next((block[key] for key in ("args", "input", "arguments") if key in block), None)
     accepted = f"{_ACCEPTED}, or a call"
     require(bool(block.get("name")) and given is not None, f"{field}.type", block.get("type"), accepted)
@@ -128,7 +118,7 @@ def _read_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None:
     """A call in OpenAI's form; None if its arguments are neither an object nor JSON text of one."""
-    parsed = parse_arguments(arguments)
+    parsed = frameworks.parse_arguments(arguments)
     if parsed is None:
         return None
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": parsed}}
@@ -137,7 +127,7 @@ def _make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None
 def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict[str, Any]:
     """A message's tool calls, if there are none then ``calls``; or which call a tool's result belongs to."""
     if isinstance(message, FunctionMessage):
-        return {"tool_call_id": make_function_id(message.name), "name": message.name}
+        return {"tool_call_id": frameworks.make_function_id(message.name), "name": message.name}
     if isinstance(message, ToolMessage):
         return {"tool_call_id": message.tool_call_id} | ({"name": message.name} if message.name else {})
     if isinstance(message, AIMessage):
@@ -151,20 +141,14 @@ def _read_function_call(message: AIMessage) -> list[dict[str, Any]]:
     function = message.additional_kwargs.get("function_call")
     if _has_calls(message) or not isinstance(function, Mapping) or not function.get("name"):
         return []
-    call = _make_call(function["name"], function.get("arguments"), make_function_id(function["name"]))
+    call = _make_call(function["name"], function.get("arguments"), frameworks.make_function_id(function["name"]))
     return [call] if call else []
 
 
 def _read_text(field: str, block: Any, *, in_answer: bool) -> str | None:
-    """The text of a content block, or None for one that is left out.
+    """The text of a content block, or None for one that is left out; ``ValueError`` if it cannot be read and matters.
 
-    Args:
-        field: what the block is called in an error.
-        block: the block.
-        in_answer: whether a model wrote it: what is neither text nor media there is a provider's bookkeeping.
-
-    Raises:
-        ValueError: if the block cannot be read and matters.
+    Where a model wrote it, ``in_answer``, what is neither text nor media is a provider's bookkeeping.
     """
     if isinstance(block, str):
         return block
@@ -210,7 +194,7 @@ def _join_texts(field: str, content: Any) -> str:
 
 def describe_usage(generation: Generation) -> UsageMetadata:
     """Token counts; ``cache_read`` is the prompt tokens whose KV was not computed."""
-    counts = count_tokens(generation.report)
+    counts = frameworks.count_tokens(generation.report)
     return UsageMetadata(
         input_tokens=counts["prompt_tokens"],
         output_tokens=counts["completion_tokens"],
@@ -235,7 +219,7 @@ class PromptOverflowError(ContextWindowError, ContextOverflowError):
 
 def raise_overflow() -> AbstractContextManager[None]:
     """Inside, a ``ContextWindowError`` is raised as a ``PromptOverflowError``."""
-    return translate_errors(ContextWindowError, lambda error: PromptOverflowError(str(error)))
+    return frameworks.translate_errors(ContextWindowError, lambda error: PromptOverflowError(str(error)))
 
 
 def stream_pieces(

@@ -8,7 +8,7 @@ are parsed here. Knows nothing about models, nor about how sampling is held to a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from semsharekv_integrations.langchain.base import CallOptions
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import GenerateOptions
 
+Choice = str | bool | dict[str, Any] | None
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 Method = Literal["json_schema", "function_calling", "json_mode"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -34,17 +35,8 @@ _OPENAI_CHOICES = {"required": "any", True: "any", False: "none"}
 _CHOICES = "None, 'auto', 'none', 'any', 'required', True, False, a tool's name, or a dict that names one"
 
 
-def translate_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Functions, classes, LangChain tools or schemas, in OpenAI's form."""
-    return [convert_to_openai_tool(tool) for tool in tools]
-
-
 def translate_choice(choice: Any) -> str | None:
-    """The engine's ``tool_choice`` for any of the forms that LangChain's models take.
-
-    Raises:
-        ValueError: if it is of no such form.
-    """
+    """The engine's ``tool_choice`` for any of the forms that LangChain's models take, else ``ValueError``."""
     if isinstance(choice, Mapping):
         function = choice.get("function", choice)
         name = function.get("name", choice.get("type")) if isinstance(function, Mapping) else None
@@ -57,23 +49,12 @@ def translate_choice(choice: Any) -> str | None:
 class ChatOptions(CallOptions):
     """What one call of a chat model sets."""
 
-    tools: list[dict[str, Any]] = []
-    """Functions that the model may call, in OpenAI's form; see ``bind_tools``."""
-
-    tool_choice: Any = None
-    """``auto``, ``none``, ``any``, or a tool's name; in the forms of OpenAI and Anthropic too."""
-
-    json_schema: dict[str, Any] | None = None
-    """A JSON schema that the answer is held to; see ``with_structured_output``."""
-
-    response_format: dict[str, Any] | None = None
-    """The same in OpenAI's form: type ``text``, ``json_object``, or ``json_schema`` with that."""
-
-    parallel_tool_calls: bool = True
-    """False: an answer's first tool call alone counts."""
-
-    chat_template_kwargs: dict[str, Any] | None = None
-    """More variables for the chat template, such as ``enable_thinking``."""
+    tools: list[dict[str, Any]] = []  # in OpenAI's form; see ``bind_tools``
+    tool_choice: Any = None  # ``auto``, ``none``, ``any``, or a tool's name; in the forms of OpenAI and Anthropic too
+    json_schema: dict[str, Any] | None = None  # that the answer is held to; see ``with_structured_output``
+    response_format: dict[str, Any] | None = None  # as OpenAI has it: ``text``, ``json_object``, ``json_schema``
+    parallel_tool_calls: bool = True  # False: an answer's first tool call alone counts
+    chat_template_kwargs: dict[str, Any] | None = None  # more variables for the chat template
 
     def make_other_options(self) -> GenerateOptions:
         """Tools, choice, schema and variables."""
@@ -109,11 +90,7 @@ class ChatOptions(CallOptions):
 
 
 class ToolCallChunks:
-    """Counts the tool calls of one answer and tells those apart that are the answer itself.
-
-    Args:
-        options: which name the tool whose call is the answer, and say whether there may be several calls.
-    """
+    """Counts the tool calls of one answer and tells those apart that are the answer itself."""
 
     def __init__(self, options: ChatOptions) -> None:
         self._answer_tool, self._may_be_several = options.answer_tool, options.parallel_tool_calls
@@ -147,28 +124,20 @@ class _RequireComplete:
         return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class _Json(_RequireComplete, JsonOutputParser):
-    pass
+class _Json(_RequireComplete, JsonOutputParser): ...
 
 
-class _Object(_RequireComplete, PydanticOutputParser[Any]):
-    pass
+class _Object(_RequireComplete, PydanticOutputParser[Any]): ...
 
 
-class _Call(_RequireComplete, JsonOutputKeyToolsParser):
-    pass
+class _Call(_RequireComplete, JsonOutputKeyToolsParser): ...
 
 
-class _ObjectOfCall(_RequireComplete, PydanticToolsParser):
-    pass
+class _ObjectOfCall(_RequireComplete, PydanticToolsParser): ...
 
 
 def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
-    """The JSON schema of a pydantic class, a typed dictionary, or a schema; in ``json_mode`` without one, any object.
-
-    Raises:
-        ValueError: if the method is unknown, or there is no schema where one is needed.
-    """
+    """The JSON schema of a pydantic class, a typed dictionary or a schema; in ``json_mode`` without one, any object."""
     require(method in METHODS, "method", method, " or ".join(map(repr, METHODS)))
     if schema is None and method == "json_mode":
         return {"type": "object"}

@@ -27,17 +27,10 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import PydanticProgramMode
 
+from semsharekv_integrations import frameworks
 from semsharekv_integrations.config import EngineConfig, ModeSetting
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.frameworks import (
-    SAMPLING_FIELDS,
-    check_mode,
-    make_private_name,
-    make_sampling_fields,
-    name_for_engine,
-    tokenize,
-)
 from semsharekv_integrations.llama_index.documents import (
     MessagesPrompt,
     NodeNotes,
@@ -49,14 +42,13 @@ from semsharekv_integrations.llama_index.documents import (
 from semsharekv_integrations.llama_index.messages import read_calls
 from semsharekv_integrations.request import OPTION_NAMES, GenerateOptions, Request, check_optional_name
 
+_FIELD_OPTIONS = (*frameworks.SAMPLING_FIELDS, "session", "chat_template_kwargs")
 _CALL_OPTIONS = (*OPTION_NAMES, "max_tokens", "parallel_tool_calls")
 _ELSEWHERE = ("extra_headers", "parallel_tool_calls")  # the one sent by DocumentContextExtractor, the other for answers
-_SamplingFields: Any = create_model(
-    "_SamplingFields", __module__=__name__, **make_sampling_fields(stop=list[str] | str | None)
-)
+_Fields: Any = create_model("_Fields", __module__=__name__, **frameworks.make_sampling_fields(list[str] | str | None))
 
 
-class EngineLLM(_SamplingFields, FunctionCallingLLM):
+class EngineLLM(_Fields, FunctionCallingLLM):
     """An LLM's settings and its engine; the fields are explained at ``SemShareKVLLM``."""
 
     model_config = ConfigDict(extra="forbid")
@@ -75,7 +67,7 @@ class EngineLLM(_SamplingFields, FunctionCallingLLM):
     pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.LLM
 
     _engine: SemShareEngine = PrivateAttr()
-    _object_name: str = PrivateAttr(default_factory=make_private_name)
+    _object_name: str = PrivateAttr(default_factory=frameworks.make_private_name)
     _nodes: NodeNotes = PrivateAttr(default_factory=NodeNotes)
 
     @model_validator(mode="before")
@@ -96,7 +88,7 @@ class EngineLLM(_SamplingFields, FunctionCallingLLM):
     @field_validator("mode", mode="before")
     @classmethod
     def _check_mode(cls, mode: Any) -> Any:
-        check_mode(mode)
+        frameworks.check_mode(mode)
         return mode
 
     @field_validator("device", "dtype", mode="before")
@@ -149,9 +141,6 @@ class EngineLLM(_SamplingFields, FunctionCallingLLM):
         Args:
             namespace: whose KV it reads and leaves, or None for that of this object, its private one included.
             session: the conversation's name, or None for that of this object.
-
-        Raises:
-            ValueError: if either is not a non-empty string.
         """
         given = {"namespace": namespace, "session": session}
         copy = self.model_copy(update={name: value for name, value in given.items() if value is not None})
@@ -162,11 +151,8 @@ class EngineLLM(_SamplingFields, FunctionCallingLLM):
         """Say that the texts of these nodes may stand in the next prompts, so that their borders are known.
 
         What stands there word for word is then a document with the node's id, in reports and for ``engine.forget``,
-        which knows it by the id of the LlamaIndex document that it was cut from as well.
-
-        Args:
-            nodes: with or without scores.
-            namespace: whose prompts, or None for this object's.
+        which knows it by the id of the LlamaIndex document that it was cut from as well. ``namespace`` says whose
+        prompts; None is this object's.
         """
         self._nodes.add(check_optional_name("namespace", namespace) or self.kv_namespace, nodes)
 
@@ -200,7 +186,7 @@ class EngineLLM(_SamplingFields, FunctionCallingLLM):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
-        return tokenize(self._engine, text)
+        return frameworks.tokenize(self._engine, text)
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         text = TextPrompt(super()._get_prompt(prompt, **prompt_args))
@@ -234,24 +220,20 @@ class EngineLLM(_SamplingFields, FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """The tool calls of an answer.
-
-        Raises:
-            ValueError: if there are none, unless ``error_on_no_tool_call`` is False.
-        """
+        """The tool calls of an answer; ``ValueError`` for none, unless ``error_on_no_tool_call`` is False."""
         calls = read_calls(response.message)
         require(bool(calls) or not error_on_no_tool_call, "answer", response.message.content, "one with a tool call")
         return [ToolSelection(tool_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
 
     def _make_options(self, call: Mapping[str, Any], prompt: str | Sequence[ChatMessage]) -> GenerateOptions:
         """The engine's options: this model's fields, overridden by those of one call; and the prompt's documents."""
-        fields = {name: getattr(self, name) for name in (*SAMPLING_FIELDS, "session", "chat_template_kwargs")}
-        options = fields | {"namespace": self.kv_namespace} | _read_options(call)
+        own = {name: getattr(self, name) for name in _FIELD_OPTIONS} | {"namespace": self.kv_namespace}
+        options = own | _read_options(call)
         if "documents" in options:
             options["documents"] = name_documents(options["documents"], prompt)
         else:
             options["documents"] = find_documents(prompt, self._nodes.list_latest(options["namespace"]))
-        return name_for_engine(options)
+        return frameworks.name_for_engine(options)
 
 
 def _drop_none(config: Any) -> Any:
@@ -262,28 +244,23 @@ def _drop_none(config: Any) -> Any:
 
 
 def _read_options(call: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call sets to anything but None, with tools and their choice in OpenAI's form.
-
-    Raises:
-        ValueError: naming what is unknown.
-    """
+    """What a call sets to anything but None, with tools and their choice in OpenAI's form."""
     unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_ELSEWHERE})
     require(not unknown, "keyword arguments", unknown, ", ".join(_CALL_OPTIONS))
     given = {name: value for name, value in call.items() if value is not None and name not in _ELSEWHERE}
     given = _rename_limit(given)
     if isinstance(given.get("tools"), Sequence):  # else the engine refuses it
-        given["tools"] = [_translate_tool(tool) for tool in given["tools"]]
+        given["tools"] = [
+            tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool
+            for tool in given["tools"]
+        ]
     if "tool_choice" in given:
         given["tool_choice"] = _translate_choice(given["tool_choice"])
     return given
 
 
 def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with the token limit under its one name here, ``max_tokens``.
-
-    Raises:
-        ValueError: if it is given twice.
-    """
+    """The values, with the token limit under its one name here; ``ValueError`` if it is given twice."""
     renamed = dict(given)
     limit = renamed.pop("max_new_tokens", None)
     if limit is not None:
@@ -291,10 +268,6 @@ def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
         require(known is None, "max_tokens", known, "nothing beside max_new_tokens")
         renamed["max_tokens"] = limit
     return renamed
-
-
-def _translate_tool(tool: Any) -> Any:
-    return tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool
 
 
 def _translate_choice(choice: Any) -> Any:

@@ -29,17 +29,11 @@ _BETWEEN_MESSAGES = "\0"  # no document goes from one message into the next
 
 @dataclass(frozen=True)
 class NodeText:
-    """A node's text, as prompts may have it.
+    """A node's text, as prompts may have it."""
 
-    Attributes:
-        node_id: the document's id in reports and for ``forget``.
-        source_id: id of the LlamaIndex document that the node was cut from, or None.
-        forms: with its metadata as language models are shown it, and without.
-    """
-
-    node_id: str
-    source_id: str | None
-    forms: tuple[str, ...]
+    node_id: str  # the document's id in reports and for ``forget``
+    source_id: str | None  # of the LlamaIndex document that the node was cut from
+    forms: tuple[str, ...]  # with its metadata as language models are shown it, and without
 
     @classmethod
     def read(cls, item: BaseNode | NodeWithScore) -> NodeText:
@@ -111,17 +105,14 @@ def find_context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any
 def name_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Documents:
     """Texts by id where LlamaIndex nodes are among ``documents``; anything else unchanged, for the engine to check.
 
-    Nodes without text, such as images, are left out.
-
-    Raises:
-        ValueError: if two texts have one id.
+    Nodes without text, such as images, are left out. Two texts must not have one id.
     """
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
     read = [NodeText.read(item) if isinstance(item, BaseNode | NodeWithScore) else item for item in documents]
     named, nodes = _name_texts(read, _join_texts(prompt)), [item for item in read if isinstance(item, NodeText)]
     texts = collect_texts((key, text) for key, text in named if text)
-    return _label_texts(texts, nodes, required=texts)
+    return _label_texts(texts, nodes, required=texts, covered={})
 
 
 def _name_texts(items: Iterable[Any], prompt: str) -> Iterator[tuple[str, Any]]:
@@ -144,30 +135,24 @@ def find_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText
     parts = (*_find_marked(prompt), *getattr(prompt, "parts", ()))
     placed: list[_Place] = []
     covered: dict[str, list[str]] = {}  # ids of nodes that overlap others, with the ids of these
-    for key, text in [
-        *((node.node_id, form) for node, form in nodes),
-        *((make_document_id(part), part) for part in parts),
-    ]:
+    named = [(node.node_id, form) for node, form in nodes] + [(make_document_id(part), part) for part in parts]
+    for key, text in named:
         place = _Place(where.find(text), text, key)
         over = [other.document_id for other in placed if place.overlaps(other)]
         if place.start >= 0 and not over:
             placed.append(place)
         covered[key] = over
     texts = {place.document_id: place.text for place in sorted(placed)}
-    return _label_texts(texts, [node for node, _ in nodes], covered=covered)
+    return _label_texts(texts, [node for node, _ in nodes], required=(), covered=covered)
 
 
 def _label_texts(
-    texts: dict[str, str],
-    nodes: Iterable[NodeText],
-    *,
-    required: Collection[str] = (),
-    covered: Mapping[str, Sequence[str]] | None = None,
+    texts: dict[str, str], nodes: Iterable[NodeText], required: Collection[str], covered: Mapping[str, list[str]]
 ) -> DocumentNotes:
     """``texts`` by id, and the other ids of ``nodes`` as names of what stands there; see ``DocumentNotes``."""
     groups: dict[str, list[str]] = {}
     for node in nodes:
-        there = [node.node_id] if node.node_id in texts else list((covered or {}).get(node.node_id, ()))
+        there = [node.node_id] if node.node_id in texts else covered.get(node.node_id, [])
         for key in node.ids:
             if key not in texts:
                 groups.setdefault(key, []).extend(there)

@@ -30,9 +30,9 @@ from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import Model, PydanticProgramMode
 
+from semsharekv_integrations import frameworks
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.frameworks import describe_engine, make_engine, require_agreement
 from semsharekv_integrations.llama_index.base import EngineLLM
 from semsharekv_integrations.llama_index.messages import (
     Responder,
@@ -49,6 +49,8 @@ from semsharekv_integrations.request import GenerateOptions
 from semsharekv_integrations.text.prompt import Prompt
 
 Options = dict[str, Any] | None
+Objects = Generator[Any, None, None]
+AsyncObjects = AsyncGenerator[Any, None]
 
 
 class SemShareKVLLM(EngineLLM):
@@ -83,15 +85,13 @@ class SemShareKVLLM(EngineLLM):
         fields: those below, and those of ``SamplingConfig``, with ``max_tokens`` for ``max_new_tokens``.
 
     Attributes:
-        mode: ``auto``, ``off``, ``exact``, ``identical``, ``semantic`` or ``paper`` (see ``ReuseConfig``); None for
-            that of ``config``.
+        mode: ``auto``, or ``off`` to ``paper`` (see ``ReuseConfig``); None for that of ``config``.
         config: all other settings of the engine.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
         dtype: ``auto`` for that of the weights, else a torch dtype or its name.
         model_kwargs: for ``AutoModelForCausalLM.from_pretrained``; left out of serialization, as it may hold a token.
-        namespace: whose KV may be read, and where new KV goes: name the tenant where one engine serves several, and
-            where a later process shall find what this one kept. None (the default) is private to this object and its
-            copies; ``kv_namespace`` is what the engine calls it.
+        namespace: whose KV may be read, and where new KV goes: a tenant's name, by which a later process finds it too.
+            None (the default) is private to this object and its copies; ``kv_namespace`` is what the engine calls it.
         session: name of the conversation, whose own earlier turns are continued even if their KV is approximate, or
             None; see ``scoped``.
         chat_template_kwargs: more variables for the chat template, such as ``enable_thinking``, or None.
@@ -111,13 +111,13 @@ class SemShareKVLLM(EngineLLM):
     ) -> None:
         fields = {"model": os.fspath(model) if isinstance(model, os.PathLike) else model, **fields}
         if engine is not None:
-            own = describe_engine(engine)
-            require_agreement(own, fields)
+            own = frameworks.describe_engine(engine)
+            frameworks.require_agreement(own, fields)
             fields |= own
         require(fields["model"] is not None, "model", None, "a path or hub id, unless engine= is given")
         super().__init__(**fields)
         loading = self.device, self.dtype, self.model_kwargs
-        self._engine = engine or make_engine(self.model, self.mode, self.config, *loading)
+        self._engine = engine or frameworks.make_engine(self.model, self.mode, self.config, *loading)
         self._check_fields()
 
     @llm_chat_callback()
@@ -209,14 +209,14 @@ class SemShareKVLLM(EngineLLM):
 
     def stream_structured_predict(
         self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
-    ) -> Generator[Any, None, None]:
+    ) -> Objects:
         """The object as it grows: with the fields that are there so far."""
         prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
         return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
     async def astream_structured_predict(
         self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncObjects:
         """As ``stream_structured_predict``, without blocking the event loop."""
         prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
         return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
@@ -232,7 +232,7 @@ class SemShareKVLLM(EngineLLM):
 
     def _structured_stream_call(
         self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
-    ) -> Generator[Any, None, None]:
+    ) -> Objects:
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
             return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
@@ -242,7 +242,7 @@ class SemShareKVLLM(EngineLLM):
 
     async def _structured_astream_call(
         self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncObjects:
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
             return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
@@ -250,27 +250,19 @@ class SemShareKVLLM(EngineLLM):
             return self._aread_objects(output_cls, await self.astream_complete(asked, formatted=True, **options))
         return self._aread_objects(output_cls, await self.astream_chat(asked, **options))
 
-    def _fill_prompt(
-        self, output_cls: type[Model], prompt: Any, prompt_args: dict[str, Any]
-    ) -> str | list[ChatMessage]:
+    def _fill_prompt(self, output_cls: type[Model], prompt: Any, args: dict[str, Any]) -> str | list[ChatMessage]:
         """The prompt, filled in, with the schema in words."""
         prompt.output_parser = PydanticOutputParser(output_cls=output_cls)
-        if self.metadata.is_chat_model:
-            return self._get_messages(prompt, **prompt_args)
-        return self._get_prompt(prompt, **prompt_args)
+        return self._get_messages(prompt, **args) if self.metadata.is_chat_model else self._get_prompt(prompt, **args)
 
-    def _read_objects(
-        self, output_cls: type[Model], responses: Generator[Any, None, None]
-    ) -> Generator[Any, None, None]:
+    def _read_objects(self, output_cls: type[Model], responses: Objects) -> Objects:
         found: Any = None
         with closing(responses):
             for response in responses:
                 found = self._read_object(output_cls, response, found)
                 yield found
 
-    async def _aread_objects(
-        self, output_cls: type[Model], responses: AsyncGenerator[Any, None]
-    ) -> AsyncGenerator[Any, None]:
+    async def _aread_objects(self, output_cls: type[Model], responses: AsyncObjects) -> AsyncObjects:
         found: Any = None
         async with aclosing(responses):
             async for response in responses:

@@ -24,14 +24,8 @@ from llama_index.core.base.llms.types import (
     TextBlock,
 )
 
+from semsharekv_integrations import frameworks
 from semsharekv_integrations.errors import CallError, require
-from semsharekv_integrations.frameworks import (
-    count_tokens,
-    make_function_id,
-    merge_turns,
-    parse_arguments,
-    translate_errors,
-)
 from semsharekv_integrations.report import Generation, GenerationChunk, ToolCall
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
@@ -67,7 +61,7 @@ def translate_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """
     a_list = isinstance(messages, Sequence) and not isinstance(messages, str)
     require(a_list, "messages", type(messages).__name__, "a list of LlamaIndex's ChatMessage")
-    return merge_turns(_read_turns(messages), _MERGED_ROLES)
+    return frameworks.merge_turns(_read_turns(messages), _MERGED_ROLES)
 
 
 def _read_turns(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
@@ -79,14 +73,9 @@ def _read_turns(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
 
 
 def _read_message(index: int, message: ChatMessage) -> str | None:
-    """The text of a message; None if it has blocks, all of which are left out.
-
-    Raises:
-        ValueError: naming the block that is no text.
-    """
-    cites = _ROLES[message.role] == "assistant"
-    fields = (f"messages[{index}].blocks[{at}]" for at in range(len(message.blocks)))
-    found = [_read_block(field, block, cites=cites) for field, block in zip(fields, message.blocks, strict=True)]
+    """The text of a message; None if it has blocks, all of which are left out."""
+    field, cites = f"messages[{index}].blocks", _ROLES[message.role] == "assistant"
+    found = (_read_block(f"{field}[{at}]", block, cites=cites) for at, block in enumerate(message.blocks))
     texts = [text for text in found if text is not None]
     return None if message.blocks and not texts else "\n".join(texts)
 
@@ -124,7 +113,8 @@ def _read_tool_fields(message: ChatMessage) -> dict[str, Any]:
         calls = _read_history_calls(message)
         return {"tool_calls": [_write_call(call) for call in calls]} if calls else {}
     if message.role == MessageRole.FUNCTION and more.get("name"):
-        return {"tool_call_id": more.get("tool_call_id") or make_function_id(more["name"]), "name": more["name"]}
+        call_id = more.get("tool_call_id") or frameworks.make_function_id(more["name"])
+        return {"tool_call_id": call_id, "name": more["name"]}
     names = ("tool_call_id", "name") if role == "tool" else ()
     return {name: more[name] for name in names if more.get(name)}
 
@@ -133,18 +123,19 @@ def _read_history_calls(message: ChatMessage) -> list[ToolCall]:
     """The calls of a message, those left out whose arguments are no JSON, as another provider's cut answer has them."""
     given, function = _list_calls(message), message.additional_kwargs.get("function_call")
     if isinstance(function, Mapping) and function.get("name") and not given:
-        given = [(make_function_id(function["name"]), function["name"], function.get("arguments"))]
-    parsed = ((id_, name, parse_arguments(arguments)) for id_, name, arguments in given)
+        given = [(frameworks.make_function_id(function["name"]), function["name"], function.get("arguments"))]
+    parsed = ((id_, name, frameworks.parse_arguments(arguments)) for id_, name, arguments in given)
     return [ToolCall(id_, name, arguments) for id_, name, arguments in parsed if arguments is not None]
 
 
 def read_calls(message: ChatMessage) -> list[ToolCall]:
-    """The tool calls of a message: its blocks', or else those in ``additional_kwargs``.
-
-    Raises:
-        ValueError: if one is in no known form.
-    """
-    return [ToolCall(id_, name, _require_arguments(arguments)) for id_, name, arguments in _list_calls(message)]
+    """The tool calls of a message: its blocks', or else those in ``additional_kwargs``; all in a known form."""
+    calls = []
+    for id_, name, arguments in _list_calls(message):
+        parsed = frameworks.parse_arguments(arguments)
+        require(parsed is not None, "arguments of a tool call", arguments, "an object, or one as JSON text")
+        calls.append(ToolCall(id_, name, parsed or {}))
+    return calls
 
 
 def _list_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
@@ -162,12 +153,6 @@ def _read_call(call: Any) -> tuple[str, str, Any]:
     require(isinstance(function, Mapping) and bool(function.get("name")), "tool_calls", call, form)
     assert isinstance(function, Mapping)
     return plain.get("id") or "", function["name"], function.get("arguments")
-
-
-def _require_arguments(arguments: Any) -> dict[str, Any]:
-    parsed = parse_arguments(arguments)
-    require(parsed is not None, "arguments of a tool call", arguments, "an object, or one as JSON text")
-    return parsed or {}
 
 
 def _write_call(call: ToolCall) -> dict[str, Any]:
@@ -204,7 +189,7 @@ def make_completion_response(
 def _describe_generation(generation: Generation | None, model_name: str) -> dict[str, Any]:
     if generation is None:
         return {}
-    report, counts = generation.report, count_tokens(generation.report)
+    report, counts = generation.report, frameworks.count_tokens(generation.report)
     raw = {
         "model": model_name,
         "finish_reason": generation.finish_reason,
@@ -248,7 +233,7 @@ def hand_on_errors() -> AbstractContextManager[None]:
     LlamaIndex's synthesizers, programs and extractors catch the two, which they take for an answer that cannot be
     parsed, and go on as if the model had said nothing.
     """
-    return translate_errors((ValueError, TypeError), _make_call_error)
+    return frameworks.translate_errors((ValueError, TypeError), _make_call_error)
 
 
 def _make_call_error(error: Exception) -> CallError:

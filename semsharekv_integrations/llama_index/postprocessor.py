@@ -25,11 +25,7 @@ from semsharekv_integrations.request import check_optional_name
 
 
 def find_settings_llm() -> EngineLLM:
-    """LlamaIndex's global LLM.
-
-    Raises:
-        ValueError: if that is of another class.
-    """
+    """LlamaIndex's global LLM, which has to be one of this package's."""
     llm: Any = Settings.llm
     require(isinstance(llm, EngineLLM), "llm", type(llm).__name__, "a SemShareKVLLM, here or as Settings.llm")
     return llm

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import BaseTool, tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_tests.integration_tests.chat_models import magic_function, magic_function_no_args, unicode_customer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations.langchain.messages import translate_messages
-from semsharekv_integrations.langchain.tools import translate_tools
 from semsharekv_integrations.text.prompt import PromptRenderer
 from tool_templates import TAGGED
 
@@ -135,7 +135,7 @@ def trained_model(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Dialog
 def _row(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt and answer in tokens, and the same with -1 in place of the prompt."""
     renderer = PromptRenderer(tokenizer)
-    tools = translate_tools(dialogue.tools)
+    tools = [convert_to_openai_tool(tool) for tool in dialogue.tools]
     prompt = renderer.render(translate_messages([HumanMessage(dialogue.question)]), {}, tools=tools).token_ids
     said = dialogue.answer
     text = said if isinstance(said, str) else renderer.tool_format.write([said])
