@@ -32,12 +32,8 @@ from semsharekv_integrations.request import GenerateOptions, Request, check_opti
 Stop = list[str] | None
 Run = CallbackManagerForLLMRun | None
 AsyncRun = AsyncCallbackManagerForLLMRun | None
-_OTHER_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "num_predict": "max_tokens",
-    "stop_sequences": "stop",
-}
+_OTHER_NAMES = dict.fromkeys(("max_new_tokens", "max_completion_tokens", "num_predict"), "max_tokens")
+_OTHER_NAMES["stop_sequences"] = "stop"
 _ONE_MEANING: dict[str, tuple[Any, ...]] = {
     "stream": (True, False),  # BaseChatModel decides by it whether to stream, and hands it on
     "stream_usage": (True, False),  # usage is reported in any case
@@ -250,15 +246,14 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     def _identifying_params(self) -> dict[str, Any]:
         """All that can change the text, as plain values: LangChain's response cache is keyed by it."""
         sampling = {name: getattr(self, name) for name in (*frameworks.SAMPLING_FIELDS, "namespace")}
+        loading = {key: _make_plain(value) for key, value in self.model_kwargs.items() if key not in _SECRETS}
         return {
             "model_name": self.model,
             "model_identity": self.engine.identity(),
             "mode": self.mode,
             "device": None if self.device is None else str(self.device),
             "dtype": _make_plain(self.dtype),
-            "model_kwargs": {
-                key: _make_plain(value) for key, value in self.model_kwargs.items() if key not in _SECRETS
-            },
+            "model_kwargs": loading,
             "config": asdict(self.config),
             "stop_strings": sampling.pop("stop"),  # LangChain overwrites "stop" with that of the call
             **sampling,

@@ -24,8 +24,7 @@ from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
 from semsharekv_integrations.langchain.base import AsyncRun, LocalModel, Run, Stop
 from semsharekv_integrations.langchain.messages import (
     astream_pieces,
-    describe_generation,
-    describe_usage,
+    describe_answer,
     stream_pieces,
     translate_messages,
 )
@@ -37,7 +36,6 @@ from semsharekv_integrations.langchain.tools import (
     ToolCallChunks,
     add_parser,
     make_json_schema,
-    make_parser,
     translate_choice,
 )
 from semsharekv_integrations.model.loading import is_local
@@ -155,10 +153,9 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         text, tool_calls = calls.read(chunk)
         if chunk.generation is None:
             return ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=tool_calls))
-        details = describe_generation(chunk.generation, self.model)
+        usage, details = describe_answer(chunk.generation, self.model)
         if chunk.generation.finish_reason == "tool_calls" and not calls.count:  # the answer itself was the call
             details["finish_reason"] = "stop"
-        usage = describe_usage(chunk.generation)
         message = AIMessageChunk(content=text, usage_metadata=usage, response_metadata=details, chunk_position="last")
         return ChatGenerationChunk(message=message, generation_info=details)
 
@@ -173,9 +170,6 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
                 the one it must call; also in the forms of OpenAI and Anthropic.
             strict: accepted for models that can be swapped; arguments are held to the tool's schema in any case.
             kwargs: options of the calls, such as ``parallel_tool_calls``: False for one call at most.
-
-        Raises:
-            ValueError: naming what is wrong with ``tool_choice``.
         """
         choice = translate_choice(tool_choice)
         if isinstance(tool_choice, Mapping) and tool_choice.get("disable_parallel_tool_use"):  # as Anthropic has it
@@ -201,9 +195,6 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
             include_raw: whether to return a dictionary with ``raw``, ``parsed`` and ``parsing_error``.
             strict: accepted for models that can be swapped; the schema is held to in any case.
             kwargs: options of the calls.
-
-        Raises:
-            ValueError: naming the argument, its value and what is accepted.
         """
         shape = make_json_schema(schema, method)
         traced: dict[str, Any] = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": shape}}
@@ -212,7 +203,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
             model = self.bind_tools([schema], tool_choice="any", **traced, **kwargs)
         else:
             model = self.bind(json_schema=shape, **traced, **kwargs)
-        return add_parser(model, make_parser(schema, method), include_raw=include_raw)
+        return add_parser(model, schema, method, include_raw=include_raw)
 
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may rely on; loads no weights and asks no network."""

@@ -103,11 +103,8 @@ class DocumentTracker(BaseCallbackHandler):
     given the tracker itself, what retrievers returned last is looked at; so use one tracker for each tenant there.
 
     Args:
-        max_runs: how many runs are remembered at once; the oldest are forgotten.
-        max_documents: how many documents are remembered of each run, the latest ones.
-
-    Raises:
-        ValueError: if either is not a whole number of at least 1.
+        max_runs: how many runs are remembered at once, at least 1; the oldest are forgotten.
+        max_documents: how many documents are remembered of each run, at least 1; the latest ones.
     """
 
     run_inline = True
@@ -237,9 +234,6 @@ class SemShareKVWarmer(BaseDocumentTransformer):
         pinned: whether the store's byte bound never evicts them.
         ttl_s: seconds after their last use at which they expire, or None.
         progress: whether to show a progress bar.
-
-    Raises:
-        ValueError: naming the argument, its value and what is accepted.
 
     Example::
 

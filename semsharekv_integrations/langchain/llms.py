@@ -22,13 +22,7 @@ from semsharekv_integrations.langchain.base import (
     Stop,
     rename_options,
 )
-from semsharekv_integrations.langchain.messages import (
-    astream_pieces,
-    describe_generation,
-    describe_usage,
-    raise_overflow,
-    stream_pieces,
-)
+from semsharekv_integrations.langchain.messages import astream_pieces, describe_answer, raise_overflow, stream_pieces
 from semsharekv_integrations.request import GenerateOptions
 
 
@@ -114,10 +108,8 @@ class SemShareKVLLM(LocalModel, BaseLLM):
     def _make_piece(self, chunk: report.GenerationChunk) -> GenerationChunk:
         if chunk.generation is None:
             return GenerationChunk(text=chunk.text)
-        usage = {"usage": dict(describe_usage(chunk.generation))}
-        return GenerationChunk(
-            text=chunk.text, generation_info=describe_generation(chunk.generation, self.model) | usage
-        )
+        usage, details = describe_answer(chunk.generation, self.model)
+        return GenerationChunk(text=chunk.text, generation_info=details | {"usage": dict(usage)})
 
     def _make_result(self, answers: Sequence[Generation]) -> LLMResult:
         usages = [answer.generation_info["usage"] for answer in answers if answer.generation_info]

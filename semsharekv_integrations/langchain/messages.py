@@ -58,10 +58,7 @@ def translate_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Messages with ``role`` and ``content``, tool calls and what tool results refer to, as OpenAI has them.
 
     Consecutive messages of one role become one; only tool calls and tool results stay apart. A message whose blocks are
-    all left out is left out itself.
-
-    Raises:
-        ValueError: if a message is of an unknown kind or holds anything but text.
+    all left out is left out itself. One of an unknown kind, or with anything but text, is a ``ValueError``.
     """
     return frameworks.merge_turns(
         turn for index, message in enumerate(messages) for turn in _split_turns(f"messages[{index}]", message)
@@ -192,25 +189,17 @@ def _join_texts(field: str, content: Any) -> str:
     return "".join(text for text in texts if text)
 
 
-def describe_usage(generation: Generation) -> UsageMetadata:
-    """Token counts; ``cache_read`` is the prompt tokens whose KV was not computed."""
-    counts = frameworks.count_tokens(generation.report)
-    return UsageMetadata(
+def describe_answer(generation: Generation, model_name: str) -> tuple[UsageMetadata, dict[str, Any]]:
+    """Token counts, where ``cache_read`` is prompt tokens whose KV was not computed; and all else, in plain JSON."""
+    report, counts = generation.report, frameworks.count_tokens(generation.report)
+    usage = UsageMetadata(
         input_tokens=counts["prompt_tokens"],
         output_tokens=counts["completion_tokens"],
         total_tokens=counts["total_tokens"],
-        input_token_details=InputTokenDetails(cache_read=generation.report.reused_tokens),
+        input_token_details=InputTokenDetails(cache_read=report.reused_tokens),
     )
-
-
-def describe_generation(generation: Generation, model_name: str) -> dict[str, Any]:
-    """Model, provider, finish reason, and the whole report as ``kv_cache``."""
-    return {
-        "model_name": model_name,
-        "model_provider": PROVIDER,
-        "finish_reason": generation.finish_reason,
-        "kv_cache": generation.report.to_dict(),
-    }
+    told = {"model_name": model_name, "model_provider": PROVIDER, "finish_reason": generation.finish_reason}
+    return usage, told | {"kv_cache": report.to_dict()}
 
 
 class PromptOverflowError(ContextWindowError, ContextOverflowError):

@@ -1,7 +1,6 @@
 """Middleware for ``langchain.agents.create_agent``: what an agent's state knows of documents reaches its model.
 
-Needs the ``langchain`` package (``pip install -e ".[agents]"``). Knows nothing about prompts: which
-of the documents stand in one is for the model to see.
+Needs the ``langchain`` package (``pip install -e ".[agents]"``). Knows nothing about prompts.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
     return convert_to_json_schema(schema)
 
 
-def make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
+def _make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
     """The parser of answers that were held to ``schema``."""
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if method == "function_calling":
@@ -155,8 +155,9 @@ def make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
     return _Object(pydantic_object=schema) if is_class else _Json()
 
 
-def add_parser(model: Runnable[Any, Any], parser: Runnable[Any, Any], *, include_raw: bool) -> Runnable[Any, Any]:
+def add_parser(model: Runnable[Any, Any], schema: Any, method: Method, *, include_raw: bool) -> Runnable[Any, Any]:
     """The model with its parser; with ``include_raw`` the raw message beside the object, or the parser's error."""
+    parser = _make_parser(schema, method)
     if not include_raw:
         return model | parser
     good = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=RunnableLambda(_return_none))

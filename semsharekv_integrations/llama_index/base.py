@@ -11,14 +11,6 @@ from typing import Any, Self
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata, MessageRole
-from llama_index.core.bridge.pydantic import (
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    create_model,
-    field_validator,
-    model_validator,
-)
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
@@ -26,6 +18,7 @@ from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import PydanticProgramMode
+from pydantic import ConfigDict, Field, PrivateAttr, create_model, field_validator, model_validator
 
 from semsharekv_integrations import frameworks
 from semsharekv_integrations.config import EngineConfig, ModeSetting
@@ -261,13 +254,10 @@ def _read_options(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with the token limit under its one name here; ``ValueError`` if it is given twice."""
-    renamed = dict(given)
-    limit = renamed.pop("max_new_tokens", None)
-    if limit is not None:
-        known = renamed.get("max_tokens")
-        require(known is None, "max_tokens", known, "nothing beside max_new_tokens")
-        renamed["max_tokens"] = limit
-    return renamed
+    limit, known = given.get("max_new_tokens"), given.get("max_tokens")
+    require(limit is None or known is None, "max_tokens", known, "nothing beside max_new_tokens")
+    renamed = {name: value for name, value in given.items() if name != "max_new_tokens"}
+    return renamed if limit is None else renamed | {"max_tokens": limit}
 
 
 def _translate_choice(choice: Any) -> Any:

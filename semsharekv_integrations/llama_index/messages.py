@@ -54,10 +54,7 @@ def translate_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages with ``role`` and ``content``, and what belongs to tools, as chat templates take them.
 
     Consecutive system messages, and consecutive user messages, become one. Cache points are left out: see
-    ``documents``. So is a message all of whose blocks are.
-
-    Raises:
-        ValueError: if a message holds anything but text and tool calls.
+    ``documents``. So is a message all of whose blocks are. One with anything but text and calls is a ``ValueError``.
     """
     a_list = isinstance(messages, Sequence) and not isinstance(messages, str)
     require(a_list, "messages", type(messages).__name__, "a list of LlamaIndex's ChatMessage")

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core import Settings
-from llama_index.core.bridge.pydantic import Field, field_validator
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TransformComponent
-from pydantic import computed_field
+from pydantic import Field, computed_field, field_validator
 
 from semsharekv_integrations.errors import check_lifetime, require
 from semsharekv_integrations.llama_index.base import EngineLLM
@@ -42,11 +41,8 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     ``llm.engine.forget(node_id, llm.kv_namespace)`` drops what was computed from it.
 
     Attributes:
-        llm: that answers; ``Settings.llm`` at construction if it is not given. Not serialized.
+        llm: that answers, a ``SemShareKVLLM``; ``Settings.llm`` at construction if not given. Not serialized.
         namespace: whose prompts the nodes will stand in; None for that of ``llm``.
-
-    Raises:
-        ValueError: if the LLM is of another class.
     """
 
     llm: EngineLLM = Field(default_factory=find_settings_llm, exclude=True)
@@ -82,9 +78,6 @@ class SemShareKVWarmer(TransformComponent):
         pinned: whether the store never evicts it to make room. Default False.
         ttl_s: seconds after their last use at which entries expire, or None to keep them while there is room.
         progress: whether to show a progress bar. Default False. Not serialized.
-
-    Raises:
-        ValueError: naming the field, its value and what is accepted.
     """
 
     llm: EngineLLM = Field(default_factory=find_settings_llm, exclude=True)
