@@ -124,10 +124,8 @@ class DocumentTracker(BaseCallbackHandler):
     def documents_of(self, parent_run_id: UUID | None) -> list[Named]:
         """Ids and texts known to a call whose parent is this run, or None for a call that stands alone."""
         with self._lock:
-            if parent_run_id in self._root_of:
-                trees: list[UUID | None] = [self._root_of[parent_run_id]]
-            else:
-                trees = [None] if parent_run_id is None else [parent_run_id, None]
+            alone: list[UUID | None] = [None] if parent_run_id is None else [parent_run_id, None]
+            trees = [self._root_of[parent_run_id]] if parent_run_id in self._root_of else alone
             return [(key, text) for tree in trees for text, key in self._texts.get(tree, {}).items()]
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, **kwargs: Any) -> None:

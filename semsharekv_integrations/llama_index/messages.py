@@ -187,13 +187,9 @@ def _describe_generation(generation: Generation | None, model_name: str) -> dict
     if generation is None:
         return {}
     report, counts = generation.report, frameworks.count_tokens(generation.report)
-    raw = {
-        "model": model_name,
-        "finish_reason": generation.finish_reason,
-        "usage": counts | {"prompt_tokens_details": {"cached_tokens": report.reused_tokens}},
-        "kv_cache": report.to_dict(),
-    }
-    return {"raw": raw, "additional_kwargs": counts}
+    usage = counts | {"prompt_tokens_details": {"cached_tokens": report.reused_tokens}}
+    told = {"model": model_name, "finish_reason": generation.finish_reason, "usage": usage}
+    return {"raw": told | {"kv_cache": report.to_dict()}, "additional_kwargs": counts}
 
 
 def make_whole_response(generation: Generation, respond: Responder[Response]) -> Response:
