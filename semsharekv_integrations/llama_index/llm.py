@@ -180,11 +180,12 @@ class SemShareKVLLM(EngineLLM):
         self, messages: Sequence[ChatMessage], call: Mapping[str, Any]
     ) -> tuple[Prompt, GenerateOptions, Responder[ChatResponse]]:
         """The engine's prompt and options, and what makes a response of its answer."""
-        to_prompt = translate_messages if self.uses_template else self.messages_to_prompt
+        to_prompt = None if self.uses_template else self.messages_to_prompt
+        prompt = translate_messages(messages) if to_prompt is None else to_prompt(messages)
         respond: Responder[ChatResponse] = partial(make_chat_response, model_name=self.model)
         if call.get("parallel_tool_calls") is False:
             respond = keep_one_call(respond)
-        return to_prompt(messages), self._make_options(call, messages), respond
+        return prompt, self._make_options(call, messages), respond
 
     def _prepare_completion(
         self, prompt: str, formatted: bool, call: Mapping[str, Any]
