@@ -119,10 +119,7 @@ class ModelAdapter:
         return self._forward(ids, cache, torch.tensor(positions)[:, None], attention_mask=mask)
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
-        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions``, or [B, keep, V] of the last ``keep``.
-
-        Positions are [N] where all rows have the same, else [B, N].
-        """
+        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions`` [N] or [B, N]; or [B, keep, V] of more."""
         place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache
@@ -205,12 +202,9 @@ class ModelAdapter:
         """
         rope = getattr(self.config, "rope_parameters", None) or {}
         groups = [rope, *(group for group in rope.values() if isinstance(group, dict))]
-        limits = [
-            group.get("original_max_position_embeddings") or self.config.max_position_embeddings
-            for group in groups
-            if group.get("rope_type") in _LENGTH_DEPENDENT_ROPE
-        ]
-        return min(limits, default=None)
+        changing = [group for group in groups if group.get("rope_type") in _LENGTH_DEPENDENT_ROPE]
+        limits = (group.get("original_max_position_embeddings") for group in changing)
+        return min((limit or self.config.max_position_embeddings for limit in limits), default=None)
 
     @cached_property
     def _restart_position(self) -> int | None:
@@ -226,25 +220,19 @@ class ModelAdapter:
         return torch.arange(_PROBE_TOKENS).remainder(self.config.vocab_size).numpy()
 
     def is_close(self, one: Tensor, other: Tensor) -> bool:
-        """Whether two computations of the same logits [B, V] differ by no more than rounding.
-
-        The mean square counts, not the maximum, which grows with the vocabulary.
-        """
+        """Whether two computations of the same logits [B, V] differ by no more than rounding."""
+        # their mean square: the maximum grows with the vocabulary
         difference, spread = (one.float() - other.float()).square().mean().sqrt(), other.float().std()
         tolerance = 2.5e-4 if other.dtype == torch.float32 else 0.1  # share of the logits' spread
         return bool(difference <= tolerance * spread.clamp_min(1e-6))
 
     def _require_prefix_reuse(self) -> None:
-        name = type(self.model).__name__
+        reason = "gives other logits behind a reused prefix than in a full prefill"
         found = sorted(set(getattr(self.config, "layer_types", None) or ()) - _PREFIX_LAYER_TYPES)
         if found:
-            raise UnsupportedModelError(
-                f"{name} has layers of type {', '.join(found)}, which keep no KV per token; use mode='off'"
-            )
-        if not self._continues_from_prefix():
-            raise UnsupportedModelError(
-                f"{name} gives other logits behind a reused prefix than in a full prefill; use mode='off'"
-            )
+            reason = f"has layers of type {', '.join(found)}, which keep no KV per token"
+        if found or not self._continues_from_prefix():
+            raise UnsupportedModelError(f"{type(self.model).__name__} {reason}; use mode='off'")
 
     def _continues_from_prefix(self) -> bool:
         """Whether a probe prefilled in two pieces ends in the logits of one piece, up to rounding."""

@@ -7,8 +7,7 @@ one joint cache, padded on the left. When one of them leaves, each gets its KV b
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,10 +49,9 @@ class Row:
 
 
 class SharedDecoding:
-    """Brings together the decode steps of all calls of one engine.
+    """Brings together the decode steps of all calls of one engine, at most ``max_batch_size`` in one forward pass.
 
-    Every step is a forward pass of its own if ``max_batch_size`` is 1, or if the model does not give the same logits in
-    a padded batch, which is tried once.
+    A model that does not give the same logits in a padded batch, which is tried once, decodes each call by itself.
     """
 
     def __init__(self, adapter: ModelAdapter, max_batch_size: int) -> None:
@@ -93,8 +91,7 @@ class SharedDecoding:
             if row.waits:
                 for other in self._list_missing():
                     other.late = True  # nobody waits for it again until it is back
-                with self._work():
-                    self._advance([row, *(other for other in self._rows if other.waits and other is not row)])
+                self._work([row, *(other for other in self._rows if other.waits and other is not row)])
             logits, error, row.logits, row.error = row.logits, row.error, None, None
         if error is not None:
             raise error
@@ -102,24 +99,21 @@ class SharedDecoding:
         return logits
 
     def leave(self, row: Row) -> None:
-        """End the steps of ``row``, whose cache is whole again.
-
-        The garbage collector may end a stream in any thread, also in one that is at work here. Such a call leaves when
-        that is done, without its KV, which nobody keeps then.
-        """
+        """End the steps of ``row``, whose cache is whole again."""
+        # The garbage collector may end a stream in any thread, also in one that is at work here. Such a call leaves
+        # when that is done, without its KV, which nobody keeps then.
         with self._turn:
             row.has_left = True
             if not self._is_busy:
-                with self._work():
-                    pass
+                self._work([])
             self._turn.notify_all()
 
-    @contextmanager
-    def _work(self) -> Iterator[None]:
-        """Work on caches inside; afterwards those who have left are let go, the others of their group with their KV."""
+    def _work(self, waiting: list[Row]) -> None:
+        """Advance those who wait, then let go those who have left, the others of their group with their KV."""
         self._is_busy = True
         try:
-            yield
+            if waiting:
+                self._advance(waiting)
             while gone := [row for row in self._rows if row.has_left]:
                 if any(row in self._group for row in gone):
                     self._split()
@@ -131,9 +125,8 @@ class SharedDecoding:
         """Whether steps behind ``cache`` may be joined to others, and there are others."""
         if len(self._rows) == 1 or self._max_batch_size == 1 or self._adapter.stable_positions is not None:
             return False
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return False
-        if len({layer.keys.shape[2] for layer in cache.layers}) != 1:
+        layers = cache.layers
+        if any(type(layer) is not DynamicLayer for layer in layers) or len({x.keys.shape[2] for x in layers}) != 1:
             return False
         if self._is_allowed is None:
             self._is_allowed = self._is_same_in_batches()

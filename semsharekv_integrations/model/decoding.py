@@ -22,7 +22,7 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
-from semsharekv_integrations.model.layers import make_cache
+from semsharekv_integrations.model.layers import list_windows, make_cache
 from semsharekv_integrations.model.rows import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.reuse.selection import choose_retained_tokens, compute_retained_shares
@@ -140,10 +140,11 @@ class Retainer:
     """
 
     def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, rules: ReuseConfig) -> None:
-        if any(window is not None for window in selective.windows) or adapter.config._attn_implementation != "sdpa":
+        attention = adapter.config._attn_implementation
+        if any(window is not None for window in list_windows(adapter.config)) or attention != "sdpa":
             raise UnsupportedModelError(
-                f"{type(adapter.model).__name__} has sliding windows or attn_implementation "
-                f"{adapter.config._attn_implementation!r}; reuse.retention_ratio needs full attention and 'sdpa'"
+                f"{type(adapter.model).__name__} has sliding windows or attn_implementation {attention!r}; "
+                f"reuse.retention_ratio needs full attention and 'sdpa'"
             )
         self._adapter = adapter
         self._selective = selective
@@ -157,7 +158,7 @@ class Retainer:
 
         The attention of ``question`` [T] decides; ``relevant`` [T] tokens are kept before any other.
         """
-        whole = GatheredCache([LayerKV(layer.keys, layer.values) for layer in cache.layers])
+        whole = GatheredCache(self._adapter.read_layers(cache))
         for layer in whole.layers:
             layer.frozen = True
         attended = self._selective.watch_attention(token_ids, question, whole, np.zeros_like(question))

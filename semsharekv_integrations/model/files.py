@@ -35,6 +35,7 @@ _TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "merges.txt"),
 )
 _GGUF_MAGIC = b"GGUF"
+_MISSING = ("gated_repo", "missing_entries", "connection_errors")  # what ``cached_file`` may return None for
 # Held while weights are read: transformers replaces functions of torch then, and ``read_gguf_once`` those of gguf
 LOADING = free_in_children(threading.RLock())
 _this_thread = threading.local()
@@ -163,8 +164,7 @@ class ModelFiles:
         """The file of that name, fetched from the hub if need be, or None."""
         if self.is_local:
             return self._folder / filename if self._has(filename) else None
-        kinds = ("gated_repo", "missing_entries", "connection_errors")
-        silent = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        silent = {f"_raise_exceptions_for_{kind}": False for kind in _MISSING}
         try:
             found = cached_file(self.path, filename, **self.where, **silent)
         except OSError as error:

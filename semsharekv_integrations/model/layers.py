@@ -79,17 +79,14 @@ def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, m
     """Raise ``UnsupportedModelError`` for what the configuration rules out, where KV is moved or computed in part."""
     name = type(model).__name__
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    accepted = " and ".join(sorted(_LAYER_TYPES))
     if found:
-        raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(found)}; mode {mode!r} accepts {' and '.join(sorted(_LAYER_TYPES))}"
-        )
+        raise UnsupportedModelError(f"{name} has layers of type {', '.join(found)}; mode {mode!r} accepts {accepted}")
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         raise UnsupportedModelError(f"{name} has multimodal rope (mrope_section); use mode='exact'")
-    if config._attn_implementation not in _ATTENTION:
-        raise UnsupportedModelError(
-            f"{name} has attn_implementation {config._attn_implementation!r}; mode {mode!r} accepts "
-            f"{' or '.join(map(repr, sorted(_ATTENTION)))}"
-        )
+    attention, accepted = config._attn_implementation, " or ".join(map(repr, sorted(_ATTENTION)))
+    if attention not in _ATTENTION:
+        raise UnsupportedModelError(f"{name} has attn_implementation {attention!r}; mode {mode!r} accepts {accepted}")
 
 
 def find_cache_argument(model_class: type[PreTrainedModel]) -> str:

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.kv import LayerKV, Rotation, take_first_tokens, turn
 from semsharekv_integrations.model.attention import blocks_of, use_blocks
-from semsharekv_integrations.model.layers import fill_layer, make_cache
+from semsharekv_integrations.model.layers import fill_layer
 from semsharekv_integrations.reuse.plan import PROJECTION_SHARE, Borrowing, ReusePlan
 
 Measure = Callable[[], LayerKV]
@@ -187,10 +187,6 @@ class GatheredCache(DynamicCache):
     def __init__(self, layers: Sequence[LayerKV]) -> None:
         super().__init__()
         self.layers = [GatheredLayer(layer) for layer in layers]
-
-    def finish(self) -> DynamicCache:
-        """The same tensors in a plain cache, which decoding lets grow."""
-        return make_cache(LayerKV(layer.keys, layer.values) for layer in self.layers)
 
 
 def gather(plan: ReusePlan, rotations: Sequence[Rotation | None]) -> GatheredCache:

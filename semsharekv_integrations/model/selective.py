@@ -9,7 +9,6 @@ over the borrowed KV shows that attention; it costs little because a question is
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from semsharekv_integrations.model.layers import (
     find_layers,
     find_rotations,
     list_windows,
+    make_cache,
     require_reuse_off_prefix,
 )
 from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
@@ -89,11 +89,6 @@ class SelectivePrefill:
         self._require_same_logits(probe, here)
 
     @property
-    def windows(self) -> Sequence[int | None]:
-        """How many positions each layer sees; None for all."""
-        return self._view.windows
-
-    @property
     def num_layers(self) -> int:
         """Decoder layers of the model."""
         return len(self._view.modules)
@@ -152,7 +147,8 @@ class SelectivePrefill:
         computed = np.zeros(len(plan.token_ids), dtype=bool)
         computed[rows.rows.cpu().numpy()] = True
         ratio = (looked + rows.row_layers) / token_layers
-        prefill, exact = Prefill(logits, cache.finish()), _count_exact(plan, computed)
+        prefill = Prefill(logits, make_cache(adapter.read_layers(cache)))  # which decoding lets grow
+        exact = _count_exact(plan, computed)
         return Outcome(prefill, ratio, computed, exact, selection.deviation, selection.fell_back)
 
     def _require_same_logits(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:

@@ -65,12 +65,6 @@ class State(NamedTuple):
     epoch: int
 
 
-class _Known(NamedTuple):
-    tensor: weakref.ref[Tensor]
-    marks: tuple[Any, ...]
-    digest: bytes
-
-
 class StateWatch:
     """Tells the state of one model. Safe to use from several threads."""
 
@@ -81,8 +75,8 @@ class StateWatch:
         self._glance: tuple[Any, ...] | None = None
         self._state = State("", "", 0)
         self._is_new = False  # whether tensors were found that were not known as they are
-        self._digests: dict[int, _Known] = {}
-        self._offloaded: dict[tuple[int, str], tuple[Any, bytes]] = {}
+        self._digests: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], bytes]] = {}  # by id, with marks
+        self._offloaded: dict[tuple[int, str], tuple[Any, bytes]] = {}  # by place, with what holds it
 
     def get_state(self) -> State:
         """The state that the model is in now."""
@@ -139,10 +133,10 @@ class StateWatch:
         version = 0 if tensor.is_inference() else tensor._version
         marks = tensor.data_ptr(), tensor.dtype, tensor.stride(), version, read_samples([sample(tensor)])
         known = self._digests.get(id(tensor))
-        if known is None or known.tensor() is not tensor or known.marks != marks:
+        if known is None or known[0]() is not tensor or known[1] != marks:
             self._is_new = True
-            known = self._digests[id(tensor)] = _Known(weakref.ref(tensor), marks, compute_digest(tensor))
-        return known.digest
+            known = self._digests[id(tensor)] = weakref.ref(tensor), marks, compute_digest(tensor)
+        return known[2]
 
 
 class _Snapshot:
@@ -183,7 +177,7 @@ class _Snapshot:
         """Whether the model still looks like this."""
         try:
             return (
-                all(all(map(eq, map(look, things), before)) for look, things, before in self._looks)
+                all(list(map(look, things)) == before for look, things, before in self._looks)
                 and all(map(eq, map(id, chain.from_iterable(map(dict.values, self._filled))), self._ids))
                 and all(map(eq, map(list, map(dict.values, self._dicts)), self._values))
                 and all(map(_has_settings, self.configs, self._settings))
