@@ -1,12 +1,9 @@
 """Messages to text: through the tokenizer's chat template, or as plain lines where there is none.
 
-A template that refuses the messages, or leaves out what the system or the user says, gets them folded. Knows nothing
-about tokens.
-
-Messages brought into forms that strict chat templates take, from the least to the most changed.
-
-Some templates refuse a system message, two turns of one role in a row, an answer at the beginning, or empty turns.
-Nothing that was said is left out; who said it may be lost where a template has no word for it.
+Some templates refuse a system message, two turns of one role in a row, an answer at the beginning, or empty turns;
+others leave out what the system or the user says. They get the messages folded, from the least to the most changed.
+Nothing that was said is left out; who said it may be lost where a template has no word for it. Knows nothing about
+tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -27,6 +23,7 @@ from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.text.tool_calls import convert_messages, flatten_messages
 from semsharekv_integrations.text.tool_format import Tool, ToolFormat
 
+Messages = list[dict[str, Any]]
 _REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 RENDERING_OPTIONS = (
     frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
@@ -34,6 +31,7 @@ RENDERING_OPTIONS = (
 ) - {"documents"}  # which a template shows beside the messages, and which are none of ours
 _MOST_OPENED = 64  # characters of an answer that a template may write by itself
 _PARTS_AS_TEXT = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # by a template that takes no parts
+_SILENCE = "..."  # what an empty turn of the user's says where a template wants words
 _SPEAKERS = ("user", "system", "assistant")  # of plain lines
 
 
@@ -56,7 +54,7 @@ class ChatTemplate:
         return tuple(f"\n{name}:" for role in _SPEAKERS for name in (role, role.capitalize()))
 
     def render(self, messages: Messages, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None) -> str:
-        """The text of checked messages; a last assistant message is left open, to be continued.
+        """Render checked messages as text; a last assistant message is left open, to be continued.
 
         Args:
             messages: at least one.
@@ -68,7 +66,7 @@ class ChatTemplate:
         """
         template = self._tokenizer.chat_template
         if "developer" not in str(template):
-            messages = replace_developer(messages)
+            messages = _replace_role(messages, "developer", "system")
         if variables:
             self._warn_of_unread(variables)
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
@@ -76,23 +74,16 @@ class ChatTemplate:
         if has_tools and not form.is_native:
             messages, tools = flatten_messages(messages, tools, form), ()
         if template is None:
-            return _plain_lines(messages)
-        return self._first_whole(_also_in_parts(self._forms(messages, form)), tools, variables or {})
+            return _write_plain_lines(messages)
+        options = {"tools": [dict(tool) for tool in tools] or None, **(variables or {})}
+        return self._render_first_whole(_add_parts(_list_forms(messages, form)), options)
 
-    def _forms(self, messages: Messages, form: ToolFormat) -> Iterator[Messages]:
-        """Of the messages, the least changed first; at last those in which calls and results are text."""
-        if not form.is_native:
-            return fold_messages(messages)
-        as_text = (folded for plain in [flatten_messages(messages, (), form)] for folded in fold_messages(plain))
-        with_calls = (convert_messages(folded, form) for folded in fold_messages(messages))
-        return chain(with_calls, as_text if any(m["role"] == "tool" or "tool_calls" in m for m in messages) else ())
-
-    def _first_whole(self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]) -> str:
-        """The first form's text that leaves nothing out; else the first that there is, with a warning."""
+    def _render_first_whole(self, forms: Iterable[Messages], options: Mapping[str, Any]) -> str:
+        """Return the first form's text that leaves nothing out; else the first that there is, with a warning."""
         partial, refusal, refused = None, None, []
         for messages in forms:
             try:
-                text = self._rendered(messages, tools, variables, open_end=_is_open(messages))
+                text = self._apply(messages, options, open_end=_is_open(messages))
             except _REFUSED as error:
                 refusal = refusal or error
                 refused.append(messages)
@@ -101,40 +92,28 @@ class ChatTemplate:
                 return text
             partial = text if partial is None else partial
         if partial is None:
-            partial = self._behind_mark(refused, tools, variables)
+            partial = self._render_behind_mark(refused, options)
             if partial is None:
                 raise PromptError(f"the model's chat template refuses the messages: {refusal}") from refusal
             return partial
         warnings.warn("the model's chat template leaves out or rewrites what some of the messages say", stacklevel=2)
         return partial
 
-    def _behind_mark(
-        self, forms: Iterable[Messages], tools: Sequence[Tool], variables: Mapping[str, Any]
-    ) -> str | None:
-        """The first form with its last answer behind the mark of the turn, as it is, or None.
+    def _render_behind_mark(self, forms: Iterable[Messages], options: Mapping[str, Any]) -> str | None:
+        """Render the first form with its last answer behind the mark of the turn, as it is, or return None.
 
         For templates that change an answer, as those do that strip reasoning from it, so that none can be left open.
         """
         for messages in filter(_is_open, forms):
             with suppress(*_REFUSED):
-                before = self._rendered(messages[:-1], tools, variables, open_end=False)
+                before = self._apply(messages[:-1], options, open_end=False)
                 if _shows_all(before, messages[:-1]):
-                    return _joined(before, _said(messages[-1]))
+                    return _join(before, _get_text(messages[-1]))
         return None
 
-    def _rendered(
-        self, messages: Messages, tools: Sequence[Tool], variables: Mapping[str, Any], *, open_end: bool
-    ) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages,
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=not open_end,
-                continue_final_message=open_end,
-                **variables,
-            )
-        )
+    def _apply(self, messages: Messages, options: Mapping[str, Any], *, open_end: bool) -> str:
+        ends = {"add_generation_prompt": not open_end, "continue_final_message": open_end}
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **ends, **options))
 
     def _warn_of_unread(self, names: Iterable[str]) -> None:
         """Say which variables the chat template does not mention, so that they change nothing."""
@@ -146,8 +125,19 @@ class ChatTemplate:
             )
 
 
-def _also_in_parts(forms: Iterable[Messages]) -> Iterator[Messages]:
-    """The forms, then, for templates that read nothing else, each with its contents as lists of parts."""
+def _list_forms(messages: Messages, form: ToolFormat) -> Iterator[Messages]:
+    """Yield forms of the messages, the least changed first; at last those in which calls and results are text."""
+    if not form.is_native:
+        yield from fold_messages(messages)
+        return
+    for folded in fold_messages(messages):
+        yield convert_messages(folded, form)
+    if any(m["role"] == "tool" or "tool_calls" in m for m in messages):
+        yield from fold_messages(flatten_messages(messages, (), form))
+
+
+def _add_parts(forms: Iterable[Messages]) -> Iterator[Messages]:
+    """Yield the forms, then, for templates that read nothing else, each with its contents as lists of parts."""
     tried = []
     for messages in forms:
         tried.append(messages)
@@ -156,7 +146,7 @@ def _also_in_parts(forms: Iterable[Messages]) -> Iterator[Messages]:
         yield [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
-def _said(message: Mapping[str, Any]) -> str:
+def _get_text(message: Mapping[str, Any]) -> str:
     content = message["content"]
     return str(content if isinstance(content, str) else content[0]["text"])
 
@@ -166,8 +156,8 @@ def _is_open(messages: Messages) -> bool:
     return messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
 
 
-def _joined(before: str, answer: str) -> str:
-    """The answer behind its turn's mark, which may hold the first of it, such as the opening of thoughts."""
+def _join(before: str, answer: str) -> str:
+    """Put the answer behind its turn's mark, which may hold the first of it, such as the opening of thoughts."""
     common = max(length for length in range(len(answer[:_MOST_OPENED]) + 1) if before.endswith(answer[:length]))
     return before + answer[common:]
 
@@ -180,7 +170,7 @@ def _shows_all(text: str, messages: Messages) -> bool:
     for message in messages:
         if message["role"] not in ("system", "user"):
             continue
-        content = _said(message).strip()
+        content = _get_text(message).strip()
         at = text.find(content, cursor)
         if at < 0 and content not in text:
             return False
@@ -188,33 +178,28 @@ def _shows_all(text: str, messages: Messages) -> bool:
     return True
 
 
-def _plain_lines(messages: Messages) -> str:
+def _write_plain_lines(messages: Messages) -> str:
     warnings.warn("the tokenizer has no chat_template: messages are rendered as 'role: content' lines", stacklevel=2)
     lines = [f"{message['role']}: {message['content']}" for message in messages]
     return "\n".join(lines) if messages[-1]["role"] == "assistant" else "\n".join([*lines, "assistant:"])
 
 
-Messages = list[dict[str, Any]]
-_SILENCE = "..."  # what an empty turn of the user's says where a template wants words
-
-
 def fold_messages(messages: Messages) -> Iterator[Messages]:
-    """The messages as they are, then each form that differs from the one before."""
+    """Yield the messages as they are, then each form that differs from the one before."""
     yield messages
     for step in _STEPS:
-        folded = _merged(step(messages))
+        folded = _merge(step(messages))
         if folded and folded != messages:
             messages = folded
             yield messages
 
 
-def replace_developer(messages: Messages) -> Messages:
-    """Messages of the developer as those of the system."""
-    return [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+def _replace_role(messages: Iterable[dict[str, Any]], old: str, new: str) -> Messages:
+    return [message | {"role": new} if message["role"] == old else message for message in messages]
 
 
-def _merged(messages: Sequence[dict[str, Any]]) -> Messages:
-    """Neighbours of one role made one, but for tool results and what follows calls."""
+def _merge(messages: Sequence[dict[str, Any]]) -> Messages:
+    """Make neighbours of one role one, but for tool results and what follows calls."""
     merged: Messages = []
     for message in messages:
         before = merged[-1] if merged else None
@@ -228,44 +213,43 @@ def _merged(messages: Sequence[dict[str, Any]]) -> Messages:
     return merged
 
 
-def _with_one_system(messages: Messages) -> Messages:
-    """System messages behind the first turn as the user's words."""
-    start = _num_systems(messages)
-    later = (message | {"role": "user"} if message["role"] == "system" else message for message in messages[start:])
-    return [*messages[:start], *later]
+def _keep_one_system(messages: Messages) -> Messages:
+    """Turn system messages behind the first turn into the user's words."""
+    start = _count_systems(messages)
+    return [*messages[:start], *_replace_role(messages[start:], "system", "user")]
 
 
-def _begun_by_user(messages: Messages) -> Messages:
-    """An answer at the beginning, such as a greeting, behind an empty turn of the user's."""
-    start = _num_systems(messages)
+def _begin_with_user(messages: Messages) -> Messages:
+    """Put an answer at the beginning, such as a greeting, behind an empty turn of the user's."""
+    start = _count_systems(messages)
     if start == len(messages) or messages[start]["role"] != "assistant":
         return messages
     return [*messages[:start], {"role": "user", "content": ""}, *messages[start:]]
 
 
-def _without_system(messages: Messages) -> Messages:
-    """System messages as the user's words."""
-    return [message | {"role": "user"} if message["role"] == "system" else message for message in messages]
+def _drop_system(messages: Messages) -> Messages:
+    """Turn all system messages into the user's words."""
+    return _replace_role(messages, "system", "user")
 
 
-def _without_empty(messages: Messages) -> Messages:
-    """Empty messages left out, where no user's turn between answers would be missing."""
+def _drop_empty(messages: Messages) -> Messages:
+    """Leave out empty messages, where no user's turn between answers would be missing."""
     kept = [m for m in messages if m["content"].strip() or m["role"] in ("user", "tool") or "tool_calls" in m]
     return [
         message if message["role"] != "user" or message["content"].strip() else message | {"content": _SILENCE}
-        for message in _merged(kept)
+        for message in _merge(kept)
     ]
 
 
-def _num_systems(messages: Messages) -> int:
-    """How many system messages stand at the beginning."""
+def _count_systems(messages: Messages) -> int:
+    """Count the system messages at the beginning."""
     return next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
 _STEPS: tuple[Callable[[Messages], Messages], ...] = (
     list,  # neighbours of one role are merged behind every step
-    _with_one_system,
-    _begun_by_user,
-    _without_system,
-    _without_empty,
+    _keep_one_system,
+    _begin_with_user,
+    _drop_system,
+    _drop_empty,
 )

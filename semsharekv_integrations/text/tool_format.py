@@ -4,14 +4,14 @@ What is learnt is the shape of calls as JSON with a name and arguments: what sta
 its keys, one object for each call or a list of all. A template that shows no tools, or calls of another shape, gets
 the format of the Hermes models instead, with the tools described in the system message.
 
-Knows nothing about sampling: what holds a model to the format is ``grammar``, and what reads it ``tool_parser``.
+Knows nothing about sampling: ``grammar`` holds a model to the format, and ``tool_calls`` reads it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -68,29 +68,23 @@ class ToolFormat:
 
     @classmethod
     def learn(cls, tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
-        """The format of ``tokenizer``'s chat template; that of the Hermes models if it has none of its own."""
+        """Learn the format of ``tokenizer``'s chat template; that of the Hermes models if it has none of its own."""
         if tokenizer.chat_template is None:
             return cls()
-        return _Probe(tokenizer).found() or cls()
+        return _Probe(tokenizer).learn() or cls()
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        """Calls, as names and arguments, the way the model is to write them."""
-        values = [self._entry(*call) for call in calls]
-        if self.in_list:
-            return self._wrapped(values)
-        return (self.separator or "\n").join(map(self._wrapped, values))
+        """Write calls, given as names and arguments, the way the model is to write them."""
+        values = [{self.name_key: name, self.arguments_key: dict(arguments)} for name, arguments in calls]
+        return self._wrap(values) if self.in_list else (self.separator or "\n").join(map(self._wrap, values))
 
-    def _entry(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.name_key: name, self.arguments_key: dict(arguments)}
-
-    def _wrapped(self, value: object) -> str:
-        text = json.dumps(value, ensure_ascii=False)
+    def _wrap(self, value: object) -> str:
         opening = self.opening + self.space if self.opening else ""
         closing = self.space + self.closing if self.closing else ""
-        return f"{opening}{text}{closing}"
+        return f"{opening}{json.dumps(value, ensure_ascii=False)}{closing}"
 
     def find_marks(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """The special tokens that the format is made of, which decoding must not drop."""
+        """Find the special tokens that the format is made of, which decoding must not drop."""
         special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         fixed = f"{self.opening} {self.closing} {self.separator or ''}"
         wanted = {id_ for text, id_ in special.items() if text in fixed}
@@ -108,65 +102,60 @@ class _Probe:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def found(self) -> ToolFormat | None:
-        """The template's format, or None if it shows no tools or calls of another shape."""
-        shown = self._render([_ASK], add_generation_prompt=True)
-        if shown is None or "probing_tool" not in shown:
+    def learn(self) -> ToolFormat | None:
+        """Learn the template's format; None if it shows no tools or calls of another shape."""
+        asked, reply = self._render([_ASK], add_generation_prompt=True), self._render([_ASK, _REPLY])
+        if asked is None or "probing_tool" not in asked or reply is None or _REPLY["content"] not in reply:
             return None
         for ids in range(2):
             for write in (dict, json.dumps):
-                found = self._found(shown, [self._call(at, ids, write) for at in range(2)])
+                found = self._learn_from([_make_call(at, ids, write) for at in range(2)], asked, reply)
                 if found is not None:
-                    return ToolFormat(
-                        **found, is_native=True, takes_json_text=write is json.dumps, takes_short_ids=bool(ids)
-                    )
+                    return replace(found, takes_json_text=write is json.dumps, takes_short_ids=bool(ids))
         return None
 
-    def _found(self, asked: str, calls: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """What ``calls``, which are two, come out as behind the question, which is rendered already."""
-        reply, one = self._render([_ASK, _REPLY]), self._render([_ASK, _calling(calls[0])])
-        place = None if one is None else _place(one, _NAMES[0])
-        if one is None or reply is None or place is None or _REPLY["content"] not in reply:
+    def _learn_from(self, calls: list[dict[str, Any]], asked: str, reply: str) -> ToolFormat | None:
+        """Learn from what two ``calls`` come out as behind the question, where an answer comes out as ``reply``."""
+        one = self._render([_ASK, _make_turn(calls[0])])
+        place = None if one is None else _find_json(one, _NAMES[0])
+        if one is None or place is None:
             return None
         start, stop, value = place
         entry = value[0] if isinstance(value, list) and len(value) == 1 else value
-        keys = _keys(entry) if isinstance(entry, dict) else None
-        if keys is None:
-            return None
+        pairs = list(entry.items()) if isinstance(entry, dict) else []
+        name_key, arguments_key = (
+            next((key for key, inner in pairs if inner == made_up), None) for made_up in (_NAMES[0], _ARGUMENTS)
+        )
         heads = (reply[: reply.index(_REPLY["content"])].rstrip(), asked.rstrip())  # the model goes on behind these
         head = next((head for head in heads if one.startswith(head)), None)
-        if head is None:
+        if head is None or name_key is None or arguments_key is None:
             return None
         before = one[len(head) : start].lstrip()
-        behind = self._behind(one[stop:], reply)
-        space = before[len(before.rstrip()) :]
-        return {
-            "opening": before.strip(),
-            "closing": behind.strip(),
-            "space": space,
-            "separator": self._separator(calls, before, behind),
-            "in_list": isinstance(value, list),
-            **keys,
-        }
+        behind = self._cut_end(one[stop:], reply)
+        return ToolFormat(
+            opening=before.strip(),
+            closing=behind.strip(),
+            space=before[len(before.rstrip()) :],
+            separator=self._find_separator(calls, before, behind),
+            in_list=isinstance(value, list),
+            name_key=name_key,
+            arguments_key=arguments_key,
+            is_native=True,
+        )
 
-    def _behind(self, rest: str, reply: str) -> str:
-        """What stands between a call's JSON and the end of the turn."""
+    def _cut_end(self, rest: str, reply: str) -> str:
+        """Return what stands between a call's JSON and the end of the turn."""
         end = reply[reply.index(_REPLY["content"]) + len(_REPLY["content"]) :].strip()
         at = rest.find(end) if end else -1
         special = [place for token in self._tokenizer.all_special_tokens if (place := rest.find(token)) >= 0]
         return rest[: at if at >= 0 else min(special, default=len(rest))]
 
-    def _separator(self, calls: list[dict[str, Any]], before: str, behind: str) -> str | None:
-        two = self._render([_ASK, _calling(*calls)])
-        places = [] if two is None else [place for name in _NAMES if (place := _place(two, name))]
+    def _find_separator(self, calls: list[dict[str, Any]], before: str, behind: str) -> str | None:
+        two = self._render([_ASK, _make_turn(*calls)])
+        places = [] if two is None else [place for name in _NAMES if (place := _find_json(two, name))]
         if two is None or len(places) != len(_NAMES):
             return None
-        between = two[places[0][1] : places[1][0]]
-        return between.removeprefix(behind).removesuffix(before)
-
-    def _call(self, at: int, ids: int, write: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
-        function = {"name": _NAMES[at], "arguments": write(_ARGUMENTS)}
-        return {"id": _IDS[at][ids], "type": "function", "function": function}
+        return two[places[0][1] : places[1][0]].removeprefix(behind).removesuffix(before)
 
     def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str | None:
         try:
@@ -178,14 +167,19 @@ class _Probe:
         return str(text)
 
 
-def _calling(*calls: dict[str, Any]) -> dict[str, Any]:
+def _make_call(at: int, ids: int, write: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
+    function = {"name": _NAMES[at], "arguments": write(_ARGUMENTS)}
+    return {"id": _IDS[at][ids], "type": "function", "function": function}
+
+
+def _make_turn(*calls: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": list(calls)}
 
 
-def _place(text: str, name: str) -> tuple[int, int, Any] | None:
-    """Where the outermost JSON around the tool's name stands, and what it is; None if the name is in none."""
+def _find_json(text: str, name: str) -> tuple[int, int, Any] | None:
+    """Find the outermost JSON around the tool's name: where it stands, and what it is; None if the name is in none."""
     at = text.find(name)
-    for start in _brackets(text, at):
+    for start in (start for start in range(max(at, 0)) if text[start] in "[{"):
         try:
             value, stop = json.JSONDecoder().raw_decode(text, start)
         except ValueError:
@@ -193,16 +187,3 @@ def _place(text: str, name: str) -> tuple[int, int, Any] | None:
         if stop > at:
             return start, stop, value
     return None
-
-
-def _brackets(text: str, stop: int) -> Iterator[int]:
-    return (at for at in range(max(stop, 0)) if text[at] in "[{")
-
-
-def _keys(entry: dict[str, Any]) -> dict[str, str] | None:
-    """The names of the keys of a call's JSON, or None if they are not there."""
-    name = next((key for key, value in entry.items() if value == _NAMES[0]), None)
-    arguments = next((key for key, value in entry.items() if value == _ARGUMENTS), None)
-    if name is None or arguments is None:
-        return None
-    return {"name_key": name, "arguments_key": arguments}
