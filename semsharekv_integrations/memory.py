@@ -82,7 +82,7 @@ class KnownTexts:
     """The latest documents that were named in each namespace, so that prompts need not name them again."""
 
     def __init__(self) -> None:
-        self._readers: dict[str, OrderedDict[str, str]] = {}
+        self._texts: dict[str, OrderedDict[str, str]] = {}
         self._lock = hold_at_forks(threading.Lock())
 
     def note(self, namespace: str, documents: Mapping[str, str]) -> None:
@@ -90,7 +90,7 @@ class KnownTexts:
         if not documents:
             return
         with self._lock:
-            known = self._readers.setdefault(namespace, OrderedDict())
+            known = self._texts.setdefault(namespace, OrderedDict())
             for key, text in documents.items():
                 if text.strip():
                     known[key] = text
@@ -101,25 +101,25 @@ class KnownTexts:
     def of(self, namespaces: Sequence[str]) -> dict[str, str]:
         """Texts by id; of two with one id, that of the first namespace."""
         with self._lock:
-            return {key: text for name in reversed(namespaces) for key, text in self._readers.get(name, {}).items()}
+            return {key: text for name in reversed(namespaces) for key, text in self._texts.get(name, {}).items()}
 
     def keep_only(self, namespace: str, ids: Collection[str]) -> None:
         """Drop the documents of a namespace with other ids."""
         with self._lock:
-            known = self._readers.get(namespace, OrderedDict())
+            known = self._texts.get(namespace, OrderedDict())
             for key in [key for key in known if key not in ids]:
                 del known[key]
             if not known:
-                self._readers.pop(namespace, None)
+                self._texts.pop(namespace, None)
 
     def forget(self, namespace: str | None = None, document_id: str | None = None) -> None:
         """Drop one document of a namespace, or all of it, or everything."""
         with self._lock:
-            for name in [name for name in self._readers if namespace in (None, name)]:
+            for name in [name for name in self._texts if namespace in (None, name)]:
                 if document_id is None:
-                    del self._readers[name]
+                    del self._texts[name]
                 else:
-                    self._readers[name].pop(document_id, None)
+                    self._texts[name].pop(document_id, None)
 
 
 class Memory:
