@@ -140,7 +140,7 @@ class KVDirectory:
             gone = {"files": [file.id for file in ended], "nodes": gone_nodes, "entries": gone_entries}
             self._catalog.change(gone, Contents(begun, list(put.values()), list(entries)))
         except (sqlite3.Error, UnicodeEncodeError) as error:
-            raise self._write_failed(f"{self.path / CATALOG} could not be written: {error}") from error
+            raise self._note_failure(f"{self.path / CATALOG} could not be written: {error}") from error
         self._found = None
         self._uses.update(more)
         self.num_bytes += sum(file.num_bytes for file in begun) - sum(file.num_bytes for file in ended)
@@ -158,7 +158,7 @@ class KVDirectory:
             forget_set_aside(self.path)
             self._catalog.empty_log()
         except (OSError, sqlite3.Error) as error:
-            raise self._write_failed(f"{self.path} still names what is forgotten: {error}") from error
+            raise self._note_failure(f"{self.path} still names what is forgotten: {error}") from error
 
     def counts(self) -> dict[str, int]:
         """Troubles since opening.
@@ -198,7 +198,7 @@ class KVDirectory:
     def _in_use(self) -> dict[str, FileRecord]:
         return {id: file for id, file in self.files.records.items() if self._uses[id]}
 
-    def _write_failed(self, reason: str) -> StoreWriteError:
+    def _note_failure(self, reason: str) -> StoreWriteError:
         self._counts["write_failed"] += 1
         return StoreWriteError(reason)
 
