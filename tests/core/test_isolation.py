@@ -488,7 +488,7 @@ ADMINISTRATIVE = {"references", "fetch_all"}
 HOUSEKEEPING = {"collect_left"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {
     KVStore: {"list_readable", "find_prefix", "find_runs", "fetch", "forget", "find_forms"},
-    SegmentIndex: {"sync", "find_nearest", "forget", "keep_only"},
+    SegmentIndex: {"sync", "find_nearest", "keep_only"},
 }
 
 
