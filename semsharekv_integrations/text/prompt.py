@@ -138,8 +138,7 @@ class PromptRenderer:
                 continue
             before = text[:at] if at >= 0 else _find_text_before(text, messages, content)
             if before is not None:
-                num_tokens = len(self._encode(before, add_special_tokens=False)[0])
-                found[key] = max(0, num_tokens - 2)  # some are cut otherwise within the whole text
+                found[key] = max(0, self._count(before) - 2)  # some are cut otherwise within the whole text
         return found
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import reprlib
-import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote
-
-from semsharekv_integrations.concurrency.threads import hold_at_forks
 
 STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 ANY_OBJECT: dict[str, Any] = {"type": "object", "x-guidance": STYLE}
@@ -34,7 +32,7 @@ class JudgedSchema(NamedTuple):
 
 
 class SchemaJudge:
-    """Judges schemas, each once; safe to use from several threads.
+    """Judges schemas, each once under its name; safe to use from several threads.
 
     Args:
         find_fault: says what is wrong with a schema that has llguidance's options in it; nothing if it makes a grammar.
@@ -42,8 +40,7 @@ class SchemaJudge:
 
     def __init__(self, find_fault: Callable[[Mapping[str, Any]], str]) -> None:
         self._find_fault = find_fault
-        self._judged: dict[str, JudgedSchema] = {}
-        self._lock = hold_at_forks(threading.Lock())
+        self._judged = lru_cache(_MOST_JUDGED)(self._judge)
 
     def judge(self, name: str, schema: Mapping[str, Any]) -> JudgedSchema:
         """Return as much of ``schema`` as can be held to, or None; ``name`` is what the warning calls it.
@@ -55,21 +52,11 @@ class SchemaJudge:
             text = json.dumps(schema)
         except (TypeError, RecursionError) as error:
             raise ValueError(f"{name} is {reprlib.repr(schema)}; accepted is a JSON schema: {error}") from error
-        with self._lock:
-            known = self._judged.get(text)
-        if known is not None:
-            return known
-        # NaN and the infinities, which JSON does not have, become null, as everywhere where JSON is written
-        judged = self._judge(json.loads(text, parse_constant=lambda _: None))
-        if judged.fault and judged.schema is not None:
-            warnings.warn(f"not all of {name} can be held to while sampling: {judged.fault}", stacklevel=2)
-        with self._lock:
-            if len(self._judged) >= _MOST_JUDGED:
-                self._judged.clear()
-            self._judged[text] = judged
-        return judged
+        return self._judged(name, text)
 
-    def _judge(self, schema: Mapping[str, Any]) -> JudgedSchema:
+    def _judge(self, name: str, text: str) -> JudgedSchema:
+        # NaN and the infinities, which JSON does not have, become null, as everywhere where JSON is written
+        schema = json.loads(text, parse_constant=lambda _: None)
         endless = _find_endless_reference(schema)
         if endless is not None:
             return JudgedSchema(None, f"$ref {endless!r} leads back to itself")
@@ -78,7 +65,10 @@ class SchemaJudge:
         if not fault:
             return JudgedSchema(whole)
         relaxed = self._drop_unreadable(whole) | {"x-guidance": STYLE | {"lenient": True}}
-        return JudgedSchema(None if self._find_fault(relaxed) else relaxed, fault)
+        if self._find_fault(relaxed):
+            return JudgedSchema(None, fault)
+        warnings.warn(f"not all of {name} can be held to while sampling: {fault}", stacklevel=2)
+        return JudgedSchema(relaxed, fault)
 
     def _drop_unreadable(self, value: Any) -> Any:
         """Drop the patterns that cannot be read."""
