@@ -66,6 +66,8 @@ class EngineLLM(_Fields, FunctionCallingLLM):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):  # an object in another model's field
+            return values
         values = _rename_limit(values)
         unknown = sorted(values.keys() - cls.model_fields.keys())
         require(not unknown, "keyword arguments", unknown, f"engine, {', '.join(cls.model_fields)}")
