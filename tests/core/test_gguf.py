@@ -123,7 +123,7 @@ def test_two_conversions_at_once_leave_gguf_as_it_was(path: Path, tmp_path: Path
         return NamedModel(tmp_path / name, "cpu", "auto", {}).load().state_dict()
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(convert_one, ("one", "other")))
+        found = [*pool.map(convert_one, ("one", "other")), *pool.map(convert_one, ("same", "same"))]
     assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
     assert all(torch.equal(weights[name], weight) for weights in found for name, weight in plain.items())
 
