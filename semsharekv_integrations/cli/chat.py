@@ -13,15 +13,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from semsharekv_integrations.cli.terminal import WordWrap, add_engine_arguments, load_engine
 from semsharekv_integrations.config import SamplingConfig
-from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.report import Generation
+
+if TYPE_CHECKING:
+    from semsharekv_integrations.engine import SemShareEngine
 
 HELP = "/exit ends the chat, /reset forgets the conversation, /stats shows the store, Ctrl-C ends an answer"
 _SPEAKER = "model "
