@@ -54,8 +54,9 @@ def make_references(
     found = []
     exact = min(exact_tokens, len(token_ids))
     kept = tuple(segment for segment in segments if segment.stop <= exact)
-    cut = [span.start for span in documents.values() if 0 <= span.start < exact < span.stop]
-    whole = min([exact, *cut, *(span.start for span in (borrowed or {}).values())])
+    whole = min([exact, *(span.start for span in (borrowed or {}).values())])
+    for span in sorted(documents.values(), key=lambda span: -span.start):  # documents may stand inside of each other
+        whole = span.start if 0 <= span.start < whole < span.stop else whole
     if whole:
         parts = tuple(_copy_first_tokens(layer, whole) for layer in layers)
         ids, own = token_ids[:whole], tuple(segment for segment in kept if segment.stop <= whole)

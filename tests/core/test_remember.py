@@ -52,6 +52,23 @@ class TestReferences:
         assert len(whole.token_ids) == 30 and not whole.is_tainted and whole.session == session
         assert whole.segments == self.SEGMENTS and whole.spans == self.SPANS
 
+    @given(
+        st.lists(st.tuples(st.integers(0, 29), st.integers(1, 30)), max_size=5),
+        st.integers(0, 30),
+        st.lists(st.integers(0, 29), max_size=2),
+    )
+    def test_no_document_is_kept_in_part(
+        self, places: list[tuple[int, int]], exact_tokens: int, borrowed_at: list[int]
+    ) -> None:
+        """Or its beginning would stay without its name, and ``forget`` would not find it."""
+        spans = {str(n): Span(start, start + length) for n, (start, length) in enumerate(places)}
+        borrowed = {f"b{n}": Span(start, start + 1) for n, start in enumerate(borrowed_at)}
+        for found in make_references(np.arange(60), layers_of(60), exact_tokens, (), "n", spans, None, borrowed):
+            kept = len(found.token_ids)
+            assert all(span.stop <= kept or span.start >= kept for span in spans.values())
+            assert all(span.start >= kept for span in borrowed.values()) and kept <= exact_tokens
+            assert found.spans == {key: span for key, span in spans.items() if span.stop <= kept}
+
     def test_without_a_session_only_the_exact_part_stays(self) -> None:
         (part,) = self.references(10)
         assert part.token_ids.tolist() == list(range(8)) and not part.is_tainted
