@@ -1,4 +1,4 @@
-"""Reuse held against the truth: a share of reusing prompts is prefilled again in full, and compared.
+"""Checks reuse: prefills a share of the reusing prompts again in full, and compares the logits.
 
 A namespace whose rolling agreement falls below the bound reuses nothing but exact prefixes from then on (in mode
 ``exact`` nothing at all); reports and stats say so.

@@ -77,7 +77,7 @@ class Call:
 
     Attributes:
         request: what was asked for; rendering may narrow it.
-        since: the moment at which it began. What is forgotten from then on, it must not bring back.
+        since: the moment at which it began. It must not bring back what is forgotten after that.
         watch: seconds by phase.
         answer: what decoding has said so far.
         rendered: the prompt as tokens. Set by ``Runtime.render``.

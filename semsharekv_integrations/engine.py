@@ -111,8 +111,8 @@ class SemShareEngine(ModelHolder):
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[GenerationChunk]:
         """The answer as it is generated; the last chunk carries the ``Generation``. Raises as ``generate`` does.
 
-        The call goes from chunk to chunk as they are asked for; while other calls wait for their turn, it goes on to
-        its end whether or not it is read. Closing the iterator, or dropping it, cancels the call at the next token;
+        The call computes the next chunk when you ask for it. While other calls wait for their turn, it runs to its end
+        even if nobody reads it. Closing the iterator, or dropping it, cancels the call at the next token;
         what was computed until then is kept.
         """
         return self._start(prompt, options, _is_told)
@@ -140,7 +140,7 @@ class SemShareEngine(ModelHolder):
                 yield chunk
 
     def sharing(self) -> AbstractContextManager[None]:
-        """Inside, calls leave the KV of their prompts to others before they end, as those that overlap do anyway."""
+        """Inside, calls store their prompts' KV for others before they decode. Calls that overlap always do."""
         return self._scheduler.group_jobs()
 
     def _start(
@@ -188,7 +188,7 @@ class SemShareEngine(ModelHolder):
         yield GenerationChunk("", generation)
 
     def _remember(self, call: Call, runtime: Runtime) -> None:
-        """Count the call, and store its KV as far as that is exact and whole."""
+        """Count the call. Store its exact KV, and in a session the rest too."""
         with call.watch.phase("remember"):
             reused = int(call.reused.sum())
             counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))
@@ -204,7 +204,7 @@ class SemShareEngine(ModelHolder):
         ttl_s: float | None = None,
         progress: bool = False,
     ) -> int:
-        """Compute KV ahead of time for texts that will stand in prompts, which need not name them then.
+        """Compute the KV of texts before prompts contain them. Those prompts need not name the texts.
 
         A text that differs from what is stored under its id replaces it.
 
@@ -282,7 +282,7 @@ class SemShareEngine(ModelHolder):
     def observe(self, callback: Callable[[ReuseReport], None]) -> None:
         """Call ``callback`` with the report of every call that finishes, not of those that are cancelled or fail.
 
-        It runs before the last chunk is out, in the thread that computes: it should be quick. Its errors are logged.
+        The computing thread calls it before it yields the last chunk, so it should be quick. Its errors are logged.
         """
         self._observers.add(callback)
 
@@ -354,7 +354,7 @@ class SemShareEngine(ModelHolder):
         return self._runtime
 
     def _take_up(self, runtime: Runtime) -> None:
-        """Work with ``runtime`` from now on, unless there is one: whoever waited for that may have been interrupted."""
+        """Use ``runtime`` from now on, unless there is one: an interrupted caller may have left its load behind."""
         with self._lock:
             if self._runtime is None:
                 if self.config.store.directory is not None:

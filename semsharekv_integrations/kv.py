@@ -132,7 +132,7 @@ def take_first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[La
 
 
 class Span(NamedTuple):
-    """A document stands in whatever has the first ``stop`` tokens of its prompt, from ``start`` on or ``UNPLACED``."""
+    """A document's place: it begins at ``start`` or is ``UNPLACED``; the prompt's first ``stop`` tokens hold it."""
 
     start: int
     stop: int
@@ -152,7 +152,7 @@ class Reference:
 
     Attributes:
         id: stable digest of namespace, state and token ids.
-        namespace: the only namespace that may read it.
+        namespace: who may read it; all, if it is shared.
         token_ids: [S], one for each position that has KV.
         layers: one pair for each layer; none in what the store lists, which ``KVStore.fetch`` brings KV for.
         document_starts: the caller's documents that stand in it, for ``forget``, each with its first token, or
@@ -161,7 +161,7 @@ class Reference:
             as in what earlier versions wrote, stands wherever it begins.
         segments: the documents and passages that stand in its exact part, in order; what is matched by similarity.
         exact_tokens: number of leading tokens whose KV is that of a full prefill; None for all. What follows is
-            tainted: it came after a borrowed token, and may serve nothing but the same session's exact continuation.
+            tainted: it came after a borrowed token. Only an exact continuation in the same session may use it.
         session: the conversation it came from, or None.
         pinned: never evicted by the byte bound.
         expires_after_s: seconds after its last use at which it expires, or None.
@@ -216,7 +216,7 @@ def select_within(spans: Mapping[str, Span], num_tokens: int) -> dict[str, Span]
 
 
 def make_space_name(namespace: str, state: str) -> SpaceName:
-    """The name of what one state of a model made in one namespace; no namespace can be called as that of another."""
+    """The name for what one state of a model made in one namespace. No other state or namespace shares it."""
     return (namespace, state) if state else namespace
 
 
@@ -241,7 +241,7 @@ class Rendered(NamedTuple):
 
     ``passages`` are the paragraphs of the prompt, which stand in for documents where none are known.
     ``question`` is the last user turn as a range of tokens, or None in a plain text prompt.
-    ``unplaced`` are the documents that stand in it, but nobody can tell where, each with the tokens that come before.
+    ``unplaced`` are the documents in it whose place is unknown, each with how many tokens surely come before.
     """
 
     token_ids: TokenIds

@@ -1,8 +1,8 @@
 """What calls leave behind: their KV in the store, and the texts of their documents.
 
-KV that was computed behind a borrowed token is approximate. It never becomes a reference, or the error would be handed
-on as exact; the same session may continue from it, since its earlier answers rest on it anyway. Knows nothing about
-how KV is found or reused.
+KV that was computed behind a borrowed token is approximate. Other sessions never get it: they would take it for exact.
+The same session may continue from it, because its earlier answers rest on it anyway. This module does not know how KV
+is found or reused.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def make_references(
         exact_tokens: number of leading tokens whose KV is that of a full prefill.
         segments: of the prompt.
         namespace: who may read them.
-        documents: the caller's, and where each stands. One that is not exact as a whole is not kept in part, where
-            it could not be told from others that begin alike.
+        documents: the caller's, and where each stands. The exact part never ends inside of one: a piece would look
+            like all others that begin alike.
         session: whose conversation it is, or None.
-        borrowed: the documents that KV was borrowed from, which the exact part keeps no word of either.
+        borrowed: the documents that KV was borrowed from. The exact part ends before they begin.
     """
     found = []
     exact = min(exact_tokens, len(token_ids))
@@ -157,7 +157,7 @@ class Memory:
     def keep(self, call: Call, runtime: Runtime) -> bool:
         """Store the KV of prompt and answer, as far as there is any; return whether all of it is there.
 
-        Nothing is stored of a call in which something stands that was forgotten since it began.
+        If anything in the call was forgotten since it began, this stores nothing of it.
         """
         documents = call.request.documents
         named = {key: text for key, text in documents.items() if not _is_unnamed(key, text)}
@@ -274,7 +274,7 @@ class Memory:
         return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
 
     def _stands(self, text: str, references: Sequence[Reference]) -> bool:
-        """Whether a document that no entry names stands in one of them all the same."""
+        """Whether the tokens of ``text`` stand in one of the ``references``."""
         if self._runtime is None or not references:
             return False
         renderer = self._runtime.renderer

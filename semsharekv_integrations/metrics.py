@@ -97,7 +97,7 @@ class EngineCollector:
             yield from histogram.collect()
 
     def describe(self) -> Iterator[Metric]:
-        """What a registry looks for names in, to refuse a second collector of the same."""
+        """The families whose names a registry reads, to refuse a second collector."""
         return self.collect()
 
     def _family(self, name: str) -> CounterMetricFamily | GaugeMetricFamily:

@@ -66,7 +66,7 @@ class ReuseReport:
         audit: the outcome of the audit, if this call was drawn for one.
         phases_s: seconds by phase, in the order of the flow.
         ttft_s: seconds from the call to the first new token, model loading excluded.
-        decode_s: seconds from the first new token to the last.
+        decode_s: seconds of decoding, first token included.
         output_tokens: tokens generated, the end-of-sequence token included.
         kv_bytes: bytes of the prompt's KV after prefill.
         kv_retained_bytes: bytes of it that were kept for decoding.

@@ -138,7 +138,7 @@ class Runtime:
         return _digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
 
     def directory_fingerprint(self) -> str:
-        """As ``fingerprint``, apart for KV in 8 bits: what is rounded must not be found where all is exact."""
+        """As ``fingerprint``, but another one for KV in 8 bits, so that no exact store finds rounded KV."""
         bits = self._states.config.store.kv_bits
         return self.fingerprint() if bits is None else _digest(self.fingerprint(), f"{bits} bits")
 
@@ -272,7 +272,7 @@ class Runtime:
 
 
 class _States:
-    """What the runtimes for all states of one model share, and those for the latest states.
+    """What the runtimes of one model share, and the runtimes for its latest states.
 
     Args:
         first: the state that the model was found in.
@@ -323,7 +323,7 @@ def _digest(*texts: str) -> str:
 
 
 def _make_selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
-    """What reuses KV off the prefix, if asked for. Where ``auto`` asks, None for a model that does not support it."""
+    """The selective prefill; None in modes without it, and in ``auto`` for a model that does not support it."""
     if not config.is_approximate:
         return None
     try:

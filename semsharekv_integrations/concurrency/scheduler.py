@@ -1,12 +1,12 @@
 """Calls in progress: who waits, which thread computes, and what becomes of a call that nobody reads any more.
 
 A call is a ``Job``: a generator that the threads of a ``Scheduler`` compute, while callers only read what comes of it.
-A signal, such as Ctrl-C, and the garbage collector can thus stop a caller at any point, but no computation half-way:
-what they do to a job is to put it into a queue, without a lock. Jobs beyond the bound wait in line without a thread,
-and nothing of them is computed.
+So a signal, such as Ctrl-C, or the garbage collector can stop a caller at any point, but no computation half-way. To
+leave a job, they only put it into a queue, which takes no lock. Jobs beyond the bound wait in line; no thread computes
+them.
 
-An idle thread waits for a bell of its own, not for a shared queue: one that wakes up and finds that another took the
-job goes on to wait, and ``SimpleQueue.get`` then forgets its timeout (Python 3.11).
+Each idle thread waits for its own bell, not on a shared queue. There, another thread may take the job first, and
+``SimpleQueue.get`` of Python 3.11 then goes on to wait without its timeout.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from semsharekv_integrations.concurrency.threads import carry_out, start_thread,
 from semsharekv_integrations.logs import log_trouble
 
 T = TypeVar("T")
-LOOK_S = 0.1  # after which an idle thread looks about; so long may it hold up the interpreter's exit
-LINGER_S = 30.0  # that the last one waits for more to do: what libraries keep for a thread takes long to make anew
+LOOK_S = 0.1  # how often an idle thread looks for work; it may delay the interpreter's exit so long
+LINGER_S = 30.0  # the last idle thread waits so long for work: libraries take long to set up a new thread
 _SERVED = threading.local()  # ``scheduler``: whose thread this is
 GROUP: ContextVar[deque[Job[Any]] | None] = ContextVar("group", default=None)  # those that belong together
 _CURRENT: ContextVar[Job[Any] | None] = ContextVar("call", default=None)
@@ -89,8 +89,8 @@ class Job(Generic[T]):
     def is_read(self) -> bool:
         """Whether somebody is there to read it.
 
-        Once the main thread has ended, that is a thread which Python joins, or what runs at exit and waits for it. Not
-        for the main thread to ask, where an interruption of ``is_alive`` would leave it taken for ended.
+        Once the main thread has ended, only a thread that Python joins, or code that runs at exit, can read it. The
+        main thread must not ask: a signal that interrupts ``is_alive`` could make it look ended.
         """
         main = threading.main_thread()
         if main.is_alive():
@@ -196,7 +196,7 @@ class Scheduler:
         self._wake_one()
 
     def settle(self) -> None:
-        """Wait until calls that were left between two items are gone; what they leave behind is in place then."""
+        """Wait until calls that were left between two items have ended, and so have saved what they had."""
         while self._leaving and not self.serves_here:
             job, heard = self._leaving[0], SimpleQueue[None]()
             job.listeners.append(heard)
@@ -211,7 +211,7 @@ class Scheduler:
         return work() if self.serves_here else carry_out(work)
 
     def dismiss(self) -> None:
-        """No thread waits any longer for more to do than it has to. Takes no lock, so may be called anywhere."""
+        """Let idle threads end once no call is in progress. Takes no lock, so may be called anywhere."""
         self._is_dismissed = True
 
     def _wake_one(self) -> None:
@@ -243,7 +243,7 @@ class Scheduler:
             has_computed, idle_since = True, perf_counter()
 
     def _may_retire(self, here: threading.Thread, bell: threading.Lock, *, lingers: bool) -> bool:
-        """Whether a thread that nobody woke is not needed, which then counts no more.
+        """Whether the thread, which nobody woke, may end; if so, count it no more.
 
         Of several that are idle, the one that computed last stays: for calls that are not ended, and for those to come
         as well, if it ``lingers``.

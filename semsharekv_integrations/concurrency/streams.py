@@ -106,7 +106,7 @@ class Stream(Generator[T, None, None]):
 async def read_async(
     scheduler: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
 ) -> AsyncGenerator[T, None]:
-    """Yield what a job yields, without blocking the event loop. It runs ahead; ended early, it leaves the job."""
+    """Yield a job's items without blocking the event loop. The job runs ahead; closing this early leaves it."""
     if scheduler.serves_here:
         for item in Stream(scheduler, begin, shows):
             yield item
@@ -139,12 +139,12 @@ class PrefillQueue:
         tell_of_forks(self)
 
     def go_on_in_child(self) -> None:
-        """The turn is nobody's; who has it in a parent has it there."""
+        """Make the turn free here; the parent keeps its own."""
         self._turn = threading.Lock()
 
     @contextmanager
     def admit(self, waiting: AbstractContextManager[object] | None = None) -> Iterator[None]:
-        """Wait for the turn, inside of ``waiting`` if it is not free, and have it inside."""
+        """Hold the turn inside. While another call has it, wait inside of ``waiting``."""
         if not self._turn.acquire(blocking=False):
             with waiting or nullcontext():
                 self._turn.acquire()

@@ -1,8 +1,8 @@
 """Threads that no signal reaches, and both sides of a fork.
 
 A signal's handler raises in the main thread alone, so work that must not stop half-way runs in another one. A fork
-copies a lock as it is, but not the thread that would release it. So the locks named here are taken before a fork, which
-leaves nothing behind them half-done, and released after it. Knows nothing about what they guard.
+copies a lock as it is, but not the thread that would release it. So the module takes the locks named here before a
+fork, while nothing behind them is half-done, and releases them after it. Knows nothing about what they guard.
 """
 
 from __future__ import annotations
@@ -98,18 +98,18 @@ _told: WeakSet[Forked] = WeakSet()
 _known = threading.RLock()  # which guards these
 _free: WeakSet[Lock] = WeakSet()
 _held: list[Lock] = []  # while a fork is under way
-_not_held: list[Lock] = []  # which nobody let go
+_not_held: list[Lock] = []  # not let go in time
 
 
 def hold_at_forks(lock: _Lock) -> _Lock:
-    """``lock``, which is held from now on while the process forks; no thread may hold it for long."""
+    """Hold ``lock`` during every fork from now on, and return it. No thread may hold it for long."""
     with _known:
         _locks.add(lock)
     return lock
 
 
 def free_in_children(lock: _Lock) -> _Lock:
-    """``lock``, which is free in every child, unless the thread that forks has it; others may hold it for long."""
+    """Make ``lock`` free in every child, unless the forking thread has it; return it. May be held for long."""
     with _known:
         _free.add(lock)
     return lock
@@ -126,7 +126,7 @@ def _before() -> None:
     until = monotonic() + LONGEST_WAIT_S
     locks = list(_locks)
     while (taken := _first_taken(locks)) is not None:
-        for lock in locks[: locks.index(taken)]:  # whoever has the one that is taken may wait for these
+        for lock in locks[: locks.index(taken)]:  # the holder of ``taken`` may wait for these
             lock.release()
         has_time = taken.acquire(timeout=max(0.0, until - monotonic()))
         if not has_time:

@@ -126,7 +126,7 @@ def rename_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drop_ineffective(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what other models are told and has one possible meaning here; ``ValueError`` for another meaning."""
+    """Drop options that have no effect here; ``ValueError`` for a value that would need to have one."""
     for name, accepted in _ONE_MEANING.items():
         value = given.get(name, accepted[0])
         require(value in accepted, name, value, " or ".join(map(repr, accepted)))

@@ -146,7 +146,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return super()._get_invocation_params(stop, **_omit(kwargs, "tracked_documents"))
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The key of LangChain's response cache; neither conversation nor borders are part of the question."""
+        """The key of LangChain's response cache. It leaves out the session and documents of a call."""
         return super()._get_llm_string(stop, **_omit(kwargs, "session", "documents", "tracked_documents"))
 
     def _make_piece(self, calls: ToolCallChunks, chunk: GenerationChunk) -> ChatGenerationChunk:

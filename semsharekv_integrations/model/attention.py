@@ -1,8 +1,8 @@
 """Attention of one forward pass, watched or shortened through transformers' attention interface.
 
 ``watched_attention`` collects what some rows attend to. ``blocked_attention`` computes rows in blocks, each over the
-keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask, and with one every
-row meets every key otherwise: twice what causal attention needs.
+keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask. Without blocks,
+every row then meets every key: twice the work of causal attention.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Use another attention function inside; it gives other users of the model at the same time the same results."""
+    """Use another attention function inside. Others who use the model meanwhile still get the same results."""
     if name not in AttentionInterface():
         AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _attend_by_blocks}[name])
         AttentionMaskInterface.register(name, sdpa_mask)

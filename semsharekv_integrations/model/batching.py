@@ -78,7 +78,7 @@ class SharedDecoding:
         return row
 
     def step(self, row: Row, ids: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` has its KV once the call leaves."""
+        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` need not be whole before ``leave``."""
         with self._turn:
             takes = self._takes(cache)
         if not takes:
@@ -109,7 +109,7 @@ class SharedDecoding:
             self._turn.notify_all()
 
     def _work(self, waiting: list[Row]) -> None:
-        """Advance those who wait, then let go those who have left, the others of their group with their KV."""
+        """Advance the waiting rows. Then drop rows that left, and give the rest of their group its KV back."""
         self._is_busy = True
         try:
             if waiting:
@@ -207,7 +207,7 @@ class SharedDecoding:
 
 
 def merge_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
-    """One cache [B, H, T, D] of several, each behind so many slots of padding [B] that all end together."""
+    """Join caches to one [B, H, T, D], padded on the left to end together; also return the padding [B]."""
     lengths = np.array([cache.layers[0].keys.shape[2] for cache in caches], dtype=np.int64)
     pads = lengths.max() - lengths
 

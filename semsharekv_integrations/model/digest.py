@@ -87,7 +87,7 @@ class Samples:
         self._next = 0
 
     def hold(self) -> bool:
-        """Whether those whose turn it is are as they were."""
+        """Whether the samples now due are unchanged."""
         self._next += 1
         chosen = (parts[self._next % len(parts)] for parts in self._kinds)
         return all(show() == before for show, before in chosen)

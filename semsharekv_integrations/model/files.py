@@ -153,7 +153,7 @@ class ModelFiles:
 
     @cached_property
     def base(self) -> ModelFiles:
-        """Those of configuration and weights: of the adapter's base model, or these."""
+        """The files of the adapter's base model, or these if there is no adapter."""
         if self.adapter is None:
             return self
         kept = {key: value for key, value in self._given.items() if key not in ("revision", "subfolder")}

@@ -106,7 +106,7 @@ class RowPass:
     def _narrow(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layer's arguments for ``rows`` alone; hidden states come for the rows before, the rest for the first."""
+        """The layer's arguments for ``rows``. Hidden states come for ``self.rows``, positions for the first rows."""
         states = args[0]
         if len(rows) < states.shape[1]:
             states = _pick(states, torch.searchsorted(self.rows, rows))

@@ -182,7 +182,7 @@ class _Selection:
     def __init__(self, plan: ReusePlan, cache: GatheredCache, device: torch.device) -> None:
         self.plan = plan
         self.cache = cache
-        # borrowed: behind no boundary, so that their deviation says how good borrowing is
+        # borrowed: without boundary tokens, so that deviation tells how good borrowing is
         masks = plan.optional, plan.optional | plan.relevant, plan.must
         self._optional, self._borrowed, self._must = (torch.from_numpy(mask).to(device) for mask in masks)
         self._priority: Tensor | None = None

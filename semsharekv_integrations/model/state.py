@@ -297,7 +297,7 @@ def _freeze(name: str, value: Any) -> Any:
 
 
 def _flatten(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or those that one of a quantized class is made of, named so that their meaning is told."""
+    """Yield a tensor, or the parts of a quantized one; names tell its class and what each part is."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return

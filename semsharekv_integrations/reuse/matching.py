@@ -77,7 +77,7 @@ class FuzzyMatcher:
         Args:
             rendered: the prompt.
             open_tokens: [T] without a source so far; nothing else is matched.
-            namespace: the only one looked at.
+            namespace: read, and the shared one.
         """
         wanted = [s for s in list_segments(rendered) if open_tokens[s.start : s.stop].mean() > 1 - MOST_COVERED]
         if not wanted:

@@ -18,7 +18,7 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
 from semsharekv_integrations.reuse.selection import choose_relevant_tokens, score_documents, spread_shares
 
-# Of a layer's cost: queries, keys and values alone, as deviation is measured; an upper estimate.
+# Share of a layer's cost to measure deviation (queries, keys, values alone); an upper estimate.
 PROJECTION_SHARE = 0.25
 _LONGEST_EDIT_TOKENS = 16
 
@@ -80,7 +80,7 @@ class ReusePlan:
     def find_document_spans(self) -> dict[str, Span]:
         """Find the documents that borrowed KV may come from; each stands from the first token on that borrows from it.
 
-        KV comes from its own token and from those before it, so documents behind it in the reference have no part.
+        A token's KV depends on that token and those before it, so later documents in the reference play no part.
         """
         starts: dict[str, int] = {}
         for borrowing in self.borrowings:

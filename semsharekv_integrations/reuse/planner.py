@@ -44,7 +44,7 @@ class Planner:
 
         Args:
             rendered: the prompt.
-            namespace: the only one that is read.
+            namespace: read, and the shared one.
             session: whose approximate KV may be continued.
             suspended: whether the audit has put an end to reuse that is not exact (in mode ``exact``, to all).
             watch: takes the time of each part.

@@ -1,8 +1,8 @@
 """Which tokens matter: those that the question is about or attends to, and those whose borrowed KV deviates.
 
 Selective prefill ranks borrowed tokens by attention and by deviation; each signal has a quota. A token's priority is
-its best rank as a share of that signal's quota: below 1 it is selected. A smaller share selects a smaller set inside
-the larger one, as recomputing over depth needs, since a dropped token has no hidden state to come back with.
+its best rank as a share of that signal's quota: below 1 it is selected. A smaller share selects a subset of what a
+larger one selects. Deeper layers need that: a dropped token has no hidden state to come back with.
 
 Documents are scored by Okapi BM25 over token ids alone, which is not part of SemShareKV (arXiv 2509.24832). A document
 that the answer hangs on is computed as a whole: some of its tokens alone would still take their context from borrowed

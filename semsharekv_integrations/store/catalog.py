@@ -124,8 +124,8 @@ class Catalog:
     def abandon(self) -> None:
         """In a forked child: never touch the connection again, not even to close it.
 
-        SQLite would take the parent's locks for its own, and closing would write to the parent's files. Python closes
-        what nothing refers to, so this counts one reference too many.
+        SQLite would take the parent's locks for its own, and closing would write to the parent's files. Python closes a
+        connection without references, so this adds one that stays.
         """
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._db))
         self._db = sqlite3.connect(":memory:")

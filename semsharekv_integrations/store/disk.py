@@ -63,7 +63,7 @@ class DiskTier:
         return whole.view_part(first, stop)
 
     def save(self, node: Node, packed: PackedKV, namespace: str) -> bool:
-        """Write a node; whether there was a directory, room, and everything before the node on disk."""
+        """Write a node; whether it was written. Needs a directory, room, and its ancestors on disk."""
         before = node.path()[:-1]
         if self._directory is None or any(earlier.on_disk is None for earlier in before):
             return False

@@ -110,7 +110,7 @@ class Entries:
                 self._drop_namespace(name)
         began = self._wall_clock() - self._clock()
         for entry, used_s in found:
-            entry.last_used_s = min(used_s - began, self._clock())  # a clock that was set back makes none younger
+            entry.last_used_s = min(used_s - began, self._clock())  # a clock set back puts no use in the future
             self.add(entry)
         self.expire()
         self.tiers.disk.commit()
@@ -136,7 +136,7 @@ class Entries:
         return [entry for name in names for entry in self.namespaces[name]]
 
     def list_names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
-        """The names under which ``namespaces`` has a namespace: of one state of the model, or of every state."""
+        """The keys that a namespace may have in ``namespaces``: for one state of the model, or for all."""
         return [namespace, *self._later.get(namespace, ())] if state is None else [make_space_name(namespace, state)]
 
     def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
@@ -211,8 +211,8 @@ class Entries:
     def remove_all(self, entries: Sequence[Entry], purged: Iterable[SpaceName] = (), *, at_once: bool = True) -> int:
         """Remove entries in one transaction, so that nothing of them stays on disk; how many.
 
-        Unless ``at_once``, later calls delete the files that are left. In the namespaces ``purged`` nothing stays of
-        entries that were removed before, either.
+        Unless ``at_once``, later calls delete the files that are left. In the namespaces ``purged``, this also
+        clears away what earlier removals left.
         """
         for entry in entries:
             self.remove(entry)
@@ -317,7 +317,7 @@ class Entries:
         return found
 
     def _attach_nodes(self, records: Iterable[NodeRecord]) -> dict[str, tuple[Node, FileRange]]:
-        """Put the nodes that fit together into their trees; each by its id, with the place of its KV."""
+        """Put the nodes that fit together into their trees; return each and its place, by id."""
         nodes: dict[str, tuple[Node, FileRange]] = {}
         for record in records:
             tree = self.ensure_namespace(record.namespace).tree

@@ -1,7 +1,7 @@
-"""What is forgotten: the entries that a document stands in, whoever named it, and the calls in progress.
+"""Forgetting: finds the entries that hold a document, and keeps calls in progress from bringing it back.
 
-A document's own tokens are looked for, not only its name. A call stores what it computed when it ends, and what was
-forgotten meanwhile may stand in that: none of them brings it back.
+It looks for a document's tokens, not only for its name. A call stores nothing if it holds what was forgotten
+since it began, so that nothing comes back.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def entries_with(
         document_id: its name.
         entries: all of one namespace.
         tokens: more forms of its text than the entries with its name have.
-        text_of: the text of tokens; without it a document whose ends are cut otherwise in an entry is found there by
-            its name alone.
+        text_of: turns tokens into text. Without it, an entry that cuts the document's ends otherwise is found by its
+            name alone.
     """
     carrying = {entry.key for entry in entries if document_id in entry.reference.document_starts}
     forms = forms_of(document_id, entries, tokens)
@@ -99,7 +99,7 @@ class Forgotten(NamedTuple):
 
 
 class Since:
-    """A moment, from which on all that is forgotten is found, for as long as something holds it."""
+    """A moment. While something holds it, ``forgotten`` finds all that was forgotten after it."""
 
     _forgotten: Forgotten | None = None  # next, and the moment behind it
     _later: Since | None = None
@@ -115,7 +115,7 @@ class Since:
 class UnderWay:
     """What was forgotten while calls were under way.
 
-    To begin a call takes no lock, so that an interruption leaves none taken; only one thread at a time may ``tell``.
+    ``begin`` takes no lock, so an interruption leaves none taken. Only one thread at a time may call ``tell``.
     """
 
     def __init__(self) -> None:

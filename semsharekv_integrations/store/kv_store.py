@@ -235,8 +235,8 @@ class KVStore:
     ) -> int:
         """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
 
-        Of every state of the model, but for those that ``spare`` is true of. Returns how many, not counting entries
-        that had expired: the count does not tell what others did since. For ``tokens`` and ``text_of`` see
+        Of every state of the model, but for those that ``spare`` is true of. Returns how many. Expired entries do
+        not count, because other calls may have dropped them before. For ``tokens`` and ``text_of`` see
         ``entries_with``.
         """
         with _Work(self._entries):

@@ -32,7 +32,7 @@ class Entry:
         node: the node that it ends with.
         last_used_s: by the store's clock.
         hits: number of times it was found.
-        stays: whether it stays, on disk, beside a longer entry that begins with it and could not be written there.
+        stays: whether it stays on disk because a longer entry that begins with it could not be written there.
     """
 
     reference: Reference
@@ -52,7 +52,7 @@ class Entry:
 
 
 def join_labels(kept: Reference, absorbed: Reference) -> Reference:
-    """Add the labels of an entry that ``kept`` contains; it expires as soon as either would."""
+    """Add to ``kept`` the labels of ``absorbed``, its beginning. The shorter lifetime counts."""
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
     spans = {key: min(own, absorbed.spans.get(key, own), key=_order) for key, own in kept.spans.items()}
     return replace(

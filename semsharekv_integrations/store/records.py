@@ -37,7 +37,7 @@ class NodeRecord(NamedTuple):
 
     id: str
     parent: str | None  # None at position 0
-    namespace: str  # the only one that may read it
+    namespace: str  # who may read it; all, if shared
     token_ids: TokenIds  # [N]
     file: str
     first: int  # the token of the file that is its first
@@ -47,7 +47,7 @@ class EntryRecord(NamedTuple):
     """A stored prompt: the path to a node, and its labels."""
 
     id: str
-    namespace: str  # the only one that may read it
+    namespace: str  # who may read it; all, if shared
     node: str  # that it ends with
     labels: Mapping[str, Any]  # see ``pack_labels``
     hits: float
