@@ -13,9 +13,9 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from rote_model import rote_tokenizer, trained_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rote_model import rote_tokenizer, trained_model
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.langchain import ChatSemShareKV
 

@@ -31,7 +31,7 @@ WRITTEN = {
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(Path(__file__).parents[1] / "stored_directory", tmp_path / "kv"))
+    return Path(shutil.copytree(Path(__file__).parent / "stored_directory", tmp_path / "kv"))
 
 
 @pytest.fixture(params=[1000, 0], ids=["with room in memory", "on disk alone"])

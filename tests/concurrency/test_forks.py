@@ -237,7 +237,7 @@ print(store.stats()["write_failed"])
 @pytest.mark.parametrize("way", ["fork", "multiprocessing"])
 def test_a_child_that_ends_as_scripts_do(tmp_path: Path, way: str) -> None:
     """With all finalizers, and the modules torn down."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
     command = [sys.executable, "-c", ENDING, str(tmp_path), way, TRY]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.stdout.split() == ["taken", "0"], done

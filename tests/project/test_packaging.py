@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from semsharekv_integrations import versions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EARLIER = {"torch"}  # its oldest version ran the checks of docs/gpu.md
 
