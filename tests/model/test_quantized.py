@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
-from semsharekv_integrations.model.loading import embeddings_of
+from semsharekv_integrations.model.layers import read_embeddings
 from tiny_models import make_model
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -36,7 +36,7 @@ def quantized_model(parts: str, size: int, scale: float = 1.0) -> Any:
 
 def test_embeddings_are_those_that_the_model_looks_up(parts: str) -> None:
     quantized = quantized_model(parts, 99)
-    found, ids = embeddings_of(quantized), torch.tensor([1, 7, 5])
+    found, ids = read_embeddings(quantized), torch.tensor([1, 7, 5])
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found[ids], quantized.get_input_embeddings()(ids).detach(), rtol=0, atol=0)
 
