@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args
 
 from semsharekv_integrations.errors import (
     IN_UTF8,
+    check_fields,
     check_lifetime,
+    is_name,
     is_number,
     is_path,
     is_share,
@@ -155,25 +157,28 @@ class ReuseConfig:
         return getattr(self, name) is not None
 
 
+def _is_part(value: object) -> bool:
+    return value is None or (is_share(value) and value != 0)
+
+
 def _check_rules(rules: ReuseConfig) -> None:
     """Raise ``ValueError`` for a value that is out of bounds."""
-
-    def check(accepted: str, fits: Callable[[Any], bool], *names: str) -> None:
-        for name in names:
-            require(fits(getattr(rules, name)), f"reuse.{name}", getattr(rules, name), accepted)
-
+    check = partial(check_fields, rules, "reuse.")
     check("None or 2 or more", lambda value: is_whole(value, 2), "min_run_tokens")
     check("None or 1 or more", lambda value: is_whole(value, 1), "tail_tokens")
     check("None or 0 or more", lambda value: is_whole(value, 0), "boundary_tokens", "edit_tokens", "full_layers")
     check("None or 0 to 1", is_share, "attention_ratio", "relevance_ratio", "deviation_ratio", "final_share")
     check("None or 0 to 1", is_share, "max_compute_ratio", "min_token_similarity")
     check("None, True or False", lambda value: isinstance(value, bool), "fuzzy", "guard_facts", "rotate_keys")
-    check("None or above 0", lambda value: is_number(value) and value > 0, "max_deviation", "retention_final_share")
+    check("None or above 0", _is_above_0, "max_deviation", "retention_final_share")
     needed = "1 or more where deviation_ratio is above 0 or fuzzy is on"
     check(needed, lambda value: value > 0 or not (rules.deviation_ratio > 0 or rules.fuzzy), "full_layers")
-    is_part = lambda value: value is None or (is_share(value) and value > 0)  # noqa: E731
-    check("None, or above 0 up to 1", is_part, "min_similarity", "retention_ratio")
+    check("None, or above 0 up to 1", _is_part, "min_similarity", "retention_ratio")
     check("None, 0, or 8 or more", lambda value: value == 0 or is_whole(value, 8), "lsh_bits")
+
+
+def _is_above_0(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 PRESETS: dict[Mode, ReuseConfig] = {}  # of the modes that reuse KV off the prefix
@@ -257,20 +262,14 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
-        for name in ("max_bytes", "host_max_bytes", "disk_max_bytes"):
-            require(is_whole(getattr(self, name), 0), f"store.{name}", getattr(self, name), "0 or more bytes")
+        check = partial(check_fields, self, "store.")
+        check("0 or more bytes", lambda value: is_whole(value, 0), "max_bytes", "host_max_bytes", "disk_max_bytes")
         check_lifetime("store.ttl_s", self.ttl_s)
-        require(self.directory is None or is_path(self.directory), "store.directory", self.directory, "None or a path")
-        require(
-            self.kv_bits is None or (is_whole(self.kv_bits, 8) and self.kv_bits == 8),
-            "store.kv_bits",
-            self.kv_bits,
-            "None or 8",
-        )
-        require(self.eviction in EVICTIONS, "store.eviction", self.eviction, " or ".join(map(repr, EVICTIONS)))
-        shared = self.shared_namespace
-        named = isinstance(shared, str) and bool(shared) and is_utf8(shared)
-        require(shared is None or named, "store.shared_namespace", shared, f"None or a non-empty string{IN_UTF8}")
+        check("None or a path", lambda value: value is None or is_path(value), "directory")
+        check("None or 8", lambda value: value is None or (is_whole(value, 8) and value == 8), "kv_bits")
+        check(" or ".join(map(repr, EVICTIONS)), lambda value: value in EVICTIONS, "eviction")
+        accepted = f"None or a non-empty string{IN_UTF8}"
+        check(accepted, lambda value: value is None or is_name(value), "shared_namespace")
 
 
 @dataclass(frozen=True)
@@ -291,20 +290,8 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
-        require(
-            is_number(self.sample_ratio) and 0 <= self.sample_ratio <= 1,
-            "audit.sample_ratio",
-            self.sample_ratio,
-            "0 to 1",
-        )
-        require(
-            is_number(self.min_agreement) and 0 <= self.min_agreement <= 1,
-            "audit.min_agreement",
-            self.min_agreement,
-            "0 to 1",
-        )
-        require(is_whole(self.tokens, 1), "audit.tokens", self.tokens, "1 or more")
-        require(is_whole(self.window, 1), "audit.window", self.window, "1 or more")
+        check_fields(self, "audit.", "0 to 1", is_share, "sample_ratio", "min_agreement")
+        check_fields(self, "audit.", "1 or more", lambda value: is_whole(value, 1), "tokens", "window")
 
 
 @dataclass(frozen=True)
@@ -334,13 +321,11 @@ class EngineConfig:
         for name, kind in (("reuse", ReuseConfig), ("store", StoreConfig), ("audit", AuditConfig)):
             value = getattr(self, name)
             require(isinstance(value, kind), name, value, f"{'an' if name == 'audit' else 'a'} {kind.__name__}")
-        require(is_whole(self.max_batch_size, 1), "max_batch_size", self.max_batch_size, "1 or more calls")
-        most = self.max_calls
-        require(most is None or is_whole(most, 1), "max_calls", most, "None or 1 or more calls")
-        limit = self.max_context_tokens
-        require(limit is None or is_whole(limit, 2), "max_context_tokens", limit, "None or 2 or more tokens")
-        rounds = self.store.kv_bits is not None
-        allowed = not rounds or self.reuse.mode in PRESETS
+        check = partial(check_fields, self, "")
+        check("1 or more calls", lambda value: is_whole(value, 1), "max_batch_size")
+        check("None or 1 or more calls", lambda value: value is None or is_whole(value, 1), "max_calls")
+        check("None or 2 or more tokens", lambda value: value is None or is_whole(value, 2), "max_context_tokens")
+        allowed = self.store.kv_bits is None or self.reuse.mode in PRESETS
         require(allowed, "store.kv_bits", self.store.kv_bits, f"None in mode {self.reuse.mode!r}, whose KV is exact")
 
     @property
@@ -385,14 +370,12 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
-        require(is_whole(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "1 or more")
+        check = partial(check_fields, self, "")
+        check("1 or more", lambda value: is_whole(value, 1), "max_new_tokens")
         check_stop(self.stop)
-        require(is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
-        require(self.top_k is None or is_whole(self.top_k, 1), "top_k", self.top_k, "None or 1 or more")
-        penalty = self.repetition_penalty
-        require(
-            penalty is None or (is_number(penalty) and penalty > 0), "repetition_penalty", penalty, "None or above 0"
-        )
-        seed_fits = self.seed is None or (is_whole(self.seed, 0) and self.seed < 2**63)
-        require(seed_fits, "seed", self.seed, "None or an integer from 0 to 2**63 - 1")
+        check("0 or more", lambda value: is_number(value) and value >= 0, "temperature")
+        check("above 0, up to 1", lambda value: _is_part(value) and value is not None, "top_p")
+        check("None or 1 or more", lambda value: value is None or is_whole(value, 1), "top_k")
+        check("None or above 0", lambda value: value is None or _is_above_0(value), "repetition_penalty")
+        accepted = "None or an integer from 0 to 2**63 - 1"
+        check(accepted, lambda value: value is None or (is_whole(value, 0) and value < 2**63), "seed")

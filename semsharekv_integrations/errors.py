@@ -1,14 +1,13 @@
-"""Errors that callers may want to catch. Bad arguments raise ``ValueError`` naming field, value and bound.
+"""Errors that callers may want to catch, and checks of what callers give.
 
-None of these is a ``ValueError``: LlamaIndex takes that for a badly written answer, and goes on without one.
-
-Checks of settings: an error names the field, the value and what is accepted.
+A bad argument is a ``ValueError`` that names the field, the value and what is accepted. No class here is one: LlamaIndex
+takes a ``ValueError`` for a badly written answer, and goes on without one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from os import PathLike
 from typing import Any
@@ -65,6 +64,12 @@ def require(ok: bool, name: str, value: object, accepted: str) -> None:
     """Raise ``ValueError`` with field, value and what is accepted, unless ``ok``."""
     if not ok:
         raise ValueError(f"{name} is {show_value(value)}; accepted is {accepted}")
+
+
+def check_fields(owner: object, prefix: str, accepted: str, fits: Callable[[Any], bool], *names: str) -> None:
+    """Raise ``ValueError`` for the first attribute of ``owner`` among ``names`` whose value does not fit."""
+    for name in names:
+        require(fits(getattr(owner, name)), f"{prefix}{name}", getattr(owner, name), accepted)
 
 
 def show_value(value: object) -> str:
@@ -133,6 +138,11 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_name(value: object) -> bool:
+    """Whether ``value`` is a string that is not empty and can be written as UTF-8."""
+    return isinstance(value, str) and bool(value) and is_utf8(value)
 
 
 def is_json(value: object) -> bool:

@@ -1,7 +1,4 @@
-"""What a caller asked for, checked before anything is computed.
-
-Checks of what callers give to methods of the engine beside the options of a call: see ``request``.
-"""
+"""What a caller asked for, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from semsharekv_integrations.errors import (
     check_lifetime,
     count_nesting,
     is_json,
+    is_name,
     is_path,
     is_utf8,
     make_plain,
@@ -152,12 +150,10 @@ class Request:
 
     def require_documents(self, rendered: Rendered) -> None:
         """Raise ``ValueError`` for a document that the caller gave and that does not stand in the prompt."""
-        if self.required:
-            there = {segment.document_id for segment in rendered.segments} | rendered.unplaced.keys()
-            missing = sorted(self.required - there)
-            for key in missing[:1]:
-                field, accepted = f"documents[{show_value(key)}]", "text that stands in the prompt word for word"
-                require(False, field, self.documents[key], accepted)
+        there = {segment.document_id for segment in rendered.segments} | rendered.unplaced.keys()
+        for key in sorted(self.required - there):
+            field, accepted = f"documents[{show_value(key)}]", "text that stands in the prompt word for word"
+            require(False, field, self.documents[key], accepted)
 
     def fit_window(self, prompt_tokens: int, context_window: int | None) -> Request:
         """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
@@ -291,26 +287,21 @@ def check_namespace(namespace: object) -> str:
 
 def check_name(field: str, name: object) -> str:
     """A name that is a non-empty string, and can be written down as UTF-8."""
-    require(_is_name(name), field, name, _NAME)
+    require(is_name(name), field, name, _NAME)
     return make_plain(cast(str, name))
 
 
 def check_optional_name(field: str, name: object) -> str | None:
     """As ``check_name``, where None is a choice too."""
-    require(name is None or _is_name(name), field, name, f"None or {_NAME}")
+    require(name is None or is_name(name), field, name, f"None or {_NAME}")
     return None if name is None else make_plain(cast(str, name))
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and bool(name) and is_utf8(name)
 
 
 def read_documents(documents: object, accepted: str = DOCUMENTS) -> dict[str, str]:
     """Texts by id; a text given without one gets a digest of itself."""
     if isinstance(documents, Mapping):
         for key in documents:
-            named = isinstance(key, str) and bool(key) and is_utf8(key)
-            require(named, "documents", key, f"ids that are non-empty strings{IN_UTF8}")
+            require(is_name(key), "documents", key, f"ids that are non-empty strings{IN_UTF8}")
         return {make_plain(key): _check_text(f"documents[{show_value(key)}]", text) for key, text in documents.items()}
     a_list = isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray))
     require(a_list, "documents", documents, accepted)
