@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from probes import measure_lsh_recall
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.lab.world import Document
@@ -30,7 +31,6 @@ from semsharekv_integrations.reuse.matching import (
     compute_paper_similarity,
     find_nearest_tokens,
     measure_hamming_distance,
-    measure_lsh_recall,
     rotate_embeddings,
 )
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SentenceEmbedder

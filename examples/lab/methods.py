@@ -11,16 +11,20 @@ computed in the call got right by themselves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from semsharekv_integrations import ReuseConfig
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.kv import LayerKV, Reference
 from semsharekv_integrations.lab import command
-from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Corrupt, Policy
+from semsharekv_integrations.lab.bench import Bench, Study
+from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Policy, Subject
+
+Corrupt = Callable[[Reference], Reference]
 
 RAW = ReuseConfig(
     mode="identical",
@@ -51,6 +55,32 @@ METHODS = {
         _BLIND,
     ),
 }
+
+
+class CorruptingBench(Bench):
+    """The bench over stored references that it damages first.
+
+    Args:
+        subject: what is measured on.
+        study: what is measured.
+        corrupt: changes the stored references of a policy, by its name.
+
+    Raises:
+        ValueError: as ``Bench``, or if ``corrupt`` names no policy.
+    """
+
+    def __init__(self, subject: Subject, study: Study, corrupt: Mapping[str, Corrupt]) -> None:
+        super().__init__(subject, study)
+        self._corrupt = corrupt
+        policies = [*self.engines, *self.missing]
+        unknown = sorted(corrupt.keys() - set(policies))
+        require(not unknown, "corrupt", ", ".join(unknown), f"policies of this run: {', '.join(policies)}")
+
+    def store_references(self, policy: str, references: Sequence[Reference]) -> float:
+        """Damage them, if the policy says so, before the time is taken."""
+        if policy in self._corrupt:
+            references = [self._corrupt[policy](reference) for reference in references]
+        return super().store_references(policy, references)
 
 
 def make_corruptions(names: Iterable[str], seed: int) -> dict[str, Corrupt]:
@@ -87,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.policies = args.policies or list(METHODS)
     study, subject = command.prepare(args, METHODS)
     corrupt = make_corruptions(study.configs, args.seed)
-    command.run_study(replace(study, corrupt=corrupt), subject, args)
+    command.run_study(study, subject, args, partial(CorruptingBench, corrupt=corrupt))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.layers import find_layers
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, measure_lsh_recall, rotate_embeddings
+from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, find_nearest_tokens, rotate_embeddings
 from semsharekv_integrations.reuse.similarity import PooledEmbedder
 
 SIMILARITY = Figure("similarity", "similarity", ".2f", lambda p: p.own.extra.get("similarity"), over=lambda o: True)
@@ -34,6 +34,7 @@ RECALL = Figure(
     "lsh_recall", "LSH recall", ".3f", lambda p: p.own.extra.get("lsh_recall"), estimate_mean, over=lambda o: True
 )
 _PROCESS = Path("/proc/self")
+_EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 _RESET_PEAK = "5"  # what Linux takes in clear_refs
 
 
@@ -70,6 +71,13 @@ class SimilarityProbe:
         texts = case.target.documents[case.asked], stored[case.asked]
         one, other = fitted.embed([_encode(self._tokenizer, text) for text in texts])
         return {"similarity": float(one @ other)}
+
+
+def measure_lsh_recall(target: torch.Tensor, reference: torch.Tensor, *, bits: int, candidates: int = 4) -> float:
+    """Measure the share of target tokens [T], 0 to 1, whose match by ``bits`` hash bits is as near as the nearest."""
+    exact = find_nearest_tokens(target, reference)
+    hashed = find_nearest_tokens(target, reference, bits=bits, candidates=candidates)
+    return float(np.mean(hashed.cosine >= exact.cosine - _EQUAL_COSINE))
 
 
 class RecallProbe:

@@ -83,19 +83,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Choice(NamedTuple):
-    """The model that the demo runs on.
+    """The model that the demo runs on."""
 
-    Attributes:
-        name: what ``from_pretrained`` takes.
-        title: for people.
-        gguf: the file to convert into the folder ``name`` first, or None.
-        notes: lines to print beforehand.
-    """
-
-    name: str
-    title: str
-    gguf: Path | None = None
-    notes: tuple[str, ...] = ()
+    name: str  # what `from_pretrained` takes
+    title: str  # for people
+    gguf: Path | None = None  # the file to convert into the folder `name` first, or None
+    notes: tuple[str, ...] = ()  # lines to print beforehand
 
 
 def choose_model(given: str | None) -> Choice:

@@ -24,7 +24,7 @@ from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.kv import Reference
 from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
-from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Corrupt, Subject, drop_guard
+from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Subject, drop_guard
 from semsharekv_integrations.lab.scenarios import Case, Scenario
 from semsharekv_integrations.lab.world import share_right
 
@@ -50,28 +50,19 @@ def watch_nothing(case: Case, policy: str, turn: int) -> Iterator[dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """What a run measures, and how its report counts.
-
-    Attributes:
-        configs: engine settings by policy.
-        corrupt: changes the stored references of a policy, by its name.
-        judging: ``exact`` takes an answer as right in the words of the case; ``mentions`` takes any words that hold its
-            facts, since other models were not trained on these words.
-        watch: wraps every call.
-        figures: what the rows of the report hold.
-        regroup: moves outcomes to other scenarios before they are counted.
-        about: a line on each policy that has one.
-    """
+    """What a run measures, and how its report counts."""
 
     title: str
     scenarios: Sequence[Scenario]
-    configs: Mapping[str, EngineConfig]
-    corrupt: Mapping[str, Corrupt] = field(default_factory=dict)
+    configs: Mapping[str, EngineConfig]  # engine settings by policy
+    # `exact` takes an answer as right in the words of the case; `mentions` takes any words that hold its facts, since
+    # other models were not trained on these words
     judging: Judging = "exact"
-    watch: Watch = watch_nothing
-    figures: Sequence[Figure] = FIGURES
+    watch: Watch = watch_nothing  # wraps every call
+    figures: Sequence[Figure] = FIGURES  # what the rows of the report hold
+    # moves outcomes to other scenarios before they are counted
     regroup: Callable[[Sequence[Outcome]], list[Outcome]] = list
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)  # a line on each policy that has one
 
 
 @dataclass
@@ -95,7 +86,7 @@ class Bench:
     allow, with the reasons. On random weights there is no deviation guard, and no answer is right or wrong.
 
     Raises:
-        ValueError: if ``off`` is no full prefill, or ``corrupt`` names no policy.
+        ValueError: if ``off`` is no full prefill.
     """
 
     def __init__(self, subject: Subject, study: Study) -> None:
@@ -106,8 +97,6 @@ class Bench:
         self.filler = SemShareEngine(subject.model, subject.tokenizer, _FILLER)
         configs = {FULL: _FULL_CONFIG, **study.configs}
         require(configs[FULL].reuse.mode == "off", f"configs[{FULL!r}].reuse.mode", configs[FULL].reuse.mode, "'off'")
-        unknown = sorted(study.corrupt.keys() - configs.keys())
-        require(not unknown, "corrupt", ", ".join(unknown), f"policies of this run: {', '.join(configs)}")
         for name, config in configs.items():
             try:
                 self.engines[name] = self._start_engine(drop_guard(config) if subject.is_random else config)
@@ -180,7 +169,7 @@ class Bench:
         collects = gc.isenabled()
         try:
             if engine.config.reuse.mode != "off":
-                store_s = self._store(outcome.policy, references)
+                store_s = self.store_references(outcome.policy, references)
             gc.disable()  # so that no call pays for another one's garbage
             with self.study.watch(case, outcome.policy, outcome.round) as extra:
                 generation = engine.generate(
@@ -201,12 +190,10 @@ class Bench:
         )
         return replace(outcome, right=right, stale=stale)
 
-    def _store(self, name: str, references: Sequence[Reference]) -> float:
+    def store_references(self, policy: str, references: Sequence[Reference]) -> float:
         """Put the references into a policy's store; how many seconds it took."""
-        engine, corrupt = self.engines[name], self.study.corrupt.get(name)
-        given = [corrupt(reference) for reference in references] if corrupt else references
-        began = time.perf_counter()
-        for reference in given:
+        engine, began = self.engines[policy], time.perf_counter()
+        for reference in references:
             stored = engine.store.put(reference)
             require(stored, "store.max_bytes", engine.config.store.max_bytes, f"{reference.num_bytes} or more")
         return time.perf_counter() - began

@@ -25,35 +25,23 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Outcome:
-    """One call: a case under one policy, in one round.
-
-    Attributes:
-        length: tokens that the prompt was asked to have, or None if it was drawn.
-        case: index within the scenario.
-        round: from 1 on; 0 is not timed.
-        expected: the right answer, or None if it is not known.
-        right: whether ``text`` is the right answer; None if that is not known.
-        agrees: whether it is what a full prefill gives; None if that failed.
-        stale: whether it is what the references' documents would answer; None if they say nothing else.
-        store_s: seconds that it took to put the references into the store.
-        store_bytes: in the store after the call.
-        extra: what a probe measured besides, by name.
-    """
+    """One call: a case under one policy, in one round."""
 
     scenario: str
-    length: int | None
+    length: int | None  # tokens that the prompt was asked to have, or None if it was drawn
     policy: str
-    case: int
-    round: int
+    case: int  # index within the scenario
+    round: int  # from 1 on; 0 is not timed
     report: ReuseReport = field(default_factory=lambda: ReuseReport("off", 0))
     text: str = ""
-    expected: str | None = None
-    right: bool | None = None
-    agrees: bool | None = None
+    expected: str | None = None  # the right answer, or None if it is not known
+    right: bool | None = None  # whether `text` is the right answer; None if that is not known
+    agrees: bool | None = None  # whether it is what a full prefill gives; None if that failed
+    # whether it is what the references' documents would answer; None if they say nothing else
     stale: bool | None = None
-    store_s: float | None = None
-    store_bytes: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    store_s: float | None = None  # seconds that it took to put the references into the store
+    store_bytes: int | None = None  # in the store after the call
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what a probe measured besides, by name
 
     @property
     def fired(self) -> bool:
@@ -142,27 +130,16 @@ def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], seed: 
 
 
 class Figure(NamedTuple):
-    """One figure of a row.
+    """One figure of a row."""
 
-    Attributes:
-        name: in rows and in JSON.
-        title: above its column.
-        form: how it is written.
-        read: its value for a call; None where it has none.
-        statistic: of these values over the timed calls.
-        over: which calls; default: those that count.
-        scale: of the figure as it is written.
-        short: above its column on a terminal; nothing for a figure that is not shown there.
-    """
-
-    name: str
-    title: str
-    form: str
-    read: Callable[[Pair], float | None]
-    statistic: Callable[[Values, int], Estimate] = estimate_median
-    over: Callable[[Outcome], bool] = lambda outcome: outcome.is_counted
-    scale: float = 1.0
-    short: str = ""
+    name: str  # in rows and in JSON
+    title: str  # above its column
+    form: str  # how it is written
+    read: Callable[[Pair], float | None]  # its value for a call; None where it has none
+    statistic: Callable[[Values, int], Estimate] = estimate_median  # of these values over the timed calls
+    over: Callable[[Outcome], bool] = lambda outcome: outcome.is_counted  # which calls; default: those that count
+    scale: float = 1.0  # of the figure as it is written
+    short: str = ""  # above its column on a terminal; nothing for a figure that is not shown there
 
 
 def _compare_right(pair: Pair) -> float | None:
@@ -221,25 +198,18 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One policy in one scenario at one length.
-
-    Attributes:
-        fired: on how many of the cases KV was reused off the exact prefix.
-        counted: how many of them the figures are over.
-        rounds: timed rounds of each case.
-        figures: by name, those for which there is something to take them from.
-        note: why it was not measured, or why nothing was reused.
-    """
+    """One policy in one scenario at one length."""
 
     scenario: str
     length: int | None
     policy: str
     cases: int = 0
-    fired: int = 0
-    counted: int = 0
-    rounds: int = 0
+    fired: int = 0  # on how many of the cases KV was reused off the exact prefix
+    counted: int = 0  # how many of them the figures are over
+    rounds: int = 0  # timed rounds of each case
+    # by name, those for which there is something to take them from
     figures: Mapping[str, Estimate] = field(default_factory=dict)
-    note: str = ""
+    note: str = ""  # why it was not measured, or why nothing was reused
 
     def __getitem__(self, name: str) -> Estimate | None:
         return self.figures.get(name)

@@ -7,7 +7,7 @@ vocabulary is cut to the shipped tokenizer's, so embeddings and the output layer
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from types import MappingProxyType
@@ -19,10 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.kv import Reference
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
-
-Corrupt = Callable[[Reference], Reference]
 
 FULL, EXACT, RETAINED = "off", "exact", "retained"
 UNGUARDED = 1e9  # a ``max_deviation`` that no KV exceeds, so that no full prefill answers in its place
@@ -87,21 +84,13 @@ def drop_guard(config: EngineConfig) -> EngineConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured on.
+    """What is measured on."""
 
-    Attributes:
-        name: a path, hub id or preset.
-        model: with its weights, in evaluation mode.
-        tokenizer: the model's, or the shipped one.
-        is_random: whether the weights are random, so that no deviation and no answer means anything.
-        note: what a reader of the figures must know of it, perhaps nothing.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: Tokenizer
-    is_random: bool = False
-    note: str = ""
+    name: str  # a path, hub id or preset
+    model: PreTrainedModel  # with its weights, in evaluation mode
+    tokenizer: Tokenizer  # the model's, or the shipped one
+    is_random: bool = False  # whether the weights are random, so that no deviation and no answer means anything
+    note: str = ""  # what a reader of the figures must know of it, perhaps nothing
 
 
 SHAPES: Mapping[str, dict[str, Any]] = MappingProxyType(

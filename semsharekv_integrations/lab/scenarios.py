@@ -37,50 +37,30 @@ class Query:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt behind others that it resembles.
+    """One prompt behind others that it resembles."""
 
-    Attributes:
-        scenario: how it resembles them.
-        references: what is seen first.
-        target: what is then asked.
-        answer: the right answer, or None if it is not known. Its lines may come in any order.
-        stale: what the references' documents would answer, or None if that is the same or they do not say.
-        values: the facts of the right answer: what one in other words has to hold.
-        stale_values: the facts of the stale answer.
-        asked: id of the document that is asked about, or None if it is about several.
-    """
-
-    scenario: str
-    references: tuple[Query, ...]
-    target: Query
-    answer: str | None
+    scenario: str  # how it resembles them
+    references: tuple[Query, ...]  # what is seen first
+    target: Query  # what is then asked
+    answer: str | None  # the right answer, or None if it is not known. Its lines may come in any order
+    # what the references' documents would answer, or None if that is the same or they do not say
     stale: str | None = None
-    values: tuple[str, ...] = ()
-    stale_values: tuple[str, ...] = ()
-    asked: str | None = None
+    values: tuple[str, ...] = ()  # the facts of the right answer: what one in other words has to hold
+    stale_values: tuple[str, ...] = ()  # the facts of the stale answer
+    asked: str | None = None  # id of the document that is asked about, or None if it is about several
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Cases that a report counts together.
+    """Cases that a report counts together."""
 
-    Attributes:
-        name: how their prompts resemble what was seen.
-        cases: iterated once.
-        total: how many there are.
-        length: tokens that prompts were asked to have, or None if they were drawn.
-        rounds: of every case. Round 0 is not timed: one-time costs fall into it.
-        max_new_tokens: of an answer; None for a few more than the right one has.
-        problem: why there are no cases, or nothing.
-    """
-
-    name: str
-    cases: Iterable[Case]
-    total: int
-    length: int | None = None
-    rounds: range = range(1, 2)
-    max_new_tokens: int | None = None
-    problem: str = ""
+    name: str  # how their prompts resemble what was seen
+    cases: Iterable[Case]  # iterated once
+    total: int  # how many there are
+    length: int | None = None  # tokens that prompts were asked to have, or None if they were drawn
+    rounds: range = range(1, 2)  # of every case. Round 0 is not timed: one-time costs fall into it
+    max_new_tokens: int | None = None  # of an answer; None for a few more than the right one has
+    problem: str = ""  # why there are no cases, or nothing
 
 
 class Scene(NamedTuple):

@@ -36,7 +36,6 @@ _EMBEDDING_ROPE_BASE, _EMBEDDING_HEAD = 10_000.0, 64  # for models that turn no 
 PAPER_BITS = 64
 PAPER_DISTANCE_SCALE = 30.0
 _BLOCK_TOKENS = 1024  # target tokens compared at a time by brute force
-_EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 
 
 class FuzzyMatcher:
@@ -217,13 +216,6 @@ def find_nearest_tokens(
         cosine, best = cosines.max(dim=1)
         positions = places.gather(1, best[:, None])[:, 0]
     return TokenMatches(positions.cpu().numpy(), cosine.clamp(-1, 1).cpu().numpy())
-
-
-def measure_lsh_recall(target: torch.Tensor, reference: torch.Tensor, *, bits: int, candidates: int = 4) -> float:
-    """Measure the share of target tokens [T], 0 to 1, whose match by ``bits`` hash bits is as near as the nearest."""
-    exact = find_nearest_tokens(target, reference)
-    hashed = find_nearest_tokens(target, reference, bits=bits, candidates=candidates)
-    return float(np.mean(hashed.cosine >= exact.cosine - _EQUAL_COSINE))
 
 
 def measure_hamming_distance(target: torch.Tensor, reference: torch.Tensor, *, bits: int = PAPER_BITS) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from methods import make_corruptions
+from methods import CorruptingBench, make_corruptions
 from semsharekv_integrations import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.lab import bench as lab_bench
@@ -217,7 +217,7 @@ def test_a_corrupted_policy_runs_on_corrupted_references(subject: Subject) -> No
     configs = {"exact": EngineConfig(), "zeroed": EngineConfig(), "random": EngineConfig()}
     corrupt = make_corruptions(configs, seed=0)
     assert corrupt.keys() == {"zeroed", "random"}
-    bench = Bench(subject, Study("", (), configs, corrupt))
+    bench = CorruptingBench(subject, Study("", (), configs), corrupt)
     agreements: dict[str, list[bool]] = {name: [] for name in configs}
     for case in scenarios.make_cases("reordered", 4, 0, (2, 3)):
         _, *others = outcomes_of(bench, replace(case, target=case.references[0]))
@@ -231,7 +231,7 @@ def test_full_prefill_must_be_one_and_corruptions_must_have_a_policy(subject: Su
     with pytest.raises(ValueError, match=r"configs\['off'\].reuse.mode is 'exact'"):
         Bench(subject, Study("", (), {"off": EngineConfig(reuse=ReuseConfig(mode="exact"))}))
     with pytest.raises(ValueError, match="corrupt is 'zeroed'; accepted is policies of this run: off, exact"):
-        Bench(subject, Study("", (), {"exact": EngineConfig()}, make_corruptions(["zeroed"], 0)))
+        CorruptingBench(subject, Study("", (), {"exact": EngineConfig()}), make_corruptions(["zeroed"], 0))
 
 
 def test_a_store_without_room_for_the_references_is_refused(subject: Subject) -> None:

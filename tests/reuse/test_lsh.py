@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from probes import measure_lsh_recall
 from semsharekv_integrations.reuse.matching import (
     compute_paper_similarity,
     find_nearest_tokens,
     measure_hamming_distance,
-    measure_lsh_recall,
     rotate_embeddings,
 )
 
