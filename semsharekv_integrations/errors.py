@@ -1,7 +1,7 @@
 """Errors that callers may want to catch, and checks of what callers give.
 
-A bad argument is a ``ValueError`` that names the field, the value and what is accepted. No class here is one: LlamaIndex
-takes a ``ValueError`` for a badly written answer, and goes on without one.
+A bad argument is a ``ValueError`` that names the field, the value and what is accepted. No class here is one, because
+LlamaIndex takes a ``ValueError`` for a badly written answer, and goes on without one.
 """
 
 from __future__ import annotations
