@@ -228,7 +228,7 @@ class Runtime:
                         decoder.cache = self._shorten(self._retainer, call.rendered, prefill.cache)
                     call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.measure_kv(decoder.cache))
         rest = reader.finish()
-        answer.end(is_whole=reader.stopped or decoder.is_complete or decoder.is_end(answer.token_ids[-1]))
+        answer.end(is_whole=reader.stopped or decoder.is_whole(answer.token_ids[-1]))
         yield from call.add(rest)
 
     def audit(self, call: Call, auditor: Auditor) -> None:

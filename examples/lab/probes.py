@@ -33,6 +33,7 @@ SIMILARITY = Figure("similarity", "similarity", ".2f", lambda p: p.own.extra.get
 RECALL = Figure(
     "lsh_recall", "LSH recall", ".3f", lambda p: p.own.extra.get("lsh_recall"), estimate_mean, over=lambda o: True
 )
+_EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 _PROCESS = Path("/proc/self")
 _EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 _RESET_PEAK = "5"  # what Linux takes in clear_refs
@@ -256,3 +257,10 @@ class CallProbe:
         else:
             yield found
         found["layers"] = self._clock.read()
+
+
+def measure_lsh_recall(target: torch.Tensor, reference: torch.Tensor, *, bits: int, candidates: int = 4) -> float:
+    """Measure the share of target tokens [T], 0 to 1, whose match by ``bits`` hash bits is as near as the nearest."""
+    exact = find_nearest_tokens(target, reference)
+    hashed = find_nearest_tokens(target, reference, bits=bits, candidates=candidates)
+    return float(np.mean(hashed.cosine >= exact.cosine - _EQUAL_COSINE))

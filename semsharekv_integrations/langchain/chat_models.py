@@ -207,12 +207,9 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
 
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may rely on; loads no weights and asks no network."""
-        reads, calls = (
-            ModelProfile(text_inputs=True, text_outputs=True),
-            ModelProfile(tool_calling=True, tool_choice=True),
-        )
+        known = ModelProfile(text_inputs=True, text_outputs=True, temperature=True)
+        known |= ModelProfile(tool_calling=True, tool_choice=True, structured_output=True)
         window = self._find_context_window()
-        known = reads | calls | ModelProfile(structured_output=True, temperature=True)
         return known if window is None else known | ModelProfile(max_input_tokens=window)
 
     def _find_context_window(self) -> int | None:

@@ -64,7 +64,6 @@ def find_in_artifacts(messages: Iterable[BaseMessage]) -> list[Named]:
 
 
 def _find_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
-    """The text blocks that carry ``cache_control``."""
     blocks = [block for message in messages if isinstance(message.content, list) for block in message.content]
     texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("cache_control")]
     return [(make_document_id(text), text) for text in texts if isinstance(text, str)]

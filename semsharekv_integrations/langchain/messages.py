@@ -134,7 +134,6 @@ def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict
 
 
 def _read_function_call(message: AIMessage) -> list[dict[str, Any]]:
-    """The call of a message from before there were tools."""
     function = message.additional_kwargs.get("function_call")
     if _has_calls(message) or not isinstance(function, Mapping) or not function.get("name"):
         return []

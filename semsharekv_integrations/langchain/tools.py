@@ -146,7 +146,6 @@ def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
 
 
 def _make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
-    """The parser of answers that were held to ``schema``."""
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if method == "function_calling":
         if is_class:

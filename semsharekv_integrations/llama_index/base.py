@@ -93,7 +93,6 @@ class EngineLLM(_Fields, FunctionCallingLLM):
         return value if value is None else str(value).removeprefix("torch.")
 
     def _check_fields(self) -> None:
-        """Refuse bad fields now rather than at the first call."""
         check_optional_name("namespace", self.namespace)
         Request.of("", self._make_options({}, ""))
 
@@ -263,7 +262,6 @@ def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _translate_choice(choice: Any) -> Any:
-    """The engine's name for a tool choice in OpenAI's form."""
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None

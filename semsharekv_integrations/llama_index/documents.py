@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,11 +45,6 @@ class NodeText:
     def find_form(self, text: str) -> str | None:
         """The form that stands in ``text``, if any."""
         return next((form for form in self.forms if form in text), None)
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """By which a prompt with this node can be forgotten."""
-        return tuple(key for key in (self.node_id, self.source_id) if key)
 
 
 class NodeNotes:
@@ -110,17 +105,15 @@ def name_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Docum
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
     read = [NodeText.read(item) if isinstance(item, BaseNode | NodeWithScore) else item for item in documents]
-    named, nodes = _name_texts(read, _join_texts(prompt)), [item for item in read if isinstance(item, NodeText)]
+    where, nodes = _join_texts(prompt), [item for item in read if isinstance(item, NodeText)]
+    named = (
+        (item.node_id, item.find_form(where) or next(iter(item.forms), ""))
+        if isinstance(item, NodeText)
+        else (make_document_id(item), item)
+        for item in read
+    )
     texts = collect_texts((key, text) for key, text in named if text)
     return _label_texts(texts, nodes, required=texts, covered={})
-
-
-def _name_texts(items: Iterable[Any], prompt: str) -> Iterator[tuple[str, Any]]:
-    for item in items:
-        if isinstance(item, NodeText):
-            yield item.node_id, item.find_form(prompt) or next(iter(item.forms), "")
-        else:
-            yield make_document_id(item), item
 
 
 def find_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
@@ -153,8 +146,8 @@ def _label_texts(
     groups: dict[str, list[str]] = {}
     for node in nodes:
         there = [node.node_id] if node.node_id in texts else covered.get(node.node_id, [])
-        for key in node.ids:
-            if key not in texts:
+        for key in (node.node_id, node.source_id):
+            if key and key not in texts:
                 groups.setdefault(key, []).extend(there)
     return DocumentNotes(texts, required, groups)
 

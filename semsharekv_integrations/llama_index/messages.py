@@ -153,7 +153,6 @@ def _read_call(call: Any) -> tuple[str, str, Any]:
 
 
 def _write_call(call: ToolCall) -> dict[str, Any]:
-    """A tool call as OpenAI has it, with its arguments as JSON text."""
     function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return {"id": call.id, "type": "function", "function": function}
 

@@ -34,10 +34,9 @@ from semsharekv_integrations.model.layers import (
     require_decoder,
     require_no_prompt_learning,
 )
-from semsharekv_integrations.model.state import StateWatch
+from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
 
 _PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_TOKENS = 12
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
 
@@ -202,7 +201,7 @@ class ModelAdapter:
         """
         rope = getattr(self.config, "rope_parameters", None) or {}
         groups = [rope, *(group for group in rope.values() if isinstance(group, dict))]
-        changing = [group for group in groups if group.get("rope_type") in _LENGTH_DEPENDENT_ROPE]
+        changing = [group for group in groups if group.get("rope_type") in LENGTH_DEPENDENT_ROPE]
         limits = (group.get("original_max_position_embeddings") for group in changing)
         return min((limit or self.config.max_position_embeddings for limit in limits), default=None)
 

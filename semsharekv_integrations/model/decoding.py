@@ -33,11 +33,9 @@ class Decoder:
     """Chooses tokens for one call.
 
     Args:
-        adapter: the model.
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
         together: the decode steps of the engine's other calls.
-        constraint: what the answer must look like, or None.
 
     Attributes:
         cache: what decoding goes on with; it holds KV of all tokens but the last when ``decode`` has ended.
@@ -85,14 +83,9 @@ class Decoder:
         finally:
             self._together.leave(row)
 
-    def is_end(self, token_id: int) -> bool:
-        """Whether ``token_id`` is one of the model's end-of-sequence tokens."""
-        return token_id in self._adapter.end_ids
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer is all that its constraint allows."""
-        return self._constraint is not None and self._constraint.is_complete
+    def is_whole(self, last_id: int) -> bool:
+        """Whether the answer ends by itself: in an end-of-sequence token, or where its constraint allows no more."""
+        return last_id in self._adapter.end_ids or (self._constraint is not None and self._constraint.is_complete)
 
     def _choose(self, logits: Tensor) -> tuple[int, Tensor]:
         with torch.inference_mode():

@@ -129,11 +129,6 @@ class ModelFiles:
         if self._has(_GENERATION):
             self._require_generation()  # transformers does without, and knows no end of answers
 
-    def require_tokenizer(self) -> None:
-        """Refuse a folder without a tokenizer."""
-        if self.is_local and not self.has_tokenizer:
-            raise self.explain("there is no tokenizer in its folder: no tokenizer.json, tokenizer.model or the like")
-
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer is among them."""

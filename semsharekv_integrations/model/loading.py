@@ -71,7 +71,6 @@ class NamedModel:
     """A local folder, a GGUF file, a hub id, or ``semsharekv/reference``; the folder may be that of a PEFT adapter.
 
     Args:
-        name: of the model.
         device: where the model goes, or None for CUDA if there is one, else the CPU. Leave it None with ``device_map``.
         dtype: ``auto`` for the dtype that the model's configuration names, else a torch dtype or its name.
         options: for ``AutoModelForCausalLM.from_pretrained``; what says where files are or how to read them, such as
@@ -136,7 +135,8 @@ class NamedModel:
         """Read from the model's folder or the hub; that of the base model for an adapter that brings none."""
         config = self.config
         files = self._files if self._files.has_tokenizer else self._files.base
-        files.require_tokenizer()
+        if files.is_local and not files.has_tokenizer:
+            raise files.explain("there is no tokenizer in its folder: no tokenizer.json, tokenizer.model or the like")
         options = files.options if files is self._files.base else files.options | {"config": config}
         with _explain_failure(files, "its tokenizer cannot be read"):
             tokenizer = AutoTokenizer.from_pretrained(files.path, **options)
@@ -256,7 +256,6 @@ def _require_whole(missing: Collection[str]) -> None:
 
 
 def _require_peft(files: ModelFiles) -> None:
-    """Refuse an adapter that cannot be loaded."""
     assert files.adapter is not None
     if not is_peft_available():
         raise files.explain("it is a PEFT adapter; loading it needs the package peft: pip install peft")
@@ -302,7 +301,6 @@ def _is_here(device: torch.device) -> bool:
 
 
 def _name_devices() -> str:
-    """The devices of this machine, as an error offers them."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "'cpu'; PyTorch finds no other device here"

@@ -41,12 +41,10 @@ class RowPass:
     """One pass.
 
     Attributes:
-        view: the decoder layers.
         cache: KV of all tokens, which takes up what is computed.
         rows: [N] positions of the tokens that go in, ascending; later those that are still active.
         choose: called once for each layer with its index, the active rows, and a function that computes the layer's
             fresh keys and values for them; returns the rows that stay, a subset.
-        dtype: of the mask.
         hidden: [T] tokens that have no KV yet and must not be seen, or None.
         row_layers: how many rows were computed, summed over layers.
     """

@@ -31,7 +31,7 @@ from semsharekv_integrations.model.layers import (
 from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
-from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens, select_tokens
+from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens
 
 
 class Outcome(NamedTuple):
@@ -202,7 +202,7 @@ class _Selection:
     def select(self, layer: int) -> Tensor:
         """[T] the tokens that ``layer`` computes."""
         assert self._priority is not None, "priorities are known"
-        return self._must | select_tokens(self._priority, self.plan.shares[layer])
+        return self._must | (self._priority < self.plan.shares[layer])
 
     def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
         """The rows that ``layer`` goes on with; deviation is measured on the way into the first layer that narrows."""

@@ -44,7 +44,7 @@ _MODULE_NAMES = frozenset(vars(nn.Module()))
 _ATTENTION = "_attn_implementation_internal"
 _OWN = "semsharekv"  # attention functions that stand in during a pass
 _HARMLESS_HOOKS = ("transformers.", "semsharekv_integrations.")  # which change no hidden states
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _CHANGING = ("inv_freq", "attention_scaling", "max_seq_len_cached")
 _PLAIN = {nn.Linear, nn.Identity}
 _DEEPEST = 4  # containers within containers
@@ -102,7 +102,6 @@ class StateWatch:
         return self._seen is not None and self._seen.in_training
 
     def _compute_keys(self, seen: _Snapshot) -> tuple[str, str]:
-        """Key and fingerprint."""
         key, fingerprint = (hashlib.blake2b(digest_size=16) for _ in range(2))
         for name, tensor, source in seen.tensors:
             digest = self._get_digest(name, tensor, source)
@@ -200,7 +199,6 @@ class Part(NamedTuple):
 
     Attributes:
         name: in the model.
-        module: itself.
         active: the adapters that take part in it, or None if it has none to choose from.
         only: of a container of adapters, those that take part; else None.
     """
@@ -246,7 +244,6 @@ class Part(NamedTuple):
 
 
 def _find_parts(model: nn.Module) -> list[Part]:
-    """The modules that take part, each once."""
     found: list[Part] = []
     seen: set[int] = set()
     pending: list[tuple[str, nn.Module, tuple[str, ...] | None]] = [("", model, None)]
@@ -349,7 +346,7 @@ def _changes_with_length(module: nn.Module, name: str) -> bool:
         return False
     found = vars(module).get("rope_type")
     kinds = found.values() if isinstance(found, dict) else [found]
-    return any(kind in str(known) for known in kinds for kind in _LENGTH_DEPENDENT_ROPE)
+    return any(kind in str(known) for known in kinds for kind in LENGTH_DEPENDENT_ROPE)
 
 
 def _tell(value: Any, in_this_process: bool, depth: int) -> str:

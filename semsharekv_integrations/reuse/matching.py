@@ -23,7 +23,7 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, Reference, Rendered, Rotation, Segment, TokenIds, rotate
 from semsharekv_integrations.reuse.facts import find_guarded_tokens, find_unlike_facts
 from semsharekv_integrations.reuse.plan import Borrowing
-from semsharekv_integrations.reuse.similarity import SegmentIndex, SegmentMatch
+from semsharekv_integrations.reuse.similarity import SegmentIndex
 from semsharekv_integrations.store import KVStore
 
 if TYPE_CHECKING:
@@ -42,12 +42,9 @@ class FuzzyMatcher:
     """Finds fuzzy matches for one model.
 
     Args:
-        store: where references are.
-        index: finds stored passages by similarity.
         embed: from token ids [N] to their input embeddings [N, hidden], the E-cache.
         pieces: from token ids [N] to each token's text.
         inverse_frequencies: [R] of the model's own rope, or None for the usual ones.
-        rules: bounds.
     """
 
     def __init__(
@@ -74,7 +71,6 @@ class FuzzyMatcher:
         """Match each segment that is mostly uncovered with the stored one nearest to it, if that is near enough.
 
         Args:
-            rendered: the prompt.
             open_tokens: [T] without a source so far; nothing else is matched.
             namespace: read, and the shared one.
         """
@@ -82,7 +78,10 @@ class FuzzyMatcher:
         if not wanted:
             return []
         texts = [rendered.token_ids[s.start : s.stop] for s in wanted]
-        found = [self._find_nearest(texts, name) for name in self._store.list_readable(namespace)]
+        found = []
+        for name in self._store.list_readable(namespace):
+            self._index.sync(self._store.references(name), name)
+            found.append(self._index.find_nearest(texts, name))
         least = self._rules.min_similarity
         threshold = self._index.embedder.threshold if least is None else least
         fetched: dict[str, Reference | None] = {}
@@ -118,11 +117,6 @@ class FuzzyMatcher:
         whole, stored = Segment("", 0, len(rendered.token_ids)), Segment("", 0, len(best.token_ids))
         borrowing = self._match_tokens(rendered, whole, best, stored, open_tokens)
         return [] if borrowing is None else [borrowing]
-
-    def _find_nearest(self, texts: Sequence[TokenIds], namespace: str) -> list[list[SegmentMatch]]:
-        """Find for each text the stored passage of one namespace that is most like it, or none."""
-        self._index.sync(self._store.references(namespace), namespace)
-        return self._index.find_nearest(texts, namespace)
 
     def _match_tokens(
         self, rendered: Rendered, segment: Segment, reference: Reference, stored: Segment, open_tokens: Mask

@@ -163,13 +163,11 @@ def build_plan(
     """Decide what is borrowed and what is computed.
 
     Args:
-        token_ids: [T].
+        token_ids: [T], of the prompt.
         prefix: the stored prefix to stand behind, or None.
         runs: identical runs behind the prefix, in prompt order, none overlapping.
         matches: similar tokens outside the runs.
         question: [T] tokens that are always computed.
-        rules: budgets and bounds.
-        num_layers: of the model.
         segments: what may be relevant to the question, documents or else passages, as (start, stop).
     """
     rules, start = rules.resolve(), prefix.num_tokens if prefix else 0

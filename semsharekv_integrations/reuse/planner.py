@@ -21,8 +21,6 @@ class Planner:
     """Plans prefills over one store.
 
     Args:
-        rules: the mode, its budgets and bounds.
-        store: where references are.
         matcher: finds fuzzy matches, or None where the rules ask for none.
         num_layers: of the model.
         max_tokens: longest prompt for which stored KV holds, or None.
@@ -43,11 +41,9 @@ class Planner:
         """Plan the prefill of one prompt; the last token is always computed.
 
         Args:
-            rendered: the prompt.
             namespace: read, and the shared one.
             session: whose approximate KV may be continued.
             suspended: whether the audit has put an end to reuse that is not exact (in mode ``exact``, to all).
-            watch: takes the time of each part.
         """
         watch = watch or Stopwatch()
         token_ids, approximate = rendered.token_ids, self._rules.is_approximate

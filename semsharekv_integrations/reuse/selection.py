@@ -48,7 +48,10 @@ class Signal(NamedTuple):
 
 
 def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
-    """Each token's best rank over the signals [T], as a share of their quotas; infinity if not ``eligible`` [T]."""
+    """Each token's best rank over the signals [T], as a share of their quotas; infinity if not ``eligible`` [T].
+
+    Those below ``share`` are selected where ``share`` of every quota is left.
+    """
     best = torch.full(eligible.shape, float("inf"), device=eligible.device)
     places = eligible.nonzero()[:, 0]
     for scores, quota_tokens in signals:
@@ -57,11 +60,6 @@ def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tens
             shares = torch.arange(len(order), device=best.device) / quota_tokens
             best[order] = torch.minimum(best[order], shares)
     return best
-
-
-def select_tokens(priority: torch.Tensor, share: float) -> torch.Tensor:
-    """Mark the tokens [T] that are kept when ``share`` of every quota is left."""
-    return priority < share
 
 
 def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -139,7 +137,6 @@ def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -
     """Compute the share of the tokens that each layer keeps, ``ratio`` on average.
 
     Args:
-        num_layers: of the model.
         ratio: above 0, up to 1.
         final_share: what the last layer keeps as a multiple of what the first one keeps, where none keeps more than
             all: 1 is the same everywhere, less decays exponentially with depth, more grows.

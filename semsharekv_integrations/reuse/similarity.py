@@ -110,7 +110,6 @@ class SentenceEmbedder:
 
     Args:
         name_or_path: hub id or local folder.
-        decode: text of token ids.
         threshold: see ``Embedder``; the default is calibrated for all-MiniLM-L6-v2.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
     """
@@ -150,9 +149,6 @@ class SegmentIndex:
     """Stored segments by namespace. Safe to use from several threads; every method holds one lock.
 
     References are held weakly: one that the store has dropped costs no memory and is never returned.
-
-    Args:
-        embedder: what makes segments comparable.
     """
 
     def __init__(self, embedder: Embedder) -> None:
@@ -195,12 +191,6 @@ class SegmentIndex:
                 index.drop(index.segments.keys() - set(reference_ids))
                 if not index.segments:
                     del self._namespaces[namespace]
-
-    def check(self) -> None:
-        """Assert the law: one vector of norm 1 for each text, and every text owned by references of its namespace."""
-        with self._lock:
-            for namespace, index in self._namespaces.items():
-                index.check(namespace)
 
 
 class _Text(NamedTuple):
@@ -259,23 +249,6 @@ class _NamespaceIndex:
             del self._texts[self._rows.pop(row).token_ids.tobytes()]
         if rows:
             self._vectors.remove_ids(np.array(rows, dtype=np.int64))
-
-    def check(self, namespace: str) -> None:
-        assert self._references.keys() == self.segments.keys(), "a reference is not indexed"
-        owned = {(key, segment) for key, segments in self.segments.items() for segment in segments}
-        assert owned == {owner for text in self._rows.values() for owner in text.owners}, "owners do not fit"
-        assert self._texts == {text.token_ids.tobytes(): text for text in self._rows.values()}, "a text has no own row"
-        assert all(text.owners for text in self._rows.values()), "a text has no owner"
-        assert (self._vectors.ntotal if self._vectors else 0) == len(self._rows), "vectors and texts differ in number"
-        for row, text in self._rows.items():
-            assert text.row == row, "a text has another's row"
-            assert abs(np.linalg.norm(self._vectors.reconstruct(row)) - 1) < 1e-3, "a vector is not of norm 1"
-        for reference in filter(None, (reference() for reference in self._references.values())):
-            assert reference.namespace == namespace, "a reference of another namespace"
-            for text in self._rows.values():
-                for segment in (segment for key, segment in text.owners if key == reference.id):
-                    assert np.array_equal(reference.token_ids[segment.start : segment.stop], text.token_ids)
-                    assert reference.exact_tokens is None or segment.stop <= reference.exact_tokens, "a tainted segment"
 
     def _add(self, references: dict[str, Reference], segments: dict[str, tuple[Segment, ...]]) -> None:
         """Index new references; the embedder is fitted anew when the number of texts has doubled, or halved."""

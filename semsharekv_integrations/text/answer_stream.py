@@ -22,12 +22,7 @@ _FIRST_MARKER = 0xD800  # lone surrogates stand for special tokens, as no decode
 
 
 class AnswerReaderFactory:
-    """Makes the readers of one model's answers.
-
-    Args:
-        tokenizer: of the model.
-        end_ids: its end-of-sequence tokens.
-    """
+    """Makes the readers of one model's answers, which raises what ``GrammarFactory`` does."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -35,23 +30,14 @@ class AnswerReaderFactory:
         self._grammars = GrammarFactory(tokenizer, end_ids)
 
     def begin_plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerReader:
-        """Make the reader of an answer without tool calls; of JSON if ``json_schema`` is not None.
-
-        Raises:
-            ValueError: if it is no schema, or nothing can be valid.
-            UnsupportedModelError: if it is there, and the tokenizer does not allow it.
-        """
+        """Make the reader of an answer without tool calls; of JSON if ``json_schema`` is not None."""
         constraint = None if json_schema is None else self._grammars.build_json(json_schema)
         return AnswerReader(TextStream(self._tokenizer, stop, special=self._special), constraint)
 
     def begin_calling(
         self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str
     ) -> AnswerReader:
-        """Make the reader of an answer that may call ``tools``; ``choice`` is any tool choice but ``none``.
-
-        Raises:
-            UnsupportedModelError: if a call is forced, and the tokenizer does not allow it.
-        """
+        """Make the reader of an answer that may call ``tools``; ``choice`` is any tool choice but ``none``."""
         by_name = {tool["function"]["name"]: tool for tool in tools}
         special = [text for text in stop if any(token in text for token in self._special.values())]
         stream = TextStream(self._tokenizer, special, tool_format.find_marks(self._tokenizer), self._special, stop)
@@ -115,7 +101,6 @@ class TextStream:
     Decoding starts a few tokens back, since some tokenizers put a space before a token only behind another one.
 
     Args:
-        tokenizer: of the model.
         stop: strings that end the text.
         marks: special tokens that are part of the text.
         special: the special tokens by id, if they are known already.

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -152,7 +152,6 @@ def _get_text(message: Mapping[str, Any]) -> str:
 
 
 def _is_open(messages: Messages) -> bool:
-    """Whether the last message is the beginning of an answer."""
     return messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
 
 
@@ -227,11 +226,6 @@ def _begin_with_user(messages: Messages) -> Messages:
     return [*messages[:start], {"role": "user", "content": ""}, *messages[start:]]
 
 
-def _drop_system(messages: Messages) -> Messages:
-    """Turn all system messages into the user's words."""
-    return _replace_role(messages, "system", "user")
-
-
 def _drop_empty(messages: Messages) -> Messages:
     """Leave out empty messages, where no user's turn between answers would be missing."""
     kept = [m for m in messages if m["content"].strip() or m["role"] in ("user", "tool") or "tool_calls" in m]
@@ -242,7 +236,6 @@ def _drop_empty(messages: Messages) -> Messages:
 
 
 def _count_systems(messages: Messages) -> int:
-    """Count the system messages at the beginning."""
     return next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
@@ -250,6 +243,6 @@ _STEPS: tuple[Callable[[Messages], Messages], ...] = (
     list,  # neighbours of one role are merged behind every step
     _keep_one_system,
     _begin_with_user,
-    _drop_system,
+    partial(_replace_role, old="system", new="user"),
     _drop_empty,
 )

@@ -105,12 +105,7 @@ class ConstraintCriterion(StoppingCriteria):
 
 
 class GrammarFactory:
-    """Makes the constraints of one model's answers; safe to use from several threads.
-
-    Args:
-        tokenizer: of the model.
-        end_ids: the model's end-of-sequence tokens.
-    """
+    """Makes the constraints of one model's answers; safe to use from several threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -217,7 +212,6 @@ class CallGrammar:
     """Writes the calls of some tools in one format as a grammar.
 
     Args:
-        tool_format: how they are written.
         schemas: of the tools' arguments by name, with llguidance's options in them.
         special: ids of the special tokens by their text.
     """

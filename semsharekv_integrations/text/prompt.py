@@ -61,12 +61,10 @@ class PromptRenderer:
         """Turn ``prompt`` into token ids, and find where the texts of ``documents`` (by id) stand in it.
 
         Args:
-            prompt: text, or messages.
-            documents: texts by id.
             tools: shown to the model, as its template does it or in the system message.
             hints: more texts that may stand there; they count where no named one does, the longer before the shorter.
             template_kwargs: more variables for the chat template, none of ``RENDERING_OPTIONS``.
-            window: context window in tokens, or None.
+            window: context window in tokens, or None if nothing bounds it.
 
         Raises:
             PromptError: if it is empty, malformed, or refused by the chat template.
@@ -273,10 +271,7 @@ def _find_tokens(starts: list[int], first: int, last: int) -> tuple[int, int]:
 def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> None:
     """Raise ``ContextWindowError`` unless a prompt of ``num_tokens`` leaves room for a new token.
 
-    Args:
-        num_tokens: of the prompt.
-        window: context window in tokens, or None if nothing bounds it.
-        counted: what stands before the number, if not all were counted.
+    If not all of it was counted, ``counted`` stands before the number.
     """
     if window is not None and num_tokens >= window:
         raise ContextWindowError(
@@ -286,13 +281,7 @@ def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> N
 
 
 def require_room_for_text(text: str, window: int | None, count: Callable[[str], int]) -> None:
-    """Raise ``ContextWindowError`` for a text that is too long beyond doubt; it is counted piece by piece.
-
-    Args:
-        text: the whole prompt.
-        window: context window in tokens, or None.
-        count: how many tokens a text has.
-    """
+    """Raise ``ContextWindowError`` for a text that is too long beyond doubt; it is counted piece by piece."""
     if window is None or len(text) <= _USUAL_TOKEN_CHARS * window:
         return
     found = 0

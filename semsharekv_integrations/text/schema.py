@@ -71,7 +71,6 @@ class SchemaJudge:
         return JudgedSchema(relaxed, fault)
 
     def _drop_unreadable(self, value: Any) -> Any:
-        """Drop the patterns that cannot be read."""
         if isinstance(value, list):
             return [self._drop_unreadable(inner) for inner in value]
         if not isinstance(value, Mapping):
@@ -130,7 +129,6 @@ def _find_endless_reference(schema: Mapping[str, Any]) -> str | None:
 
 
 def _follow(schema: Any, reference: str) -> Any:
-    """Return what a local reference names, or None."""
     if not reference.startswith("#"):
         return None
     for part in reference[1:].split("/")[1:]:

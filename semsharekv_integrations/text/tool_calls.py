@@ -51,12 +51,7 @@ class AnswerPart(NamedTuple):
 
 
 class ToolCallParser:
-    """The calls of one answer.
-
-    Args:
-        tool_format: how they are written.
-        names: of the tools that may be called.
-    """
+    """The calls of one answer, to the tools that have these names."""
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str]) -> None:
         self._format = tool_format

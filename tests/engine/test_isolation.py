@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import semsharekv_integrations
+from indexed_passages import check_index
 from semsharekv_integrations import SemShareEngine, StoreConfig
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
@@ -435,7 +436,7 @@ class TestTheSegmentIndex:
             assert all(len(matches) == 4 for matches in found)
             assert {match.reference.namespace for matches in found for match in matches} == {"b"}
             answers.append([[(m.reference.id, m.segment, m.similarity) for m in matches] for matches in found])
-            index.check()
+            check_index(index)
         assert answers[0] == answers[1] == answers[2]
 
     def test_strangers_find_nothing_and_forget_nothing(self, stored) -> None:

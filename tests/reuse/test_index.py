@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from indexed_passages import check_index
 from semsharekv_integrations.kv import Reference, Segment, TokenIds
 from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
@@ -69,7 +70,7 @@ def ids_of(match: SegmentMatch) -> list[int]:
 
 
 def found(index: SegmentIndex, ids: TokenIds, namespace: str = "a", k: int = 10) -> list[list[int]]:
-    index.check()
+    check_index(index)
     return [ids_of(match) for match in index.find_nearest([ids], namespace, k=k)[0]]
 
 
@@ -187,7 +188,7 @@ def test_any_order_of_syncs_equals_one(steps: list[tuple[str, set[int]]]) -> Non
     for name, chosen in steps:
         index.sync([pools[name][n] for n in sorted(chosen)], name)
         last[name] = chosen
-        index.check()
+        check_index(index)
         for other in "ab":
             wanted = {
                 tuple(ids_of(SegmentMatch(r, s, 0))) for n in last[other] for r in [pools[other][n]] for s in r.segments
@@ -215,7 +216,7 @@ def test_many_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    index.check()
+    check_index(index)
     assert not wrong
     assert all(found(index, text(19, 28), name)[0] == [19, 28] for name in "abcd")
 
@@ -264,7 +265,7 @@ def test_news_finds_its_own_original_over_the_threshold_and_unrelated_news_rarel
     index = SegmentIndex(embedder)
     references = [reference(*map(encode, half)) for half in (stored[:4], stored[4:])]
     index.sync(references, "a")
-    index.check()
+    check_index(index)
     edits = index.find_nearest([encode(world.edit(rng, document)) for document in stored], "a")
     rewordings = index.find_nearest([encode(world.reword(rng, document)) for document in stored], "a")
     strangers = index.find_nearest([encode(document) for document in new], "a")

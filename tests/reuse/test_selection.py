@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens, select_tokens, spread_shares
+from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens, spread_shares
 
 shares = st.floats(0, 1)
 
@@ -39,12 +39,12 @@ def test_budgets_are_kept_and_nested(
     first, second = torch.tensor([t[0] for t in tokens]), torch.tensor([t[1] for t in tokens])
     eligible = torch.tensor([t[2] for t in tokens])
     priority = rank_tokens([Signal(first, first_quota), Signal(second, second_quota)], eligible)
-    larger, smaller = (select_tokens(priority, share) for share in (max(one, other), min(one, other)))
+    larger, smaller = (priority < share for share in (max(one, other), min(one, other)))
     assert not (smaller & ~larger).any(), "nested"
     assert not (larger & ~eligible).any(), "only eligible ones"
     budget = sum(math.ceil(max(one, other) * quota) for quota in (first_quota, second_quota))
     assert larger.sum() <= budget
-    whole = select_tokens(priority, 1.0)
+    whole = priority < 1.0
     if first_quota and eligible.any():
         assert first[whole].max() == first[eligible].max(), "the most urgent is in"
     if first_quota + second_quota == 0:
@@ -55,7 +55,7 @@ def test_each_signal_selects_its_own_most_urgent() -> None:
     attention, deviations = torch.tensor([9.0, 1, 2, 3, 0]), torch.tensor([0.0, 1, 2, 9, 8])
     eligible = torch.tensor([True, True, True, True, False])
     priority = rank_tokens([Signal(attention, 1), Signal(deviations, 1)], eligible)
-    assert select_tokens(priority, 1.0).tolist() == [True, False, False, True, False]
+    assert (priority < 1.0).tolist() == [True, False, False, True, False]
 
 
 def test_deviation_is_zero_for_equal_kv_and_counts_values_beside_large_keys() -> None:
