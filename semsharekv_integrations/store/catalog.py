@@ -202,11 +202,6 @@ def set_aside(path: Path) -> None:
     os.replace(path / CATALOG, path / DAMAGED)
 
 
-def forget_set_aside(path: Path) -> None:
-    """Delete a catalog that was set aside."""
-    path.joinpath(DAMAGED).unlink(missing_ok=True)
-
-
 def _create_tables(database: sqlite3.Connection) -> None:
     """Create the tables in an empty database; require them in another, and that it can be written."""
     found = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]

@@ -50,16 +50,13 @@ def raise_memory_errors() -> Iterator[None]:
 class PackedKV:
     """The KV of consecutive tokens. Never mutated.
 
-    Attributes:
-        tensors: by name, all with tokens at dimension 2: ``0.keys`` and ``0.values`` [B, H, N, D] of layer 0 and so on,
-            and for 8 bits ``0.keys.scales`` and ``0.values.scales`` [B, H, N, 1].
-        dtype: in which the model takes KV.
-        device: on which it does.
+    The names of its tensors, which all have tokens at dimension 2: ``0.keys`` and ``0.values`` [B, H, N, D] of layer 0
+    and so on, and for 8 bits ``0.keys.scales`` and ``0.values.scales`` [B, H, N, 1].
     """
 
     tensors: Mapping[str, torch.Tensor]
-    dtype: torch.dtype
-    device: torch.device
+    dtype: torch.dtype  # in which the model takes KV
+    device: torch.device  # on which it does
 
     @classmethod
     @raise_memory_errors()
@@ -132,10 +129,10 @@ class PackedKV:
         return (stored.float() * scales.to(self.device, non_blocking=True).float()).to(self.dtype)
 
 
-def pack_if_room(layers: Sequence[LayerKV], bits: int | None, start: int = 0) -> PackedKV | None:
-    """As ``PackedKV.pack``; None if there is no memory for it."""
+def make_if_room(make: Callable[[], PackedKV]) -> PackedKV | None:
+    """What ``make`` returns, or None if there is no memory for it."""
     try:
-        return PackedKV.pack(layers, bits, start)
+        return make()
     except OUT_OF_MEMORY:
         log_trouble("out_of_memory")
         return None
@@ -204,13 +201,8 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
             header = json.loads(metadata["semsharekv"])
             _require_same(path, "version", header["version"], FORMAT_VERSION)
             _require_same(path, "model fingerprint", header["fingerprint"], fingerprint)
-            named = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-            _require_same(
-                path,
-                "digest",
-                digest_tensors(metadata["semsharekv"], ((name, tensor.cpu()) for name, tensor in named)),
-                metadata["digest"],
-            )
+            named = ((name, file.get_tensor(name).cpu()) for name in sorted(file.keys()))
+            _require_same(path, "digest", digest_tensors(metadata["semsharekv"], named), metadata["digest"])
             return [_read(file, n, entry) for n, entry in enumerate(header["entries"])]
     except (OSError, RuntimeError, MemoryError) as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error

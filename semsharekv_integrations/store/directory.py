@@ -21,9 +21,9 @@ from semsharekv_integrations.concurrency.threads import tell_of_forks
 from semsharekv_integrations.errors import StoreFileError, StoreLockedError, StoreWriteError
 from semsharekv_integrations.store.catalog import (
     CATALOG,
+    DAMAGED,
     Catalog,
     UnusableCatalogError,
-    forget_set_aside,
     look_into,
     open_catalog,
     set_aside,
@@ -79,15 +79,11 @@ class KVDirectory:
             make_private_directory(self.path)
             if os.path.realpath(self.path) in _inherited:
                 raise StoreLockedError(f"{self.path} was open when this process was forked; use another directory here")
-            self._lock = DirectoryLock(self.path / LOCK)
+            self._lock = DirectoryLock(self.path)
             self._resources.callback(self._lock.release)
             self._catalog, found = self._open_catalog()
             self._resources.callback(self._catalog.close)
             kept = self._keep(found)
-        except TakenError as error:
-            raise StoreLockedError(
-                f"{self.path} is in use by another process; end that process, or use another directory in this one"
-            ) from error
         except (OSError, ValueError, sqlite3.Error, UnusableCatalogError) as error:
             self._resources.close()
             raise StoreFileError(f"{self.path} cannot be used to store KV: {error}") from error
@@ -155,7 +151,7 @@ class KVDirectory:
         """
         self.files.remove(most=None if whole else 0)
         try:
-            forget_set_aside(self.path)
+            self.path.joinpath(DAMAGED).unlink(missing_ok=True)
             self._catalog.empty_log()
         except (OSError, sqlite3.Error) as error:
             raise self._note_failure(f"{self.path} still names what is forgotten: {error}") from error
@@ -227,17 +223,13 @@ class KVDirectory:
         return kept
 
 
-class TakenError(Exception):
-    """Another process holds the lock."""
-
-
 class DirectoryLock:
-    """An exclusive lock on the file ``path``, taken at once or not at all.
+    """An exclusive lock on a directory, by a file in it, taken at once or not at all.
 
     A child that was forked has its handle as well. It closes that, which leaves the lock to the parent.
 
     Raises:
-        TakenError: if another process, or another lock of this one, holds it.
+        StoreLockedError: if another process, or another lock of this one, holds it.
         OSError: if the file cannot be opened, or its disk knows no locks.
     """
 
@@ -245,22 +237,24 @@ class DirectoryLock:
         import fcntl  # where there is none, stores in memory work
 
         self._owner = os.getpid()
+        file = path / LOCK
         for _ in range(_LOCK_ATTEMPTS):
-            handle = open_private(path)
+            handle = open_private(file)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                    if os.path.samestat(os.fstat(handle), os.lstat(file)):
                         self._handle: int | None = handle
                         return
-            except BlockingIOError as error:
+            except BaseException as error:
                 os.close(handle)
-                raise TakenError from error
-            except BaseException:
-                os.close(handle)
+                if isinstance(error, BlockingIOError):
+                    break
                 raise
             os.close(handle)
-        raise TakenError(f"{path} is being replaced")
+        raise StoreLockedError(
+            f"{path} is in use by another process; end that process, or use another directory in this one"
+        )
 
     def release(self) -> None:
         """Let others take it; in a child that was forked, only close its handle. May be called again."""

@@ -8,7 +8,7 @@ the next transaction includes it.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,10 +31,8 @@ _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
 class DiskTier:
     """Keeps the KV of nodes in files; without a directory, nothing. Not thread-safe: the store's lock guards it.
 
-    Args:
-        tier: counts the bytes of each node, and chooses what goes first.
-        counts: of troubles; incremented here.
-        give_up: drops a node (or one behind it) that no other tier holds.
+    ``tier`` counts the bytes of each node, and chooses what goes first. ``give_up`` drops a node (or one behind it)
+    that no other tier holds. Increments ``counts`` for every trouble.
     """
 
     def __init__(self, tier: Tier, counts: Counter[str], give_up: Callable[[Node], None]) -> None:
@@ -84,7 +82,7 @@ class DiskTier:
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
         """Remove nodes, and the entries ``keys``."""
         gone = [node for node in nodes if node.on_disk is not None]
-        self.forget((node.id for node in gone), keys)
+        self.change(dict.fromkeys(node.id for node in gone), dict.fromkeys(keys))
         for node in gone:
             self.tier.remove(node)
             node.on_disk = None
@@ -107,17 +105,11 @@ class DiskTier:
         node.on_disk = place
         self.tier.add(node, self._directory.files.records[place.file].num_bytes * len(node.token_ids) // file_tokens)
 
-    def put_entry(self, entry: EntryRecord) -> None:
-        """Insert or replace an entry with the next transaction."""
+    def change(self, nodes: Mapping[str, NodeRecord | None], entries: Mapping[str, EntryRecord | None]) -> None:
+        """Insert or replace records by id with the next transaction; None deletes."""
         if self._directory is not None:
-            self._entries[entry.id] = entry
-            self._has_news = True
-
-    def forget(self, nodes: Iterable[str], entries: Iterable[str]) -> None:
-        """Delete these ids with the next transaction."""
-        if self._directory is not None:
-            self._nodes |= dict.fromkeys(nodes)
-            self._entries |= dict.fromkeys(entries)
+            self._nodes |= nodes
+            self._entries |= entries
             self._has_news = True
 
     def commit(self, *, retry: bool = True) -> bool:
@@ -154,9 +146,11 @@ class DiskTier:
             if node.on_disk is not None:
                 by_file[node.on_disk.file].append(node)
         files = self._directory.files.records
-        partly = [needed for file, needed in by_file.items() if _count_tokens(needed) < files[file].num_tokens]
-        rewritten = [self._rewrite(needed, namespace) for needed in partly]
-        return all(rewritten)
+        is_gone = True
+        for file, needed in by_file.items():
+            if sum(len(node.token_ids) for node in needed) < files[file].num_tokens:
+                is_gone &= self._rewrite(needed, namespace)
+        return is_gone
 
     def sweep(self) -> None:
         """Delete some of the files that no node needs any more."""
@@ -187,8 +181,7 @@ class DiskTier:
         """Write ``entries`` once more and close the directory; the tier is empty afterwards."""
         if self._directory is None:
             return
-        for entry in entries:
-            self.put_entry(entry)
+        self.change({}, {entry.id: entry for entry in entries})
         self.commit()
         self._directory.close()
         self.abandon()
@@ -295,17 +288,11 @@ class DiskTier:
         return False
 
     def _put(self, nodes: Iterable[Node], namespace: str) -> None:
-        if self._directory is not None:
-            self._nodes |= {node.id: _record(node, namespace) for node in nodes}
-            self._has_news = True
+        self.change({node.id: _record(node, namespace) for node in nodes}, {})
 
     def _note_failure(self) -> None:
         self._counts["write_failed"] += 1
         log_trouble("write_failed")
-
-
-def _count_tokens(nodes: Iterable[Node]) -> int:
-    return sum(len(node.token_ids) for node in nodes)
 
 
 def _record(node: Node, namespace: str) -> NodeRecord:

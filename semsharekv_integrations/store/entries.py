@@ -9,8 +9,7 @@ import gc
 import heapq
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -19,7 +18,6 @@ import torch
 
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import StoreConfig
-from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, make_space_name, select_within
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.namespace import Entry, Namespace, shorten
@@ -70,14 +68,7 @@ class Deadlines:
 
 
 class Entries:
-    """Entries by key, by namespace and by state of the model. Not thread-safe: callers hold ``lock``.
-
-    Args:
-        config: bounds.
-        clock: seconds that only grow.
-        wall_clock: seconds since the epoch.
-        min_run_tokens: shortest run that is found, or None.
-    """
+    """Entries by key, by namespace and by state of the model. Not thread-safe: callers hold ``lock``."""
 
     def __init__(
         self,
@@ -103,8 +94,13 @@ class Entries:
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
         """Load what lies in ``directory``, has not expired and fits the bound; how many entries."""
         self.tiers.disk.attach(directory, dtype, device)
-        with _pause_gc():
+        was_enabled = gc.isenabled()
+        gc.disable()  # everything loaded here stays alive, and scanning it doubles the time to open
+        try:
             found = self._reopen(directory)
+        finally:
+            if was_enabled:
+                gc.enable()
         for name, space in list(self.namespaces.items()):
             if not (space.tree.root.children or space.tainted):
                 self._drop_namespace(name)
@@ -145,14 +141,6 @@ class Entries:
         spaces = (self.namespaces[name] for name in names if name in self.namespaces)
         return next((space.ordinary[reference_id] for space in spaces if reference_id in space.ordinary), None)
 
-    def require_gone(self) -> None:
-        """Raise ``StoreWriteError`` if what was removed last still lies on disk."""
-        if self.leaves_on_disk:
-            raise StoreWriteError(
-                "the store's directory could not be written: what is forgotten is gone from memory, but some of it "
-                "still lies there; when there is room, forget it again"
-            )
-
     def ensure_namespace(self, name: SpaceName) -> Namespace:
         """The namespace of this name, made if there is none."""
         namespace = name if isinstance(name, str) else name[0]
@@ -180,7 +168,7 @@ class Entries:
         space.label(entry)
         self._set_deadline(entry)
         if entry.node.on_disk is not None:
-            self.tiers.disk.put_entry(self._make_record(entry))
+            self.tiers.disk.change({}, {entry.key: self._make_record(entry)})
 
     def remove(self, entry: Entry) -> None:
         """Drop ``entry`` and the KV that no other entry needs."""
@@ -217,9 +205,12 @@ class Entries:
         for entry in entries:
             self.remove(entry)
         self.tiers.disk.commit()
-        for name in self.namespaces.keys() & set(purged):
+        is_gone, purged = True, set(purged)
+        for name in self.namespaces.keys() & purged:
             self.namespaces[name].purge()
-        is_gone = self._purge_disk({*purged, *(entry.reference.space for entry in entries)})
+        for name in self.namespaces.keys() & (purged | {entry.reference.space for entry in entries}):
+            if isinstance(name, str):  # all others lie in memory alone
+                is_gone &= self.tiers.disk.purge(self.namespaces[name].tree.nodes(), name)
         self.leaves_on_disk = not (self.tiers.disk.scrub(whole=at_once) and is_gone)
         return len(entries)
 
@@ -313,7 +304,8 @@ class Entries:
             if node.on_disk is None and node.parent is not None:
                 del node.parent.children[int(node.token_ids[0])]
         gone = [part.id for part in contents.nodes if part.id not in nodes or nodes[part.id][0].on_disk is None]
-        self.tiers.disk.forget(gone, {record.id for record in contents.entries} - {entry.key for entry, _ in found})
+        gone_entries = {record.id for record in contents.entries} - {entry.key for entry, _ in found}
+        self.tiers.disk.change(dict.fromkeys(gone), dict.fromkeys(gone_entries))
         return found
 
     def _attach_nodes(self, records: Iterable[NodeRecord]) -> dict[str, tuple[Node, FileRange]]:
@@ -326,14 +318,6 @@ class Entries:
                 node = tree.attach(parent, record.token_ids, record.id)
                 nodes[record.id] = node, FileRange(record.file, record.first)
         return nodes
-
-    def _purge_disk(self, names: Iterable[SpaceName]) -> bool:
-        """Rewrite KV files of namespaces so that forgotten tokens leave the disk; whether all could be rewritten."""
-        is_gone = True
-        for name in self.namespaces.keys() & set(names):
-            if isinstance(name, str):  # all others lie in memory alone
-                is_gone &= self.tiers.disk.purge(self.namespaces[name].tree.nodes(), name)
-        return is_gone
 
     def _keep_to_memory(self) -> None:
         for entry in list(self.by_key.values()):
@@ -370,15 +354,3 @@ class Entries:
         reference, age_s = entry.reference, max(0.0, self._clock() - entry.last_used_s)
         labels, used_s = pack_labels(reference), self._wall_clock() - age_s
         return EntryRecord(reference.id, reference.namespace, entry.node.id, labels, entry.hits, used_s)
-
-
-@contextmanager
-def _pause_gc() -> Iterator[None]:
-    """Pause the garbage collector: everything loaded here stays alive, and scanning it doubles the time to open."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

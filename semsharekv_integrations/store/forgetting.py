@@ -23,14 +23,10 @@ TextOf = Callable[[TokenIds], str]
 def entries_with(
     document_id: str, entries: Sequence[Entry], tokens: Sequence[TokenIds], text_of: TextOf | None
 ) -> list[Entry]:
-    """Those of ``entries`` that carry the document's name, or have its tokens.
+    """Those of ``entries``, all of one namespace, that carry the document's name, or have its tokens.
 
-    Args:
-        document_id: its name.
-        entries: all of one namespace.
-        tokens: more forms of its text than the entries with its name have.
-        text_of: turns tokens into text. Without it, an entry that cuts the document's ends otherwise is found by its
-            name alone.
+    ``tokens`` are more forms of its text than the entries with its name have. Without ``text_of``, an entry that cuts
+    the document's ends otherwise is found by its name alone.
     """
     carrying = {entry.key for entry in entries if document_id in entry.reference.document_starts}
     forms = forms_of(document_id, entries, tokens)
@@ -73,19 +69,12 @@ def has_form(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> boo
 
 
 class Forgotten(NamedTuple):
-    """What somebody asked to be forgotten: all, a namespace, a session of it, or a document of it.
-
-    Attributes:
-        namespace: None for all of them.
-        session: None for all of them.
-        document_id: None for all that is there.
-        forms: the document's tokens, as far as they are known.
-    """
+    """What somebody asked to be forgotten: all, a namespace, a session of it, or a document of it. None means all."""
 
     namespace: str | None = None
     session: str | None = None
     document_id: str | None = None
-    forms: Sequence[TokenIds] = ()
+    forms: Sequence[TokenIds] = ()  # the document's tokens, as far as they are known
 
     def covers(
         self, namespace: str, session: str | None, names: Collection[str], token_ids: TokenIds, text_of: TextOf
@@ -101,15 +90,14 @@ class Forgotten(NamedTuple):
 class Since:
     """A moment. While something holds it, ``forgotten`` finds all that was forgotten after it."""
 
-    _forgotten: Forgotten | None = None  # next, and the moment behind it
-    _later: Since | None = None
+    _next: tuple[Forgotten, Since] | None = None  # what was forgotten next, and the moment behind it
 
     def forgotten(self) -> Iterator[Forgotten]:
         """What was forgotten since."""
         moment = self
-        while moment._later is not None and moment._forgotten is not None:
-            yield moment._forgotten
-            moment = moment._later
+        while moment._next is not None:
+            forgotten, moment = moment._next
+            yield forgotten
 
 
 class UnderWay:
@@ -127,7 +115,6 @@ class UnderWay:
 
     def tell(self, forgotten: Forgotten) -> None:
         """All calls that began must not bring this back."""
-        now, later = self._now, Since()
-        now._forgotten = forgotten
-        now._later = later
+        later = Since()
+        self._now._next = forgotten, later
         self._now = later

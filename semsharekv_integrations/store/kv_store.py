@@ -18,14 +18,14 @@ import torch
 
 from semsharekv_integrations.concurrency.threads import do_when_free, hold_at_forks, tell_of_forks
 from semsharekv_integrations.config import StoreConfig
-from semsharekv_integrations.errors import make_plain
-from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, make_space_name
-from semsharekv_integrations.store.codec import pack_if_room
+from semsharekv_integrations.errors import StoreWriteError, make_plain
+from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, count_common_tokens, make_space_name
+from semsharekv_integrations.store.codec import PackedKV, make_if_room
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.forgetting import entries_with, forms_of
-from semsharekv_integrations.store.namespace import Entry, Namespace, begins_with, find_gaps, join_labels
+from semsharekv_integrations.store.namespace import Entry, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
 
@@ -89,10 +89,8 @@ class KVStore:
     def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
         """Load the entries of the configured directory, if any; how many there are. Reads no KV.
 
-        Args:
-            fingerprint: hexadecimal digits that identify the model; KV of other models is left alone.
-            dtype: in which the model takes KV.
-            device: on which it does.
+        ``fingerprint``, hexadecimal digits, identifies the model, which takes KV as ``dtype`` on ``device``. KV of
+        other models is left alone.
 
         Raises:
             StoreLockedError: if another process uses the directory with this model.
@@ -260,7 +258,11 @@ class KVStore:
 
     def require_gone(self) -> None:
         """Raise ``StoreWriteError`` if the disk could not be written, and still has what was forgotten last."""
-        self._entries.require_gone()
+        if self._entries.leaves_on_disk:
+            raise StoreWriteError(
+                "the store's directory could not be written: what is forgotten is gone from memory, but some of it "
+                "still lies there; when there is room, forget it again"
+            )
 
     def collect_left(self, *namespaces: str) -> dict[str, list[Reference]]:
         """The references left in those ``namespaces``, and in all that lost entries since the last call."""
@@ -292,7 +294,7 @@ class KVStore:
         node = entry.node
         self._entries.add(entry)
         if node.held is None and node.on_disk is None:
-            packed = pack_if_room(layers, self.config.kv_bits, node.start)
+            packed = make_if_room(lambda: PackedKV.pack(layers, self.config.kv_bits, node.start))
             owner = None if reference.state else reference.namespace  # None: not on disk
             if packed is None or not self._entries.tiers.place(node, packed, owner):
                 return self._refuse(entry)
@@ -308,13 +310,14 @@ class KVStore:
         return True
 
     def _put_tainted(self, reference: Reference) -> bool:
-        packed = pack_if_room(reference.layers, self.config.kv_bits)
+        packed = make_if_room(lambda: PackedKV.pack(reference.layers, self.config.kv_bits))
         if reference.session is None or packed is None or not self._entries.tiers.could_hold(packed.num_bytes):
             return self._refuse()
         entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())
         former = self._entries.by_key.get(entry.key)
         if former is not None:
-            if begins_with(reference.token_ids, former.reference.token_ids):
+            former_ids = former.reference.token_ids
+            if count_common_tokens(former_ids, reference.token_ids) == len(former_ids):
                 entry.reference = replace(join_labels(entry.reference, former.reference), segments=reference.segments)
             self._entries.remove(former)
         self._entries.add(entry)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from semsharekv_integrations.kv import (
     UNPLACED,
     Reference,
@@ -25,21 +23,13 @@ from semsharekv_integrations.store.runs import BYTES_PER_WINDOW, IndexedRun, Run
 
 @dataclass(eq=False)
 class Entry:
-    """A stored prompt.
+    """A stored prompt."""
 
-    Attributes:
-        reference: its labels and token ids, without KV.
-        node: the node that it ends with.
-        last_used_s: by the store's clock.
-        hits: number of times it was found.
-        stays: whether it stays on disk because a longer entry that begins with it could not be written there.
-    """
-
-    reference: Reference
-    node: Node
-    last_used_s: float
-    hits: float = 0.0
-    stays: bool = False
+    reference: Reference  # its labels and token ids, without KV
+    node: Node  # that it ends with
+    last_used_s: float  # by the store's clock
+    hits: float = 0.0  # number of times it was found
+    stays: bool = False  # on disk, because a longer entry that begins with it could not be written there
 
     @property
     def key(self) -> str:
@@ -94,9 +84,7 @@ class Match(NamedTuple):
 class Namespace:
     """Entries of one namespace: ordinary ones by reference id, tainted ones by session.
 
-    Args:
-        min_run_tokens: shortest run that is found; None if runs are never asked for.
-        on_split: see ``RadixTree``.
+    Without ``min_run_tokens``, the length of the shortest run, runs cannot be asked for.
     """
 
     def __init__(self, min_run_tokens: int | None, on_split: Callable[[Node, Node], None]) -> None:
@@ -223,11 +211,6 @@ class Namespace:
         while not node.entries:
             node = next(iter(node.children.values()))
         return self.ordinary[next(iter(node.entries))]
-
-
-def begins_with(token_ids: TokenIds, other: TokenIds) -> bool:
-    """Whether ``token_ids`` begins with ``other``."""
-    return len(other) <= len(token_ids) and bool(np.array_equal(token_ids[: len(other)], other))
 
 
 def find_gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:

@@ -29,35 +29,20 @@ class FileRange(NamedTuple):
 
 @dataclass(eq=False)
 class Node:
-    """Consecutive tokens of every stored prompt that goes through here.
+    """Consecutive tokens of every stored prompt that goes through here."""
 
-    Attributes:
-        token_ids: [N] its own.
-        parent: the node before it; None for a root, and for a tainted entry's node.
-        start: position of its first token.
-        children: those behind it, by their first token.
-        entries: keys of the entries that end with it.
-        pins: number of pinned entries that need it.
-        held: its KV in memory, or None.
-        tier: the memory tier that counts ``held``, or None.
-        on_disk: its KV on disk, or None.
-        hits: number of times it was reused.
-        documents: the caller's documents that end in it; every prompt with its tokens has them.
-        id: for records.
-    """
-
-    token_ids: TokenIds
-    parent: Node | None = None
-    start: int = 0
-    children: dict[int, Node] = field(default_factory=dict)
-    entries: set[str] = field(default_factory=set)
-    pins: int = 0
-    held: PackedKV | None = None
-    tier: Tier | None = None
-    on_disk: FileRange | None = None
-    hits: float = 0.0
-    documents: dict[str, Span] = field(default_factory=dict)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    token_ids: TokenIds  # [N] its own
+    parent: Node | None = None  # the node before it; None for a root, and for a tainted entry's node
+    start: int = 0  # position of its first token
+    children: dict[int, Node] = field(default_factory=dict)  # those behind it, by their first token
+    entries: set[str] = field(default_factory=set)  # keys of the entries that end with it
+    pins: int = 0  # number of pinned entries that need it
+    held: PackedKV | None = None  # its KV in memory
+    tier: Tier | None = None  # the memory tier that counts ``held``
+    on_disk: FileRange | None = None  # its KV on disk
+    hits: float = 0.0  # number of times it was reused
+    documents: dict[str, Span] = field(default_factory=dict)  # that end in it; every prompt with its tokens has them
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # for records
 
     @property
     def stop(self) -> int:
@@ -92,8 +77,7 @@ class Found(NamedTuple):
 class RadixTree:
     """Token sequences, found by their beginning. Not thread-safe.
 
-    Args:
-        on_split: called with the new upper node and the node whose first tokens it took over.
+    Calls ``on_split`` with a new upper node and the node whose first tokens it took over.
     """
 
     def __init__(self, on_split: Callable[[Node, Node], None]) -> None:

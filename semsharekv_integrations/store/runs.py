@@ -27,6 +27,7 @@ FIRST_STEP_TOKENS = 64  # first stretch that is compared; each further one is tw
 MAX_CANDIDATES = 8  # latest occurrences of a window that are compared
 SCANNED_AT_ONCE = 1024
 POSITION_BITS = 32
+_POSITION_MASK = (1 << POSITION_BITS) - 1
 BYTES_PER_WINDOW = 16  # a hash and a place
 
 Hashes = NDArray[np.uint64]
@@ -79,8 +80,7 @@ _NOTHING = _Block(np.empty(0, np.uint64), np.empty(0, np.int64))
 class RunIndex:
     """Sequences by key, found by any stretch of them. Not safe to use from several threads by itself.
 
-    Args:
-        min_run_tokens: length of the windows, so of the shortest run that is found.
+    ``min_run_tokens`` is the length of the windows, so of the shortest run that is found.
     """
 
     def __init__(self, min_run_tokens: int) -> None:
@@ -110,12 +110,20 @@ class RunIndex:
         self._num_live_windows -= self._sources.pop(number).num_windows
         self._live[number] = False
         if self.num_windows > 2 * self._num_live_windows or self._next_number > 64 + 2 * len(self._sources):
-            self._purge()
+            self.purge()
 
     def purge(self) -> None:
-        """Keep nothing of what was removed."""
-        if self._next_number > len(self._sources):
-            self._purge()
+        """Keep nothing of what was removed. What is left has the lowest numbers from now on, in the same order."""
+        if self._next_number == len(self._sources):
+            return
+        hashes, places = reduce(self._merge, self._blocks, _NOTHING)
+        numbers = np.cumsum(self._live) - 1
+        moved = numbers[places >> POSITION_BITS] << POSITION_BITS | places & _POSITION_MASK
+        self._blocks = [_Block(hashes, moved)] if len(hashes) else []
+        self._sources = {int(numbers[number]): source for number, source in sorted(self._sources.items())}
+        self._numbers = {source.key: number for number, source in self._sources.items()}
+        self._next_number = len(self._sources)
+        self._live = np.arange(64 + 2 * len(self._sources)) < len(self._sources)
 
     def find(self, token_ids: TokenIds) -> list[IndexedRun]:
         """Runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
@@ -141,7 +149,10 @@ class RunIndex:
             else:
                 found.append(match)
                 position += match.num_tokens
-        return [IndexedRun(m.start, *self._locate(m.place), m.num_tokens) for m in found]
+        return [
+            IndexedRun(m.start, self._sources[m.place >> POSITION_BITS].key, m.place & _POSITION_MASK, m.num_tokens)
+            for m in found
+        ]
 
     @property
     def keys(self) -> set[str]:
@@ -185,7 +196,7 @@ class RunIndex:
 
         matches = []
         for place in self._find_candidates(window_hash, expected):
-            source = self._sources[place >> POSITION_BITS].token_ids[place & (1 << POSITION_BITS) - 1 :]
+            source = self._sources[place >> POSITION_BITS].token_ids[place & _POSITION_MASK :]
             matches.append(_Match(start, place, common_extension_tokens(token_ids[start:], source)))
         best = max(matches, key=rank, default=None)
         return best if best is not None and best.num_tokens >= self.min_run_tokens else None
@@ -204,10 +215,6 @@ class RunIndex:
                 near = here[max(at - 1, 0) : at + 1]
                 beside += near[self._live[near >> POSITION_BITS]].tolist()
         return {*places, *beside}
-
-    def _locate(self, place: int) -> tuple[str, int]:
-        """The key of the source, and the position in it."""
-        return self._sources[place >> POSITION_BITS].key, place & (1 << POSITION_BITS) - 1
 
     def _merge(self, older: _Block, newer: _Block) -> _Block:
         """One block for two, the older before the newer among equal hashes, without what was removed."""
@@ -233,17 +240,6 @@ class RunIndex:
             self._live = np.concatenate([self._live, np.zeros_like(self._live)])
         self._live[number] = True
         return _Block(hashes[positions], positions | number << POSITION_BITS)
-
-    def _purge(self) -> None:
-        """Drop what was removed; what is left has the lowest numbers from now on, in the same order."""
-        hashes, places = reduce(self._merge, self._blocks, _NOTHING)
-        numbers = np.cumsum(self._live) - 1
-        moved = numbers[places >> POSITION_BITS] << POSITION_BITS | places & (1 << POSITION_BITS) - 1
-        self._blocks = [_Block(hashes, moved)] if len(hashes) else []
-        self._sources = {int(numbers[number]): source for number, source in sorted(self._sources.items())}
-        self._numbers = {source.key: number for number, source in self._sources.items()}
-        self._next_number = len(self._sources)
-        self._live = np.arange(64 + 2 * len(self._sources)) < len(self._sources)
 
 
 def window_hashes(token_ids: TokenIds, num_tokens: int) -> Hashes:

@@ -23,7 +23,7 @@ import torch
 from semsharekv_integrations.config import Eviction, StoreConfig
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.logs import log_trouble
-from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV
+from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, make_if_room
 from semsharekv_integrations.store.disk import DISK, DiskTier
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.radix import Node
@@ -53,10 +53,7 @@ class _Rank(NamedTuple):
 class Tier:
     """Counts the bytes of nodes against a bound, and ranks the nodes; its caller moves the KV.
 
-    Args:
-        name: of the tier.
-        max_bytes: bound.
-        eviction: ``value`` as above, or ``lru``: least recently used first, whatever it was.
+    ``eviction`` is ``value`` as above, or ``lru``: least recently used first, whatever it was.
     """
 
     def __init__(self, name: str, max_bytes: int, eviction: Eviction = "value") -> None:
@@ -168,9 +165,7 @@ class Tier:
 class Tiers:
     """Keeps the KV of nodes. Not thread-safe.
 
-    Args:
-        config: bounds.
-        lose: drops all entries that end with a node without children, whose KV no tier keeps any more.
+    ``lose`` drops all entries that end with a node without children, whose KV no tier keeps any more.
     """
 
     def __init__(self, config: StoreConfig, lose: Callable[[Node], None]) -> None:
@@ -338,11 +333,7 @@ class Tiers:
 
 def _move(packed: PackedKV, device: torch.device, *, copied: bool = False) -> PackedKV | None:
     """``packed`` on ``device``, or None if there is no memory for it."""
-    try:
-        return packed.copy_to(device) if copied else packed.move_to(device)
-    except OUT_OF_MEMORY:
-        log_trouble("out_of_memory")
-        return None
+    return make_if_room(lambda: packed.copy_to(device) if copied else packed.move_to(device))
 
 
 def _take_part(whole: PackedKV, start: int, stop: int) -> PackedKV:
