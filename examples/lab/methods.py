@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from arguments import parse_arguments
 from semsharekv_integrations import ReuseConfig
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.kv import LayerKV, Reference
@@ -113,7 +114,7 @@ def randomize_kv(reference: Reference, rng: torch.Generator) -> Reference:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the policies asked for, by default all."""
-    args = command.parse(__doc__ or "", arguments, METHODS)
+    args = parse_arguments(__doc__ or "", arguments, METHODS)
     args.policies = args.policies or list(METHODS)
     study, subject = command.prepare(args, METHODS)
     corrupt = make_corruptions(study.configs, args.seed)

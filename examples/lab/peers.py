@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import pipeline
 
+from arguments import parse_arguments
 from semsharekv_integrations import EngineConfig, Generation, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.lab import command
@@ -141,7 +142,7 @@ class PeerBench(Bench):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the policies asked for and the peers."""
-    args = command.parse(__doc__ or "", arguments)
+    args = parse_arguments(__doc__ or "", arguments)
     study, subject = command.prepare(args)
     command.run_study(study, subject, args, PeerBench)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
+from arguments import parse_arguments
 from probes import CallProbe
 from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.figures import UNTIMED, Outcome
@@ -87,7 +88,7 @@ def _make_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure with the probe around every call."""
-    args = command.parse(__doc__ or "", arguments)
+    args = parse_arguments(__doc__ or "", arguments)
     study, subject = command.prepare(args)
     results = command.run_study(replace(study, watch=CallProbe(subject).watch), subject, args)
     longest = max((outcome.length or 0 for outcome in results.outcomes), default=0)

@@ -15,6 +15,7 @@ from random import Random
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from arguments import parse_arguments
 from semsharekv_integrations.lab import command, world
 from semsharekv_integrations.lab.figures import FIGURES, Figure, estimate_mean
 from semsharekv_integrations.lab.scenarios import (
@@ -95,7 +96,7 @@ def _make_query(rng: Random, template: Template, documents: Sequence[Document]) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure summaries under the policies asked for."""
-    args = command.parse(__doc__ or "", arguments)
+    args = parse_arguments(__doc__ or "", arguments)
     study, subject = command.prepare(args, with_scenarios=False)
     count = args.cases or command.CASES
     cases = summary_cases(count, args.seed, command.choose_layouts(args, subject))

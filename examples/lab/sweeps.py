@@ -18,6 +18,7 @@ from math import floor
 from random import Random
 from typing import Any
 
+from arguments import parse_arguments
 from methods import RAW
 from plots import Axis, draw_answers, read_compute
 from probes import RECALL, SIMILARITY, RecallProbe, SimilarityProbe
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     names = [name for name in given[:1] if name in SWEEPS]
     about = "\n".join(f"    {name}\n      {(make.__doc__ or '').strip()}" for name, make in SWEEPS.items())
-    args = command.parse(f"{__doc__}\n\n{about}", given[1:] if names else ["--help"])
+    args = parse_arguments(f"{__doc__}\n\n{about}", given[1:] if names else ["--help"])
     options = Options(
         args.cases,
         args.seed,

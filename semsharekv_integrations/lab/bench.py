@@ -11,8 +11,8 @@ import gc
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Literal, get_args
@@ -42,12 +42,6 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")
 Watch = Callable[[Case, str, int], AbstractContextManager[dict[str, Any]]]
 
 
-@contextmanager
-def watch_nothing(case: Case, policy: str, turn: int) -> Iterator[dict[str, Any]]:
-    """The default watch. A watch wraps one call and yields a dict for what it measures, the outcome's ``extra``."""
-    yield {}
-
-
 @dataclass(frozen=True)
 class Study:
     """What a run measures, and how its report counts."""
@@ -58,7 +52,8 @@ class Study:
     # `exact` takes an answer as right in the words of the case; `mentions` takes any words that hold its facts, since
     # other models were not trained on these words
     judging: Judging = "exact"
-    watch: Watch = watch_nothing  # wraps every call
+    # wraps one call in one round, and yields a dict for what it measures, the outcome's `extra`
+    watch: Watch = lambda case, policy, turn: nullcontext({})
     figures: Sequence[Figure] = FIGURES  # what the rows of the report hold
     # moves outcomes to other scenarios before they are counted
     regroup: Callable[[Sequence[Outcome]], list[Outcome]] = list
@@ -116,10 +111,7 @@ class Bench:
     def measure(self, scenario: Scenario, results: Results, advance: Callable[[], None] = lambda: None) -> None:
         """Run every case under every policy in every round, in an order drawn for each round.
 
-        Args:
-            scenario: its cases are iterated once.
-            results: receives outcomes and failures.
-            advance: called for every call, done or failed.
+        ``results`` receives outcomes and failures; ``advance`` is called for every call, done or failed.
         """
         for name, reason in self.missing.items():
             results.fail(scenario, name, reason)
@@ -131,7 +123,7 @@ class Bench:
             except _FAILURES as error:
                 results.fail(scenario, EVERY_POLICY, _explain(error))
                 continue
-            failed: set[str] = set()
+            failed, room = set[str](), scenario.max_new_tokens or self.count_room(case)
             for turn in scenario.rounds:
                 blank = Outcome(scenario.name, scenario.length, "", index, turn, expected=case.answer)
                 order = Random(f"{scenario.name} {scenario.length} {index} {turn}")
@@ -141,8 +133,7 @@ class Bench:
                     if name in failed:
                         continue
                     try:
-                        outcome = replace(blank, policy=name)
-                        said[name] = self._call(outcome, case, references, scenario.max_new_tokens)
+                        said[name] = self._call(replace(blank, policy=name), case, references, room)
                     except _FAILURES as error:
                         failed.add(name)
                         results.fail(scenario, name, _explain(error))
@@ -161,12 +152,9 @@ class Bench:
         finally:
             self.filler.clear()
 
-    def _call(
-        self, outcome: Outcome, case: Case, references: Sequence[Reference], max_new_tokens: int | None
-    ) -> Outcome:
+    def _call(self, outcome: Outcome, case: Case, references: Sequence[Reference], room: int) -> Outcome:
         """Make one call with ``references`` in the store; return ``outcome`` with what came of it."""
-        engine, store_s, room = self.engines[outcome.policy], None, max_new_tokens or self.count_room(case)
-        collects = gc.isenabled()
+        engine, store_s, collects = self.engines[outcome.policy], None, gc.isenabled()
         try:
             if engine.config.reuse.mode != "off":
                 store_s = self.store_references(outcome.policy, references)
@@ -184,11 +172,8 @@ class Bench:
         outcome = replace(outcome, report=report, text=text, store_s=store_s, store_bytes=store_bytes, extra=extra)
         if self.subject.is_random:
             return outcome
-        right, stale = (
-            is_answer(text, answer, values, self.study.judging)
-            for answer, values in ((case.answer, case.values), (case.stale, case.stale_values))
-        )
-        return replace(outcome, right=right, stale=stale)
+        right = is_answer(text, case.answer, case.values, self.study.judging)
+        return replace(outcome, right=right, stale=is_answer(text, case.stale, case.stale_values, self.study.judging))
 
     def store_references(self, policy: str, references: Sequence[Reference]) -> float:
         """Put the references into a policy's store; how many seconds it took."""
@@ -222,11 +207,8 @@ def _explain(error: BaseException) -> str:
 def is_answer(said: str, answer: str | None, values: Sequence[str], judging: Judging) -> bool | None:
     """Whether ``said`` is the answer; None if there is none.
 
-    Args:
-        said: what was generated.
-        answer: in the words that ``exact`` asks for; its lines may come in any order.
-        values: what ``mentions`` asks for, each as whole words in any case.
-        judging: which of both.
+    ``exact`` asks for the words of ``answer``, its lines in any order. ``mentions`` asks for all ``values``, each as
+    whole words in any case.
     """
     if answer is None:
         return None

@@ -34,8 +34,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from semsharekv_integrations.cli.terminal import HelpFormatter
 from semsharekv_integrations.config import AuditConfig
+from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import dataset, report, scenarios, world
 from semsharekv_integrations.lab.bench import JUDGINGS, Bench, Results, Study
 from semsharekv_integrations.lab.figures import Row, summarize
@@ -101,17 +101,6 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of tables")
 
 
-def parse(
-    description: str, arguments: Sequence[str] | None, policies: Mapping[str, Policy] = POLICIES
-) -> argparse.Namespace:
-    """The arguments of a script that takes those of this command."""
-    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
-    add_arguments(parser, policies)
-    parser.description = description
-    parser.set_defaults(program=f"python {Path(sys.argv[0]).as_posix()}")
-    return parser.parse_args(arguments)
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, and write after each scenario; the exit code.
 
@@ -162,8 +151,7 @@ def prepare(
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what does not go together, before anything is loaded."""
-    if args.out is not None and args.out.suffix != ".md":
-        raise ValueError(f"--out is {str(args.out)!r}; accepted is a file name ending in .md")
+    require(args.out is None or args.out.suffix == ".md", "--out", str(args.out), "a file name ending in .md")
     for name in ("scenarios", "lengths"):
         if args.data and getattr(args, name):
             raise ValueError(f"--{name} and --data are given; accepted is one of them")

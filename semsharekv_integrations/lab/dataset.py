@@ -20,9 +20,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from semsharekv_integrations.errors import show_value
+from semsharekv_integrations.errors import require, show_value
 from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
+from semsharekv_integrations.lab.scenarios import Case, make_query, shuffle
 from semsharekv_integrations.lab.world import Document, Layout
 
 DATA = "data"
@@ -53,12 +53,7 @@ class Example(BaseModel):
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The examples of a file.
-
-    Raises:
-        ValueError: naming file, line number, field, value and what is accepted.
-        OSError: if the file cannot be read.
-    """
+    """The examples of a file; a ``ValueError`` names file, line number, field, value and what is accepted."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [_read_example(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
@@ -76,9 +71,8 @@ def _read_example(where: str, line: str) -> Example:
         field = name + "".join(f"[{part!r}]" for part in rest)
         accepted = ACCEPTED["question"] if rest else ACCEPTED.get(name, f"a JSON object of {', '.join(ACCEPTED)}")
         raise ValueError(f"{where}: {field} is {show_value(value)}; accepted is {accepted}") from error
-    if example.stored is None and len(example.documents) < 2:
-        accepted = "two or more where 'stored' is not given"
-        raise ValueError(f"{where}: documents is {show_value(example.documents)}; accepted is {accepted}")
+    has_other_order = example.stored is not None or len(example.documents) > 1
+    require(has_other_order, f"{where}: documents", example.documents, "two or more where 'stored' is not given")
     return example
 
 
@@ -96,16 +90,11 @@ def _make_case(rng: Random, name: str, example: Example, earlier: Example, layou
     stored: Sequence[Document] = _make_documents(earlier.stored or earlier.documents)
     if earlier.stored is None:
         stored = shuffle(rng, stored)
-    layout, wrap = rng.choice(layouts), rng.randrange(len(world.SYSTEM_WRAPS))
-
-    def make_query(documents: Sequence[Document], question: str) -> Query:
-        texts = {document.town: document.text for document in documents}
-        return Query(world.build_prompt(layout, documents, question, wrap), texts)
-
+    used = rng.choice(layouts), rng.randrange(len(world.SYSTEM_WRAPS))
     return Case(
         name,
-        (make_query(stored, world.SUMMARY_REQUESTS[0]),),
-        make_query(_make_documents(example.documents), example.question),
+        (make_query(used, stored, world.SUMMARY_REQUESTS[0]),),
+        make_query(used, _make_documents(example.documents), example.question),
         example.answer,
         values=() if example.answer is None else (example.answer,),
     )

@@ -178,7 +178,9 @@ FIGURES = (
     Figure("difference_points", "difference in points", "+.1f", _compare_right, estimate_mean, short="points to off"),
     Figure("agreement", "agreement", ".3f", lambda p: p.own.agrees, estimate_share, short="agrees"),
     Figure("stale_rate", "stale", ".3f", lambda p: p.own.stale, estimate_share, short="stale"),
-    Figure("full_stale_rate", "full prefill's stale", ".3f", _read_full_stale, estimate_share),
+    Figure(
+        "full_stale_rate", "full prefill's stale", ".3f", lambda p: p.full.stale if p.full else None, estimate_share
+    ),
     Figure("kl_divergence", "KL", ".2g", _read_divergence),
     Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens, short="tokens"),
     Figure("reused_tokens", "reused", ".0f", lambda p: p.own.report.reused_tokens),
@@ -223,11 +225,7 @@ def summarize(
 ) -> list[Row]:
     """One row for each scenario, length and policy, grouped by scenario and ascending in length.
 
-    Args:
-        outcomes: those of a full prefill among them.
-        failures: each becomes the note of its row.
-        figures: what rows have.
-        seed: of the bootstraps.
+    A failure becomes the note of its row. ``seed`` is that of the bootstraps.
     """
     calls: dict[tuple[str, int | None, int, int], dict[str, Outcome]] = {}
     for o in outcomes:

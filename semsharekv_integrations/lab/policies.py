@@ -54,12 +54,7 @@ SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "m
 def make_configs(
     names: Iterable[str], settings: Mapping[str, Any] | None = None, policies: Mapping[str, Policy] = POLICIES
 ) -> dict[str, EngineConfig]:
-    """Engine settings by policy, over a store without bounds.
-
-    Args:
-        names: of ``policies``.
-        settings: fields of ``ReuseConfig`` for every policy that reuses KV off the prefix.
-        policies: what there is.
+    """Engine settings by policy, over a store without bounds. ``settings`` are for those that reuse off the prefix.
 
     Raises:
         ValueError: for a name or setting that there is not, or what ``ReuseConfig`` refuses.
@@ -101,19 +96,7 @@ PRESETS = (REFERENCE, *SHAPES)
 
 
 def load_subject(name: str, device: str | None, dtype: str, seed: int) -> Subject:
-    """A preset, or else a model of that name.
-
-    Args:
-        name: one of ``PRESETS``, a folder or a hub id.
-        device: None for CUDA if there is one, else the CPU.
-        dtype: a torch dtype's name, or ``auto`` for the model's own; of a random one bfloat16 on CUDA, else float32,
-            since most CPUs compute bfloat16 many times slower.
-        seed: of random weights.
-
-    Raises:
-        ModelLoadError: if there is no such model.
-        ValueError: if there is no such dtype.
-    """
+    """A preset, or else the model in a folder or of a hub id; ``device`` None is CUDA if there is one, else the CPU."""
     if name in SHAPES:
         return _make_random(name, device, dtype, seed)
     source = NamedModel(REFERENCE_MODEL if name == REFERENCE else name, device, dtype, {})
@@ -124,6 +107,7 @@ def _make_random(name: str, device: str | None, dtype: str, seed: int) -> Subjec
     shape = dict(SHAPES[name])
     like, tokenizer = shape.pop("like"), NamedModel(REFERENCE_MODEL, None, "auto", {}).tokenizer
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # most CPUs compute bfloat16 many times slower
     usual = torch.bfloat16 if place.type == "cuda" else torch.float32
     kind = usual if dtype == "auto" else getattr(torch, dtype, None)
     require(isinstance(kind, torch.dtype), "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")

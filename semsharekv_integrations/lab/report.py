@@ -25,7 +25,6 @@ from semsharekv_integrations.cli.terminal import print_table
 from semsharekv_integrations.lab.bench import Results
 from semsharekv_integrations.lab.figures import FIGURES, Figure, Row
 
-UNKNOWN_COMMIT = "unknown"
 NOTHING = "-"
 _DISTRIBUTIONS = ("semsharekv-integrations", "torch", "transformers")
 _OUTPUT_OPTION = "--out"  # left out of a recorded command: it says where the figures went, not what they are
@@ -43,12 +42,7 @@ LEGEND = (
 
 
 def record_command(program: str, arguments: Sequence[str] | None = None) -> str:
-    """The command line to repeat, without the path that its output went to.
-
-    Args:
-        program: what was called.
-        arguments: what followed it; default: those of this process.
-    """
+    """The command line to repeat, without the path that its output went to; ``arguments`` default to this process's."""
     kept: list[str] = []
     is_path = False
     for argument in sys.argv[1:] if arguments is None else arguments:
@@ -66,7 +60,7 @@ def describe_origin(command: str) -> dict[str, Any]:
     is_checkout = bool(_run_git("ls-files", "__init__.py"))
     return {
         "command": command,
-        "commit": _run_git("rev-parse", "HEAD") if is_checkout else UNKNOWN_COMMIT,
+        "commit": _run_git("rev-parse", "HEAD") if is_checkout else "unknown",
         "uncommitted_changes": is_checkout and bool(_run_git("status", "--porcelain")),
         "versions": {name: version(name) for name in _DISTRIBUTIONS},
     }

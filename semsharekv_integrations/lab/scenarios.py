@@ -136,15 +136,8 @@ def make_cases(
 ) -> Iterator[Case]:
     """Cases of a drawn scenario. A case depends on scenario, seed and index alone, not on how many there are.
 
-    Args:
-        name: one of ``DRAWN``.
-        num_cases: how many.
-        seed: of all that is drawn.
-        num_documents: fewest and most of a target; every number between is equally likely.
-        layouts: where documents may stand; in ``turns`` they always stand in the system message.
-
-    Raises:
-        ValueError: naming the argument, its value and what is accepted.
+    ``num_documents`` are the fewest and the most of a target; every number between is equally likely. Scenario
+    ``turns`` has no other layout than ``system``.
     """
     fewest, most = num_documents
     sizes_fit = MIN_DOCUMENTS <= fewest <= most <= MAX_DOCUMENTS
@@ -164,11 +157,7 @@ def make_cases(
 def ask_about_scene(
     rng: Random, name: str, scene: Scene, layouts: Sequence[Layout], fact: tuple[Document, str] | None = None
 ) -> Case:
-    """The prompts of a scene.
-
-    ``fact`` is a document of the target and the kind that is asked for; default: one that the references state
-    otherwise, if any is.
-    """
+    """The prompts of a scene, which ask for ``fact``; default: one that the references state otherwise, if any is."""
     seen = [document for group in scene.seen for document in group]
     asked, kind = fact or _choose_fact(rng, seen, scene.target)
     question, answer = world.ask(rng, asked, kind)

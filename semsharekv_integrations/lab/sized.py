@@ -68,14 +68,15 @@ def _renew_half(rng: Random, take: _Take) -> list[Document]:
 
 def _reword(share: float, rng: Random, take: _Take) -> list[Document]:
     """A share of each document's sentences, at least one, is in other words; facts and order stay."""
-    return [_reword_partly(rng, document, share) for document in take(KNOWN)]
-
-
-def _reword_partly(rng: Random, document: Document, share: float) -> Document:
-    count = len(document.sentences)
-    changed = set(rng.sample(range(count), max(1, round(share * count))))
-    other = world.reword(rng, document).sentences
-    return replace(document, sentences=tuple((other if i in changed else document.sentences)[i] for i in range(count)))
+    documents = []
+    for document in take(KNOWN):
+        sentences, count = list(document.sentences), len(document.sentences)
+        changed = rng.sample(range(count), max(1, round(share * count)))
+        other = world.reword(rng, document).sentences
+        for index in changed:
+            sentences[index] = other[index]
+        documents.append(replace(document, sentences=tuple(sentences)))
+    return documents
 
 
 def _replace_all(rng: Random, take: _Take) -> list[Document]:
@@ -97,11 +98,7 @@ SIZED: Mapping[str, Callable[[Random, _Take], list[Document]]] = MappingProxyTyp
 def make_sized_case(name: str, length: int, seed: int, count: Callable[[str | list[Message]], int]) -> Case:
     """The case of a scenario whose target is the longest prompt of whole sentences with at most ``length`` tokens.
 
-    Args:
-        name: one of ``SIZED``.
-        length: tokens of the prompt, template included.
-        seed: of documents, order and question.
-        count: tokens of a prompt.
+    ``count`` gives the tokens of a prompt, template included.
 
     Raises:
         ValueError: if two documents do not fit in ``length``, or there is no such scenario.
@@ -120,16 +117,15 @@ def make_sized_case(name: str, length: int, seed: int, count: Callable[[str | li
 def _make_case(name: str, seed: int, num_sentences: int) -> Case:
     rng, take = Random(f"{name} {seed}"), partial(_take, seed, num_sentences)
     seen, asked = take(KNOWN), SIZED[name](rng, take)
-    if name == NEXT_TURN:  # the history is known to the end of the last reply, and a user turn follows
-        question, answer, value = _ask(rng, asked)
+    earlier = None if name == NEXT_TURN else _ask(rng, seen)[0]
+    question, answer, value = _ask(rng, asked)
+    if earlier is None:  # the history is known to the end of the last reply, and a user turn follows
         messages = world.build_messages("turns", asked, question)
-        reference, target = _make_query(messages[:-1], asked), _make_query(messages, asked)
+        reference = _make_query(messages[:-1], asked)
     else:
-        question, *_ = _ask(rng, seen)
-        reference = _make_query(world.build_messages("system", seen, question, WRAP), seen)
-        question, answer, value = _ask(rng, asked)
-        target = _make_query(world.build_messages("system", asked, question, WRAP), asked)
-    return Case(name, (reference,), target, answer, values=(value,) if answer else ())
+        messages = world.build_messages("system", asked, question, WRAP)
+        reference = _make_query(world.build_messages("system", seen, earlier, WRAP), seen)
+    return Case(name, (reference,), _make_query(messages, asked), answer, values=(value,) if answer else ())
 
 
 def _ask(rng: Random, documents: Sequence[Document]) -> tuple[str, str | None, str]:

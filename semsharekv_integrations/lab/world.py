@@ -122,11 +122,7 @@ class Document:
 
 
 def make_documents(rng: Random, count: int, *, extra_facts: int | None = None) -> list[Document]:
-    """``count`` documents on different towns; each states the core facts and some extra ones among filler.
-
-    Raises:
-        ValueError: if ``count`` is not between 1 and the number of towns.
-    """
+    """``count`` documents on different towns; each states the core facts and some extra ones among filler."""
     if not 1 <= count <= len(TOWNS):
         raise ValueError(f"count is {count}; accepted is 1 to {len(TOWNS)}")
     return [make_document(rng, town, extra_facts=extra_facts) for town in rng.sample(TOWNS, count)]
@@ -169,14 +165,9 @@ def edit(rng: Random, document: Document, kinds: tuple[str, ...] | None = None) 
     """The same wording with new values for ``kinds`` (default: one kind, drawn)."""
     facts = dict(document.facts)
     for kind in kinds or (rng.choice(sorted(facts)),):
-        facts[kind] = _draw_other_value(rng, kind, facts[kind])
+        while facts[kind] == document.facts[kind]:
+            facts[kind] = KINDS[kind].draw(rng)
     return replace(document, facts=MappingProxyType(facts))
-
-
-def _draw_other_value(rng: Random, kind: str, value: str) -> str:
-    while (new := KINDS[kind].draw(rng)) == value:
-        pass
-    return new
 
 
 def swap(first: Document, second: Document) -> tuple[Document, Document]:
@@ -215,14 +206,7 @@ def share_right(said: str, expected: str) -> float:
 
 
 def build_prompt(layout: Layout, documents: Sequence[Document], question: str, wrap: int = 0) -> str | list[Message]:
-    """One prompt in ``layout``: plain text for ``completion``, else chat messages.
-
-    Args:
-        layout: where the documents stand.
-        documents: one or more, in prompt order.
-        question: the last thing asked.
-        wrap: which wording of the layout, counted modulo the number there is.
-    """
+    """One prompt in ``layout`` and its wording ``wrap``, modulo their number: plain text or else chat messages."""
     if layout == "completion":
         return _pick(COMPLETION_WRAPS, wrap).format(docs=join_texts(documents), question=question)
     return build_messages(layout, documents, question, wrap)

@@ -1,0 +1,23 @@
+"""The command line of a script that takes what ``semsharekv bench`` takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from semsharekv_integrations.cli.terminal import HelpFormatter
+from semsharekv_integrations.lab import command
+from semsharekv_integrations.lab.policies import POLICIES, Policy
+
+
+def parse_arguments(
+    description: str, arguments: Sequence[str] | None, policies: Mapping[str, Policy] = POLICIES
+) -> argparse.Namespace:
+    """Parse ``arguments``, by default those of this process; ``description`` stands above their help."""
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    command.add_arguments(parser, policies)
+    parser.description = description
+    parser.set_defaults(program=f"python {Path(sys.argv[0]).as_posix()}")
+    return parser.parse_args(arguments)
