@@ -35,7 +35,6 @@ RECALL = Figure(
 )
 _EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 _PROCESS = Path("/proc/self")
-_EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 _RESET_PEAK = "5"  # what Linux takes in clear_refs
 
 
@@ -257,10 +256,3 @@ class CallProbe:
         else:
             yield found
         found["layers"] = self._clock.read()
-
-
-def measure_lsh_recall(target: torch.Tensor, reference: torch.Tensor, *, bits: int, candidates: int = 4) -> float:
-    """Measure the share of target tokens [T], 0 to 1, whose match by ``bits`` hash bits is as near as the nearest."""
-    exact = find_nearest_tokens(target, reference)
-    hashed = find_nearest_tokens(target, reference, bits=bits, candidates=candidates)
-    return float(np.mean(hashed.cosine >= exact.cosine - _EQUAL_COSINE))

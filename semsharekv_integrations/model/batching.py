@@ -172,7 +172,6 @@ class SharedDecoding:
         return logits
 
     def _merge(self, rows: Sequence[Row]) -> None:
-        """Move the KV of ``rows`` into the joint cache."""
         self._joint, self._pads = merge_caches([row.cache for row in rows])
         self._group = list(rows)
         for row in rows:

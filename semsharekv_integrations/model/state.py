@@ -198,7 +198,6 @@ class Part(NamedTuple):
     """A module that takes part.
 
     Attributes:
-        name: in the model.
         active: the adapters that take part in it, or None if it has none to choose from.
         only: of a container of adapters, those that take part; else None.
     """

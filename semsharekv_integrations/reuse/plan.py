@@ -46,7 +46,6 @@ class ReusePlan:
         must: [T] computed at every layer: without a source, at a boundary, relevant, or of the question.
         question: [T] whose attention says what matters.
         relevant: [T] borrowed, but computed at every layer since their documents share rare words with the question.
-        num_layers: of the model.
         attention_tokens: how many borrowed tokens the question's attention selects, at the first layer; none where
             some are relevant.
         deviation_tokens: how many borrowed tokens deviation selects, likewise.

@@ -22,7 +22,6 @@ class Planner:
 
     Args:
         matcher: finds fuzzy matches, or None where the rules ask for none.
-        num_layers: of the model.
         max_tokens: longest prompt for which stored KV holds, or None.
     """
 

@@ -28,6 +28,14 @@ from torch.nn.functional import max_pool1d
 
 from semsharekv_integrations.kv import Mask, TokenIds
 
+MOST_OF_ONE = 0.5  # share of the tokens that may be chosen as relevant, for a single document
+LEAST_OF_BEST = 0.5  # score of a document that counts, as a share of the best one's: less is words that many share
+_SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
+SINK_TOKENS = 4  # first tokens, which much attention rests on whatever they say, and so retention keeps
+RECENT_TOKENS = 16  # last tokens, likewise
+NEIGHBOURHOOD_TOKENS = 7  # that stay or go together, as in SnapKV (arXiv 2404.14469): words are several tokens
+_HALVINGS = 40
+
 
 def spread_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
     """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
@@ -66,11 +74,8 @@ def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Te
     """Measure how far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
 
     It is the sum of the L2 norms of both differences, each as a share of the mean norm of the fresh ones. (The paper
-    adds the plain norms; keys are often much larger than values, which would then not count.)
-
-    Args:
-        fresh: keys and values [B, H, N, D], computed for this prompt.
-        borrowed: keys and values [B, H, N, D], taken from a reference.
+    adds the plain norms; keys are often much larger than values, which would then not count.) Both are keys and values
+    [B, H, N, D], the fresh ones computed for this prompt, the borrowed ones taken from a reference.
     """
     total = torch.zeros(fresh[0].shape[2], device=fresh[0].device)
     for new, old in zip(fresh, borrowed, strict=True):
@@ -80,16 +85,10 @@ def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Te
     return total
 
 
-MOST_OF_ONE = 0.5  # share of the tokens that may be chosen, for a single document
-LEAST_OF_BEST = 0.5  # score of a document that counts, as a share of the best one's: less is words that many share
-_SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
-
-
 def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
     """Give each token [T] its segment's BM25 score to the question; 0 where they share only what all segments have.
 
     Args:
-        token_ids: [T].
         segments: documents or passages, as (start, stop).
         question: [T] marks the question, which is no part of the segments that it stands in.
     """
@@ -125,12 +124,6 @@ def choose_relevant_tokens(
         if larger.any():
             chosen, share = larger, ratio
     return chosen
-
-
-SINK_TOKENS = 4  # first tokens, which much attention rests on whatever they say
-RECENT_TOKENS = 16  # last tokens
-NEIGHBOURHOOD_TOKENS = 7  # that stay or go together, as in SnapKV (arXiv 2404.14469): words are several tokens
-_HALVINGS = 40
 
 
 def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -104,12 +105,11 @@ class PooledEmbedder:
 
 
 class SentenceEmbedder:
-    """A sentence-transformers model on the segments' text; it is loaded when first used.
+    """A sentence-transformers model, by hub id or folder, on the segments' text; it is loaded when first used.
 
     Such models read the first tokens only (256 for all-MiniLM-L6-v2) and ignore what follows.
 
     Args:
-        name_or_path: hub id or local folder.
         threshold: see ``Embedder``; the default is calibrated for all-MiniLM-L6-v2.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
     """
@@ -125,24 +125,22 @@ class SentenceEmbedder:
         self.threshold = threshold
         self._decode = decode
         self._device = device
-        self._model: SentenceTransformer | None = None
 
     def embed(self, token_ids: Sequence[TokenIds]) -> Vectors:
         """Compute one vector for each segment, [N, W], of norm 1."""
         texts = [self._decode(ids) for ids in token_ids]
-        vectors = self._load().encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        vectors = self._model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
     def fit_to(self, stored: Sequence[TokenIds]) -> SentenceEmbedder:
         """Return itself: there is nothing to fit."""
         return self
 
-    def _load(self) -> SentenceTransformer:
-        if self._model is None:
-            from sentence_transformers import SentenceTransformer
+    @cached_property
+    def _model(self) -> SentenceTransformer:
+        from sentence_transformers import SentenceTransformer
 
-            self._model = SentenceTransformer(self.name_or_path, device=self._device)
-        return self._model
+        return SentenceTransformer(self.name_or_path, device=self._device)
 
 
 class SegmentIndex:

@@ -54,8 +54,6 @@ class AnswerReader:
 
     Args:
         stream: tokens to text; where calls may come, it goes on at stop strings that name no special tokens.
-        constraint: what the answer is held to, or None.
-        parser: finds tool calls, or None if there can be none.
         stop: strings that end the visible text where calls may come; within a call they mean nothing.
     """
 
@@ -101,7 +99,6 @@ class TextStream:
     Decoding starts a few tokens back, since some tokenizers put a space before a token only behind another one.
 
     Args:
-        stop: strings that end the text.
         marks: special tokens that are part of the text.
         special: the special tokens by id, if they are known already.
         token_stop: strings that end the text where they name a special token or half of one; ``stop`` if None.

@@ -16,15 +16,13 @@ from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.errors import PromptError
 from semsharekv_integrations.text.tool_calls import convert_messages, flatten_messages
-from semsharekv_integrations.text.tool_format import Tool, ToolFormat
+from semsharekv_integrations.text.tool_format import TEMPLATE_ERRORS, Tool, ToolFormat
 
 Messages = list[dict[str, Any]]
-_REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 RENDERING_OPTIONS = (
     frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
     | {"messages", "conversations", "generation_indices"}
@@ -57,7 +55,6 @@ class ChatTemplate:
         """Render checked messages as text; a last assistant message is left open, to be continued.
 
         Args:
-            messages: at least one.
             tools: shown to the model, as its template does it or in the system message.
             variables: more of them for the template, none of ``RENDERING_OPTIONS``.
 
@@ -84,7 +81,7 @@ class ChatTemplate:
         for messages in forms:
             try:
                 text = self._apply(messages, options, open_end=_is_open(messages))
-            except _REFUSED as error:
+            except TEMPLATE_ERRORS as error:
                 refusal = refusal or error
                 refused.append(messages)
                 continue
@@ -105,7 +102,7 @@ class ChatTemplate:
         For templates that change an answer, as those do that strip reasoning from it, so that none can be left open.
         """
         for messages in filter(_is_open, forms):
-            with suppress(*_REFUSED):
+            with suppress(*TEMPLATE_ERRORS):
                 before = self._apply(messages[:-1], options, open_end=False)
                 if _shows_all(before, messages[:-1]):
                     return _join(before, _get_text(messages[-1]))

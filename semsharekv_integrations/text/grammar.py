@@ -105,7 +105,10 @@ class ConstraintCriterion(StoppingCriteria):
 
 
 class GrammarFactory:
-    """Makes the constraints of one model's answers; safe to use from several threads."""
+    """Makes the constraints of one model's answers; safe to use from several threads.
+
+    Each is refused with ``UnsupportedModelError`` where the tokenizer does not allow it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -128,7 +131,6 @@ class GrammarFactory:
 
         Raises:
             ValueError: if it is no schema, or nothing can be valid.
-            UnsupportedModelError: if the tokenizer does not allow it.
         """
         self._wrap()  # which says what is wrong with the tokenizer, before the schema is judged by it
         held = self._schemas.judge("json_schema", schema)
@@ -137,11 +139,7 @@ class GrammarFactory:
         return Constraint(self._match_json(held.schema))
 
     def build_forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """Allow only one call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it.
-
-        Raises:
-            UnsupportedModelError: if the tokenizer does not allow it.
-        """
+        """Allow only one call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it."""
         return Constraint(self._match_calls(tool_format, tools, CallGrammar.write_forced))
 
     def build_opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
@@ -213,7 +211,6 @@ class CallGrammar:
 
     Args:
         schemas: of the tools' arguments by name, with llguidance's options in them.
-        special: ids of the special tokens by their text.
     """
 
     def __init__(

@@ -113,12 +113,6 @@ class PromptRenderer:
             known[token_id] = token if token.startswith("▁") else self._decode([token_id], keep_special=True)
         return [known[token_id] for token_id in token_ids.tolist()]
 
-    def render_chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_kwargs: Mapping[str, Any] | None = None
-    ) -> str:
-        """Render messages as text; a last assistant message is left open, to be continued."""
-        return self._chat.render(_check_messages(messages), tools, template_kwargs)
-
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

@@ -28,8 +28,6 @@ _FENCE_BEGUN = re.compile(r"(?:^|\n)[^\S\n]*(`{1,2}|```[\w-]*\s*)$")
 _FENCE_END = re.compile(r"\s*```[^\S\n]*\n?")
 _FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>[^"]*)(?P<end>"?)|$)')
 _ARGUMENT_KEYS = ("arguments", "parameters")
-
-
 _DESCRIPTION = """# Tools
 
 You may call one or more of these functions to help with the request. Their signatures are between <tools> and </tools>:

@@ -34,7 +34,7 @@ _TOOL = {
         },
     },
 }
-_TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 SHORT_ID_CHARS = 9  # the only length of call ids that some templates take
 
 
@@ -162,7 +162,7 @@ class _Probe:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=[_TOOL], tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except _TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS:
             return None
         return str(text)
 

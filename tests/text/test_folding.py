@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from rendered_chats import render_chat
 from semsharekv_integrations import PromptError
 from semsharekv_integrations.text.prompt import PromptRenderer
 from tool_templates import TEMPLATES, TOOLS, calling
@@ -91,7 +92,7 @@ def assert_all_in_order(text: str, messages: list[dict[str, str]]) -> None:
 @pytest.mark.parametrize(("strict", "letters"), product(STRICT, HISTORIES.values()))
 def test_every_history_is_rendered_whole_and_in_order(tokenizer, strict: str, letters: str) -> None:
     messages = history(letters)
-    text = with_template(tokenizer, STRICT[strict]).render_chat(messages)
+    text = render_chat(with_template(tokenizer, STRICT[strict]), messages)
     assert_all_in_order(text, messages)
     assert text.endswith("<model>") != (messages[-1]["role"] == "assistant" and bool(messages[-1]["content"]))
 
@@ -99,7 +100,7 @@ def test_every_history_is_rendered_whole_and_in_order(tokenizer, strict: str, le
 @given(letters=st.text("sduatexn", min_size=1, max_size=8), strict=st.sampled_from(sorted(STRICT)))
 def test_any_history_is_rendered_whole_and_in_order(tokenizer, letters: str, strict: str) -> None:
     messages = history(letters)
-    assert_all_in_order(with_template(tokenizer, STRICT[strict]).render_chat(messages), messages)
+    assert_all_in_order(render_chat(with_template(tokenizer, STRICT[strict]), messages), messages)
 
 
 @pytest.mark.parametrize(("strict", "letters"), product(STRICT, ["u", "uau", "suau", "uaua"]))
@@ -109,7 +110,7 @@ def test_what_a_template_takes_is_left_alone(tokenizer, strict: str, letters: st
     if letters[0] == "s" and strict in ("no system", "words"):
         messages = [{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
     last = letters[-1] == "a"
-    assert renderer.render_chat(messages) == renderer._tokenizer.apply_chat_template(
+    assert render_chat(renderer, messages) == renderer._tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=not last, continue_final_message=last
     )
 
@@ -118,21 +119,21 @@ def test_a_lenient_template_gets_the_messages_as_they_are(tokenizer) -> None:
     renderer = with_template(tokenizer, _TURNS)
     for letters in HISTORIES.values():
         if letters[-1] not in "ax" and "t" not in letters:
-            assert renderer.render_chat(history(letters)).count("</>") == len(letters)
+            assert render_chat(renderer, history(letters)).count("</>") == len(letters)
 
 
 def test_a_turn_more_leaves_the_beginning_as_it_was(tokenizer) -> None:
     for strict, letters in product(STRICT, ["suauasu", "auau", "uaasu"]):
         renderer = with_template(tokenizer, STRICT[strict])
-        before = renderer.render_chat(history(letters)).removesuffix("<model>")
-        after = renderer.render_chat([*history(letters), *history("au")])
+        before = render_chat(renderer, history(letters)).removesuffix("<model>")
+        after = render_chat(renderer, [*history(letters), *history("au")])
         assert after.startswith(before), (strict, letters)
 
 
 @pytest.mark.parametrize(("mentions", "role"), [(False, "system"), (True, "developer")])
 def test_the_developer_is_the_system_where_the_template_does_not_name_it(tokenizer, mentions: bool, role: str) -> None:
     template = _TURNS + "{# developer #}" * mentions
-    assert with_template(tokenizer, template).render_chat(history("du")).startswith(f"<{role}>developer says 0.")
+    assert render_chat(with_template(tokenizer, template), history("du")).startswith(f"<{role}>developer says 0.")
 
 
 @pytest.mark.parametrize("name", ["tagged", "bare", "listed"])
@@ -145,22 +146,22 @@ def test_calls_and_results_that_a_template_of_tools_refuses_become_text(tokenize
     assert renderer.tool_format.is_native
     result = {"role": "tool", "tool_call_id": "c1", "content": "A flood."}
     whole = [*history("u"), calling("c1", "get_news", {"town": "Prorna"}), result]
-    assert "tool_response" not in renderer.render_chat(whole, TOOLS)
-    trimmed = renderer.render_chat([result, *history("u")], TOOLS)
+    assert "tool_response" not in render_chat(renderer, whole, TOOLS)
+    trimmed = render_chat(renderer, [result, *history("u")], TOOLS)
     assert trimmed.index("A flood.") < trimmed.index("user says 0.") and "get_news" in trimmed
 
 
 def test_an_answer_and_then_a_call_are_one_turn(tokenizer) -> None:
     renderer = with_template(tokenizer, STRICT["alternation"])
     call = calling("c1", "get_news", {"town": "Prorna"})
-    text = renderer.render_chat([*history("ua"), call, {"role": "tool", "tool_call_id": "c1", "content": "Rain."}])
+    text = render_chat(renderer, [*history("ua"), call, {"role": "tool", "tool_call_id": "c1", "content": "Rain."}])
     assert text.count("<assistant>") == 1 and text.index("assistant says 1.") < text.index("get_news")
 
 
 def test_a_template_that_refuses_everything_is_quoted(tokenizer) -> None:
     renderer = with_template(tokenizer, "{{ raise_exception('never ' + messages[0].role) }}")
     with pytest.raises(PromptError, match="the model's chat template refuses the messages: never system"):
-        renderer.render_chat(history("su"))
+        render_chat(renderer, history("su"))
 
 
 @pytest.mark.parametrize("name", HISTORIES)
@@ -170,16 +171,16 @@ def test_a_template_that_reads_parts_alone_shows_all_that_is_said(tokenizer, nam
     by_parts = with_template(tokenizer, _TURNS.replace("{{ m.content | trim }}", part))
     by_text = with_template(tokenizer, _TURNS)
     messages = history(HISTORIES[name])
-    assert by_parts.render_chat(messages) == by_text.render_chat(messages)
+    assert render_chat(by_parts, messages) == render_chat(by_text, messages)
 
 
 def test_what_a_template_leaves_out_in_every_form_is_warned_of(tokenizer) -> None:
     renderer = with_template(tokenizer, "{{ messages[-1].content }}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        renderer.render_chat(history("u"))
+        render_chat(renderer, history("u"))
     with pytest.warns(UserWarning, match="leaves out or rewrites what some of the messages say"):
-        renderer.render_chat(history("uau"))
+        render_chat(renderer, history("uau"))
 
 
 @pytest.mark.parametrize("opened", ["", "<think>\n"])
@@ -188,7 +189,7 @@ def test_an_answer_whose_thoughts_a_template_strips_is_continued_with_them(token
     mark = f"{{% if add_generation_prompt %}}{opened}{{% endif %}}"
     renderer = with_template(tokenizer, stripping, mark)
     begun = "<think>\nA flood?\n</think>\n\nIt was a fl"
-    text = renderer.render_chat([*history("u"), {"role": "assistant", "content": begun}])
-    assert text == renderer.render_chat(history("u")).removesuffix(opened) + begun
-    later = renderer.render_chat([*history("u"), {"role": "assistant", "content": begun}, *history("u")])
+    text = render_chat(renderer, [*history("u"), {"role": "assistant", "content": begun}])
+    assert text == render_chat(renderer, history("u")).removesuffix(opened) + begun
+    later = render_chat(renderer, [*history("u"), {"role": "assistant", "content": begun}, *history("u")])
     assert "A flood?" not in later, "as the template wants it in turns that are over"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from rendered_chats import render_chat
 from semsharekv_integrations import PromptError
 from semsharekv_integrations.text.prompt import PromptRenderer
 from tiny_models import EngineMaker
@@ -94,13 +95,13 @@ def test_errors_leave_the_engine_usable(make_engine: EngineMaker) -> None:
 def test_a_template_that_cannot_continue_a_reply_is_a_prompt_error(tokenizer) -> None:
     renderer = with_template(tokenizer, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(PromptError, match="chat template"):
-        renderer.render_chat([USER, REPLY])
+        render_chat(renderer, [USER, REPLY])
 
 
 def test_without_a_template_there_are_plain_lines_and_a_warning(tokenizer) -> None:
     renderer = with_template(tokenizer, None)
     with pytest.warns(UserWarning, match="no chat_template"):
-        assert renderer.render_chat([USER]) == "user: What happened in Prorna?\nassistant:"
+        assert render_chat(renderer, [USER]) == "user: What happened in Prorna?\nassistant:"
     with pytest.warns(UserWarning, match="no chat_template"):
         assert ids(renderer, [USER])[0] == tokenizer.bos_token_id
 
@@ -116,8 +117,10 @@ class TestChatTemplateKwargs:
     @pytest.mark.parametrize("tools", [(), [tool_of("f")]])
     def test_the_template_sees_them(self, tokenizer, tools) -> None:
         renderer = with_template(tokenizer, THINKING)
-        thoughtful, plain = (renderer.render_chat([USER], tools, {"enable_thinking": value}) for value in (True, False))
-        assert thoughtful == renderer.render_chat([USER], tools)
+        thoughtful, plain = (
+            render_chat(renderer, [USER], tools, {"enable_thinking": value}) for value in (True, False)
+        )
+        assert thoughtful == render_chat(renderer, [USER], tools)
         assert plain == thoughtful + "<think></think>"
 
     def test_every_way_of_calling_takes_them(self, make_engine: EngineMaker, monkeypatch) -> None:
@@ -149,13 +152,13 @@ class TestChatTemplateKwargs:
 
     def test_one_that_the_template_does_not_read_is_said(self, tokenizer) -> None:
         with pytest.warns(UserWarning, match="reads no enable_thinkin of"):
-            with_template(tokenizer, THINKING).render_chat([USER], (), {"enable_thinkin": 1})
+            render_chat(with_template(tokenizer, THINKING), [USER], (), {"enable_thinkin": 1})
 
     def test_a_value_that_the_template_fails_at_is_a_prompt_error(self, tokenizer) -> None:
         renderer = with_template(tokenizer, "{{ messages[0]['content'] * times }}")
-        assert renderer.render_chat([USER], (), {"times": 2}) == USER["content"] * 2
+        assert render_chat(renderer, [USER], (), {"times": 2}) == USER["content"] * 2
         with pytest.raises(PromptError, match="refuses the messages"):
-            renderer.render_chat([USER], (), {"times": "x"})
+            render_chat(renderer, [USER], (), {"times": "x"})
 
 
 class TestSegments:

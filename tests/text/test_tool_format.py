@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rendered_chats import render_chat
 from semsharekv_integrations import PromptError
 from semsharekv_integrations.text.answer_stream import TextStream
 from semsharekv_integrations.text.prompt import PromptRenderer
@@ -88,7 +89,7 @@ def test_what_the_template_writes_is_read_as_the_same_calls(name: str) -> None:
     assert read(tool_format, tool_format.write(calls)) == ("", calls)
     if tool_format.is_native and not tool_format.takes_short_ids:  # which also writes the id
         turn = {"role": "assistant", "tool_calls": [calling("c", *call)["tool_calls"][0] for call in calls]}
-        assert tool_format.write(calls) in PromptRenderer(tool_tokenizer(name)).render_chat([ASK, turn, RESULT], TOOLS)
+        assert tool_format.write(calls) in render_chat(PromptRenderer(tool_tokenizer(name)), [ASK, turn, RESULT], TOOLS)
 
 
 @given(cuts=st.lists(st.integers(0, 10**4), max_size=8), name=st.sampled_from(["tagged", "listed", "bare"]))
@@ -180,7 +181,7 @@ class TestRendering:
     def test_a_round_of_tools(self, name: str, as_text: bool) -> None:
         arguments = '{"town": "Prorna"}' if as_text else {"town": "Prorna"}
         messages = [ASK, calling("c1", "get_news", arguments), RESULT]
-        text = PromptRenderer(tool_tokenizer(name)).render_chat(messages, TOOLS)
+        text = render_chat(PromptRenderer(tool_tokenizer(name)), messages, TOOLS)
         ask, call, result = (text.index(part) for part in (ASK["content"], '"town": "Prorna"', RESULT["content"]))
         assert ask < call < result and text.index(NEWS["function"]["description"]) < ask
         assert text.count("get_news") == 2
@@ -197,17 +198,17 @@ class TestRendering:
     def test_without_tools_nothing_changes(self, name: str) -> None:
         tokenizer = tool_tokenizer(name)
         wanted = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
-        assert PromptRenderer(tokenizer).render_chat([ASK]) == wanted
+        assert render_chat(PromptRenderer(tokenizer), [ASK]) == wanted
 
     def test_ids_and_results_agree_where_ids_are_short(self) -> None:
-        text = PromptRenderer(tool_tokenizer("listed")).render_chat([ASK, TURN, RESULT], TOOLS)
+        text = render_chat(PromptRenderer(tool_tokenizer("listed")), [ASK, TURN, RESULT], TOOLS)
         (made,) = json.loads(text[text.index("[TOOL_CALLS] ") :].removeprefix("[TOOL_CALLS] ").split("<|end|>")[0])
         assert len(made["id"]) == 9 and f'"call_id": "{made["id"]}"' in text
 
     def test_calls_of_one_turn_follow_each_other_where_a_template_takes_one(self) -> None:
         turn = {"role": "assistant", "tool_calls": [TURN["tool_calls"][0], calling("c2", *CALLS[1])["tool_calls"][0]]}
         late = RESULT | {"tool_call_id": "c2", "content": "Rain."}
-        text = PromptRenderer(tool_tokenizer("bare")).render_chat([ASK, turn, late, RESULT, ASK], TOOLS)
+        text = render_chat(PromptRenderer(tool_tokenizer("bare")), [ASK, turn, late, RESULT, ASK], TOOLS)
         places = [
             text.index(part) for part in ('"get_news", "parameters"', "A flood.", '"weather", "parameters"', "Rain.")
         ]
@@ -215,12 +216,12 @@ class TestRendering:
 
     def test_a_template_without_tools_gets_everything_as_text(self) -> None:
         system = {"role": "system", "content": "You read the news."}
-        text = PromptRenderer(tool_tokenizer("none")).render_chat([system, ASK, TURN, RESULT, RESULT, ASK], TOOLS)
+        text = render_chat(PromptRenderer(tool_tokenizer("none")), [system, ASK, TURN, RESULT, RESULT, ASK], TOOLS)
         assert text.startswith("<|begin|><|system|>You read the news.\n\n# Tools")
         for tool in TOOLS:
             assert json.dumps(tool) in text
         assert "<|tool|>" not in text and text.count("<|user|>") == 2 and text.count("<tool_response>") == 2
-        plain = PromptRenderer(tool_tokenizer("none")).render_chat([ASK, ASK])
+        plain = render_chat(PromptRenderer(tool_tokenizer("none")), [ASK, ASK])
         assert plain.count("<|user|>") == 2, "only results are joined with what follows"
 
     @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ class TestRendering:
     )
     def test_malformed_calls_are_refused(self, message: dict, error: str) -> None:
         with pytest.raises(PromptError, match=error):
-            PromptRenderer(tool_tokenizer("tagged")).render_chat([message], TOOLS)
+            render_chat(PromptRenderer(tool_tokenizer("tagged")), [message], TOOLS)
 
     def test_text_prompts_take_no_tools(self) -> None:
         with pytest.raises(PromptError, match="prompt is text; accepted with tools"):
