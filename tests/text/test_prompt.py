@@ -196,7 +196,7 @@ class TestSegments:
         )
 
         class Slow(SimpleNamespace):
-            def __call__(self, text, return_offsets_mapping, **options):
+            def __call__(self, text, return_offsets_mapping=False, **options):
                 assert not return_offsets_mapping
                 return real(text, **options)
 
