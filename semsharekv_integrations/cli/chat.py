@@ -39,12 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat until the input ends, and save in any case; returns the exit code.
-
-    Raises:
-        SemShareError: if the model or the file cannot be loaded, or the file cannot be written.
-        ValueError: for an argument that is out of bounds.
-    """
+    """Chat until the input ends, and save in any case; returns the exit code."""
     SamplingConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature)  # refuses them before it loads
     if args.save:
         can_save = args.save.absolute().parent.is_dir() and not args.save.is_dir()
@@ -79,8 +74,7 @@ class Conversation:
     def say(self, text: str, show: Callable[[str], None]) -> Generation | None:
         """Take one turn; ``show`` gets the answer piece by piece.
 
-        Returns:
-            None if Ctrl-C ended the answer. What there was of it is part of the conversation.
+        None if Ctrl-C ended the answer. What there was of it is part of the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         said = ""

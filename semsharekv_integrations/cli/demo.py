@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from textwrap import fill, shorten
@@ -50,10 +51,6 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         1 if a mode that promises the answers of a full prefill gave others, else 0.
-
-    Raises:
-        SemShareError: if the model cannot be loaded.
-        ValueError: for an argument that is out of bounds.
     """
     require(args.runs >= 1, "runs", args.runs, "1 or more")
     require(args.documents >= 1, "documents", args.documents, "1 or more")
@@ -68,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     demo = Demo(engine, script, args.runs, args.seed)
     if not args.json:
         _print_lines("", fill(_introduce(choice, demo), MAX_COLUMNS), "", HEADER)
-        demo.tell = _AnswerPrinter().print_answer
+        demo.tell = partial(_print_answer, set())
     demo.warm_up()
     calls = []
     for call in demo.run():
@@ -160,18 +157,13 @@ def _introduce(choice: Choice, demo: Demo) -> str:
     ).replace("torch.", "")
 
 
-class _AnswerPrinter:
-    """Prints each answer below the title of its part, and leaves the line open for the figures."""
-
-    def __init__(self) -> None:
-        self._part = ""
-
-    def print_answer(self, part: str, answer: str) -> None:
-        if part != self._part:
-            _print_lines(part)
-        self._part = part
-        sys.stdout.write(format_answer(answer))
-        sys.stdout.flush()
+def _print_answer(titles: set[str], part: str, answer: str) -> None:
+    """Print the answer below its part's title, once in ``titles``, and leave the line open for the figures."""
+    if part not in titles:
+        _print_lines(part)
+    titles.add(part)
+    sys.stdout.write(format_answer(answer))
+    sys.stdout.flush()
 
 
 def format_answer(answer: str) -> str:

@@ -86,14 +86,9 @@ class Call:
 
 
 class Demo:
-    """Makes the calls of a script on one engine.
+    """Makes the calls of a script, each ``runs`` times, on one engine; one in mode ``off`` shares its weights.
 
-    Args:
-        engine: loaded or not; a second engine in mode ``off`` shares its weights.
-        script: what is read and asked.
-        runs: how often each call is timed, at least 1.
-        seed: of the order of the articles.
-        tell: gets each call's part and answer once there is one, before the runs that only take its times.
+    ``tell`` gets each call's part and answer once there is one, before the runs that only take its times.
     """
 
     def __init__(
@@ -179,8 +174,7 @@ class Demo:
 
 def read_news() -> Script:
     """Read the news for real models."""
-    text = (files("semsharekv_integrations") / "assets" / "articles.toml").read_text(encoding="utf-8")
-    found = tomllib.loads(text)
+    found = tomllib.loads((files("semsharekv_integrations") / "assets" / "articles.toml").read_text(encoding="utf-8"))
     return Script(
         articles={article["id"]: article["text"].strip() for article in found["article"]},
         questions={part: [Question(**one) for one in found["questions"][part]] for part in PARTS},

@@ -95,7 +95,9 @@ def run_clear(args: argparse.Namespace) -> int:
         require(not is_alone, "namespace", None, f"a string where a {name} is given")
     with ExitStack() as stack:
         stores = [_open_store(args.directory, path.name, stack) for path in find_directories(args.directory)]
-        removed = sum(_clear_store(args, store) for store in stores)
+        chosen = {"document_id": args.document, "session": args.session}
+        whole = args.namespace is None
+        removed = sum(store.clear() if whole else store.forget(args.namespace, **chosen) for store in stores)
         unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
     console = Console(highlight=False, markup=False)
     console.print(f"{removed} entries deleted from {args.directory}.")
@@ -158,9 +160,3 @@ def _open_store(directory: Path, fingerprint: str, stack: ExitStack) -> KVStore:
     store.open(fingerprint, torch.float32, torch.device("cpu"))  # reads no KV
     stack.callback(store.close)
     return store
-
-
-def _clear_store(args: argparse.Namespace, store: KVStore) -> int:
-    if args.namespace is None:
-        return store.clear()
-    return store.forget(args.namespace, document_id=args.document, session=args.session)

@@ -111,10 +111,7 @@ def _wrap_line(line: str, width: int) -> list[str]:
 class WordWrap:
     """Writes text that comes in pieces, and begins a new line before a word that would cross the edge.
 
-    Args:
-        write: takes what is to be written.
-        width: columns of a line.
-        column: where the first line begins.
+    A line has ``width`` columns; the first one begins at ``column``.
     """
 
     def __init__(self, write: Callable[[str], object], width: int, column: int = 0) -> None:
