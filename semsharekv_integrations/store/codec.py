@@ -26,7 +26,7 @@ from semsharekv_integrations.errors import StoreFileError, StoreWriteError, is_w
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.files import digest_tensors
-from semsharekv_integrations.store.records import EntryRecord, is_sound, pack_labels, unpack_reference
+from semsharekv_integrations.store.records import EntryRecord, has_token_ids, is_sound, pack_labels, unpack_reference
 
 FORMAT_VERSION = 2  # of files of references
 _KEYS, _VALUES, _SCALES = "keys", "values", "scales"
@@ -218,8 +218,7 @@ def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
 def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
     """Raise ``ValueError`` for values that no store writes: a right digest says nothing about them."""
     as_record = EntryRecord(str(n), entry["namespace"], str(n), entry, 0.0, 0.0)
-    are_ids = token_ids.ndim == 1 and len(token_ids) > 0 and bool((token_ids >= 0).all())
-    if not (are_ids and is_whole(entry["layers"], 1) and is_sound(as_record)):
+    if not (has_token_ids(token_ids) and is_whole(entry["layers"], 1) and is_sound(as_record)):
         raise ValueError(f"entry {n} has values of a wrong kind")
     if any(stop > len(token_ids) for _, _, stop in entry["segments"]):
         raise ValueError(f"entry {n} has segments beyond its tokens")

@@ -68,15 +68,9 @@ class DiskTier:
         if not self._make_room(packed.num_bytes + _HEADER_BYTES * (1 + len(packed.tensors)), before):
             self._counts["disk_refused"] += 1
             return False
-        try:
-            with raise_memory_errors():
-                file = self._directory.files.write(packed.tensors, packed.num_tokens)
-        except (StoreWriteError, *OUT_OF_MEMORY):
-            self._note_failure()
+        if (num_bytes := self._write([node], lambda: packed.tensors, namespace)) is None:
             return False
-        if not self._move([node], file, namespace):
-            return False
-        self.tier.add(node, self._directory.files.records[file].num_bytes)
+        self.tier.add(node, num_bytes)
         return True
 
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
@@ -251,26 +245,33 @@ class DiskTier:
 
     def _rewrite(self, nodes: Sequence[Node], namespace: str) -> bool:
         """Copy nodes to one new file; whether that worked, else they stay in the old one."""
-        assert self._directory is not None
-        num_tokens = [len(node.token_ids) for node in nodes]
-        try:
-            with raise_memory_errors():
-                parts = [self.read(node).tensors for node in nodes]
-                whole = {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
-                file = self._directory.files.write(whole, sum(num_tokens))
-        except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
-            self._note_failure()
+
+        def join() -> Mapping[str, torch.Tensor]:
+            parts = [self.read(node).tensors for node in nodes]
+            return {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
+
+        if (num_bytes := self._write(nodes, join, namespace)) is None:
             return False
-        if not self._move(nodes, file, namespace):
-            return False
-        num_bytes = self._directory.files.records[file].num_bytes
-        for node, own_tokens in zip(nodes, num_tokens, strict=True):
-            self.tier.shrink(node, num_bytes * own_tokens // sum(num_tokens))
+        num_tokens = sum(len(node.token_ids) for node in nodes)
+        for node in nodes:
+            self.tier.shrink(node, num_bytes * len(node.token_ids) // num_tokens)
         return True
 
-    def _move(self, nodes: Sequence[Node], file: str, namespace: str) -> bool:
-        """Commit that nodes follow each other in a new file; if the catalog refuses, undo it and delete the file."""
+    def _write(
+        self, nodes: Sequence[Node], join: Callable[[], Mapping[str, torch.Tensor]], namespace: str
+    ) -> int | None:
+        """Write the joined KV of nodes to a new file and commit that: the file's bytes.
+
+        None if that fails, or the catalog refuses; then all is as before.
+        """
         assert self._directory is not None
+        files, num_tokens = self._directory.files, sum(len(node.token_ids) for node in nodes)
+        try:
+            with raise_memory_errors():
+                file = files.write(join(), num_tokens)
+        except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
+            self._note_failure()
+            return None
         former = [(node.on_disk, self._nodes.get(node.id)) for node in nodes]
         first = 0
         for node in nodes:
@@ -278,14 +279,14 @@ class DiskTier:
             first += len(node.token_ids)
         self._put(nodes, namespace)
         if self.commit():
-            return True
+            return files.records[file].num_bytes
         for node, (place, owed) in zip(nodes, former, strict=True):
             node.on_disk = place
             del self._nodes[node.id]
             if owed is not None:
                 self._nodes[node.id] = owed
         self._directory.discard(file)
-        return False
+        return None
 
     def _put(self, nodes: Iterable[Node], namespace: str) -> None:
         self.change({node.id: _record(node, namespace) for node in nodes}, {})

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -143,13 +144,9 @@ class Entries:
 
     def ensure_namespace(self, name: SpaceName) -> Namespace:
         """The namespace of this name, made if there is none."""
-        namespace = name if isinstance(name, str) else name[0]
-
-        def split(upper: Node, lower: Node) -> None:
-            self.tiers.split(upper, lower, namespace)
-
         if name not in self.namespaces:
-            self.namespaces[name] = Namespace(self._min_run_tokens, split)
+            namespace = name if isinstance(name, str) else name[0]
+            self.namespaces[name] = Namespace(self._min_run_tokens, partial(self.tiers.split, namespace=namespace))
             if name != namespace:
                 self._later.setdefault(namespace, {})[name] = None
         return self.namespaces[name]

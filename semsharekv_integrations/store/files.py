@@ -55,15 +55,11 @@ class DamageError(Exception):
 
 
 class KVFiles:
-    """The KV files in ``path``. Increments ``counts`` for every trouble: see ``KVDirectory.counts``.
-
-    Attributes:
-        records: by id, of the files in use and of those just written.
-    """
+    """The KV files in ``path``. Increments ``counts`` for every trouble: see ``KVDirectory.counts``."""
 
     def __init__(self, path: Path, fingerprint: str, counts: Counter[str]) -> None:
         self.path = path
-        self.records: dict[str, FileRecord] = {}
+        self.records: dict[str, FileRecord] = {}  # by id, of the files in use and of those just written
         self._fingerprint = fingerprint
         self._counts = counts
         self._verified: set[str] = set()

@@ -38,17 +38,13 @@ def entries_with(
 
 
 def forms_of(document_id: str, entries: Iterable[Entry], tokens: Iterable[TokenIds] = ()) -> list[TokenIds]:
-    """The document's tokens, each form once: ``tokens``, and what entries have where they say that it stands."""
-    found = (*tokens, *_forms(document_id, entries))
-    return list({ids.tobytes(): ids for ids in found if len(ids) >= SHORTEST_TOKENS}.values())
-
-
-def _forms(document_id: str, entries: Iterable[Entry]) -> Iterator[TokenIds]:
-    """The document's tokens where its entries say that it stands whole."""
+    """The document's tokens, each form once: ``tokens``, and what entries have where they say that it stands whole."""
+    found = list(tokens)
     for reference in (e.reference for e in entries if document_id in e.reference.document_starts):
         span = reference.spans[document_id]
         if document_id in reference.document_stops and span.start != UNPLACED and not reference.is_tainted:
-            yield reference.token_ids[span.start : span.stop]
+            found.append(reference.token_ids[span.start : span.stop])
+    return list({ids.tobytes(): ids for ids in found if len(ids) >= SHORTEST_TOKENS}.values())
 
 
 def has_form(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> bool:

@@ -57,12 +57,9 @@ class KVStore:
 
     A forked child has a copy, which goes on in memory alone.
 
-    Args:
-        config: bounds.
-        clock: seconds that only grow; passed in by tests.
-        wall_clock: seconds since the epoch, for what outlives the process; may jump.
-        min_run_tokens: shortest run that ``find_runs`` finds, at least 1. None if it is never called, which saves
-            about 20 bytes for each stored token; the byte bounds do not count these.
+    ``clock`` has seconds that only grow; ``wall_clock`` seconds since the epoch, for what outlives the process, which
+    may jump. ``min_run_tokens``, at least 1, is the shortest run that ``find_runs`` finds. None if that is never called
+    saves about 20 bytes for each stored token; the byte bounds do not count these.
     """
 
     def __init__(
@@ -311,7 +308,10 @@ class KVStore:
 
     def _put_tainted(self, reference: Reference) -> bool:
         packed = make_if_room(lambda: PackedKV.pack(reference.layers, self.config.kv_bits))
-        if reference.session is None or packed is None or not self._entries.tiers.could_hold(packed.num_bytes):
+        tiers = self._entries.tiers
+        if reference.session is None or packed is None:
+            return self._refuse()
+        if not any(tier.can_hold(packed.num_bytes, ()) for tier in tiers.memory):  # beside pinned nodes
             return self._refuse()
         entry = Entry(replace(reference, layers=(), pinned=False), Node(reference.token_ids), self._clock())
         former = self._entries.by_key.get(entry.key)
@@ -321,7 +321,7 @@ class KVStore:
                 entry.reference = replace(join_labels(entry.reference, former.reference), segments=reference.segments)
             self._entries.remove(former)
         self._entries.add(entry)
-        return self._entries.tiers.place(entry.node, packed, None) or self._refuse(entry)
+        return tiers.place(entry.node, packed, None) or self._refuse(entry)
 
     def _refuse(self, entry: Entry | None = None) -> bool:
         if entry is not None:

@@ -142,7 +142,9 @@ class Namespace:
     def find_prefix(self, token_ids: TokenIds, max_tokens: int, session: str | None) -> Match | None:
         """The entry that agrees longest with ``token_ids``: an ordinary one, unless that of ``session`` is longer."""
         node, agreed = self.tree.find(token_ids)
-        best = Match(self._find_through(node), min(agreed, max_tokens)) if agreed else None
+        while agreed and not node.entries:  # any entry that goes through the node will do
+            node = next(iter(node.children.values()))
+        best = Match(self.ordinary[next(iter(node.entries))], min(agreed, max_tokens)) if agreed else None
         own = self.tainted.get(session) if session is not None else None
         if own is not None:
             shared = min(count_common_tokens(own.reference.token_ids, token_ids), max_tokens)
@@ -205,12 +207,6 @@ class Namespace:
         if self._runs is not None:
             assert self._runs.keys == set(self.ordinary), "the index of runs differs from the ordinary entries"
             self._runs.check()
-
-    def _find_through(self, node: Node) -> Entry:
-        """Any entry whose path goes through ``node``."""
-        while not node.entries:
-            node = next(iter(node.children.values()))
-        return self.ordinary[next(iter(node.entries))]
 
 
 def find_gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:

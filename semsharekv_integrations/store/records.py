@@ -191,7 +191,8 @@ def _is_position(value: Any, least: int = 0) -> bool:
     return is_whole(value, least) and value <= _MOST_TOKENS
 
 
-def _has_token_ids(value: Any) -> bool:
+def has_token_ids(value: Any) -> bool:
+    """Whether it is an array of at least one id."""
     return isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 0 and bool((value >= 0).all())
 
 
@@ -240,7 +241,7 @@ _RULES: dict[type, _Rules] = {
         "id": _is_id,
         "parent": lambda value: value is None or _is_id(value),
         "namespace": _is_text,
-        "token_ids": _has_token_ids,
+        "token_ids": has_token_ids,
         "file": _is_file_id,
         "first": _is_position,
     },

@@ -228,10 +228,6 @@ class Tiers:
             self._put_into(lower.tier, upper, _take_part(whole, 0, num_tokens))
         self.disk.split(upper, lower, namespace)
 
-    def could_hold(self, num_bytes: int) -> bool:
-        """Whether ``num_bytes`` fit into a memory tier beside pinned nodes."""
-        return any(tier.can_hold(num_bytes, ()) for tier in self.memory)
-
     def check(self, nodes: Collection[Node], written: set[str]) -> None:
         """The law: tiers hold exactly what ``nodes``, which are all, say of themselves; the catalog has ``written``."""
         for tier in self.memory:
@@ -283,7 +279,14 @@ class Tiers:
 
     def _raise(self, node: Node, protected: Collection[Node]) -> PackedKV:
         """Its KV, in the highest tier that has room."""
-        packed = node.held or self._read(node)
+        try:
+            packed = node.held or self.disk.read(node)
+        except UnavailableFileError:
+            log_trouble("unavailable_file")
+            raise
+        except StoreFileError:
+            log_trouble("unreadable_file")
+            raise Unreadable(node) from None
         if packed.is_rounded and not self._rounds:  # another store wrote it, which takes it for good enough
             raise Unreadable(node)
         for tier in self.memory:
@@ -309,16 +312,6 @@ class Tiers:
         elif node.on_disk is None:
             raise Unreadable(node)
         return packed
-
-    def _read(self, node: Node) -> PackedKV:
-        try:
-            return self.disk.read(node)
-        except UnavailableFileError:
-            log_trouble("unavailable_file")
-            raise
-        except StoreFileError:
-            log_trouble("unreadable_file")
-            raise Unreadable(node) from None
 
     def _put_into(self, tier: Tier, node: Node, packed: PackedKV) -> None:
         node.held, node.tier = packed, tier
