@@ -71,6 +71,8 @@ class ModelAdapter:
         find_input_device(model)  # a model without weights is refused here
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         self._accepts = frozenset(inspect.signature(type(base).forward).parameters)
+        # Whether a pass can be told which slots of a batch are padding, and each row's position
+        self.accepts_padding = {"attention_mask", "position_ids"} <= self._accepts
         self._cache_argument = find_cache_argument(type(base))
         if mode != "off":
             self._require_prefix_reuse()
@@ -102,7 +104,8 @@ class ModelAdapter:
     def decode_step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [B, V] after the last of all tokens so far [B, T]; the cache grows by it."""
         position = ids.shape[1] - 1
-        if position == self._restart_position:
+        # transformers' own ``generate`` starts again with an empty cache there: Phi-3 and kin switch their rope
+        if self.stable_positions and position == getattr(self.config, "original_max_position_embeddings", None):
             fresh = self._make_empty_cache()
             logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
             cache.layers = fresh.layers
@@ -187,11 +190,6 @@ class ModelAdapter:
         require(all(is_whole(end, -1) for end in found), "eos_token_id of the generation config", ends, accepted)
         return found
 
-    @property
-    def accepts_padding(self) -> bool:
-        """Whether a forward pass can be told which slots of a batch are padding, and each row's position."""
-        return {"attention_mask", "position_ids"} <= self._accepts
-
     @cached_property
     def stable_positions(self) -> int | None:
         """Most tokens for which a token's KV does not depend on how many there are, or None if it never does.
@@ -204,11 +202,6 @@ class ModelAdapter:
         changing = [group for group in groups if group.get("rope_type") in LENGTH_DEPENDENT_ROPE]
         limits = (group.get("original_max_position_embeddings") for group in changing)
         return min((limit or self.config.max_position_embeddings for limit in limits), default=None)
-
-    @cached_property
-    def _restart_position(self) -> int | None:
-        """Where transformers' own ``generate`` starts again with an empty cache: Phi-3 and kin switch their rope."""
-        return getattr(self.config, "original_max_position_embeddings", None) if self.stable_positions else None
 
     def lock(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model meanwhile."""

@@ -68,16 +68,12 @@ class ModelFiles:
             self._given["gguf_file"] = os.path.basename(path)
             path = os.path.dirname(path) or os.curdir
         self.path = path
+        self.is_gguf = "gguf_file" in self._given  # all of them are in one file
 
     @property
     def is_local(self) -> bool:
         """Whether they are in a folder, and no hub is asked."""
         return os.path.isdir(self.path)
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether all of them are in one GGUF file."""
-        return "gguf_file" in self._given
 
     @cached_property
     def options(self) -> dict[str, Any]:

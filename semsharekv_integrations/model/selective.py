@@ -83,15 +83,11 @@ class SelectivePrefill:
         require_reuse_off_prefix(adapter.model, adapter.config, adapter.mode)
         self._adapter = adapter
         self._view = LayerView(find_layers(adapter.model, adapter.config), list_windows(adapter.config))
+        self.num_layers = len(self._view.modules)
         probe = adapter.probe_ids()
         here, there = (adapter.compute_kv(probe, start) for start in (0, PROBE_SHIFT))
         self.rotations = find_rotations(adapter.model, here, there, PROBE_SHIFT)
         self._require_same_logits(probe, here)
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the model."""
-        return len(self._view.modules)
 
     def run(self, plan: ReusePlan, watch: Stopwatch | None = None) -> Outcome:
         """Carry ``plan`` out. Stored references are read, never written. ``watch`` takes the time of each part."""
