@@ -94,7 +94,12 @@ def run_clear(args: argparse.Namespace) -> int:
         is_alone = getattr(args, name) is not None and args.namespace is None
         require(not is_alone, "namespace", None, f"a string where a {name} is given")
     with ExitStack() as stack:
-        stores = [_open_store(args.directory, path.name, stack) for path in find_directories(args.directory)]
+        stores = []
+        for path in find_directories(args.directory):
+            store = KVStore(StoreConfig(max_bytes=0, directory=args.directory, disk_max_bytes=2**62))
+            store.open(path.name, torch.float32, torch.device("cpu"))  # reads no KV
+            stack.callback(store.close)
+            stores.append(store)
         chosen = {"document_id": args.document, "session": args.session}
         whole = args.namespace is None
         removed = sum(store.clear() if whole else store.forget(args.namespace, **chosen) for store in stores)
@@ -152,11 +157,3 @@ def _format_age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
-
-
-def _open_store(directory: Path, fingerprint: str, stack: ExitStack) -> KVStore:
-    """Open the store of one model; ``stack`` closes it."""
-    store = KVStore(StoreConfig(max_bytes=0, directory=directory, disk_max_bytes=2**62))
-    store.open(fingerprint, torch.float32, torch.device("cpu"))  # reads no KV
-    stack.callback(store.close)
-    return store

@@ -50,7 +50,7 @@ def load_engine(args: argparse.Namespace) -> SemShareEngine:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print the table, or its rows as lists if it is wider than the terminal."""
+    """Print the table or, if it is wider than the terminal, each row as a list of what its cells hold."""
     unbounded = console.options.update(max_width=_UNBOUNDED)
     if Measurement.get(console, unbounded, table).maximum <= console.width:
         console.print(table)
@@ -59,19 +59,14 @@ def print_table(console: Console, table: Table) -> None:
         console.print(table.title, style="bold", markup=False, highlight=False)
     headers = [_as_text(column.header) for column in table.columns]
     for row in zip(*(list(column.cells) for column in table.columns), strict=True):
-        _print_row(console, headers, [_as_text(cell) for cell in row])
-
-
-def _print_row(console: Console, headers: list[Text], cells: list[Text]) -> None:
-    """Print each non-empty cell behind its header, the first one as the heading of the others."""
-    lead = "- "
-    for header, cell in zip(headers, cells, strict=True):
-        if not cell.plain.strip():
-            continue
-        name = f"{header.plain.replace(chr(10), ' ')}: " if header.plain else ""
-        body = Text(" ").join(cell.split("\n")) if "\n" in cell.plain else cell
-        console.print(Text(f"{lead}{name}") + body, highlight=False, overflow="fold")
-        lead = "  "
+        lead = "- "
+        for header, cell in zip(headers, map(_as_text, row), strict=True):
+            if not cell.plain.strip():
+                continue
+            name = f"{header.plain.replace(chr(10), ' ')}: " if header.plain else ""
+            body = Text(" ").join(cell.split("\n")) if "\n" in cell.plain else cell
+            console.print(Text(f"{lead}{name}") + body, highlight=False, overflow="fold")
+            lead = "  "
 
 
 def _as_text(cell: RenderableType) -> Text:

@@ -79,9 +79,6 @@ class Bench:
 
     The bench adds a full prefill named ``off`` if there is none. ``missing`` holds the policies that the model does not
     allow, with the reasons. On random weights there is no deviation guard, and no answer is right or wrong.
-
-    Raises:
-        ValueError: if ``off`` is no full prefill.
     """
 
     def __init__(self, subject: Subject, study: Study) -> None:

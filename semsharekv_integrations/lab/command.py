@@ -102,13 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and write after each scenario; the exit code.
-
-    Raises:
-        ValueError: for arguments that do not go together, and lines of ``--data`` that are no examples.
-        SemShareError: if the model cannot be loaded.
-        OSError: if a file cannot be read or written.
-    """
+    """Measure, and write after each scenario; the exit code."""
     study, subject = prepare(args)
     run_study(study, subject, args)
     return 0
@@ -117,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 def prepare(
     args: argparse.Namespace, policies: Mapping[str, Policy] = POLICIES, *, with_scenarios: bool = True
 ) -> tuple[Study, Subject]:
-    """What the arguments ask for, and the model it is measured on; for errors see ``run``."""
+    """What the arguments ask for, and the model it is measured on."""
     _check(args)
     drawn, sized = _choose_scenarios(args) if with_scenarios else ([], [])
     examples = dataset.read_examples(args.data) if args.data else []

@@ -54,11 +54,7 @@ SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "m
 def make_configs(
     names: Iterable[str], settings: Mapping[str, Any] | None = None, policies: Mapping[str, Policy] = POLICIES
 ) -> dict[str, EngineConfig]:
-    """Engine settings by policy, over a store without bounds. ``settings`` are for those that reuse off the prefix.
-
-    Raises:
-        ValueError: for a name or setting that there is not, or what ``ReuseConfig`` refuses.
-    """
+    """Engine settings by policy, over a store without bounds. ``settings`` are for those that reuse off the prefix."""
     names, settings = list(names), dict(settings or {})
     for field, values, known in (("policies", names, policies), ("settings", settings, SETTINGS)):
         unknown = sorted(set(values) - set(known))

@@ -98,10 +98,7 @@ SIZED: Mapping[str, Callable[[Random, _Take], list[Document]]] = MappingProxyTyp
 def make_sized_case(name: str, length: int, seed: int, count: Callable[[str | list[Message]], int]) -> Case:
     """The case of a scenario whose target is the longest prompt of whole sentences with at most ``length`` tokens.
 
-    ``count`` gives the tokens of a prompt, template included.
-
-    Raises:
-        ValueError: if two documents do not fit in ``length``, or there is no such scenario.
+    ``count`` gives the tokens of a prompt, template included. Two documents must fit.
     """
     require(name in SIZED, "scenario", name, f"one of {', '.join(SIZED)}")
     make = partial(_make_case, name, seed)
