@@ -167,13 +167,7 @@ class _GivenUp(Exception):
 
 
 class _Selection:
-    """Which tokens each layer of one selective pass computes, and what is known so far to choose them by.
-
-    Attributes:
-        attended: [T] how much the question attends to each token, if the plan asks for it.
-        deviation: mean deviation of the borrowed tokens that were computed again, once it is measured.
-        fell_back: why everything is computed from here on, or None.
-    """
+    """Which tokens each layer of one selective pass computes, and what is known so far to choose them by."""
 
     def __init__(self, plan: ReusePlan, cache: GatheredCache, device: torch.device) -> None:
         self.plan = plan
@@ -182,9 +176,9 @@ class _Selection:
         masks = plan.optional, plan.optional | plan.relevant, plan.must
         self._optional, self._borrowed, self._must = (torch.from_numpy(mask).to(device) for mask in masks)
         self._priority: Tensor | None = None
-        self.attended: Tensor | None = None
-        self.deviation: float | None = None
-        self.fell_back: str | None = None
+        self.attended: Tensor | None = None  # [T] by the question, if the plan asks for it
+        self.deviation: float | None = None  # as in ``Outcome``, once it is measured
+        self.fell_back: str | None = None  # why everything is computed from here on
 
     def rank(self, deviations: Tensor | None) -> None:
         """Set priorities from the signals there are."""

@@ -163,7 +163,6 @@ def build_plan(
 
     Args:
         token_ids: [T], of the prompt.
-        prefix: the stored prefix to stand behind, or None.
         runs: identical runs behind the prefix, in prompt order, none overlapping.
         matches: similar tokens outside the runs.
         question: [T] tokens that are always computed.

@@ -100,7 +100,6 @@ class TextStream:
 
     Args:
         marks: special tokens that are part of the text.
-        special: the special tokens by id, if they are known already.
         token_stop: strings that end the text where they name a special token or half of one; ``stop`` if None.
     """
 

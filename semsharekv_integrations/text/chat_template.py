@@ -55,7 +55,6 @@ class ChatTemplate:
         """Render checked messages as text; a last assistant message is left open, to be continued.
 
         Args:
-            tools: shown to the model, as its template does it or in the system message.
             variables: more of them for the template, none of ``RENDERING_OPTIONS``.
 
         Raises:
