@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semsharekv_integrations.cli.terminal import HelpFormatter
 from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.policies import POLICIES, Policy
+from semsharekv_integrations.terminal import HelpFormatter
 
 
 def parse_arguments(

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from semsharekv_integrations.cli.terminal import WordWrap, add_engine_arguments, load_engine
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.report import Generation
+from semsharekv_integrations.terminal import WordWrap, add_engine_arguments, load_engine
 
 if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine

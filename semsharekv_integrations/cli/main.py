@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from semsharekv_integrations import __version__
-from semsharekv_integrations.cli.terminal import HelpFormatter, fold_error
 from semsharekv_integrations.errors import SemShareError
+from semsharekv_integrations.terminal import HelpFormatter, fold_error
 
 
 class Command(NamedTuple):

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semsharekv_integrations.cli.terminal import fold_error, print_table
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, require
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
+from semsharekv_integrations.terminal import fold_error, print_table
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
 _NUMBERS = ("tokens", "KV", "uses", "last used")

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from semsharekv_integrations.cli.terminal import print_table
 from semsharekv_integrations.lab.bench import Results
 from semsharekv_integrations.lab.figures import FIGURES, Figure, Row
+from semsharekv_integrations.terminal import print_table
 
 NOTHING = "-"
 _DISTRIBUTIONS = ("semsharekv-integrations", "torch", "transformers")

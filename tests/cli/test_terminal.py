@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semsharekv_integrations.cli.terminal import WordWrap, fold_error, print_table
+from semsharekv_integrations.terminal import WordWrap, fold_error, print_table
 
 
 def printed(table: Table, width: int) -> str:
