@@ -171,7 +171,7 @@ class SemShareEngine(ModelHolder):
         runtime.render(call, known, self.context_window)
         with self._queue.admit(call.watch.phase("wait")):  # so that each may reuse what the one before computed
             check_wanted()
-            runtime = runtime.current()
+            runtime = runtime.follow_model()
             runtime.plan(call, is_suspended=self.auditor.suspends(call.request.namespace))
             runtime.execute(call)
             if self._scheduler.has_concurrent_calls:
@@ -236,7 +236,7 @@ class SemShareEngine(ModelHolder):
 
     def _warm(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
         with self._queue.admit():
-            return self._memory.warm(call, runtime.current(), **labels)
+            return self._memory.warm(call, runtime.follow_model(), **labels)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` in which the document stands; how many. Calls under way leave none.
@@ -263,7 +263,7 @@ class SemShareEngine(ModelHolder):
         """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
         path, runtime = check_path(path), self._load()
         self._scheduler.settle()
-        return self._scheduler.carry_out(lambda: runtime.current().save(path))
+        return self._scheduler.carry_out(lambda: runtime.follow_model().save(path))
 
     def load(self, path: str | Path) -> int:
         """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
@@ -272,7 +272,7 @@ class SemShareEngine(ModelHolder):
             StoreFileError: if the file is damaged or was written with another model.
         """
         path, runtime = check_path(path), self._load()
-        return self._scheduler.carry_out(lambda: runtime.current().load(path))
+        return self._scheduler.carry_out(lambda: runtime.follow_model().load(path))
 
     def close(self) -> None:
         """Let go of the store's directory, as is done at exit; the engine goes on with what it has in memory."""

@@ -230,7 +230,8 @@ class Memory:
         for name, references in self._store.collect_left(*namespaces).items():
             named = {key for reference in references for key in reference.document_starts}
             unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
-            self.known.keep_only(name, named | {key for key, text in unnamed.items() if self._stands(text, references)})
+            standing = {key for key, text in unnamed.items() if self._is_in_one_of(text, references)}
+            self.known.keep_only(name, named | standing)
             for index in self._runtime.indexes() if self._runtime is not None else ():
                 index.keep_only(name, {reference.id for reference in references})
 
@@ -246,7 +247,7 @@ class Memory:
         return stored
 
     def _put(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
-        if self._is_off or not runtime.holds():  # KV of two states would be good for neither
+        if self._is_off or not runtime.is_unchanged():  # KV of two states would be good for neither
             return False
         adapter, request = runtime.adapter, call.request
         layers = adapter.read_layers(call.outcome.prefill.cache)
@@ -273,7 +274,7 @@ class Memory:
         asked = (request.namespace, request.session, names, call.token_ids, runtime.renderer.decode)
         return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
 
-    def _stands(self, text: str, references: Sequence[Reference]) -> bool:
+    def _is_in_one_of(self, text: str, references: Sequence[Reference]) -> bool:
         """Whether the tokens of ``text`` stand in one of the ``references``."""
         if self._runtime is None or not references:
             return False

@@ -93,8 +93,8 @@ class Runtime:
         if isinstance(source, NamedModel):
             self._states.as_loaded = self._compute_identity()
 
-    def current(self) -> Runtime:
-        """The runtime for the state that the model is in now, for one call. The model leaves training mode.
+    def follow_model(self) -> Runtime:
+        """Return the runtime for the state that the model is in now, for one call. The model leaves training mode.
 
         Raises:
             UnsupportedModelError: if the model does not allow the configured mode any more.
@@ -120,8 +120,8 @@ class Runtime:
         """Those of all states that a runtime is kept for."""
         return [kept.index for kept in self._states.list_runtimes() if kept.index is not None]
 
-    def holds(self) -> bool:
-        """Whether the model has been in this state all along since ``current``."""
+    def is_unchanged(self) -> bool:
+        """Whether the model has been in this state all along since ``follow_model``."""
         return self.mode == "off" or self.adapter.watch.get_state() == self._state
 
     def _make_matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
@@ -241,7 +241,7 @@ class Runtime:
             risky = report.reused_tokens - report.prefix_tokens * self.reuse.is_approximate
             if (not risky and report.kv_retained_ratio == 1) or not auditor.draws():
                 return
-            if not self.holds():  # a full prefill would be one of another state
+            if not self.is_unchanged():  # a full prefill would be one of another state
                 return
             reused = torch.cat(call.answer.first_logits)  # [N, V]
             answered = np.array(call.answer.token_ids[: len(reused) - 1], dtype=np.int64)

@@ -121,7 +121,7 @@ def tell_of_forks(one: Forked) -> None:
         _told.add(one)
 
 
-def _before() -> None:
+def _take_locks() -> None:
     _known.acquire()
     until = monotonic() + LONGEST_WAIT_S
     locks = list(_locks)
@@ -149,7 +149,7 @@ def _release() -> None:
     _known.release()
 
 
-def _go_on() -> None:
+def _renew_in_child() -> None:
     for lock in [*_not_held, *_free]:
         renew = getattr(lock, "_at_fork_reinit", None)
         if renew is not None and not _is_own(lock):
@@ -166,4 +166,4 @@ def _is_own(lock: Lock) -> bool:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_release, after_in_child=_go_on)
+    os.register_at_fork(before=_take_locks, after_in_parent=_release, after_in_child=_renew_in_child)
