@@ -155,9 +155,9 @@ class Memory:
         return known
 
     def keep(self, call: Call, runtime: Runtime) -> bool:
-        """Store the KV of prompt and answer, as far as there is any; return whether all of it is there.
+        """Note named documents' texts; store the KV of prompt and answer, in a session all there is, else the exact.
 
-        If anything in the call was forgotten since it began, this stores nothing of it.
+        Return whether the store has all of that. If anything in the call was forgotten since it began, keep nothing.
         """
         documents = call.request.documents
         named = {key: text for key, text in documents.items() if not _is_unnamed(key, text)}

@@ -74,7 +74,7 @@ class Conversation:
     def say(self, text: str, show: Callable[[str], None]) -> Generation | None:
         """Take one turn; ``show`` gets the answer piece by piece.
 
-        None if Ctrl-C ended the answer. What there was of it is part of the conversation.
+        Return None if Ctrl-C ended the answer: the conversation keeps its text so far, or drops the turn without any.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         said = ""

@@ -158,7 +158,7 @@ def _introduce(choice: Choice, demo: Demo) -> str:
 
 
 def _print_answer(titles: set[str], part: str, answer: str) -> None:
-    """Print the answer below its part's title, once in ``titles``, and leave the line open for the figures."""
+    """Print the title ``part`` if ``titles`` lacks it, add it, print the answer in its columns; leave the line open."""
     if part not in titles:
         _print_lines(part)
     titles.add(part)

@@ -344,7 +344,7 @@ class Scheduler:
         self._let_go(job)
 
     def _let_go(self, job: Job[Any]) -> None:
-        """End a job that nobody wants."""
+        """Raise ``JobLeft`` in a job that nobody wants, so that it may save what it has; end it, and log an error."""
         assert job.items is not None
         left = JobLeft()
         try:
@@ -352,7 +352,7 @@ class Scheduler:
             job.items.close()
         except (JobLeft, StopIteration):
             pass
-        except Exception as error:
+        except BaseException as error:  # whatever it is, the thread goes on to serve others
             log_trouble("failed_leaving", error=type(error).__name__)
         with self._lock:
             self._end(job, JobEnd(CancelledError()))

@@ -189,7 +189,7 @@ def _join_texts(field: str, content: Any) -> str:
 
 
 def describe_answer(generation: Generation, model_name: str) -> tuple[UsageMetadata, dict[str, Any]]:
-    """Token counts, where ``cache_read`` is prompt tokens whose KV was not computed; and all else, in plain JSON."""
+    """Return token counts, ``cache_read`` being those reused; and model, finish reason and report, in plain JSON."""
     report, counts = generation.report, frameworks.count_tokens(generation.report)
     usage = UsageMetadata(
         input_tokens=counts["prompt_tokens"],

@@ -98,7 +98,7 @@ class ToolCallChunks:
         self.count = 0
 
     def read(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
-        """Text and tool calls of one chunk, as LangChain streams them."""
+        """Return text, with the answer tool's arguments, and other calls; if not parallel, the answer's first only."""
         text, calls = chunk.text, []
         for call in chunk.tool_calls:
             if not (self._is_first or self._may_be_several):

@@ -127,7 +127,7 @@ def _watch(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Plain attention of a few rows: query [B, heads, N, D], key and value [B, H, T, D], mask [B, 1, N, T]."""
+    """Attend: query [B, heads, N, D], key, value [B, H, T, D], mask [B, 1, N, T]; if watched, collect mean weights."""
     collected = _collected.get()
     if collected is None:  # somebody else's pass through the same model
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

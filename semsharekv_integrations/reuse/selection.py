@@ -40,7 +40,7 @@ _HALVINGS = 40
 def spread_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
     """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
 
-    Neither may be negative. A ``last`` of 0 leaves nothing after the first layer.
+    The caller sees to it that neither is negative. If either is 0, every layer after the first gets 0.
     """
     if num_layers == 1 or first == 0 or last == 0:
         return (first, *[0.0] * (num_layers - 1))
