@@ -25,7 +25,7 @@ def _digest(namespace: str) -> bytes:
 
 
 class Auditor:
-    """Draws the calls to audit and keeps the latest outcomes of each namespace."""
+    """Decides at random which calls to audit, and keeps the latest outcomes of each namespace."""
 
     def __init__(self, config: AuditConfig, rng: Random | None = None) -> None:
         self.config = config
@@ -34,11 +34,11 @@ class Auditor:
         self._lock = hold_at_forks(threading.Lock())
 
     def draws(self) -> bool:
-        """Whether this call is audited."""
+        """Decide at random whether one call is audited; true for a share ``sample_ratio`` of all."""
         return self._rng.random() < self.config.sample_ratio
 
     def record(self, namespace: str, reused: torch.Tensor, full: torch.Tensor) -> AuditResult:
-        """Compare the logits [N, V] of an answer's first tokens with those behind a full prefill; keep the outcome."""
+        """Compare logits [N, V] behind reused KV with those behind a full prefill; keep and return the outcome."""
         log_reused, log_full = reused.float().log_softmax(-1), full.float().log_softmax(-1)
         divergence = torch.nn.functional.kl_div(log_reused, log_full, log_target=True, reduction="batchmean")
         agrees = bool((reused.argmax(-1) == full.argmax(-1)).all())
@@ -52,13 +52,13 @@ class Auditor:
         return result
 
     def suspends(self, namespace: str) -> bool:
-        """Whether reuse is off for ``namespace``: a full window of audits, and too few agreed."""
+        """Whether reuse is off for ``namespace``: its window of audits is full, and too few of them agreed."""
         with self._lock:
             latest = self._latest.get(_digest(namespace), ())
             return len(latest) == self.config.window and sum(latest) < self.config.min_agreement * len(latest)
 
     def clear(self, namespace: str | None) -> None:
-        """Forget the outcomes of one namespace, or of all; reuse is on again."""
+        """Drop the outcomes of one namespace, or of all for None, so that reuse there is on again."""
         with self._lock:
             if namespace is None:
                 self._latest.clear()
@@ -66,7 +66,7 @@ class Auditor:
                 self._latest.pop(_digest(namespace), None)
 
     def stats(self) -> dict[str, float]:
-        """Number of audits in the windows, and the share that agreed (1 if there were none)."""
+        """Return how many outcomes are kept, and the share of them that agreed (1 if there are none)."""
         with self._lock:
             outcomes = [agrees for latest in self._latest.values() for agrees in latest]
         return {"audits": len(outcomes), "audit_agreement_ratio": sum(outcomes) / len(outcomes) if outcomes else 1.0}

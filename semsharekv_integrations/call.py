@@ -50,17 +50,17 @@ class Answer:
     first_logits: list[torch.Tensor] = field(default_factory=list)
 
     def record_logits(self, limit: int, logits: torch.Tensor) -> None:
-        """Keep ``logits`` [B, V], unless there are those of ``limit`` tokens."""
+        """Append ``logits`` [B, V] to ``first_logits``, unless those of ``limit`` tokens are there already."""
         if len(self.first_logits) < limit:
             self.first_logits.append(logits)
 
     def add(self, said: AnswerPart) -> None:
-        """Add text and tool calls."""
+        """Append the text and the tool calls of ``said`` to the answer."""
         self.text += said.text
         self.tool_calls += said.tool_calls
 
     def end(self, *, is_whole: bool) -> None:
-        """Nothing follows. A limit cut the answer unless it ``is_whole``."""
+        """Set ``finish_reason``: ``tool_calls`` or ``stop`` if the answer ``is_whole``, else ``length``."""
         self.finish_reason = ("tool_calls" if self.tool_calls else "stop") if is_whole else "length"
 
 
@@ -104,23 +104,23 @@ class Call:
     audit: AuditResult | None = None
 
     def count_wait(self, job: Job[Any] | None) -> None:
-        """Count the seconds that its ``job`` stood in line before it began."""
+        """Add the seconds that ``job`` stood in line to ``watch``, as phase ``wait``. Do nothing if there were none."""
         if job is not None and job.waited_s:
             self.watch.count_before("wait", job.waited_s)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return len(self.rendered.token_ids)
 
     @property
     def reused(self) -> Mask:
-        """[T] prompt tokens whose KV was not computed at every layer."""
+        """Mask [T], true for prompt tokens whose KV was not computed at every layer."""
         return ~self.outcome.computed
 
     @property
     def token_ids(self) -> TokenIds:
-        """[S] of prompt and answer."""
+        """Token ids [S] of the prompt and of the answer so far."""
         return np.concatenate([self.rendered.token_ids, np.array(self.answer.token_ids, dtype=np.int64)])
 
     @property
@@ -129,26 +129,26 @@ class Call:
         return self.request.find_document_spans(self.rendered, self.plan.prefix)
 
     def add_token(self, token_id: int, said: AnswerPart) -> Iterator[GenerationChunk]:
-        """Take one more token of the answer, and yield what it made certain as chunks; the first one may be empty."""
+        """Append a token to the answer; the first sets ``ttft_s``. Return the iterator of ``add(said)``."""
         if not self.answer.token_ids:
             self.ttft_s = self.watch.elapsed_s
         self.answer.token_ids.append(token_id)
         return self.add(said)
 
     def add(self, said: AnswerPart) -> Iterator[GenerationChunk]:
-        """Take text and tool calls, and yield them as chunks: one of text, and one for each tool call."""
+        """Once iterated, add ``said`` to the answer; yield a chunk of text, maybe empty, and one per tool call."""
         self.answer.add(said)
         yield GenerationChunk(said.text)
         yield from (GenerationChunk("", tool_calls=(call,)) for call in said.tool_calls)
 
     def build_generation(self) -> Generation:
-        """The whole answer with its report."""
+        """Return the answer so far with its report; changes nothing."""
         answer = self.answer
         calls = tuple(answer.tool_calls)
         return Generation(answer.text, answer.token_ids, answer.finish_reason, self.build_report(), calls)
 
     def build_report(self) -> ReuseReport:
-        """What the call reused and what it cost so far."""
+        """Return what the call has reused and cost so far; changes nothing. ``execute`` must have run before."""
         plan, outcome, reused = self.plan, self.outcome, self.reused
         fuzzy = int((plan.fuzzy & reused).sum())
         prefix = min(plan.prefix_tokens, outcome.exact_tokens)
@@ -180,7 +180,7 @@ class Call:
 
 
 def _count_sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
-    """How many tokens each reference gave, most first."""
+    """Return how many tokens took KV from each reference, most first, without those that gave none."""
     tokens: Counter[str] = Counter()
     if plan.prefix:
         tokens[plan.prefix.reference.id] += plan.prefix_tokens

@@ -122,24 +122,24 @@ class ReuseConfig:
 
     @property
     def preferred_mode(self) -> Mode:
-        """The mode itself; for ``auto`` the one that it asks for."""
+        """The mode itself; ``FASTEST`` for ``auto``, whether or not the model supports it."""
         return FASTEST if self.mode == "auto" else self.mode
 
     @property
     def is_approximate(self) -> bool:
-        """Whether KV is reused off the prefix, if the model supports it."""
+        """Whether the mode also reuses KV that is no exact prefix; says nothing about the model."""
         return self.preferred_mode not in ("off", "exact")
 
     @property
     def indexed_run_tokens(self) -> int | None:
-        """Shortest run of identical tokens that the store must find, or None where none is asked for."""
+        """Length in tokens of the shortest run that the store must find, or None in modes that ask for no runs."""
         borrows_runs = self.is_approximate and self.preferred_mode != "paper"
         return self.resolve().min_run_tokens if borrows_runs else None
 
     def resolve(self, *, supported: bool = True) -> ReuseConfig:
-        """With every value in place, and ``auto`` replaced: by the preferred mode if the model supports it.
+        """Return a config with the mode's value for every None, and ``auto`` replaced by ``preferred_mode``.
 
-        Else ``auto`` becomes ``exact``, to which no other setting applies.
+        If the model does not support it, ``auto`` becomes ``exact``, and only ``min_prefix_tokens`` is kept.
         """
         if self.mode == "auto" and not supported:
             return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)
@@ -150,7 +150,7 @@ class ReuseConfig:
         return replace(self, mode=self.preferred_mode, **{name: getattr(preset, name) for name in open_names})
 
     def drop_fuzzy(self) -> ReuseConfig:
-        """As it is where no different token is borrowed: without full layers, and so no deviation to choose by."""
+        """Return a config that borrows no different tokens, with ``full_layers`` and ``deviation_ratio`` 0."""
         return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
 
     def _has(self, name: str) -> bool:
@@ -162,7 +162,7 @@ def _is_part(value: object) -> bool:
 
 
 def _check_rules(rules: ReuseConfig) -> None:
-    """Raise ``ValueError`` for a value that is out of bounds."""
+    """Raise ``ValueError`` for the first value of a resolved config that is out of bounds."""
     check = partial(check_fields, rules, "reuse.")
     check("None or 2 or more", lambda value: is_whole(value, 2), "min_run_tokens")
     check("None or 1 or more", lambda value: is_whole(value, 1), "tail_tokens")
@@ -335,7 +335,7 @@ class EngineConfig:
 
 
 def check_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
-    """A tuple of strings that text may hold; ``or_else`` is what else an error says is accepted."""
+    """Return ``stop`` if it is a tuple of stop strings within the bounds, else raise ``ValueError``."""
     require(isinstance(stop, tuple), "stop", stop, f"{or_else}a tuple of strings")
     strings = cast(tuple[str, ...], stop)
     few = len(strings) <= MOST_STOP_STRINGS

@@ -1,8 +1,7 @@
 """The engine: one prompt's way from text to text, one line per phase, and what a caller may do with the store.
 
-The flow is that of SemShareKV (arXiv 2509.24832, section 3), with exact prefixes and identical runs as sources beside
-its similar tokens. Knows nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see
-``model``).
+The flow is that of SemShareKV (arXiv 2509.24832, section 3), with exact prefixes and identical runs as more sources.
+Knows nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see ``model``).
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class SemShareEngine(ModelHolder):
         dtype: str | torch.dtype = "auto",
         **kwargs: Any,
     ) -> SemShareEngine:
-        """An engine for a folder, a GGUF file, a hub id, or ``semsharekv/reference``; weights are loaded at first use.
+        """Make an engine for a folder, GGUF file, hub id or ``semsharekv/reference``; weights are loaded at first use.
 
         Args:
             name_or_path: what to load.
@@ -99,7 +98,7 @@ class SemShareEngine(ModelHolder):
         return engine
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """The whole answer to a text prompt or to messages (mappings with ``role`` and ``content``).
+        """Wait for and return the answer to a text prompt or messages (mappings with ``role`` and ``content``).
 
         Raises:
             ValueError: naming the option, its value and what is accepted.
@@ -109,43 +108,43 @@ class SemShareEngine(ModelHolder):
         return _take_last(self._start(prompt, options, _is_last).run_ahead())
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[GenerationChunk]:
-        """The answer as it is generated; the last chunk carries the ``Generation``. Raises as ``generate`` does.
+        """Return an iterator of the answer's chunks; the last carries the ``Generation``. Raises as ``generate`` does.
 
-        The call computes the next chunk when you ask for it. While other calls wait for their turn, it runs to its end
-        even if nobody reads it. Closing the iterator, or dropping it, cancels the call at the next token;
-        what was computed until then is kept.
+        Asking for a chunk computes it; while other calls wait for their turn, the call runs to its end unread. Closing
+        or dropping the iterator cancels the call at the next token; what was computed until then is kept.
         """
         return self._start(prompt, options, _is_told)
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
-        """The answers to several prompts, in order; what they share is computed once, and they decode together.
+        """Return the answers to several prompts, in order; what they share is computed once, and they decode together.
 
-        One that fails takes none of the others down: when all are done, the first error is raised.
+        If some prompts fail, the others still run to their end; then the first error is raised.
         """
         with self.sharing():
             begin = [partial(self._start, prompt, options, _is_last) for prompt in check_prompts(prompts)]
             return [_take_last(chunks) for chunks in raise_first_error(read_all(begin))]
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """As ``generate``, without blocking the event loop; cancelling the task cancels the call."""
+        """Return and raise as ``generate``, without blocking the event loop. Cancelling the task cancels the call."""
         async with aclosing(self._read_async(prompt, options, _is_last)) as chunks:
             return _take_last([chunk async for chunk in chunks])
 
     async def astream(
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[GenerationChunk, None]:
-        """As ``stream``, without blocking the event loop; the call goes on whether or not it is read."""
+        """Yield chunks as ``stream``, without blocking the event loop. The call goes on unread until this is closed."""
         async with aclosing(self._read_async(prompt, options, _is_told)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     def sharing(self) -> AbstractContextManager[None]:
-        """Inside, calls store their prompts' KV for others before they decode. Calls that overlap always do."""
+        """Within the block, calls store their prompts' KV before they decode, as overlapping calls always do."""
         return self._scheduler.group_jobs()
 
     def _start(
         self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
     ) -> Stream[GenerationChunk]:
+        """Check prompt and options, and return the stream of chunks that ``shows`` picks. Begins no call yet."""
         request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
 
         def begin() -> Generator[GenerationChunk, None, None]:
@@ -156,6 +155,7 @@ class SemShareEngine(ModelHolder):
     def _read_async(
         self, prompt: Prompt, options: GenerateOptions, shows: Callable[[GenerationChunk], bool]
     ) -> AsyncGenerator[GenerationChunk, None]:
+        """As ``_start``, but return an asynchronous generator, which begins the call when it is iterated."""
         request, since = Request.of(check_prompt(prompt), options), self._memory.under_way.begin()
 
         def begin() -> Generator[GenerationChunk, None, None]:
@@ -164,7 +164,7 @@ class SemShareEngine(ModelHolder):
         return read_async(self._scheduler, begin, shows)
 
     def _run(self, request: Request, since: Since, runtime: Runtime) -> Generator[GenerationChunk, None, None]:
-        """Take one prompt to its answer: render, plan, execute, decode, remember, audit. Each phase is timed."""
+        """Run one call through all phases, timed; yield its chunks. One that is left while decoding keeps its KV."""
         call = Call(request, since)
         call.count_wait(get_current_job())
         known = self._memory.resolve_documents(call)
@@ -188,7 +188,7 @@ class SemShareEngine(ModelHolder):
         yield GenerationChunk("", generation)
 
     def _remember(self, call: Call, runtime: Runtime) -> None:
-        """Count the call. Store its exact KV, and in a session the rest too."""
+        """Add the call to the counts, and store its exact KV, in a session the rest too, unless it was forgotten."""
         with call.watch.phase("remember"):
             reused = int(call.reused.sum())
             counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))
@@ -204,12 +204,10 @@ class SemShareEngine(ModelHolder):
         ttl_s: float | None = None,
         progress: bool = False,
     ) -> int:
-        """Compute the KV of texts before prompts contain them. Those prompts need not name the texts.
-
-        A text that differs from what is stored under its id replaces it.
+        """Compute and store the KV of texts before prompts contain them. Later prompts need not name the texts.
 
         Args:
-            documents: texts, or texts by id.
+            documents: texts, or texts by id. A text replaces another one that is stored under its id.
             namespace: who may reuse them.
             pinned: whether the byte bound never evicts them.
             ttl_s: seconds after their last use at which they expire, or None.
@@ -239,7 +237,7 @@ class SemShareEngine(ModelHolder):
             return self._memory.warm(call, runtime.follow_model(), **labels)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
-        """Drop every entry of ``namespace`` in which the document stands; how many. Calls under way leave none.
+        """Drop every entry of ``namespace`` that holds the document; return how many. Calls under way store none.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the store's directory.
@@ -249,24 +247,25 @@ class SemShareEngine(ModelHolder):
         return self._scheduler.carry_out(partial(self._memory.forget, self._runtime, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
-        """Drop the entries of one session or namespace, or all; how many. As ``forget`` for calls and errors."""
+        """Drop the entries of a session or namespace, or all; return how many. Calls and errors as in ``forget``."""
         namespace, session = check_scope(namespace, session)
         self._scheduler.settle()
         return self._scheduler.carry_out(partial(self._clear, namespace, session))
 
     def _clear(self, namespace: str | None, session: str | None) -> int:
+        """Drop entries and, unless a session is named, audit outcomes; return how many entries."""
         if session is None:
             self.auditor.clear(namespace)
         return self._memory.clear(namespace, session)
 
     def save(self, path: str | Path) -> int:
-        """Write the model's present state's KV to one safetensors file, atomically, for its owner; how many entries."""
+        """Write KV of the model's present state to a file for its owner alone, atomically; return how many entries."""
         path, runtime = check_path(path), self._load()
         self._scheduler.settle()
         return self._scheduler.carry_out(lambda: runtime.follow_model().save(path))
 
     def load(self, path: str | Path) -> int:
-        """Add the KV that ``save`` wrote with the same model; how many entries went into the store.
+        """Store the KV that ``save`` wrote with the same model; return how many entries the store has taken.
 
         Raises:
             StoreFileError: if the file is damaged or was written with another model.
@@ -275,7 +274,7 @@ class SemShareEngine(ModelHolder):
         return self._scheduler.carry_out(lambda: runtime.follow_model().load(path))
 
     def close(self) -> None:
-        """Let go of the store's directory, as is done at exit; the engine goes on with what it has in memory."""
+        """Release the store's directory, as at exit. The engine goes on with the KV it has in memory."""
         self._scheduler.settle()
         self._scheduler.carry_out(self._store.close)
 
@@ -287,7 +286,7 @@ class SemShareEngine(ModelHolder):
         self._observers.add(callback)
 
     def stats(self) -> dict[str, float]:
-        """Counts of requests and tokens since the start, and the state of the store and of the audit."""
+        """Return counts of requests and tokens since the start, and figures of store and audits, by name."""
         self._scheduler.settle()
         with self._counting:
             counts = {name: self._counts[name] for name in COUNTS}
@@ -296,13 +295,13 @@ class SemShareEngine(ModelHolder):
 
     @property
     def store(self) -> KVStore:
-        """Where KV is kept, with that of the calls that ended until now."""
+        """Where KV is kept. Waits until calls that were left have stored theirs."""
         self._scheduler.settle()
         return self._store
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
+        """Whether the model was loaded; loads nothing."""
         return self._runtime is not None
 
     @property
@@ -317,7 +316,7 @@ class SemShareEngine(ModelHolder):
 
     @property
     def mode(self) -> Mode:
-        """The mode that calls run in; where ``auto`` is set, what the model allows, which has to be loaded for it."""
+        """The mode that calls run in, never ``auto``: if that is set, this loads the model to see what it allows."""
         setting = self.config.reuse.mode
         return self._load().mode if setting == "auto" else setting
 
@@ -327,6 +326,7 @@ class SemShareEngine(ModelHolder):
         return self.config.max_context_tokens or get_window(self._source.config)
 
     def _begin(self, source: ModelSource, config: EngineConfig | None, name: str) -> None:
+        """Check the config and set every attribute, without loading the model or opening the store's directory."""
         self.config = check_config(config)
         self.name = name
         self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
@@ -344,7 +344,7 @@ class SemShareEngine(ModelHolder):
         self._counting = hold_at_forks(threading.Lock())
 
     def _load(self) -> Runtime:
-        """The runtime; the first call loads the model."""
+        """Return the runtime. The first call loads the model and opens the store's directory."""
         if self._runtime is None:
             with self._loading:
                 if self._runtime is None:
@@ -354,7 +354,7 @@ class SemShareEngine(ModelHolder):
         return self._runtime
 
     def _take_up(self, runtime: Runtime) -> None:
-        """Use ``runtime`` from now on, unless there is one: an interrupted caller may have left its load behind."""
+        """Open the store's directory and use ``runtime`` from now on. Do nothing if a runtime is in use already."""
         with self._lock:
             if self._runtime is None:
                 if self.config.store.directory is not None:
@@ -374,7 +374,7 @@ def _is_last(chunk: GenerationChunk) -> bool:
 
 
 def _take_last(chunks: Iterable[GenerationChunk]) -> Generation:
-    """The generation that the last chunk carries."""
+    """Read all chunks and return the generation that the last one carries."""
     *_, last = chunks
     assert last.generation is not None, "the last chunk carries the generation"
     return last.generation

@@ -61,19 +61,19 @@ IN_UTF8 = " without lone surrogates, which no text in Unicode has"
 
 
 def require(ok: bool, name: str, value: object, accepted: str) -> None:
-    """Raise ``ValueError`` with field, value and what is accepted, unless ``ok``."""
+    """Raise ``ValueError`` that names the field, its value and what is accepted, unless ``ok``."""
     if not ok:
         raise ValueError(f"{name} is {show_value(value)}; accepted is {accepted}")
 
 
 def check_fields(owner: object, prefix: str, accepted: str, fits: Callable[[Any], bool], *names: str) -> None:
-    """Raise ``ValueError`` for the first attribute of ``owner`` among ``names`` whose value does not fit."""
+    """Raise ``ValueError`` for the first attribute of ``owner`` among ``names`` for whose value ``fits`` is false."""
     for name in names:
         require(fits(getattr(owner, name)), f"{prefix}{name}", getattr(owner, name), accepted)
 
 
 def show_value(value: object) -> str:
-    """``value`` as an error names it: its beginning and its end where it is long."""
+    """Return the ``repr`` of ``value`` for an error, without its middle if it is long; a stand-in if ``repr`` fails."""
     try:
         text = repr(value)
     except Exception as error:  # a value that cannot even be shown, such as a list within itself many times over
@@ -90,24 +90,24 @@ def check_lifetime(name: str, ttl_s: object) -> None:
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Whether ``value`` is an integer, and at least ``least``."""
+    """Whether ``value`` is an integer, no bool, and at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is an integer or a float, and neither infinite nor NaN."""
+    """Whether ``value`` is a finite float, or an integer that a float can hold; a bool is neither."""
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 2**1000  # which a float can hold
     return isinstance(value, float) and isfinite(value)
 
 
 def is_path(value: object) -> bool:
-    """Whether ``value`` may name a file: a string or path that is not empty, without a null character."""
+    """Whether ``value`` is a non-empty string or path without a null character. Does not look for the file."""
     return isinstance(value, str | PathLike) and bool(str(value)) and "\0" not in str(value)
 
 
 def count_nesting(value: object) -> int:
-    """How many mappings and sequences stand in each other in ``value``, at most ``MOST_NESTED`` and one more."""
+    """Return how deep mappings and sequences nest in ``value``: 0 if it is neither, at most ``MOST_NESTED`` + 1."""
     level: list[Any] = [value]
     depth = 0
     while depth <= MOST_NESTED:
@@ -121,7 +121,7 @@ def count_nesting(value: object) -> int:
 
 
 def take_plain_numbers(config: object) -> None:
-    """Make Python's own numbers of NumPy's in the fields of a frozen dataclass, while it is made."""
+    """Replace NumPy numbers in the fields of ``config``, even a frozen dataclass, by Python's own. Checks nothing."""
     for name, value in vars(config).items():
         if isinstance(value, np.generic):
             object.__setattr__(config, name, value.item())
@@ -146,7 +146,7 @@ def is_name(value: object) -> bool:
 
 
 def is_json(value: object) -> bool:
-    """Whether ``value`` can be written as JSON, and that as UTF-8."""
+    """Whether ``json.dumps`` can write ``value``, NaN included, and the result can be written as UTF-8."""
     try:
         return is_utf8(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError):
@@ -154,7 +154,7 @@ def is_json(value: object) -> bool:
 
 
 def make_plain(text: str) -> str:
-    """The characters of ``text``, which may be of a class of its own, such as a member of an enumeration."""
+    """Return ``text`` as a plain ``str``; it may be of a subclass, such as a member of an enumeration."""
     return str.__str__(text)
 
 

@@ -28,10 +28,10 @@ ENGINE_FIELDS = ("model", "mode", "config", "device", "dtype", "model_kwargs")
 
 
 def make_sampling_fields(stop: Any) -> dict[str, Any]:
-    """The fields of ``SamplingConfig`` for pydantic's ``create_model``: types, defaults and descriptions.
+    """Return the fields of ``SamplingConfig`` for pydantic's ``create_model``: types, defaults and descriptions.
 
-    Both frameworks call ``max_new_tokens`` ``max_tokens``, and take None for no ``stop``, of whose type they differ.
-    These two come last.
+    Both frameworks say ``max_tokens`` for ``max_new_tokens``, and None for no ``stop``, whose type is the argument.
+    These two fields come last.
     """
     types, docs = get_type_hints(SamplingConfig), describe_fields(SamplingConfig)
     made: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def make_sampling_fields(stop: Any) -> dict[str, Any]:
 
 
 def describe_fields(config: type) -> dict[str, str]:
-    """What the docstring of a dataclass says of each of its attributes, in one line each."""
+    """Return what the docstring of ``config`` says of each attribute, by name, each as one line."""
     section = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
@@ -52,7 +52,7 @@ SAMPLING_FIELDS = tuple(make_sampling_fields(Any))  # their names
 
 
 def name_for_engine(options: Mapping[str, Any]) -> GenerateOptions:
-    """The options under the engine's names; ``ValueError`` if ``max_tokens`` is no limit."""
+    """Rename ``max_tokens`` to ``max_new_tokens``. Raises ``ValueError`` unless it is 1 or more; checks no more."""
     limit = options["max_tokens"]
     require(is_whole(limit, 1), "max_tokens", limit, "an integer of 1 or more")
     rest = {name: value for name, value in options.items() if name != "max_tokens"}
@@ -60,19 +60,19 @@ def name_for_engine(options: Mapping[str, Any]) -> GenerateOptions:
 
 
 def make_private_name() -> str:
-    """A namespace that nobody guesses, for a model object that was given none."""
+    """Return a new random namespace that nobody guesses, for a model object that was given none."""
     return f"private-{uuid4().hex}"
 
 
 def check_mode(mode: object) -> None:
-    """Raise ``ValueError`` unless ``mode`` is None or one that an engine can be set to."""
+    """Raise ``ValueError`` unless ``mode`` is None, ``auto`` or the name of a mode."""
     require(mode in (None, *MODE_SETTINGS), "mode", mode, " or ".join(map(repr, (None, *MODE_SETTINGS))))
 
 
 def make_engine(
     model: str, mode: ModeSetting | None, config: EngineConfig | None, device: Any, dtype: Any, options: Any
 ) -> SemShareEngine:
-    """An engine for a framework's fields; it loads nothing yet. ``mode``, if given, replaces that of ``config``."""
+    """Make an engine from a framework's fields; loads nothing yet. A given ``mode`` replaces that of ``config``."""
     config = config or EngineConfig()
     if mode is not None:
         config = replace(config, reuse=replace(config.reuse, mode=mode))
@@ -80,14 +80,14 @@ def make_engine(
 
 
 def describe_engine(engine: object) -> dict[str, Any]:
-    """The fields that a given engine fills in; ``ValueError`` if it is none."""
+    """Return the fields that ``engine`` fills in. Raises ``ValueError`` if it is no ``SemShareEngine``."""
     require(isinstance(engine, SemShareEngine), "engine", type(engine).__name__, "None or a SemShareEngine")
     assert isinstance(engine, SemShareEngine)
     return {"model": engine.name, "mode": engine.config.reuse.mode, "config": engine.config}
 
 
 def require_agreement(own: Mapping[str, Any], given: Mapping[str, Any], names: Iterable[str] = ENGINE_FIELDS) -> None:
-    """Raise ``ValueError`` for a given field that says otherwise than the engine's ``own`` do."""
+    """Raise ``ValueError`` for the first of ``names`` that is given, not None, and unlike the engine's own."""
     for name in names:
         value = given.get(name)
         accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
@@ -95,15 +95,15 @@ def require_agreement(own: Mapping[str, Any], given: Mapping[str, Any], names: I
 
 
 def tokenize(engine: SemShareEngine, text: str) -> list[int]:
-    """Token ids of a text by the model's own tokenizer, without special tokens; loads no weights."""
+    """Return token ids, without special tokens; loads no weights. Raises ``ValueError`` for lone surrogates."""
     require(is_utf8(text), "text", text, f"a text{IN_UTF8}")
     return list(engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def merge_turns(turns: Iterable[dict[str, Any]], roles: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """Join consecutive turns of one role by an empty line, since many templates refuse them.
+    """Join consecutive turns of one role by an empty line, since many templates refuse them. Changes given turns.
 
-    Turns that hold more than ``role`` and ``content``, such as tool calls, stay apart; so do those of other ``roles``.
+    Turns that hold more than ``role`` and ``content``, such as tool calls, or a role not in ``roles``, stay apart.
     """
     merged: list[dict[str, Any]] = []
     for turn in turns:
@@ -117,7 +117,7 @@ def merge_turns(turns: Iterable[dict[str, Any]], roles: Collection[str] | None =
 
 
 def collect_texts(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Documents by id; ``ValueError`` if two texts have one id."""
+    """Return texts by id. Raises ``ValueError`` if two different texts have one id."""
     texts: dict[str, Any] = {}
     for key, text in named:
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
@@ -126,7 +126,7 @@ def collect_texts(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: Any) -> dict[str, Any] | None:
-    """Arguments of a tool call, given as such or as JSON text; None if they are neither."""
+    """Return a tool call's arguments, given as a mapping or JSON text of one ("" is {}); None for anything else."""
     if isinstance(arguments, str):
         with suppress(ValueError):
             arguments = json.loads(arguments or "{}", strict=False)
@@ -134,12 +134,12 @@ def parse_arguments(arguments: Any) -> dict[str, Any] | None:
 
 
 def make_function_id(name: object) -> str:
-    """What binds a function's result to its call in histories from before there were tools, which have names alone."""
+    """Return the call id that stands for a function's name, in old histories that bind results to calls by name."""
     return f"function-{name}"
 
 
 def count_tokens(report: ReuseReport) -> dict[str, int]:
-    """Tokens of prompt and answer, under OpenAI's names."""
+    """Return the number of tokens of prompt, answer and both, under OpenAI's names."""
     counts = {"prompt_tokens": report.prompt_tokens, "completion_tokens": report.output_tokens}
     return {**counts, "total_tokens": sum(counts.values())}
 
@@ -148,7 +148,7 @@ def count_tokens(report: ReuseReport) -> dict[str, int]:
 def translate_errors(
     kinds: type[Exception] | tuple[type[Exception], ...], translate: Callable[[Exception], Exception]
 ) -> Iterator[None]:
-    """Inside, raise what ``translate`` makes of an error of these kinds in its place."""
+    """Replace an error of these kinds that the block raises by what ``translate`` makes of it; others pass."""
     try:
         yield
     except kinds as error:

@@ -1,8 +1,7 @@
 """The data that the parts hand to each other: token ids, KV, references, runs, rendered prompts; and how keys move.
 
 Axis legend, for every shape comment in this package:
-    B batch (1, but where calls decode together), T tokens, S stored tokens, H key-value heads, D head dimension,
-    V vocabulary.
+    B batch (1 unless calls decode together), T tokens, S stored tokens, H key-value heads, D head size, V vocabulary.
 
 RoPE (arXiv 2104.09864) turns every pair of key dimensions by position times inverse frequency, so a key moves by
 ``shift`` positions when its pairs are turned by ``shift`` times that frequency. Models that scale cosine and sine
@@ -37,14 +36,14 @@ class KVPiece(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens."""
+        """Number of tokens in the piece."""
 
     def layer(self, index: int) -> LayerKV:
-        """Keys and values of one layer, as the model takes them and where it takes them."""
+        """Return keys and values of one layer, in the dtype and on the device that the model takes."""
 
 
 class PiecedLayers(Sequence[LayerKV]):
-    """The layers of KV that lies in pieces, one behind the other. A layer is put together when it is asked for.
+    """The layers of KV that lies in consecutive pieces. Indexing puts a layer together anew each time.
 
     Args:
         pieces: at least one.
@@ -63,6 +62,7 @@ class PiecedLayers(Sequence[LayerKV]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[LayerKV]: ...
     def __getitem__(self, index: int | slice) -> LayerKV | Sequence[LayerKV]:
+        """Return one layer, put together now (not copied if in one piece), or a list of layers for a slice."""
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         index = range(self._num_layers)[index]  # which knows its bounds
@@ -70,7 +70,7 @@ class PiecedLayers(Sequence[LayerKV]):
         return parts[0] if len(parts) == 1 else LayerKV(*(torch.cat(both, dim=2) for both in zip(*parts, strict=True)))
 
     def covering(self, num_tokens: int) -> PiecedLayers:
-        """Only the pieces that the first ``num_tokens`` tokens need."""
+        """Return the layers of only the pieces that hold the first ``num_tokens`` tokens. Copies nothing."""
         needed, have = 0, 0
         while have < num_tokens:
             have += self._pieces[needed].num_tokens
@@ -79,7 +79,7 @@ class PiecedLayers(Sequence[LayerKV]):
 
 
 def take_first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[LayerKV]:
-    """Each layer's keys and values of the first tokens, one layer after the other; not copied if in one piece."""
+    """Yield each layer's keys and values of the first ``num_tokens`` tokens; not copied if in one piece."""
     for keys, values in layers.covering(num_tokens) if isinstance(layers, PiecedLayers) else layers:
         yield LayerKV(keys[:, :, :num_tokens], values[:, :, :num_tokens])
 
@@ -138,38 +138,38 @@ class Reference:
 
     @property
     def space(self) -> SpaceName:
-        """Where it is looked for: among what the same state made in the same namespace."""
+        """The space in which the store looks for it: that of its namespace and its state of the model."""
         return make_space_name(self.namespace, self.state)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of all keys and values; 0 without layers."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
     @property
     def spans(self) -> dict[str, Span]:
-        """Where each of the caller's documents stands."""
+        """Where each of the caller's documents stands, by id. One without a stop gets its start and one more."""
         stops = self.document_stops
         return {key: Span(start, stops.get(key, start + 1)) for key, start in self.document_starts.items()}
 
     def labelled(self, spans: Mapping[str, Span]) -> Reference:
-        """As it is, with these documents."""
+        """Return a copy with ``spans`` as its only documents. Shares the KV."""
         starts, stops = ({key: span[end] for key, span in spans.items()} for end in (0, 1))
         return replace(self, document_starts=starts, document_stops=stops)
 
     @property
     def is_tainted(self) -> bool:
-        """Whether some of its KV is approximate."""
+        """Whether some of its KV comes after ``exact_tokens``, and so is approximate. Ignores ``rounded``."""
         return self.exact_tokens is not None and self.exact_tokens < len(self.token_ids)
 
 
 def select_within(spans: Mapping[str, Span], num_tokens: int) -> dict[str, Span]:
-    """The documents that stand whole in the first ``num_tokens`` tokens."""
+    """Return the documents that the first ``num_tokens`` tokens hold whole."""
     return {key: span for key, span in spans.items() if span.stop <= num_tokens}
 
 
 def make_space_name(namespace: str, state: str) -> SpaceName:
-    """The name for what one state of a model made in one namespace. No other state or namespace shares it."""
+    """Return the name for what a state of the model made in a namespace: unlike that of any other pair."""
     return (namespace, state) if state else namespace
 
 
@@ -205,7 +205,7 @@ class Rendered(NamedTuple):
 
 
 def count_common_tokens(first: TokenIds, second: TokenIds) -> int:
-    """Number of leading tokens that are equal, of sequences [T] and [S]."""
+    """Return how many leading tokens of the sequences [T] and [S] are equal."""
     shared = min(len(first), len(second))
     different = np.flatnonzero(first[:shared] != second[:shared])
     return int(different[0]) if different.size else shared
@@ -224,19 +224,19 @@ class Rotation:
     interleaved: bool = False
 
     def angles(self, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, both [N, R] in float32, for ``shifts`` [N] in positions, which may be negative."""
+        """Return cosine and sine, both [N, R] in float32, for ``shifts`` [N] in positions, which may be negative."""
         frequencies = self.inverse_frequencies.to(shifts.device, torch.float32)
         turned = shifts[:, None].to(torch.float32) * frequencies  # [N, R]
         return turned.cos(), turned.sin()
 
 
 def rotate(keys: torch.Tensor, shifts: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Keys [B, H, N, D] moved by ``shifts`` [N] positions each; computed in float32, returned in their own dtype."""
+    """Return a copy of keys [B, H, N, D], each moved by ``shifts`` [N] positions: computed in float32, same dtype."""
     return turn(keys, *rotation.angles(shifts), rotation.interleaved)
 
 
 def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """As ``rotate``, with angles that were computed before: one pair serves all layers of a frequency."""
+    """As ``rotate``, with cosine and sine from ``Rotation.angles``, which layers with equal frequencies share."""
     turned = keys.to(torch.float32, copy=True)
     rotary = turned[..., : 2 * cos.shape[-1]]  # [B, H, N, 2R]
     first, second = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else rotary.chunk(2, dim=-1)

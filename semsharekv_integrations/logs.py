@@ -48,21 +48,21 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"} 
 
 
 def classify_declined(declined: str | None) -> str | None:
-    """The kind of a report's reason, which may name a namespace; ``other`` for one that is not listed."""
+    """Return the kind of a report's reason: None for None, ``other`` for one that is not listed."""
     if declined is None:
         return None
     return next((kind for start, kind in DECLINED_KINDS.items() if declined.startswith(start)), "other")
 
 
 def log_call(report: ReuseReport) -> None:
-    """One INFO record "generated" with the numbers of a finished call."""
+    """Log one INFO record "generated" with the mode and the numbers of a finished call."""
     if LOGGER.isEnabledFor(logging.INFO):
         fields = {name: getattr(report, name) for name in CALL_FIELDS}
         LOGGER.info("generated", extra={**fields, "declined": classify_declined(report.declined)})
 
 
 def log_trouble(event: str, **fields: float | str) -> None:
-    """One WARNING record for trouble that was dealt with, such as a damaged file.
+    """Log one WARNING record for trouble that was dealt with, such as a damaged file.
 
     Args:
         event: what happened, as an identifier; the record's message.
@@ -79,13 +79,13 @@ def _show(value: float | str) -> float | str:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object for each record: timestamp (UTC), level, logger, message and the extra fields.
+    """Formats a record as one JSON object: timestamp (UTC), level, logger, message and the extra fields.
 
     Tracebacks are left out, as they may hold text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
+        """Return the record as one line of JSON; what JSON does not know is written as its ``str``."""
         line = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -97,21 +97,21 @@ class JsonFormatter(logging.Formatter):
 
 
 class Observers:
-    """Callbacks for finished calls; one that raises does no harm, and is logged once."""
+    """Callbacks for finished calls. If one raises, the others are still called, and the error is logged once."""
 
     def __init__(self, *callbacks: Callable[[ReuseReport], None]) -> None:
         self._callbacks = list(callbacks)
         self._failed: set[str] = set()
 
     def add(self, callback: Callable[[ReuseReport], None]) -> None:
-        """Tell ``callback`` from the next report on."""
+        """Call ``callback`` from the next report on. Raises ``ValueError`` if it cannot be called."""
         require(callable(callback), "callback", callback, "a function of one report")
         self._callbacks.append(callback)
 
     def tell(self, report: ReuseReport) -> None:
-        """Call every callback, in the order in which they were added.
+        """Call every callback, in the order in which they were added. Does not raise their errors.
 
-        Of an error its type is logged, once for each name of a callback: its text may quote the report's document ids.
+        Logs an error's type, once for each name of a callback; its text may quote the report's document ids.
         """
         for callback in tuple(self._callbacks):
             try:
@@ -124,6 +124,6 @@ class Observers:
 
 
 def _name_of(callback: Callable[[ReuseReport], None]) -> str:
-    """Module and name of a function, or of the type of any other callable."""
+    """Return module and name of a function, or of the type of any other callable."""
     named = callback if hasattr(callback, "__qualname__") else type(callback)
     return f"{named.__module__}.{named.__qualname__}"

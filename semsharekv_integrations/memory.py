@@ -38,7 +38,7 @@ def make_references(
     session: str | None = None,
     borrowed: Mapping[str, Span] | None = None,
 ) -> list[Reference]:
-    """The references that may be stored, none to two.
+    """Return the references to store, none to two: the exact part and, in a session, the whole if not all is exact.
 
     Args:
         token_ids: [S] of prompt and answer.
@@ -70,7 +70,7 @@ def make_references(
 
 
 def _copy_first_tokens(layer: LayerKV, num_tokens: int) -> LayerKV:
-    """A copy of the first tokens' KV, so that it does not keep the rest in memory; the whole as it is."""
+    """Return a copy of the first tokens' KV, which keeps no more in memory; ``layer`` itself if that is all."""
     if layer.keys.shape[2] == num_tokens:
         return layer
     return LayerKV(layer.keys[:, :, :num_tokens].clone(), layer.values[:, :, :num_tokens].clone())
@@ -80,14 +80,14 @@ MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named
 
 
 class KnownTexts:
-    """The latest documents that were named in each namespace, so that prompts need not name them again."""
+    """The texts of documents named latest in each namespace, so that prompts need not name them again."""
 
     def __init__(self) -> None:
         self._texts: dict[str, OrderedDict[str, str]] = {}
         self._lock = hold_at_forks(threading.Lock())
 
     def note(self, namespace: str, documents: Mapping[str, str]) -> None:
-        """Texts by id; one that is known under the same id is replaced."""
+        """Note texts by id, replacing one with the same id. Skips blank ones; drops the oldest beyond the bound."""
         if not documents:
             return
         with self._lock:
@@ -100,12 +100,12 @@ class KnownTexts:
                 known.popitem(last=False)
 
     def of(self, namespaces: Sequence[str]) -> dict[str, str]:
-        """Texts by id; of two with one id, that of the first namespace."""
+        """Return the known texts of ``namespaces`` by id. If two have one id, the earlier namespace wins."""
         with self._lock:
             return {key: text for name in reversed(namespaces) for key, text in self._texts.get(name, {}).items()}
 
     def keep_only(self, namespace: str, ids: Collection[str]) -> None:
-        """Drop the documents of a namespace with other ids."""
+        """Drop the documents of ``namespace`` whose ids are not in ``ids``."""
         with self._lock:
             known = self._texts.get(namespace, OrderedDict())
             for key in [key for key in known if key not in ids]:
@@ -114,7 +114,7 @@ class KnownTexts:
                 self._texts.pop(namespace, None)
 
     def forget(self, namespace: str | None = None, document_id: str | None = None) -> None:
-        """Drop one document of a namespace, or all of it, or everything."""
+        """Drop one document's text or, without an id, all texts: in one namespace or, without one, in all."""
         with self._lock:
             for name in [name for name in self._texts if namespace in (None, name)]:
                 if document_id is None:
@@ -140,11 +140,11 @@ class Memory:
         self._store = store
 
     def begin(self, runtime: Runtime) -> None:
-        """Take up the runtime, once the model is loaded."""
+        """Use ``runtime``, now that the model is loaded, to settle which texts are still in the store."""
         self._runtime = runtime
 
     def resolve_documents(self, call: Call) -> dict[str, str]:
-        """Give the call's unnamed documents the ids they are known under; return every known text by id."""
+        """Settle first. Rename the call's unnamed documents to ids known for their texts; return known texts by id."""
         with call.watch.phase("render"):
             self.settle()
             request = call.request
@@ -155,18 +155,18 @@ class Memory:
         return known
 
     def keep(self, call: Call, runtime: Runtime) -> bool:
-        """Note named documents' texts; store the KV of prompt and answer, in a session all there is, else the exact.
+        """Note the texts of named documents, and store the call's exact KV, in a session the approximate too.
 
-        Return whether the store has all of that. If anything in the call was forgotten since it began, keep nothing.
+        Return False if the store lacks some of it, or if, because part was forgotten meanwhile, nothing was kept.
         """
         documents = call.request.documents
         named = {key: text for key, text in documents.items() if not _is_unnamed(key, text)}
         return self._keep(call, runtime, named)
 
     def warm(self, call: Call, runtime: Runtime, **labels: Any) -> bool:
-        """Compute and store the KV of one document, which is the whole prompt; return whether it is there.
+        """Compute and store the KV of one document, which is the whole prompt; return whether it is stored.
 
-        What was stored of another text under the same id is dropped.
+        First drop what the store has of another text under the same id.
 
         Args:
             call: rendered, with one document, its prompt.
@@ -189,7 +189,7 @@ class Memory:
         return self._keep(call, runtime, request.documents, **labels)
 
     def forget(self, runtime: Runtime | None, document_id: str, namespace: str) -> int:
-        """Drop every entry of ``namespace`` in which the document stands, and its text; return how many entries.
+        """Drop the document's text and every entry of ``namespace`` that holds it; return how many entries.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the disk.
@@ -211,7 +211,7 @@ class Memory:
         return dropped
 
     def clear(self, namespace: str | None, session: str | None) -> int:
-        """Drop the entries of one session or namespace, or everything; return how many there were.
+        """Drop the entries of a session, or of a namespace or all with the texts known there; return how many entries.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the disk.
@@ -226,7 +226,7 @@ class Memory:
         return dropped
 
     def settle(self, *namespaces: str) -> None:
-        """Drop the texts of documents whose KV is gone, in the namespaces named and in those that lost entries."""
+        """Drop texts and index entries whose KV is gone, in these ``namespaces`` and in those that lost entries."""
         for name, references in self._store.collect_left(*namespaces).items():
             named = {key for reference in references for key in reference.document_starts}
             unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
@@ -236,7 +236,7 @@ class Memory:
                 index.keep_only(name, {reference.id for reference in references})
 
     def _keep(self, call: Call, runtime: Runtime, texts: Mapping[str, str], **labels: Any) -> bool:
-        """Store the call's KV, and note ``texts`` by id, unless some of it was forgotten since the call began."""
+        """Store the call's KV, note ``texts`` by id, settle; False, doing nothing, if some of it was forgotten."""
         request = call.request
         with self._lock:
             if self._is_forgotten(call, runtime):
@@ -247,6 +247,7 @@ class Memory:
         return stored
 
     def _put(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
+        """Store the call's references; return False if the store refused one or KV may not be stored at all."""
         if self._is_off or not runtime.is_unchanged():  # KV of two states would be good for neither
             return False
         adapter, request = runtime.adapter, call.request
@@ -275,7 +276,7 @@ class Memory:
         return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
 
     def _is_in_one_of(self, text: str, references: Sequence[Reference]) -> bool:
-        """Whether the tokens of ``text`` stand in one of the ``references``."""
+        """Whether the tokens of ``text`` stand in one of the ``references``. False before the model is loaded."""
         if self._runtime is None or not references:
             return False
         renderer = self._runtime.renderer
@@ -283,13 +284,11 @@ class Memory:
         return any(has_form(reference.token_ids, form, renderer.decode) for reference in references)
 
     def _drop_other_versions(self, key: str, rendered: Rendered, namespace: str, *, unplaced: bool) -> int:
-        """Drop the entries that have other tokens where the document stands, and those that do not say where.
-
-        How many there were.
-        """
+        """Drop entries with other tokens for the document and, if ``unplaced``, without its place; return how many."""
         tokens = [rendered.token_ids[s.start : s.stop] for s in rendered.segments if s.document_id == key]
 
         def is_current(reference: Reference) -> bool:
+            """Whether to keep ``reference``: it has the document's tokens, or no place for it and not ``unplaced``."""
             start = reference.document_starts.get(key, UNPLACED)
             if start == UNPLACED or not tokens:
                 return not unplaced
@@ -301,5 +300,5 @@ class Memory:
 
 
 def _is_unnamed(key: str, text: str) -> bool:
-    """Whether a document was given without an id."""
+    """Whether a document was given without an id: its key is the digest of its text."""
     return key == make_document_id(text)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
 
 PREFIX = "semsharekv_"
-# Last words of the names in ``stats`` that can fall; all other figures count events since the start.
-GAUGES = ("entries", "bytes", "ratio", "audits")
+GAUGES = ("entries", "bytes", "ratio", "audits")  # last words of names in ``stats`` that can fall; others count events
 OWN_LABELS = ("mode", "phase", "le")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -50,8 +49,7 @@ FIGURES = (
 class EngineCollector:
     """A Prometheus collector for one engine, or several: ``REGISTRY.register(EngineCollector(engine))``.
 
-    Figures of ``SemShareEngine.stats`` are read when scraped. Histograms hold the calls that finish from now on:
-    one that is cancelled, or ends in an error, is in none of them.
+    Scrapes read ``SemShareEngine.stats``. Histograms count calls that finish from now on, not cancelled or failed ones.
 
     Args:
         engine: whose calls and store are measured.
@@ -72,7 +70,7 @@ class EngineCollector:
         self.add(engine, **labels)
 
     def add(self, engine: SemShareEngine, /, **labels: str) -> None:
-        """Measure another engine, under the same label names with other values.
+        """Measure another engine too. Raises ``ValueError`` unless label names are those of the first, and values new.
 
         A registry takes one collector of engines, as each family of metrics may stand in a scrape once.
         """
@@ -85,7 +83,7 @@ class EngineCollector:
         engine.observe(lambda report: self._record(values, report))
 
     def collect(self) -> Iterator[Metric]:
-        """Every family of metrics as it is now."""
+        """Yield every family of metrics with its present values, read from the engines and the histograms."""
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for labels, engine in tuple(self._engines.items()):
             for name, value in engine.stats().items():
@@ -97,7 +95,7 @@ class EngineCollector:
             yield from histogram.collect()
 
     def describe(self) -> Iterator[Metric]:
-        """The families whose names a registry reads, to refuse a second collector."""
+        """Yield what ``collect`` does: a registry reads the names, to refuse a second collector."""
         return self.collect()
 
     def _family(self, name: str) -> CounterMetricFamily | GaugeMetricFamily:
@@ -124,7 +122,7 @@ def export(
     address: str = "127.0.0.1",
     **labels: str,
 ) -> EngineCollector:
-    """Register a collector for ``engine``, and serve the registry over HTTP if a port is given.
+    """Serve the registry over HTTP if a port is given; register a collector for ``engine`` and return it.
 
     Args:
         engine: whose calls and store are measured.
@@ -143,6 +141,7 @@ def export(
 
 
 def _import_prometheus() -> ModuleType:
+    """Return the module ``prometheus_client``; raise ``SemShareError`` if it cannot be imported."""
     try:
         import prometheus_client.core
     except ImportError as error:
@@ -151,6 +150,7 @@ def _import_prometheus() -> ModuleType:
 
 
 def _check_labels(labels: dict[str, str]) -> None:
+    """Raise ``ValueError`` for a label whose name is malformed or taken, or whose value is no string."""
     for name, value in labels.items():
         fits = re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]*", name) and name not in OWN_LABELS
         require(bool(fits), "label", name, f"letters, digits and underscores, and none of {', '.join(OWN_LABELS)}")

@@ -33,7 +33,7 @@ class DocumentUse:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The first tokens of an answer behind reused KV and behind a full prefill.
+    """How the first tokens of an answer behind reused KV compare with those behind a full prefill.
 
     Attributes:
         agrees: whether the most likely token was the same at every one of them.
@@ -99,7 +99,7 @@ class ReuseReport:
         return self.prefix_tokens + self.identical_tokens + self.fuzzy_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, fit for JSON."""
+        """Return the report as a dict of plain dicts, lists, numbers, strings and None, fit for JSON."""
         plain = asdict(self)
         return plain | {"sources": list(plain["sources"]), "documents": list(plain["documents"])}
 
@@ -120,7 +120,7 @@ class ToolCall:
 
     @classmethod
     def of(cls, name: str, arguments: dict[str, Any]) -> ToolCall:
-        """A call with a random id."""
+        """Make a tool call with a new random id."""
         return cls(f"call_{secrets.token_hex(12)}", name, arguments)
 
 
@@ -171,13 +171,13 @@ class Stopwatch:
         return time.perf_counter() - self.started
 
     def count_before(self, name: str, seconds: float) -> None:
-        """Count so many seconds that passed before this stopwatch was made, in the phase ``name``."""
+        """Add seconds that passed before this stopwatch was made, both to the phase ``name`` and to ``elapsed_s``."""
         self.started -= seconds
         self.phases_s[name] = self.phases_s.get(name, 0.0) + seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the phase ``name``."""
+        """Add the seconds that the block takes to the phase ``name``, even if it raises."""
         began = time.perf_counter()
         try:
             yield

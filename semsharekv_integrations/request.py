@@ -115,11 +115,7 @@ class Request:
 
     @classmethod
     def of(cls, prompt: Prompt, options: GenerateOptions) -> Request:
-        """Check the options.
-
-        Raises:
-            ValueError: naming the option, its value and what is accepted.
-        """
+        """Check the options, not the prompt, and make the request. Raises ``ValueError`` that names the option."""
         unknown = sorted(options.keys() - set(OPTION_NAMES))
         require(not unknown, "options", unknown, ", ".join(OPTION_NAMES))
         rest = dict(options)
@@ -138,28 +134,29 @@ class Request:
 
     @property
     def may_call(self) -> bool:
-        """Whether the answer may hold tool calls."""
+        """Whether the answer may hold tool calls: tools were given, and ``tool_choice`` is not ``none``."""
         return bool(self.tools) and self.tool_choice != "none"
 
     def rename_documents(self, ids: Mapping[str, str]) -> Request:
-        """With other ids for some documents, by those that they have now."""
+        """Return a copy in which the documents have new ids: ``ids`` maps old to new; those not in it keep theirs."""
         documents = {ids.get(key, key): text for key, text in self.documents.items()}
         groups = {name: [ids.get(key, key) for key in keys] for name, keys in self.groups.items()}
         required = frozenset(ids.get(key, key) for key in self.required)
         return replace(self, documents=documents, required=required, groups=groups)
 
     def require_documents(self, rendered: Rendered) -> None:
-        """Raise ``ValueError`` for a document that the caller gave and that does not stand in the prompt."""
+        """Raise ``ValueError`` for the first document in ``required`` that does not stand in the prompt."""
         there = {segment.document_id for segment in rendered.segments} | rendered.unplaced.keys()
         for key in sorted(self.required - there):
             field, accepted = f"documents[{show_value(key)}]", "text that stands in the prompt word for word"
             require(False, field, self.documents[key], accepted)
 
     def fit_window(self, prompt_tokens: int, context_window: int | None) -> Request:
-        """With ``max_new_tokens`` cut to what the context window leaves behind the prompt.
+        """Return a copy with ``max_new_tokens`` cut to the room behind the prompt; the request itself without a window.
 
         Raises:
-            ContextWindowError: if that is nothing.
+            ContextWindowError: if there is no room.
+            ValueError: if ``max_new_tokens`` was set to more than the whole window.
         """
         if context_window is None:
             return self
@@ -171,7 +168,7 @@ class Request:
         return replace(self, sampling=replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)))
 
     def find_document_spans(self, rendered: Rendered, prefix: PrefixMatch | None) -> dict[str, Span]:
-        """Every document that an entry of this prompt is forgotten with, and where it stands.
+        """Return every document that an entry of this prompt is forgotten with, and where it stands, by id.
 
         Those that stand whole in the reused prefix are here too. A further name has the place of the first document
         that it is a name of.
@@ -188,7 +185,7 @@ class Request:
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
-    """None, one string or a sequence of them, as a tuple; what is in it is checked by ``SamplingConfig``."""
+    """Return None, one string or a sequence of them as a tuple. Raises ``ValueError`` for anything else."""
     if stop is None:
         return ()
     several = isinstance(stop, Sequence) and not isinstance(stop, (bytes, bytearray))
@@ -197,7 +194,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 
 
 def _check_tools(tools: object) -> tuple[Tool, ...]:
-    """The tools with everything that templates count on, their descriptions and parameters empty if not given."""
+    """Return copies with descriptions and parameters filled in, () for None. Raises ``ValueError`` for bad tools."""
     if tools is None:
         return ()
     a_list = isinstance(tools, Sequence) and not isinstance(tools, (str, bytes))
@@ -209,6 +206,7 @@ def _check_tools(tools: object) -> tuple[Tool, ...]:
 
 
 def _check_tool(field: str, tool: object) -> Tool:
+    """Return a copy with description and parameters filled in. Raises ``ValueError`` if it is not in OpenAI's form."""
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
     require(isinstance(function, Mapping), field, tool, form)
@@ -228,6 +226,7 @@ def _check_tool(field: str, tool: object) -> Tool:
 
 
 def _check_choice(choice: object, tools: Sequence[Tool]) -> str:
+    """Return ``choice``, ``auto`` for None. Raises ``ValueError`` if it is no choice, or calls a tool not given."""
     names = [tool["function"]["name"] for tool in tools]
     accepted = (*_CHOICES, *names) if tools else ("auto", "none")
     require(choice is None or choice in accepted, "tool_choice", choice, ", ".join(("None", *accepted)))
@@ -235,6 +234,7 @@ def _check_choice(choice: object, tools: Sequence[Tool]) -> str:
 
 
 def _check_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mapping[str, Any] | None:
+    """Return ``schema`` as given. Raises ``ValueError`` if it is no mapping, too deep, or beside callable tools."""
     if schema is None:
         return None
     require(isinstance(schema, Mapping), "json_schema", schema, "None or a JSON schema as a mapping")
@@ -249,7 +249,7 @@ def _check_nesting(field: str, schema: object) -> None:
 
 
 def _check_variables(variables: object) -> dict[str, Any]:
-    """Variables for the chat template, by name; none that rendering sets itself."""
+    """Return variables for the chat template as a dict, {} for None. Raises ``ValueError`` for names rendering sets."""
     if variables is None:
         return {}
     named = isinstance(variables, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in variables)
@@ -261,10 +261,10 @@ def _check_variables(variables: object) -> dict[str, Any]:
 
 
 def check_prompt(prompt: object) -> Prompt:
-    """The prompt, if it is text or a list of messages, all of it text that can be tokenized.
+    """Return the prompt as given, if it is text or a sequence. Does not check that its items are messages.
 
     Raises:
-        PromptError: if it is neither, or empty.
+        PromptError: if it is neither, empty, or holds text with lone surrogates.
     """
     if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray)) or len(prompt) == 0:
         raise PromptError(
@@ -281,24 +281,24 @@ def check_prompt(prompt: object) -> Prompt:
 
 
 def check_namespace(namespace: object) -> str:
-    """The namespace, if it is a non-empty string."""
+    """Return the namespace as ``check_name`` does."""
     return check_name("namespace", namespace)
 
 
 def check_name(field: str, name: object) -> str:
-    """A name that is a non-empty string, and can be written down as UTF-8."""
+    """Return ``name`` as a plain string. Raises ``ValueError`` unless it is a non-empty string fit for UTF-8."""
     require(is_name(name), field, name, _NAME)
     return make_plain(cast(str, name))
 
 
 def check_optional_name(field: str, name: object) -> str | None:
-    """As ``check_name``, where None is a choice too."""
+    """Return None for None, else what ``check_name`` does."""
     require(name is None or is_name(name), field, name, f"None or {_NAME}")
     return None if name is None else make_plain(cast(str, name))
 
 
 def read_documents(documents: object, accepted: str = DOCUMENTS) -> dict[str, str]:
-    """Texts by id; a text given without one gets a digest of itself."""
+    """Return texts by id, a digest if given none. Raises ``ValueError`` for a bad id or type, or a blank text."""
     if isinstance(documents, Mapping):
         for key in documents:
             require(is_name(key), "documents", key, f"ids that are non-empty strings{IN_UTF8}")
@@ -315,39 +315,39 @@ def _check_text(field: str, text: object) -> str:
 
 
 def make_document_id(text: object) -> str:
-    """The id of a document that was given none: a digest of its text, 12 hexadecimal digits."""
+    """Return 12 hexadecimal digits of the stripped text's digest. Raises ``ValueError`` if it is no text or blank."""
     require(isinstance(text, str), "documents", text, DOCUMENTS)
     _check_text("documents", text)
     return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()
 
 
 def check_config(config: object) -> EngineConfig:
-    """The settings, or the usual ones."""
+    """Return the settings, the default ones for None. Raises ``ValueError`` for anything but an ``EngineConfig``."""
     require(config is None or isinstance(config, EngineConfig), "config", config, "an EngineConfig or None")
     return cast(EngineConfig, config) if config is not None else EngineConfig()
 
 
 def check_path(path: object) -> Path:
-    """The path of a file."""
+    """Return the path. Raises ``ValueError`` unless ``is_path``; does not look for the file."""
     require(is_path(path), "path", path, "the path of a file")
     return Path(cast(Any, path))
 
 
 def check_prompts(prompts: object) -> Iterable[Prompt]:
-    """Several prompts; what each of them is has to be checked when it is its turn."""
+    """Return the prompts, unchecked. Raises ``ValueError`` unless they are iterable, and no text or mapping."""
     several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
     require(several, "prompts", prompts, "a list of prompts, each text or a sequence of messages")
     return cast(Iterable[Prompt], prompts)
 
 
 def check_scope(namespace: object, session: object) -> tuple[str | None, str | None]:
-    """Names or None; a session has a namespace."""
+    """Return both names, each maybe None. Raises ``ValueError`` for a bad name, or a session without namespace."""
     require(session is None or namespace is not None, "namespace", namespace, "a string where a session is given")
     return check_optional_name("namespace", namespace), check_optional_name("session", session)
 
 
 def check_warming(documents: object, pinned: object, ttl_s: object, progress: object) -> None:
-    """Raise ``ValueError`` unless there are documents, and the rest is of its type; the texts are not looked at."""
+    """Raise ``ValueError`` if ``documents`` is None or another argument is bad. Does not check the documents."""
     require(documents is not None, "documents", documents, DOCUMENTS)
     check_lifetime("ttl_s", ttl_s)
     for name, value in (("pinned", pinned), ("progress", progress)):

@@ -45,7 +45,7 @@ _MOST_STATES = 8  # of which a runtime is kept, each with an index of passages
 
 
 class Runtime:
-    """Adapter, renderer, planner and executor of one model in one state. Each method that takes a call fills in a part.
+    """Runs calls on one model in one state. Each method that takes a call fills in a part of it.
 
     Args:
         source: of model and tokenizer; the weights are loaded.
@@ -94,7 +94,7 @@ class Runtime:
             self._states.as_loaded = self._compute_identity()
 
     def follow_model(self) -> Runtime:
-        """Return the runtime for the state that the model is in now, for one call. The model leaves training mode.
+        """Return a runtime for the state that the model is in now, for one call. Takes the model out of training mode.
 
         Raises:
             UnsupportedModelError: if the model does not allow the configured mode any more.
@@ -117,14 +117,15 @@ class Runtime:
             return runtime
 
     def indexes(self) -> list[SegmentIndex]:
-        """Those of all states that a runtime is kept for."""
+        """Return the index of every state that a runtime is kept for; empty in modes without one."""
         return [kept.index for kept in self._states.list_runtimes() if kept.index is not None]
 
     def is_unchanged(self) -> bool:
-        """Whether the model has been in this state all along since ``follow_model``."""
+        """Whether the model is in the state that ``follow_model`` found, none seen since; true in mode ``off``."""
         return self.mode == "off" or self.adapter.watch.get_state() == self._state
 
     def _make_matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
+        """Set ``self.index`` to a new index of texts, and return a matcher that uses it."""
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
         embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
         if config.embedder is not None:
@@ -134,20 +135,21 @@ class Runtime:
         return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config)
 
     def fingerprint(self) -> str:
-        """A digest of the model's state and of the tokenizer: stored KV and token ids are good for them alone."""
+        """Return a digest of the model's state and the vocabulary: stored KV and token ids fit no other."""
         return _digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
 
     def directory_fingerprint(self) -> str:
-        """As ``fingerprint``, but another one for KV in 8 bits, so that no exact store finds rounded KV."""
+        """Return ``fingerprint``, or another digest if KV is kept in 8 bits, so that no exact store finds it."""
         bits = self._states.config.store.kv_bits
         return self.fingerprint() if bits is None else _digest(self.fingerprint(), f"{bits} bits")
 
     def changed_identity(self) -> str:
-        """A digest of what answers depend on beside prompts and settings; "" if it is as it was loaded by name."""
+        """Return a digest of the model and tokenizer as they answer now; "" if unchanged since loaded by name."""
         now = self._compute_identity()
         return now if now != self._states.as_loaded else ""
 
     def _compute_identity(self) -> str:
+        """Return a digest of state, vocabulary, special tokens, chat template and generation config."""
         model, tokenizer = self.adapter.model, self.tokenizer
         return _digest(
             self.adapter.watch.get_state().fingerprint,
@@ -157,19 +159,15 @@ class Runtime:
         )
 
     def save(self, path: Path) -> int:
-        """Write what this state has stored to a file; return how many entries."""
+        """Write what this state has stored to a file, atomically; return how many entries."""
         return write_references(path, self.store.fetch_all(), self.fingerprint())
 
     def load(self, path: Path) -> int:
-        """Store what ``save`` wrote in the same state; return how many entries are there now.
-
-        Raises:
-            StoreFileError: if the file is damaged, or of another model or state.
-        """
+        """Store what ``save`` wrote; return how many fit. Raises ``StoreFileError`` for a bad or foreign file."""
         return sum(map(self.store.put, read_references(path, self.fingerprint(), self.adapter.device)))
 
     def render(self, call: Call, known: Mapping[str, str], window: int | None) -> None:
-        """Turn the prompt into tokens, and find its documents; those ``known`` need no naming.
+        """Set the call's ``rendered`` and ``reader``, cut ``max_new_tokens`` to the window; find ``known`` texts too.
 
         Raises:
             PromptError: if it cannot be rendered, or the tokenizer is another model's.
@@ -192,12 +190,12 @@ class Runtime:
             call.reader = self._begin_reader(call.request)
 
     def plan(self, call: Call, *, is_suspended: bool) -> None:
-        """Decide what is borrowed; nothing but an exact prefix if an audit has suspended the namespace."""
+        """Set ``plan``: what is borrowed. If audits suspend the namespace, that is an exact prefix at most."""
         request = call.request
         call.plan = self.planner.plan(call.rendered, request.namespace, request.session, is_suspended, call.watch)
 
     def execute(self, call: Call) -> None:
-        """Prefill the prompt as its plan says."""
+        """Prefill the prompt as its plan says; set the call's ``outcome``, ``mode`` and ``kv_bytes``."""
         if self._selective is not None:
             call.outcome = self._selective.run(call.plan, call.watch)
         else:
@@ -207,7 +205,7 @@ class Runtime:
         call.mode, call.kv_bytes = self.mode, KVBytes(num_bytes, num_bytes)
 
     def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
-        """Yield one chunk a token (possibly empty, as a point to cancel at), then what was held back for stop strings.
+        """Fill in the answer; yield a chunk a token, maybe empty, to cancel at, then what stop strings held back.
 
         Retention shortens the cache behind the first token, which does not need it. Without retention the cache of
         ``call.outcome`` holds KV of prompt and answer afterwards, except the last token.
@@ -232,7 +230,7 @@ class Runtime:
         yield from call.add(rest)
 
     def audit(self, call: Call, auditor: Auditor) -> None:
-        """Compute the answer's first tokens once more, behind a full prefill, if the call is drawn, and compare.
+        """If the call is drawn, compare its first tokens with those behind a full prefill; set its ``audit``.
 
         Calls that reused an exact prefix alone count only in mode ``exact``: they say nothing for approximate reuse.
         """
@@ -249,7 +247,7 @@ class Runtime:
             call.audit = auditor.record(call.request.namespace, reused, full)
 
     def _require_embeddings(self, rendered: Rendered) -> None:
-        """Raise ``PromptError`` for a token that the model has no embedding for, as its tokenizer is another's."""
+        """Raise ``PromptError`` if a token is beyond the model's embeddings, as from another model's tokenizer."""
         highest, size = int(rendered.token_ids.max()), self.adapter.config.vocab_size
         if highest >= size:
             piece = self.tokenizer.convert_ids_to_tokens(highest)
@@ -257,13 +255,14 @@ class Runtime:
             raise PromptError(f"prompt has token {highest} ({piece!r}); accepted is {accepted}")
 
     def _begin_reader(self, request: Request) -> AnswerReader:
+        """Return a new reader of the answer: one that parses tool calls if it may hold any, else a plain one."""
         stop = request.sampling.stop + self.renderer.get_stops(request.prompt)
         if not request.may_call:
             return self._readers.begin_plain(stop, request.json_schema)
         return self._readers.begin_calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
 
     def _shorten(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
-        """Keep of ``cache`` what the question is about first, then what it attends to."""
+        """Return a shortened cache: it keeps what the question is about first, then what it attends to."""
         texts = list_texts(rendered)
         question = mark_question(rendered, self.reuse.tail_tokens)
         scores = score_documents(rendered.token_ids, texts, question)
@@ -289,28 +288,28 @@ class _States:
         self._vocabularies: dict[int, str] = {}  # by the number of tokens: it takes long, and they only become more
 
     def vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A digest of all tokens and their ids."""
+        """Return a digest of all tokens and their ids, computed once for each size of the vocabulary."""
         size = len(tokenizer)
         if size not in self._vocabularies:
             self._vocabularies[size] = _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
         return self._vocabularies[size]
 
     def store_of(self, state: State) -> KVStore:
-        """The store as ``state`` sees it."""
+        """Return a view of the store for ``state``."""
         return self.store.view_state("" if state.key == self._first else state.key)
 
     def find_runtime(self, key: str) -> Runtime | None:
-        """The runtime that was kept for a state."""
+        """Return the runtime kept for a state, which now counts as the latest; None if there is none."""
         if key in self._runtimes:
             self._runtimes.move_to_end(key)
         return self._runtimes.get(key)
 
     def list_runtimes(self) -> list[Runtime]:
-        """Those for the latest states."""
+        """Return all kept runtimes, the latest used last."""
         return list(self._runtimes.values())
 
     def keep(self, key: str, runtime: Runtime) -> None:
-        """Keep the runtime for a state; those of weights that are no longer there go, as does the oldest."""
+        """Keep the runtime for a state. Drop those of replaced weights, and the oldest beyond the bound."""
         for other in [k for k, r in self._runtimes.items() if r.embeddings_at != runtime.embeddings_at]:
             del self._runtimes[other]
         self._runtimes[key] = runtime
@@ -323,7 +322,7 @@ def _digest(*texts: str) -> str:
 
 
 def _make_selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:
-    """The selective prefill; None in modes without it, and in ``auto`` for a model that does not support it."""
+    """Return the selective prefill; None in modes without it, and, with a warning, in ``auto`` if unsupported."""
     if not config.is_approximate:
         return None
     try:
@@ -344,7 +343,7 @@ class ModelHolder:
     _made_by: Callable[[], Any] | None = None
 
     def identity(self) -> str:
-        """Equal for the same model in the same state, in every process; loads no weights.
+        """Return a text that is equal for the same model in the same state, in every process; loads no weights.
 
         A model by name goes by how it is loaded and by its files, until it is changed in memory.
         """
@@ -356,6 +355,7 @@ class ModelHolder:
         return self
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        """Pickle how this was made, without weights. Raises ``TypeError`` if it was given its model."""
         if self._made_by is None:
             name = type(self).__name__
             raise TypeError(f"this {name} was given its model; accepted to pickle is one of {name}.from_pretrained")

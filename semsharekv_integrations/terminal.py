@@ -26,7 +26,7 @@ _UNBOUNDED = 10_000  # columns
 def add_engine_arguments(
     parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL, about_default: str = DEFAULT_MODEL
 ) -> None:
-    """Add what names a model, how it is loaded and what it may reuse."""
+    """Add ``--model``, ``--mode``, ``--device``, ``--dtype`` and ``--json``; the help shows ``about_default``."""
     parser.add_argument("--model", default=default, help=f"folder or hub id (default: {about_default})")
     parser.add_argument("--mode", choices=MODE_SETTINGS, default="auto", help="what may be reused (default: auto)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
@@ -35,7 +35,7 @@ def add_engine_arguments(
 
 
 def load_engine(args: argparse.Namespace) -> SemShareEngine:
-    """Load the engine that ``args`` names, weights included; a terminal shows that something happens."""
+    """Load and return the engine that ``args`` names, weights included; a terminal shows a status meanwhile."""
     console = Console(stderr=True)
     is_shown = console.is_terminal and not args.json
     with console.status(f"Loading {args.model}") if is_shown else nullcontext():
@@ -50,7 +50,7 @@ def load_engine(args: argparse.Namespace) -> SemShareEngine:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print the table or, if it is wider than the terminal, each row as a list of what its cells hold."""
+    """Print the table; if it is wider than the terminal, print each row as a list of its non-empty cells."""
     unbounded = console.options.update(max_width=_UNBOUNDED)
     if Measurement.get(console, unbounded, table).maximum <= console.width:
         console.print(table)
@@ -74,7 +74,7 @@ def _as_text(cell: RenderableType) -> Text:
 
 
 def fold_error(message: str) -> str:
-    """Fold the message to 80 columns. Words are never cut, so that paths can be copied."""
+    """Return the message folded to 80 columns. Words are never cut, so that paths can be copied."""
     wrapper = TextWrapper(MAX_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrapper.wrap(" ".join(message.split())))
 
@@ -86,6 +86,7 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, width=MAX_COLUMNS - 2, **kwargs)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Return a description wrapped to ``width``: paragraphs without indented lines are joined and refilled."""
         paragraphs = []
         for paragraph in text.strip().split("\n\n"):
             lines = paragraph.splitlines()
@@ -96,7 +97,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def _wrap_line(line: str, width: int) -> list[str]:
-    """Wrap the line if it is too long; the parts keep its indent, and those after the first get two columns more."""
+    """Return the line in parts that fit. All keep its indent; in an indented line, later ones get two columns more."""
     if len(line) <= width:
         return [line]
     indent = line[: len(line) - len(line.lstrip())]
@@ -104,10 +105,7 @@ def _wrap_line(line: str, width: int) -> list[str]:
 
 
 class WordWrap:
-    """Writes text that comes in pieces, and begins a new line before a word that would cross the edge.
-
-    A line has ``width`` columns; the first one begins at ``column``.
-    """
+    """Writes text that comes in pieces, from ``column`` on; breaks lines of ``width`` columns between words."""
 
     def __init__(self, write: Callable[[str], object], width: int, column: int = 0) -> None:
         self._write = write
@@ -116,7 +114,7 @@ class WordWrap:
         self._word = ""
 
     def add(self, text: str) -> None:
-        """Write every word that is complete; the last one may go on in the next piece."""
+        """Write every complete word of ``text``; keep back the last one, which may go on in the next piece."""
         for char in text:
             if not char.isspace():
                 self._word += char
@@ -129,7 +127,7 @@ class WordWrap:
                 self._column += 1
 
     def end(self) -> None:
-        """Write the last word."""
+        """Write the word kept back; cut it if it is longer than a line."""
         word, self._word = self._word, ""
         if self._column and self._column + len(word) > self._width >= len(word):
             self._break_line()

@@ -13,7 +13,7 @@ _OLDEST, _NEWEST = (5, 19), (5, 24)  # minor versions, as the requirement in pyp
 
 
 def require_tested_transformers() -> None:
-    """Refuse a transformers that the tests did not run on.
+    """Do nothing if transformers has a version that the tests ran on, else raise.
 
     Raises:
         UnsupportedVersionError: naming its version and those that were tested.

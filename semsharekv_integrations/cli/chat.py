@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat until the input ends, and save in any case; returns the exit code."""
+    """Load the engine, chat until the user leaves, save to ``args.save`` in any case; return 0."""
     SamplingConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature)  # refuses them before it loads
     if args.save:
         can_save = args.save.absolute().parent.is_dir() and not args.save.is_dir()
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """The messages so far. A turn that fails leaves them as they were; an empty ``system`` is no message."""
+    """The messages so far. A turn that raises, or is cut without text, adds none; nor does an empty ``system``."""
 
     def __init__(self, engine: SemShareEngine, system: str, max_new_tokens: int, temperature: float) -> None:
         self.engine = engine
@@ -68,14 +68,11 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Start again with the system message alone."""
+        """Drop all messages but the system message, if there is one."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def say(self, text: str, show: Callable[[str], None]) -> Generation | None:
-        """Take one turn; ``show`` gets the answer piece by piece.
-
-        Return None if Ctrl-C ended the answer: the conversation keeps its text so far, or drops the turn without any.
-        """
+        """Add a turn, giving ``show`` pieces of the answer; return it, or None if Ctrl-C cut it (text is kept)."""
         messages = [*self.messages, {"role": "user", "content": text}]
         said = ""
         generation: Generation | None = None
@@ -94,7 +91,7 @@ class Conversation:
 
 
 def run_chat(conversation: Conversation, console: Console, *, as_json: bool) -> None:
-    """Take turns until the input ends or the user leaves."""
+    """Answer each line of input, or do its command, until the input ends or the user leaves; errors are only shown."""
     if not as_json:
         console.print(f"[bold]{conversation.engine.name}[/] · mode {conversation.engine.mode} · {HELP}")
     for text in _read_turns(console, as_json=as_json):
@@ -109,6 +106,7 @@ def run_chat(conversation: Conversation, console: Console, *, as_json: bool) -> 
 
 
 def _read_turns(console: Console, *, as_json: bool) -> Iterator[str]:
+    """Yield stripped lines that are not blank until ``/exit``, the end of the input, or Ctrl-C at the prompt."""
     while True:
         try:
             line = _read_line(console, as_json=as_json)
@@ -130,6 +128,7 @@ def _read_line(console: Console, *, as_json: bool) -> str:
 
 
 def _answer_in_json(conversation: Conversation, text: str) -> None:
+    """Take one turn and print its answer, or its error, as a line of JSON."""
     pieces: list[str] = []
     line: dict[str, Any]
     try:
@@ -146,6 +145,7 @@ def _answer_in_json(conversation: Conversation, text: str) -> None:
 
 
 def _answer_on_screen(conversation: Conversation, text: str, console: Console) -> None:
+    """Take one turn and print its answer as it grows, then what was reused; print an error in red."""
     console.print(f"[bold green]{_SPEAKER}[/]", end="")
     wrapper = WordWrap(lambda part: console.out(part, end="", highlight=False), console.width, len(_SPEAKER))
     try:

@@ -47,10 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the calls and print each as soon as it is done.
+    """Load the model, make the calls, print each when done (JSON: all at the end).
 
-    Returns:
-        1 if a mode that promises the answers of a full prefill gave others, else 0.
+    Returns 1 if a mode that promises the answers of a full prefill gave others, else 0. ``ValueError`` for bad numbers.
     """
     require(args.runs >= 1, "runs", args.runs, "1 or more")
     require(args.documents >= 1, "documents", args.documents, "1 or more")
@@ -89,7 +88,7 @@ class Choice(NamedTuple):
 
 
 def choose_model(given: str | None) -> Choice:
-    """Choose the model for the value of ``--model``, which may be None."""
+    """Return ``given`` as the choice; for None, SmolLM2 if it can be read, else the built-in model. Loads nothing."""
     if given is not None:
         return Choice(given, given)
     gguf = find_gguf()
@@ -113,14 +112,14 @@ def choose_model(given: str | None) -> Choice:
 
 
 def find_gguf() -> Path | None:
-    """Find the file that the installed package brings, without importing the package."""
+    """Return the GGUF file of the installed package, without importing it; None if there is no package or no file."""
     spec = util.find_spec(_MODULE)
     folders = (spec.submodule_search_locations if spec else None) or ()
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def _load_chosen(args: argparse.Namespace, choice: Choice) -> SemShareEngine:
-    """Convert the model if that is still to be done, and load it.
+    """Convert the model if that is still to be done, load it, and return its engine. Changes ``args``.
 
     On a CPU it runs in float32, in which a full prefill and one in parts give the same answer.
     """
@@ -142,6 +141,7 @@ def _load_chosen(args: argparse.Namespace, choice: Choice) -> SemShareEngine:
 
 
 def _introduce(choice: Choice, demo: Demo) -> str:
+    """Return the paragraph that says what runs where, and what the columns mean."""
     import torch
 
     engine, articles = demo.engine, demo.script.articles
@@ -158,7 +158,7 @@ def _introduce(choice: Choice, demo: Demo) -> str:
 
 
 def _print_answer(titles: set[str], part: str, answer: str) -> None:
-    """Print the title ``part`` if ``titles`` lacks it, add it, print the answer in its columns; leave the line open."""
+    """Print the title ``part`` unless it is in ``titles``, add it there, and print the answer; leave the line open."""
     if part not in titles:
         _print_lines(part)
     titles.add(part)
@@ -167,7 +167,7 @@ def _print_answer(titles: set[str], part: str, answer: str) -> None:
 
 
 def format_answer(answer: str) -> str:
-    """The first columns of a call's line: its answer, cut after a word if that leaves most of them in use."""
+    """Return the answer as the first columns of a line: padded, or cut, after a word if that leaves half of it."""
     whole = " ".join("".join(char if char.isprintable() else " " for char in answer).split())
     if len(whole) > _ANSWER_COLUMNS:
         cut = shorten(whole, _ANSWER_COLUMNS, placeholder="…")
@@ -176,7 +176,7 @@ def format_answer(answer: str) -> str:
 
 
 def format_figures(call: Call) -> str:
-    """The other columns of a call's line."""
+    """Return the other columns of a call's line: tokens, seconds, and if the answers are the same."""
     tokens, computed = call.report["prompt_tokens"], call.report["recomputed_tokens"]
     seconds, full = _format_seconds(call.ttft_s), _format_seconds(call.off_ttft_s)
     same = "yes" if call.same_as_off else "no"
@@ -184,12 +184,12 @@ def format_figures(call: Call) -> str:
 
 
 def _format_seconds(seconds: float) -> str:
-    """Format in five columns at most."""
+    """Format seconds in five characters at most."""
     return f"{seconds:.2f}" if seconds < 99.995 else f"{min(seconds, 99999):.0f}"
 
 
 def summarize_calls(calls: Sequence[Call]) -> str:
-    """The result of the demo in a sentence that holds up when it is repeated."""
+    """Return the demo's result in words: tokens, equal answers and, if reuse was faster, the times."""
     tokens, computed = (sum(call.report[name] for call in calls) for name in ("prompt_tokens", "recomputed_tokens"))
     same, number = sum(call.same_as_off for call in calls), len(calls)
     said = (
@@ -203,6 +203,6 @@ def summarize_calls(calls: Sequence[Call]) -> str:
 
 
 def _print_lines(*lines: str) -> None:
-    """Print at once, also into a pipe."""
+    """Print each line with its end, and flush, so that a pipe gets it at once."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()

@@ -1,10 +1,8 @@
 """The calls of ``semsharekv demo``: what is asked, how it is asked in each framework, and how it is timed.
 
 Real models read made-up news in plain English (``assets/articles.toml``). The built-in model knows nothing but the
-synthetic news world, so it reads that.
-
-Each call is made with reuse, and beside it as a full prefill of the same prompt. Both are repeated for their times.
-Each repeat has a namespace of its own, which has seen what that of the first run had seen, and so finds as much.
+synthetic news world, so it reads that. Each call is made with reuse, and beside it as a full prefill of the same
+prompt. Repeats for the times have namespaces of their own, which have seen as much as that of the first run.
 """
 
 from __future__ import annotations
@@ -112,7 +110,7 @@ class Demo:
         return self.engine.mode not in ("off", "exact")
 
     def warm_up(self) -> None:
-        """Take every path once on a little text, so that no time includes one-time costs."""
+        """Run the chain on a little text in two orders, with reuse and without, so no time has one-time costs."""
         few = {name: text[:_WARM_UP_CHARACTERS] for name, text in list(self.script.articles.items())[:2]}
         for articles in (few, dict(reversed(few.items()))):
             asked = Asked("What happened?", articles, (), 2)
@@ -120,7 +118,7 @@ class Demo:
                 make_chain(engine, "demo warm-up")(asked)
 
     def run(self) -> Iterator[Call]:
-        """Make the calls; yields each when it is done."""
+        """Make the script's calls, in order of ``PARTS``, and yield each when all its runs are done."""
         for name, part in PARTS.items():
             askers = [part.make(self.engine, f"demo {run}") for run in range(self.runs)]
             ask_in_full = part.make(self._off, "demo")
@@ -134,7 +132,7 @@ class Demo:
                 yield call
 
     def _shuffle_articles(self) -> Mapping[str, str]:
-        """The articles in another order, in mode ``semantic`` also in other words, where the mode can reuse them."""
+        """Return articles in random order (reworded in mode ``semantic``), or as they are if the order stays."""
         articles = self.script.articles
         if not self.changes_order:
             return articles
@@ -143,7 +141,7 @@ class Demo:
         return {name: reword(self._rng, articles[name]) if reword else articles[name] for name in names}
 
     def _make_call(self, part: Part, question: Question, asked: Asked, askers: list[Ask], ask_in_full: Ask) -> Call:
-        """Make one call in all its runs. Repeats say one token, unless a later turn continues what they say."""
+        """Make one call in all its runs; tell its answer after the first. Outside chats, repeats say one token."""
         short = asked._replace(max_tokens=1)
         again = asked if part.is_chat else short
         answer, report = self._answer(askers[0], asked)
@@ -165,7 +163,7 @@ class Demo:
         )
 
     def _answer(self, ask: Ask, asked: Asked) -> tuple[str, dict[str, Any]]:
-        """Answer and report. Of several calls it is the last one's, with the counts and seconds of all."""
+        """Ask; return stripped answer and report, of several engine calls the last's, with sums over all."""
         self._reports.clear()
         answer = ask(asked).strip()
         reports = [report.to_dict() for report in self._reports]
@@ -173,7 +171,7 @@ class Demo:
 
 
 def read_news() -> Script:
-    """Read the news for real models."""
+    """Read articles and questions for real models from the package's ``articles.toml``."""
     found = tomllib.loads((files("semsharekv_integrations") / "assets" / "articles.toml").read_text(encoding="utf-8"))
     return Script(
         articles={article["id"]: article["text"].strip() for article in found["article"]},
@@ -184,7 +182,7 @@ def read_news() -> Script:
 
 
 def make_world_news(num_articles: int, seed: int) -> Script:
-    """Make up news of the synthetic world, for the model that was trained on it."""
+    """Make up news and questions of the synthetic world, for the built-in model; the same for the same ``seed``."""
     rng = Random(seed)
     documents = world.make_documents(rng, num_articles)
     asked = [Question(text, answer) for text, answer in world.converse(rng, documents, 6)]
@@ -200,7 +198,7 @@ def make_world_news(num_articles: int, seed: int) -> Script:
 
 
 def make_chain(engine: SemShareEngine, namespace: str) -> Ask:
-    """Make a LangChain chain that stuffs every article into the system message."""
+    """Return a function that asks a LangChain chain with every article in the system message."""
     from langchain_core.output_parsers import StrOutputParser
     from langchain_core.prompts import ChatPromptTemplate
 
@@ -217,7 +215,7 @@ def make_chain(engine: SemShareEngine, namespace: str) -> Ask:
 
 
 def make_query_engine(engine: SemShareEngine, namespace: str) -> Ask:
-    """Make a LlamaIndex query engine over all articles."""
+    """Return a function that asks a LlamaIndex query engine over all articles; it sets ``Settings.tokenizer``."""
     from llama_index.core import ChatPromptTemplate, Document, Settings, SummaryIndex
     from llama_index.core.llms import ChatMessage
 
@@ -227,6 +225,7 @@ def make_query_engine(engine: SemShareEngine, namespace: str) -> Ask:
     template = ChatPromptTemplate(message_templates=[system, user])
 
     def ask(asked: Asked) -> str:
+        """Build index and query engine for this call and return the answer's text."""
         llm = SemShareKVLLM(engine=engine, namespace=namespace, max_tokens=asked.max_tokens)
         Settings.tokenizer = llm.tokenize
         index = SummaryIndex.from_documents([Document(text=text, id_=key) for key, text in asked.articles.items()])
@@ -237,12 +236,13 @@ def make_query_engine(engine: SemShareEngine, namespace: str) -> Ask:
 
 
 def make_chat(engine: SemShareEngine, namespace: str) -> Ask:
-    """Make a conversation in LangChain's messages: articles in the system message, turns behind it."""
+    """Return a function that asks in LangChain's messages: articles in the system message, history, question."""
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
     from semsharekv_integrations.langchain import ChatSemShareKV
 
     def ask(asked: Asked) -> str:
+        """Send articles, history and question as messages and return the answer's text."""
         model = ChatSemShareKV(engine=engine, namespace=namespace, max_tokens=asked.max_tokens)
         texts = "\n\n".join(asked.articles.values())
         messages: list[BaseMessage] = [SystemMessage(f"{_SYSTEM}{texts}")]

@@ -1,7 +1,4 @@
-"""The ``semsharekv`` command: it finds the module of a command, runs it, and puts an error into a few lines.
-
-Exit codes: 0 done, 1 the work failed, 2 the arguments ask for what cannot be done, 130 interrupted.
-"""
+"""The ``semsharekv`` command. Exit codes: 0 done, 1 the work failed, 2 bad or impossible arguments, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -44,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as the base class, after importing the command's module and adding its arguments the first time."""
         if self._command is not None:
             module = import_module(f"semsharekv_integrations.{self._command.module}")
             getattr(module, self._command.add_arguments)(self)
@@ -52,11 +50,12 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Print ``message`` as an error and exit with code 2."""
         self.exit(_print_error(message, 2))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line, print expected errors, return the exit code. ``SystemExit`` for what cannot be parsed."""
     args = _make_parser().parse_args(arguments)
     try:
         return int(args.run(args))
@@ -82,6 +81,7 @@ def _print_error(message: str, code: int) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all ``COMMANDS``, whose modules are not imported yet."""
     parser = _Parser(prog="semsharekv", description="KV-cache reuse for local transformers models.")
     parser.add_argument("--version", action="version", version=f"semsharekv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)

@@ -50,7 +50,7 @@ def add_clear_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """List what is stored, by model; returns the exit code.
+    """Print what is stored, by model; return 0. Unusable records are counted on standard error.
 
     Raises:
         StoreFileError: if the directory, or that of a model, cannot be read. The other models are listed first.
@@ -81,9 +81,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_clear(args: argparse.Namespace) -> int:
-    """Delete entries and the KV that no other entry needs; returns the exit code.
-
-    Opening a directory also deletes what is damaged in it.
+    """Delete the chosen entries, the KV that no other entry needs, and all that is damaged; print counts, return 0.
 
     Raises:
         ValueError: if a document or session is given without its namespace.
@@ -114,7 +112,7 @@ def run_clear(args: argparse.Namespace) -> int:
 def _describe_entries(
     entries: Sequence[PeekedEntry], namespace: str | None, document: str | None
 ) -> list[dict[str, Any]]:
-    """The chosen entries as plain data, latest use first."""
+    """Return the entries of namespace and document (None: any) as plain data, latest use first."""
     described = []
     for entry, num_tokens, num_bytes in sorted(entries, key=lambda peeked: -peeked.entry.used_s):
         documents = entry.labels["document_starts"]
@@ -128,6 +126,7 @@ def _describe_entries(
 
 
 def _make_table(model: str, entries: Sequence[dict[str, Any]]) -> Table:
+    """Make a table of the entries that ``_describe_entries`` returns, one row each, under the model's title."""
     table = Table(title=f"model {model[:_SHOWN_DIGITS]}, tier {DISK}", title_justify="left", title_style="bold")
     for name in _COLUMNS:
         table.add_column(name, justify="right" if name in _NUMBERS else "left")
@@ -148,11 +147,12 @@ def _make_table(model: str, entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _escape(text: str) -> str:
-    """Escape what would break a line or command a terminal."""
+    """Return the text with every unprintable character escaped, as it might command a terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _format_age(seconds: float) -> str:
+    """Return a whole number of the largest unit that fits, as ``3 min``; ``0 s`` for the future."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

@@ -2,8 +2,7 @@
 
 A call is a ``Job``: a generator that the threads of a ``Scheduler`` compute, while callers only read what comes of it.
 So a signal, such as Ctrl-C, or the garbage collector can stop a caller at any point, but no computation half-way. To
-leave a job, they only put it into a queue, which takes no lock. Jobs beyond the bound wait in line; no thread computes
-them.
+leave a job, they only put it into a queue, which takes no lock. Jobs beyond the bound wait in line, not computed.
 
 Each idle thread waits for its own bell, not on a shared queue. There, another thread may take the job first, and
 ``SimpleQueue.get`` of Python 3.11 then goes on to wait without its timeout.
@@ -48,16 +47,16 @@ class JobEnd:
 
 
 class Job(Generic[T]):
-    """One call, as a generator that threads compute.
+    """One call, as a generator that threads compute. Making a job adds it to the open group, if there is one.
 
     Args:
-        items: what it yields, computed on the way.
-        shows: which of them its reader is told of.
-        deliver: takes these, and the ``JobEnd``, in the thread that computes.
-        loop: in which it is read, if in one.
+        items: generator of what the job yields; running it is the work.
+        shows: whether the reader is told of an item.
+        deliver: called with each such item, then with the ``JobEnd``, in the thread that computes.
+        loop: the event loop in which the job is read, or None for a thread.
 
     Attributes:
-        runs_ahead: whether it goes on unasked.
+        runs_ahead: whether it goes on without being asked for the next item.
         is_driven: whether a thread is at work on it.
         waited_s: how long it stood in line.
     """
@@ -87,10 +86,10 @@ class Job(Generic[T]):
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody is there to read it.
+        """Whether a reader of the job can still be there; always true while the main thread lives.
 
-        Once the main thread has ended, only a thread that Python joins, or code that runs at exit, can read it. The
-        main thread must not ask: a signal that interrupts ``is_alive`` could make it look ended.
+        Once it has ended, only a thread that Python joins, or code that runs at exit, can read a job. The main
+        thread must not ask: a signal that interrupts ``is_alive`` could make it look ended.
         """
         main = threading.main_thread()
         if main.is_alive():
@@ -100,7 +99,7 @@ class Job(Generic[T]):
         return self.is_wanted or self.runs_ahead if self.loop is None else self.loop.is_running()
 
     def end(self) -> None:
-        """Release what it held, and tell those who wait for that."""
+        """Mark the job as ended, drop its generator and context, and wake every listener. Delivers nothing."""
         self.items = None
         self.context = contextvars.Context()
         self.has_ended = True
@@ -109,12 +108,12 @@ class Job(Generic[T]):
 
 
 def get_current_job() -> Job[Any] | None:
-    """The job that the running code belongs to."""
+    """Return the job that the running code belongs to, or None outside of every job."""
     return _CURRENT.get()
 
 
 def check_wanted() -> None:
-    """Raise ``JobLeft`` if nobody wants the job that the running code belongs to."""
+    """Raise ``JobLeft`` if the job that the running code belongs to was left. Do nothing outside of every job."""
     job = _CURRENT.get()
     if job is not None and job.is_left:
         raise JobLeft
@@ -127,7 +126,7 @@ class Scheduler:
     in line, all that were begun run ahead to their end, so that a reader who is busy elsewhere holds up nobody.
 
     Args:
-        most: so many at once are begun and not ended.
+        most: bound on the jobs that are begun and not ended.
     """
 
     def __init__(self, most: int) -> None:
@@ -137,7 +136,7 @@ class Scheduler:
         tell_of_forks(self)
 
     def go_on_in_child(self) -> None:
-        """Begin without calls or threads; those of a parent stay with it."""
+        """Reset to no calls, threads or groups. In a forked child: those of the parent process stay with it."""
         self._lock = threading.Lock()  # of the threads that compute; no caller ever takes it
         self._mail: deque[Job[Any]] = deque()  # calls that want something
         self._idle: deque[threading.Lock] = deque()  # the bells of idle threads, last that of who computed last
@@ -150,17 +149,17 @@ class Scheduler:
 
     @property
     def serves_here(self) -> bool:
-        """Whether the running thread is one of these: what it calls, it computes itself."""
+        """Whether the running thread is one of this scheduler's, which compute themselves what they call."""
         return getattr(_SERVED, "scheduler", None) is self
 
     @property
     def has_concurrent_calls(self) -> bool:
-        """Whether more than one job is in progress, or others are to come."""
+        """Whether more than one job is begun or in line, or a group of jobs is open, so that more may come."""
         return bool(self._groups) or len(self._begun) + len(self._line) > 1
 
     @contextmanager
     def group_jobs(self) -> Iterator[None]:
-        """Calls made inside belong together: each may count on others to come, and an interruption ends them all."""
+        """Expect more jobs while the block runs. An error in it that is no ``Exception`` leaves all jobs it made."""
         group: deque[Job[Any]] = deque()
         former = GROUP.set(group)
         try:
@@ -176,7 +175,7 @@ class Scheduler:
             GROUP.reset(former)
 
     def ask(self, job: Job[Any]) -> None:
-        """Say that a job is wanted."""
+        """Queue a job that its reader wants, and wake an idle thread or start the first one. Does not wait."""
         self._mail.append(job)
         self._wake_one()
         if not self._threads and self._starting:
@@ -185,7 +184,7 @@ class Scheduler:
             self._starting = starting  # only now, as an interruption may come in between
 
     def leave(self, job: Job[Any]) -> None:
-        """Say that nobody wants more of a job. Takes no lock and waits for nothing, so may be called anywhere."""
+        """Mark a job as left, for a thread to end it; do nothing if it has ended. Takes no lock and never waits."""
         if job.has_ended or job.is_left:
             return
         job.is_left = True
@@ -196,7 +195,7 @@ class Scheduler:
         self._wake_one()
 
     def settle(self) -> None:
-        """Wait until calls that were left between two items have ended, and so have saved what they had."""
+        """Wait until jobs left between two items have ended and saved their work. No wait in a scheduler's thread."""
         while self._leaving and not self.serves_here:
             job, heard = self._leaving[0], SimpleQueue[None]()
             job.listeners.append(heard)
@@ -207,19 +206,20 @@ class Scheduler:
             heard.get()
 
     def carry_out(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns. It is carried out whole, even if a signal's handler raises in the caller."""
+        """Return or raise what ``work`` does. It runs to its end even if a signal's handler raises in the caller."""
         return work() if self.serves_here else carry_out(work)
 
     def dismiss(self) -> None:
-        """Let idle threads end once no call is in progress. Takes no lock, so may be called anywhere."""
+        """Let idle threads end once no call is in progress, without lingering. Takes no lock and never waits."""
         self._is_dismissed = True
 
     def _wake_one(self) -> None:
-        """Wake the thread that computed last, if one is idle; those that are not look about when they are done."""
+        """Wake the idle thread that computed last, if any. Busy threads read the mail after their item."""
         with suppress(IndexError):
             self._idle.pop().release()
 
     def _serve(self, starting: list[bool]) -> None:
+        """Be one thread: fill ``starting``, then drive jobs, waiting for a bell in between, until it may retire."""
         here = threading.current_thread()
         self._threads.add(here)
         starting.append(True)
@@ -243,10 +243,9 @@ class Scheduler:
             has_computed, idle_since = True, perf_counter()
 
     def _may_retire(self, here: threading.Thread, bell: threading.Lock, *, lingers: bool) -> bool:
-        """Whether the thread, which nobody woke, may end; if so, count it no more.
+        """Return whether the thread may end, and if so remove it. False if somebody wakes it or mail came meanwhile.
 
-        Of several that are idle, the one that computed last stays: for calls that are not ended, and for those to come
-        as well, if it ``lingers``.
+        The idle thread that computed last stays while calls are not ended and, if it ``lingers``, until ``dismiss``.
         """
         with self._lock:
             try:
@@ -263,7 +262,7 @@ class Scheduler:
             return True
 
     def _take_next(self, bell: threading.Lock) -> Job[Any] | None:
-        """The job that the thread with this bell is to drive, if there is one; others are woken for what is left."""
+        """Return a job, now marked as driven, for the thread with this bell, or None. Wake another if work is left."""
         with self._lock:
             ready = self._take_ready()
             if not ready:
@@ -276,7 +275,7 @@ class Scheduler:
             return ready[0]
 
     def _take_ready(self) -> list[Job[Any]]:
-        """Read the mail and begin calls if there is room; those that go on and that no thread drives."""
+        """Read the mail, end jobs left in line, begin one, hire threads; return jobs to go on that no thread drives."""
         new: list[Job[Any]] = []
         while self._mail:
             job = self._mail.popleft()
@@ -297,7 +296,7 @@ class Scheduler:
         return bool(job.is_wanted or job.runs_ahead or job.is_left or self._line or not job.is_read)
 
     def _begin(self, new: list[Job[Any]]) -> None:
-        """Begin with the first in line, if one may."""
+        """Count the first in line as begun, if there is room, all begun jobs have yielded and none is left."""
         if len(self._begun) >= self._most or any(not job.has_begun or job.is_left for job in self._begun):
             return
         for job in [*islice(self._line, 1)]:
@@ -306,7 +305,7 @@ class Scheduler:
             self._begun[job] = None
 
     def _employ(self, driving: int) -> None:
-        """As many threads as calls to drive, and one to look at the mail, within the bound."""
+        """Start threads until there is one for each call to drive and one more, within the bound and as Python can."""
         while len(self._threads) < min(self._most, 1 + driving):
             thread = threading.Thread(target=self._serve, args=([],), name="semsharekv")
             self._threads.add(thread)
@@ -317,7 +316,7 @@ class Scheduler:
                 return
 
     def _drive(self, job: Job[Any]) -> None:
-        """Compute until nobody wants more for now."""
+        """Compute items, and deliver those shown, until no more are wanted for now. End a job that is over or left."""
         end = JobEnd()
         while not job.is_left and job.is_read:
             assert job.items is not None
@@ -344,7 +343,7 @@ class Scheduler:
         self._let_go(job)
 
     def _let_go(self, job: Job[Any]) -> None:
-        """Raise ``JobLeft`` in a job that nobody wants, so that it may save what it has; end it, and log an error."""
+        """Raise ``JobLeft`` in a job that nobody wants, so that it can save its work; end it. Logs other errors."""
         assert job.items is not None
         left = JobLeft()
         try:
@@ -358,6 +357,7 @@ class Scheduler:
             self._end(job, JobEnd(CancelledError()))
 
     def _end(self, job: Job[Any], end: JobEnd) -> None:
+        """End the job, release what it holds, deliver ``end`` if it can be read. The caller holds the lock."""
         self._begun.pop(job, None)
         job.is_driven = False
         job.end()

@@ -19,9 +19,7 @@ Item = TypeVar("Item")
 
 
 class Stream(Generator[T, None, None]):
-    """What a job yields, in the reader's own time; the job begins when its first item is asked for.
-
-    Closing or dropping the stream leaves the job, and waits for nothing.
+    """Iterates over a job's items. Asking for the first begins the job; closing or dropping the stream leaves it.
 
     Args:
         scheduler: serves the job.
@@ -42,7 +40,7 @@ class Stream(Generator[T, None, None]):
         self._is_over = False
 
     def run_ahead(self) -> Stream[T]:
-        """Begin the job, which then goes on whether or not it is read; return this stream."""
+        """Begin the job, which then goes on unread; return this stream. In a scheduler's thread, begin nothing."""
         if not self._scheduler.serves_here:
             job = self._make()
             job.runs_ahead = True
@@ -50,7 +48,7 @@ class Stream(Generator[T, None, None]):
         return self
 
     def send(self, value: None) -> T:
-        """The next item."""
+        """Wait for the next item and return it. Raises the job's error, or ``StopIteration`` at its end."""
         if self._is_over:
             raise StopIteration
         try:
@@ -69,12 +67,12 @@ class Stream(Generator[T, None, None]):
             del item  # which holds the error, and that its traceback, and that this frame
 
     def throw(self, *error: Any) -> T:
-        """Close it and raise the error."""
+        """Close the stream and raise the error; the job does not see it."""
         self.close()
         return super().throw(*error)
 
     def close(self) -> None:
-        """Leave the job."""
+        """End the stream and leave the job. What this thread computes itself gets ``JobLeft`` raised in it."""
         self._is_over = True
         if self._job is not None:
             self._scheduler.leave(self._job)
@@ -93,6 +91,7 @@ class Stream(Generator[T, None, None]):
         return self._job
 
     def _take(self) -> T | JobEnd:
+        """Return the next shown item or the job's end. Compute it in a scheduler's thread, else wait for it."""
         if self._own is not None or (self._job is None and self._scheduler.serves_here):
             self._own = self._own or self._begin()
             return next((item for item in self._own if self._shows(item)), JobEnd())
@@ -106,7 +105,7 @@ class Stream(Generator[T, None, None]):
 async def read_async(
     scheduler: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
 ) -> AsyncGenerator[T, None]:
-    """Yield a job's items without blocking the event loop. The job runs ahead; closing this early leaves it."""
+    """Yield a job's items without blocking the loop; raise its error. The job runs ahead; closing this leaves it."""
     if scheduler.serves_here:
         for item in Stream(scheduler, begin, shows):
             yield item
@@ -139,12 +138,12 @@ class PrefillQueue:
         tell_of_forks(self)
 
     def go_on_in_child(self) -> None:
-        """Make the turn free here; the parent keeps its own."""
+        """Make the turn free in this process. In a forked child, the parent keeps its own."""
         self._turn = threading.Lock()
 
     @contextmanager
     def admit(self, waiting: AbstractContextManager[object] | None = None) -> Iterator[None]:
-        """Hold the turn inside. While another call has it, wait inside of ``waiting``."""
+        """Hold the turn for the block, and free it after. If another call has it, wait for it within ``waiting``."""
         if not self._turn.acquire(blocking=False):
             with waiting or nullcontext():
                 self._turn.acquire()
@@ -155,9 +154,9 @@ class PrefillQueue:
 
 
 def run_each(call: Callable[[Item], T], items: Sequence[Item], max_threads: int) -> list[T | Exception]:
-    """What ``call`` returns for each item, or raises, in order; each in a thread, so many at a time.
+    """Call ``call`` with each item in threads, and return in order what it returned or the ``Exception`` it raised.
 
-    An item whose call fails takes none of the others down.
+    A failure does not stop the others. Any other exception, such as Ctrl-C, is raised, and pending calls are dropped.
     """
     pool = ThreadPoolExecutor(max_threads)
     try:
@@ -169,9 +168,9 @@ def run_each(call: Callable[[Item], T], items: Sequence[Item], max_threads: int)
 def read_all(
     begin: Iterable[Callable[[], Stream[T]]], hear: Callable[[T], object] = lambda item: None
 ) -> list[list[T] | Exception]:
-    """All items of each stream, or what it raises, in order; they run at the same time. ``hear`` is told the first's.
+    """Run streams at the same time; return for each, in order, the list of its items or the ``Exception`` it raised.
 
-    A stream that fails takes none of the others down; what interrupts this, such as Ctrl-C, ends them all.
+    ``hear`` gets each item of the first. A failure does not stop the others; Ctrl-C closes them all and is raised.
     """
     begun: list[Stream[T] | Exception] = []
     done: list[list[T] | Exception] = []
@@ -194,6 +193,7 @@ def read_all(
 
 
 def _read_to_end(stream: Stream[T], hear: Callable[[T], object] | None) -> list[T]:
+    """Return all items of the stream; pass each to ``hear`` as it comes. Raises what either of them raises."""
     items = []
     for item in stream:
         if hear is not None:
@@ -203,7 +203,7 @@ def _read_to_end(stream: Stream[T], hear: Callable[[T], object] | None) -> list[
 
 
 def _collect(futures: Iterable[Future[T]]) -> list[T | Exception]:
-    """What each future comes to, in order; what is no ``Exception`` is raised."""
+    """Wait for the futures; return in order each result or ``Exception``. Raises an error that is no ``Exception``."""
     found: list[T | Exception] = []
     for future in futures:
         error = future.exception()
@@ -214,7 +214,7 @@ def _collect(futures: Iterable[Future[T]]) -> list[T | Exception]:
 
 
 def raise_first_error(outcomes: Sequence[T | BaseException]) -> list[T]:
-    """The outcomes, if none of them is an error; else the first error is raised."""
+    """Raise the first outcome that is an error. If none is, return all outcomes as a list."""
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome

@@ -1,8 +1,7 @@
 """Threads that no signal reaches, and both sides of a fork.
 
-A signal's handler raises in the main thread alone, so work that must not stop half-way runs in another one. A fork
-copies a lock as it is, but not the thread that would release it. So the module takes the locks named here before a
-fork, while nothing behind them is half-done, and releases them after it. Knows nothing about what they guard.
+A signal's handler raises only in the main thread, so work that must not stop half-way runs in another one. A fork
+copies a lock, but not the thread that would release it: locks named here are taken before a fork and released after.
 """
 
 from __future__ import annotations
@@ -22,29 +21,26 @@ LONGEST_WAIT_S = 10.0  # for a lock: one that is not free then might never be
 
 
 def start_thread(target: Callable[[], None]) -> None:
-    """Run ``target`` in a thread that Python joins at its end.
-
-    An exception that a signal's handler raises in ``Thread.start`` may leave a lock there behind, for which the new
-    thread waits for ever. So a thread that no signal reaches does it.
-    """
+    """Have a helper thread, which no signal reaches, start ``target`` in a new thread; return at once."""
 
     def start() -> None:
         try:
-            threading.Thread(target=target, name="semsharekv", daemon=False).start()
+            threading.Thread(target=target, name="semsharekv", daemon=False).start()  # Python joins it at exit
         except RuntimeError:  # there are no more threads than this one
             target()
 
-    _thread.start_new_thread(start, ())
+    _thread.start_new_thread(start, ())  # a signal's handler that raises in ``Thread.start`` could leave it stuck
 
 
 def carry_out(work: Callable[[], T]) -> T:
-    """What ``work`` returns. It is carried out whole, even if a signal's handler raises in the caller."""
+    """Return or raise what ``work`` does. It runs to its end, even if a signal's handler raises in the caller."""
     if threading.current_thread() is not threading.main_thread():
         return work()
     found: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
     context = contextvars.copy_context()
 
     def run() -> None:
+        """Run ``work`` in the caller's context, and hand over its result or its error."""
         try:
             found.put((context.run(work), None))
         except BaseException as error:
@@ -58,7 +54,7 @@ def carry_out(work: Callable[[], T]) -> T:
 
 
 def do_when_free(lock: threading.Lock, work: Callable[[], object]) -> None:
-    """Do ``work`` with ``lock`` held: now if nobody has it, else in a thread of its own. Never waits."""
+    """Run ``work`` with ``lock`` held: here if the lock is free, else later in a new thread. Does not wait."""
 
     def do_later() -> None:
         with lock:
@@ -77,17 +73,17 @@ _Lock = TypeVar("_Lock", bound="Lock")
 
 
 class Lock(Protocol):
-    """As those of ``threading``."""
+    """A lock as ``threading`` has them, or an object that acts like one."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Whether it is held now."""
+        """Acquire the lock; return False if that was not possible at once or in time."""
 
     def release(self) -> None:
-        """Let others take it."""
+        """Release the lock, so that others can acquire it."""
 
 
 class Forked(Protocol):
-    """What is told, in a child, that it was forked. No other thread is there yet."""
+    """An object that is told in a child process that it was forked, before any other thread is there."""
 
     def go_on_in_child(self) -> None:
         """Give up what belongs to the parent, and make locks that may be held anew."""
@@ -102,26 +98,27 @@ _not_held: list[Lock] = []  # not let go in time
 
 
 def hold_at_forks(lock: _Lock) -> _Lock:
-    """Hold ``lock`` during every fork from now on, and return it. No thread may hold it for long."""
+    """Have every later fork wait for ``lock`` and hold it; return ``lock``. No thread may hold it for long."""
     with _known:
         _locks.add(lock)
     return lock
 
 
 def free_in_children(lock: _Lock) -> _Lock:
-    """Make ``lock`` free in every child, unless the forking thread has it; return it. May be held for long."""
+    """Have ``lock`` free in every child, unless the forking thread holds it; return ``lock``. No fork waits for it."""
     with _known:
         _free.add(lock)
     return lock
 
 
 def tell_of_forks(one: Forked) -> None:
-    """Call ``one.go_on_in_child()`` in every child, for as long as something else keeps ``one``."""
+    """Have ``one.go_on_in_child()`` called in every later child. Does not keep ``one`` alive."""
     with _known:
         _told.add(one)
 
 
 def _take_locks() -> None:
+    """Before a fork: acquire all locks to hold. Those not free within ``LONGEST_WAIT_S`` are noted as not held."""
     _known.acquire()
     until = monotonic() + LONGEST_WAIT_S
     locks = list(_locks)
@@ -138,11 +135,12 @@ def _take_locks() -> None:
 
 
 def _first_taken(locks: list[Lock]) -> Lock | None:
-    """Take all, or those before the first that is not free."""
+    """Acquire the locks in order; return the first that is not free, those before it held, or None if all were free."""
     return next((lock for lock in locks if not lock.acquire(blocking=False)), None)
 
 
 def _release() -> None:
+    """After a fork: release every lock that ``_take_locks`` acquired, and forget those it did not."""
     while _held:
         _held.pop().release()
     _not_held.clear()
@@ -150,6 +148,7 @@ def _release() -> None:
 
 
 def _renew_in_child() -> None:
+    """After a fork, in the child: make locks that others held anew, release ours, and tell the objects to be told."""
     for lock in [*_not_held, *_free]:
         renew = getattr(lock, "_at_fork_reinit", None)
         if renew is not None and not _is_own(lock):
@@ -160,7 +159,7 @@ def _renew_in_child() -> None:
 
 
 def _is_own(lock: Lock) -> bool:
-    """Whether the running thread has it, which goes on in the child."""
+    """Whether the running thread, which goes on in the child, holds ``lock``. False if the lock cannot say."""
     is_owned = getattr(lock, "_is_owned", None)
     return is_owned is not None and is_owned()
 

@@ -1,7 +1,4 @@
-"""LangChain over the engine: a chat model, an LLM, and what tells them of documents. It must not know how KV is reused.
-
-It needs ``langchain-core`` alone. The middleware, which is loaded when named, needs ``langchain`` as well.
-"""
+"""LangChain over the engine: models, and what tells them of documents. It must not know how KV is reused."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +13,7 @@ __all__ = ["ChatSemShareKV", "DocumentTracker", "SemShareKVLLM", "SemShareKVWarm
 
 
 def __getattr__(name: str) -> Any:
+    """Import and return ``SemShareKVMiddleware``; ``ImportError`` without ``langchain``. Else ``AttributeError``."""
     if name != "SemShareKVMiddleware":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

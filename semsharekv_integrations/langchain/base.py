@@ -65,6 +65,7 @@ class SamplingFields(_Fields):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
+        """Rename options as ``rename_options`` does; ``ValueError`` for unknown names. An instance passes as it is."""
         if not isinstance(values, Mapping):  # an instance in another model's field
             return values
         values = rename_options(values)
@@ -84,7 +85,7 @@ class SamplingFields(_Fields):
 
     @property
     def kv_namespace(self) -> str:
-        """The engine's namespace of calls that name none, to warm, forget or clear."""
+        """The engine's namespace of calls that name none; pass it to ``engine.warm``, ``forget`` or ``clear``."""
         return self.private_namespace if self.namespace is None else self.namespace
 
 
@@ -97,25 +98,25 @@ class CallOptions(SamplingFields):
 
     @classmethod
     def merge(cls, fields: SamplingFields, stop: Sequence[str] | None, call: Mapping[str, Any]) -> Self:
-        """Replace a model's fields by what one call sets to anything but None; ``ValueError`` names a bad option."""
+        """Make a call's options: model fields, replaced by what the call sets to non-None. ``ValueError`` if bad."""
         given = rename_options({"stop": stop, **apply_config(None, call)})
         given = _drop_ineffective({name: value for name, value in given.items() if value is not None})
         shared = cls.model_fields.keys() & type(fields).model_fields.keys()
         return cls(**{**{name: getattr(fields, name) for name in shared}, **given})
 
     def make_options(self, contents: Sequence[str], messages: Sequence[BaseMessage] = ()) -> GenerateOptions:
-        """The engine's keyword arguments, for a prompt of such texts, made of ``messages`` if it is a chat's."""
+        """Return the engine's keyword arguments; documents are looked for in ``contents``, the prompt's texts."""
         documents = collect_documents(self.documents, self.tracked_documents, messages, contents)
         known = GenerateOptions(documents=documents, session=self.session)
         return self._make_sampling_options() | known | self.make_other_options()
 
     def make_other_options(self) -> GenerateOptions:
-        """What a subclass has beside these options."""
+        """Return engine options that only a subclass has; none here."""
         return GenerateOptions()
 
 
 def rename_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with what other models call otherwise under its one name here."""
+    """Return a copy in which names that other models use are replaced by ours; ``ValueError`` if two names disagree."""
     renamed = dict(values)
     for other, name in _OTHER_NAMES.items():
         given, known = renamed.pop(other, None), renamed.get(name)
@@ -126,7 +127,7 @@ def rename_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drop_ineffective(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop options that have no effect here; ``ValueError`` for a value that would need to have one."""
+    """Return a copy without options that have no effect here; ``ValueError`` if a value asks for an effect."""
     for name, accepted in _ONE_MEANING.items():
         value = given.get(name, accepted[0])
         require(value in accepted, name, value, " or ".join(map(repr, accepted)))
@@ -134,10 +135,10 @@ def _drop_ineffective(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_config(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the ``session`` and ``namespace`` that a config names to a call that does not set them itself.
+    """Return a copy of ``call`` with the config's ``session`` and ``namespace`` where the call leaves them None.
 
-    The session is ``configurable``'s ``thread_id``, else its ``session_id``. Without a config, that of the chain around
-    the call is asked, if any.
+    The session is ``configurable``'s ``thread_id``, else its ``session_id``. Without a config, the config of the chain
+    around the call counts, if there is one.
     """
     known = ensure_config(config).get("configurable", {})
     session = next((known[name] for name in _SESSION_NAMES if known.get(name) is not None), None)
@@ -182,13 +183,14 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     @model_validator(mode="before")
     @classmethod
     def _set_engine(cls, values: Any) -> Any:
+        """Add ``engine`` and the fields that it fills in, from a given engine or by ``model``; drop None values."""
         if not isinstance(values, Mapping):  # an instance in another model's field
             return values
         given = {name: value for name, value in values.items() if value is not None}
         return given | (_read_engine(given) if "engine" in given else _make_engine(given))
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """The answer."""
+        """Return the answer, a message from a chat model, a text from an LLM. ``ValueError`` for a bad option."""
         return super().invoke(input, config, **apply_config(config, kwargs))  # type: ignore[safe-super]
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -196,7 +198,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         return await super().ainvoke(input, config, **apply_config(config, kwargs))
 
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        """As ``invoke``, in pieces."""
+        """Return an iterator over the pieces of the answer, knowing also a ``DocumentTracker``'s documents."""
         return super().stream(input, config, **self._apply_run(config, kwargs))
 
     def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
@@ -204,7 +206,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         return super().astream(input, config, **self._apply_run(config, kwargs))
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """What happens while the model answers."""
+        """As the base class: stream what happens while the model answers, with a ``DocumentTracker``'s documents."""
         return super().stream_events(input, config, **self._apply_run(config, kwargs))
 
     def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -212,6 +214,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         return super().astream_events(input, config, **self._apply_run(config, kwargs))
 
     def _apply_run(self, config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Add to a copy of ``call`` what its config names and what its document trackers know."""
         return self._add_tracked(ensure_config(config).get("callbacks"), apply_config(config, call))
 
     def _add_tracked(self, callbacks: Any, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,10 +224,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     def batch(
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
-        """The answers in order; what prompts share is computed once, and those that run together decode together.
-
-        One that fails takes none of the others down: they are finished before its error is raised or returned.
-        """
+        """Return answers in order, sharing KV. When all have ended, raise the first error, or return errors too."""
         with self.engine.sharing():
             done = Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
         return done if return_exceptions else raise_first_error(done)
@@ -238,13 +238,13 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         return done if return_exceptions else raise_first_error(done)
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Ids of the text's tokens by the model's own tokenizer, without special tokens; loads no weights."""
+        """Return the text's token ids, without special tokens, by the model's own tokenizer; loads no weights."""
         own = self.custom_get_token_ids
         return frameworks.tokenize(self.engine, text) if own is None else own(text)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """All that can change the text, as plain values: LangChain's response cache is keyed by it."""
+        """Return all that can change the answer, as plain values; LangChain keys its response cache by them."""
         sampling = {name: getattr(self, name) for name in (*frameworks.SAMPLING_FIELDS, "namespace")}
         loading = {key: _make_plain(value) for key, value in self.model_kwargs.items() if key not in _SECRETS}
         return {
@@ -266,7 +266,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
 
 
 def _read_engine(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a given engine fills in; those given beside it must say the same."""
+    """Return the fields that the given engine fills in; ``ValueError`` if a field given beside it says otherwise."""
     engine = given["engine"]
     own = frameworks.describe_engine(engine)
     if "model" in given:  # a model rebuilt from the fields of another: they describe how its engine was made
@@ -277,7 +277,7 @@ def _read_engine(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _make_engine(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a model given by name, and its engine; nothing is loaded."""
+    """Check the fields of a model given by name; return them with a new engine, which has loaded nothing yet."""
     name, config, options = given.get("model"), given.get("config", EngineConfig()), given.get("model_kwargs", {})
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
     require(isinstance(name, str) and bool(name), "model", name, "a path or hub id, or an engine in its place")
@@ -290,7 +290,7 @@ def _make_engine(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _make_plain(value: Any) -> Any:
-    """``value`` if JSON knows it, else its text; ``torch.float16`` by the name that it may also be given by."""
+    """Return ``value`` if it is a JSON scalar, else its ``repr``; a torch dtype by its name without ``torch.``."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

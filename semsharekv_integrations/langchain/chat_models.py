@@ -1,7 +1,4 @@
-"""LangChain's chat model interface over a ``SemShareEngine``.
-
-Every way to call it goes through ``_stream`` or its asynchronous twin. Knows nothing about tokens or caches.
-"""
+"""LangChain's chat model interface over a ``SemShareEngine``. Every call goes through ``_stream`` or ``_astream``."""
 
 from __future__ import annotations
 
@@ -81,6 +78,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     def _stream(
         self, messages: list[BaseMessage], stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
+        """Check the call (``ValueError``) and return an iterator over its pieces; closing that cancels the call."""
         prompt, options, make_piece = self._prepare(messages, stop, kwargs)
         return stream_pieces(self.engine.stream(prompt, **options), make_piece, run_manager)
 
@@ -98,13 +96,14 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     async def _agenerate(
         self, messages: list[BaseMessage], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> ChatResult:
+        """Read the pieces of ``_astream`` to the end and return them as one result."""
         pieces = [piece async for piece in self._astream(messages, stop, run_manager, **kwargs)]
         return generate_from_stream(iter(pieces))
 
     def generate(
         self, messages: list[list[BaseMessage]], stop: Stop = None, callbacks: Callbacks = None, **kwargs: Any
     ) -> LLMResult:
-        """As in the base class, for all prompts at the same time, with the documents that a tracker knows of."""
+        """As in the base class, but all prompts run at the same time; the first error is raised once all have ended."""
         kwargs = self._add_tracked(callbacks, kwargs)
         if len(messages) < 2:
             return super().generate(messages, stop, callbacks, **kwargs)
@@ -132,7 +131,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     def _prepare(
         self, messages: list[BaseMessage], stop: Stop, call: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], GenerateOptions, Callable[[GenerationChunk], ChatGenerationChunk]]:
-        """The prompt, the options, and what makes LangChain's piece of each of the answer's chunks."""
+        """Return prompt, engine options and a function from chunk to LangChain's piece. ``ValueError`` if bad."""
         prompt, options = translate_messages(messages), ChatOptions.merge(self, stop, call)
         known = options.make_options([str(turn["content"]) for turn in prompt], messages)
         return prompt, known, partial(self._make_piece, ToolCallChunks(options))
@@ -142,14 +141,15 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return {**super()._identifying_params, "chat_template_kwargs": self.chat_template_kwargs}
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
-        """What traces show; the prompt itself shows documents."""
+        """Return the options that traces show: all but ``tracked_documents``, whose texts the prompt shows."""
         return super()._get_invocation_params(stop, **_omit(kwargs, "tracked_documents"))
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The key of LangChain's response cache. It leaves out the session and documents of a call."""
+        """Return the key of LangChain's response cache, from which a call's session and documents are left out."""
         return super()._get_llm_string(stop, **_omit(kwargs, "session", "documents", "tracked_documents"))
 
     def _make_piece(self, calls: ToolCallChunks, chunk: GenerationChunk) -> ChatGenerationChunk:
+        """Make LangChain's piece of a chunk and count its calls; the last has usage, finish reason and report."""
         text, tool_calls = calls.read(chunk)
         if chunk.generation is None:
             return ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=tool_calls))
@@ -162,10 +162,10 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
     def bind_tools(
         self, tools: Sequence[Tool], *, tool_choice: Choice = None, strict: bool | None = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """This model with tools that it may call; its messages then have ``tool_calls``.
+        """Return this model bound to tools that it may call; its messages then have ``tool_calls``.
 
         Args:
-            tools: functions, pydantic classes, LangChain tools, or schemas.
+            tools: functions, pydantic classes, LangChain tools, or schemas. None at all leaves the calls without tools.
             tool_choice: ``auto`` (the default: the model decides), ``none``, ``any`` (it must call one), or the name of
                 the one it must call; also in the forms of OpenAI and Anthropic.
             strict: accepted for models that can be swapped; arguments are held to the tool's schema in any case.
@@ -186,7 +186,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """This model with a parser behind it, whose answers are objects of a schema, which sampling is held to.
+        """Return this model with a parser behind it: sampling is held to a schema, and answers are objects of it.
 
         Args:
             schema: a pydantic class, whose objects are returned; else a TypedDict or a JSON schema, for dictionaries.
@@ -206,14 +206,14 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         return add_parser(model, schema, method, include_raw=include_raw)
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """What LangChain may rely on; loads no weights and asks no network."""
+        """Return what LangChain may rely on, with the context window if known. Loads no weights, uses no network."""
         known = ModelProfile(text_inputs=True, text_outputs=True, temperature=True)
         known |= ModelProfile(tool_calling=True, tool_choice=True, structured_output=True)
         window = self._find_context_window()
         return known if window is None else known | ModelProfile(max_input_tokens=window)
 
     def _find_context_window(self) -> int | None:
-        """In tokens, if it is known without the network: given, of a loaded model, or stated in a local folder."""
+        """Return the window configured, or stated by a loaded model or local folder; else None. Uses no network."""
         if not self.engine.is_loaded and not is_local(self.model, self.model_kwargs):
             return self.config.max_context_tokens
         with suppress(ModelLoadError, UnsupportedModelError):  # the engine says what is wrong when it loads the model

@@ -1,9 +1,8 @@
 """Where documents begin and end in a prompt, as far as LangChain's objects tell: texts by id for the engine.
 
-A border may be told by the caller's ``documents``, by what a tool returned beside its message, by a content block
-marked for caching, or by a ``DocumentTracker``, which remembers the documents that pass through a chain: what a prompt
-template turns into text is known only to callbacks. ``SemShareKVWarmer`` computes the KV of documents before anybody
-asks. Which of the documents stand in a prompt is for the model to see: nothing here knows prompts, models or tokens.
+The caller's ``documents`` tell a border, and so do a tool's artifact, a content block marked for caching, and a
+``DocumentTracker``, which remembers the documents that pass through a chain. ``SemShareKVWarmer`` computes the KV of
+documents before anybody asks. Nothing here knows models or tokens.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ Named = tuple[str, str]
 
 
 def name_documents(documents: Any) -> Documents | None:
-    """Texts by id where LangChain documents are among them; anything else unchanged, for the engine to check.
-
-    A document's id is its ``id``, else its metadata's ``id``, else a digest of its text.
-    """
+    """Return a sequence of texts or documents as texts by id, ``ValueError`` for a bad item; all else unchanged."""
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
     return collect_texts(
@@ -42,13 +38,13 @@ def name_documents(documents: Any) -> Documents | None:
 
 
 def name_document(document: Document) -> Named:
-    """Id and text of a document."""
+    """Return a document's id and text. The id is its ``id``, else its metadata's ``id``, else a digest of its text."""
     key = document.id or document.metadata.get("id")
     return str(key) if key else make_document_id(document.page_content), document.page_content
 
 
 def find_documents(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
-    """The documents in ``value``: itself, or in lists, tuples and mappings, one in another up to ``depth``."""
+    """Yield ``value`` if it is a document, else those in lists, tuples, sets and mappings, ``depth`` levels deep."""
     if isinstance(value, Document):
         yield value
     elif depth and isinstance(value, (Mapping, list, tuple, set, frozenset)):
@@ -57,7 +53,7 @@ def find_documents(value: Any, depth: int = MAX_DEPTH) -> Iterator[Document]:
 
 
 def find_in_artifacts(messages: Iterable[BaseMessage]) -> list[Named]:
-    """The documents that tools returned beside their messages."""
+    """Return id and text of each document in the artifacts of tool messages; blank ones are left out."""
     artifacts = [message.artifact for message in messages if isinstance(message, ToolMessage)]
     found = find_documents(artifacts, MAX_DEPTH + 1)
     return [name_document(document) for document in found if document.page_content.strip()]
@@ -72,10 +68,10 @@ def _find_marked_blocks(messages: Iterable[BaseMessage]) -> list[Named]:
 def collect_documents(
     given: Any, tracked: Mapping[str, str], messages: Sequence[BaseMessage], contents: Sequence[str]
 ) -> Documents | None:
-    """The caller's documents, and those tracked or found in ``messages`` that stand in one of ``contents``.
+    """Return the caller's documents and the tracked or found ones that stand in a text of ``contents``; None if none.
 
-    One that stands within another is left out, and so is a marked block with a document in it. Where an id is taken by
-    another text, a digest takes its place.
+    Also returns blocks marked for caching, unless a document stands within. Leaves out a tracked or found document that
+    stands within another; a digest replaces its id if the id is taken. Returns ``given`` in a wrong form unchanged.
     """
     documents = name_documents(given)
     if documents is not None and not isinstance(documents, Mapping):
@@ -121,24 +117,24 @@ class DocumentTracker(BaseCallbackHandler):
         return self  # what is copied with it hears of the same runs
 
     def documents_of(self, parent_run_id: UUID | None) -> list[Named]:
-        """Ids and texts known to a call whose parent is this run, or None for a call that stands alone."""
+        """Return ids and texts known in this run's tree; for None or an unknown run, also what was retrieved alone."""
         with self._lock:
             alone: list[UUID | None] = [None] if parent_run_id is None else [parent_run_id, None]
             trees = [self._root_of[parent_run_id]] if parent_run_id in self._root_of else alone
             return [(key, text) for tree in trees for text, key in self._texts.get(tree, {}).items()]
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        """Remember the documents that go into a step."""
+        """Place the step in its run, and remember the documents that go into it."""
         self._start(run_id, kwargs.get("parent_run_id"))
         self._remember(run_id, find_documents(inputs))
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        """Remember what comes out, and what went in if only that is known by now, as it is in streams."""
+        """Remember documents in the outputs, and in inputs that come only now, as in streams; then end the step."""
         self._remember(run_id, find_documents([kwargs.get("inputs"), outputs]))
         self._end(run_id)
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """Forget a run that failed."""
+        """End the step; if it is the outermost of its run, forget the run and its documents."""
         self._end(run_id)
 
     on_retriever_error = on_tool_error = on_chain_error
@@ -148,7 +144,7 @@ class DocumentTracker(BaseCallbackHandler):
         self._start(run_id, kwargs.get("parent_run_id"))
 
     def on_retriever_end(self, documents: Sequence[Document], *, run_id: UUID, **kwargs: Any) -> None:
-        """Remember what was found."""
+        """Remember what was found, also for calls outside any run if the retriever stood alone; then end the step."""
         self._remember(run_id, find_documents(documents), alone=kwargs.get("parent_run_id") not in self._root_of)
         self._end(run_id)
 
@@ -157,22 +153,25 @@ class DocumentTracker(BaseCallbackHandler):
         self._start(run_id, kwargs.get("parent_run_id"))
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        """Remember what the tool returned beside its text."""
+        """Remember the documents in what the tool returned, its artifact included; then end the step."""
         self._remember(run_id, find_documents([output, getattr(output, "artifact", None)]))
         self._end(run_id)
 
     def _start(self, run_id: UUID, parent_run_id: UUID | None) -> None:
+        """Place a run in the tree of its parent, or in one of its own, and mark the tree used last."""
         with self._lock:
             root = run_id if parent_run_id is None else self._root_of.get(parent_run_id, parent_run_id)
             self._root_of[run_id] = root
             self._touch_tree(root)
 
     def _end(self, run_id: UUID) -> None:
+        """Remove a run; if it is the root of its tree, forget the tree."""
         with self._lock:
             if self._root_of.pop(run_id, None) == run_id:
                 self._forget(run_id)
 
     def _remember(self, run_id: UUID, documents: Iterable[Document], *, alone: bool = False) -> None:
+        """Note texts for the run's tree, if ``alone`` also for no run; drop the oldest above ``max_documents``."""
         texts = {text: key for key, text in map(name_document, documents)}
         if not texts:
             return
@@ -186,7 +185,7 @@ class DocumentTracker(BaseCallbackHandler):
                     del known[text]
 
     def _touch_tree(self, root: UUID | None) -> dict[str, str]:
-        """The ids by text of a tree, now the one used last; the one used longest ago goes if there are too many."""
+        """Return a tree's ids by text, made if missing, now used last; forget the oldest tree above ``max_runs``."""
         texts = self._texts.setdefault(root, {})
         self._texts.move_to_end(root)
         if len(self._texts) > self._max_runs:
@@ -200,7 +199,7 @@ class DocumentTracker(BaseCallbackHandler):
 
 
 def find_tracked_documents(callbacks: Any, own: Any = None) -> dict[str, str]:
-    """Ids by text of what trackers among a call's callbacks and the model's ``own`` know of the run."""
+    """Return ids by text of all documents that trackers in ``callbacks`` and ``own`` know of the run; may be empty."""
     found: dict[str, str] = {}
     for given in callbacks if isinstance(callbacks, list) else [callbacks]:
         parent_run_id = given.parent_run_id if isinstance(given, BaseCallbackManager) else None
@@ -211,6 +210,7 @@ def find_tracked_documents(callbacks: Any, own: Any = None) -> dict[str, str]:
 
 
 def _list_handlers(callbacks: Any) -> list[Any]:
+    """Return the handlers of a callback manager, a list as it is, [] for None, else a list of the one handler."""
     if isinstance(callbacks, BaseCallbackManager):
         return list(callbacks.handlers)
     if isinstance(callbacks, list):
@@ -255,11 +255,11 @@ class SemShareKVWarmer(BaseDocumentTransformer):
         self.pinned, self.ttl_s, self.progress = pinned, ttl_s, progress
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
-        """Warm the documents, under their ``id``, else their metadata's ``id``, else a digest; they come back as given.
+        """Compute and store the documents' KV, under ids as in ``name_document``; return the documents unchanged.
 
         Raises:
             ValueError: if two texts have one id, or an option is unknown.
-            ContextWindowError: if one is longer than the model's context.
+            ContextWindowError: if one is longer than the model's context. Those before it are stored.
         """
         require(not kwargs, "keyword arguments", sorted(kwargs), "none")
         self.engine.warm(name_documents(documents) or {}, self.namespace, self.pinned, self.ttl_s, self.progress)

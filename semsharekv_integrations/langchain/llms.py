@@ -29,16 +29,13 @@ from semsharekv_integrations.request import GenerateOptions
 class SemShareKVLLM(LocalModel, BaseLLM):
     """A local transformers model as a LangChain LLM, which reuses the KV cache of what it has seen.
 
-    Prompts are continued as they are, without a chat template. Each generation's ``generation_info`` holds
-    ``model_name``, ``finish_reason``, ``usage`` (tokens) and ``kv_cache`` (the ``ReuseReport``), all plain JSON.
-
-    Every call also takes the sampling fields, ``namespace``, ``session`` and ``documents`` by keyword, as those of
-    ``ChatSemShareKV`` do. Anything else is refused.
+    Prompts are continued as they are, without a chat template. Each generation's ``generation_info`` has
+    ``model_name``, ``finish_reason``, ``usage`` (tokens) and ``kv_cache`` (the ``ReuseReport``), as plain JSON. Calls
+    take sampling fields, ``namespace``, ``session`` and ``documents`` by keyword, as ``ChatSemShareKV``; nothing else.
 
     Example::
 
-        llm = SemShareKVLLM(model="semsharekv/reference", max_tokens=64)
-        llm.invoke("In Prorna ,")
+        SemShareKVLLM(model="semsharekv/reference", max_tokens=64).invoke("In Prorna ,")
     """
 
     @property
@@ -61,7 +58,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         return CallOptions.merge(self, stop, call).make_options([prompt])
 
     def _generate(self, prompts: list[str], stop: Stop = None, run_manager: Run = None, **kwargs: Any) -> LLMResult:
-        """The answers in order, at the same time. Only the first prompt has a run manager, which hears its tokens."""
+        """Run all prompts at once; return answers in order or raise the first error. ``run_manager`` hears prompt 0."""
 
         def begin(prompt: str) -> Stream[report.GenerationChunk]:
             return self.engine.stream(prompt, **self._make_options(prompt, stop, kwargs))
@@ -77,6 +74,8 @@ class SemShareKVLLM(LocalModel, BaseLLM):
     async def _agenerate(
         self, prompts: list[str], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> LLMResult:
+        """As ``_generate``, without blocking the event loop."""
+
         async def answer(index: int) -> Generation:
             listener = None if index else run_manager
             return _join([piece async for piece in self._astream(prompts[index], stop, listener, **kwargs)])
@@ -88,7 +87,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
     def generate(
         self, prompts: list[str], stop: Stop = None, callbacks: Callbacks | list[Callbacks] = None, **kwargs: Any
     ) -> LLMResult:
-        """As in the base class, except that the response cache is keyed by the call's settings as well."""
+        """As in the base class, but the response cache is keyed by the call's settings as well as by the fields."""
         kwargs = self._add_tracked(callbacks, kwargs)
         return BaseLLM.generate(self._set_fields(kwargs), prompts, stop, callbacks, **kwargs)
 
@@ -100,7 +99,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         return await BaseLLM.agenerate(self._set_fields(kwargs), prompts, stop, callbacks, **kwargs)
 
     def _set_fields(self, call: Mapping[str, Any]) -> Self:
-        """This model with the call's settings as fields, for the key that ``BaseLLM`` makes of the fields alone."""
+        """Return a copy with the call's settings as fields, of which ``BaseLLM`` makes its cache key; self if none."""
         known = rename_options(call).items()
         changes = {key: value for key, value in known if key in SamplingFields.model_fields and value is not None}
         return self.model_copy(update=changes) if changes else self
@@ -112,6 +111,7 @@ class SemShareKVLLM(LocalModel, BaseLLM):
         return GenerationChunk(text=chunk.text, generation_info=details | {"usage": dict(usage)})
 
     def _make_result(self, answers: Sequence[Generation]) -> LLMResult:
+        """Return the answers as one result, with the sums of their token counts."""
         usages = [answer.generation_info["usage"] for answer in answers if answer.generation_info]
         names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
         token_usage = {name: sum(usage[own] for usage in usages) for name, own in names.items()}

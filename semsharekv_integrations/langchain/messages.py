@@ -1,8 +1,7 @@
 """LangChain's messages as the mappings that chat templates take, and finished generations as LangChain reports them.
 
 Any provider's model may have begun a history. Its text is read. Reasoning and what a provider's own servers did is left
-out, as chat templates leave it out of earlier turns. What holds an image, a sound or a file is refused: the answer
-would be about something else without it. Knows nothing about models.
+out. An image, a sound or a file is refused: an answer without it would be wrong. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -55,10 +54,9 @@ _CACHE_POINTS = {"cachePoint", "cache_point", "cacheControl"}  # the only keys o
 
 
 def translate_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Messages with ``role`` and ``content``, tool calls and what tool results refer to, as OpenAI has them.
+    """Return the messages as turns in OpenAI's form; ``ValueError`` for an unknown kind, or for media.
 
-    Consecutive messages of one role become one; only tool calls and tool results stay apart. A message whose blocks are
-    all left out is left out itself. One of an unknown kind, or with anything but text, is a ``ValueError``.
+    Joins consecutive plain turns of one role. Leaves out a message with only blocks that are left out, as reasoning is.
     """
     return frameworks.merge_turns(
         turn for index, message in enumerate(messages) for turn in _split_turns(f"messages[{index}]", message)
@@ -66,7 +64,7 @@ def translate_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
 
 
 def _split_turns(field: str, message: BaseMessage) -> Iterator[dict[str, Any]]:
-    """The turns that a message is: one as a rule, with the results of tools in turns of their own before it."""
+    """Yield a message's turns: each tool result in its content, then the rest, unless all of that is left out."""
     role = _find_role(field, message)
     blocks = [message.content] if isinstance(message.content, str) else message.content
     texts: list[str] = []
@@ -86,6 +84,7 @@ def _split_turns(field: str, message: BaseMessage) -> Iterator[dict[str, Any]]:
 
 
 def _find_role(field: str, message: BaseMessage) -> str:
+    """Return the message's role in chat templates, a chat message's own included; ``ValueError`` for another kind."""
     if isinstance(message, ChatMessage):
         return _CHAT_ROLES.get(message.role, message.role)
     role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
@@ -94,19 +93,19 @@ def _find_role(field: str, message: BaseMessage) -> str:
 
 
 def _read_result(field: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool's result that stands in a user's message, as Anthropic and OpenAI's responses have it."""
+    """Return the turn for a tool result in a user's message, in Anthropic's or OpenAI's form."""
     content = _join_texts(f"{field}.content", block.get("content", block.get("output")))
     call_id = block.get("tool_use_id") or block.get("call_id") or ""
     return {"role": "tool", "content": content, "tool_call_id": str(call_id)}
 
 
 def _has_calls(message: BaseMessage) -> bool:
-    """Whether a message has its calls beside its content, where what its blocks say of them stands as well."""
+    """Return True if the message lists its calls, valid or not, beside its content; its call blocks repeat them."""
     return isinstance(message, AIMessage) and bool(message.tool_calls or message.invalid_tool_calls)
 
 
 def _read_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The call that a block holds; None if its arguments are no JSON, as those of a cut answer."""
+    """Return a block's call; None if its arguments are no JSON object; ``ValueError`` without name or arguments."""
     given = next((block[key] for key in ("args", "input", "arguments") if key in block), None)
     accepted = f"{_ACCEPTED}, or a call"
     require(bool(block.get("name")) and given is not None, f"{field}.type", block.get("type"), accepted)
@@ -114,7 +113,7 @@ def _read_call(field: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None:
-    """A call in OpenAI's form; None if its arguments are neither an object nor JSON text of one."""
+    """Return a call in OpenAI's form; None if its arguments are neither an object nor JSON text of one."""
     parsed = frameworks.parse_arguments(arguments)
     if parsed is None:
         return None
@@ -122,7 +121,7 @@ def _make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None
 
 
 def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """A message's tool calls, if there are none then ``calls``; or which call a tool's result belongs to."""
+    """Return an AI message's ``tool_calls``, else ``calls``; of a result, the call's id; {} if there is nothing."""
     if isinstance(message, FunctionMessage):
         return {"tool_call_id": frameworks.make_function_id(message.name), "name": message.name}
     if isinstance(message, ToolMessage):
@@ -134,6 +133,7 @@ def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict
 
 
 def _read_function_call(message: AIMessage) -> list[dict[str, Any]]:
+    """Return the old ``function_call`` as a list of one; [] if there is none, or other calls, or no JSON arguments."""
     function = message.additional_kwargs.get("function_call")
     if _has_calls(message) or not isinstance(function, Mapping) or not function.get("name"):
         return []
@@ -142,9 +142,9 @@ def _read_function_call(message: AIMessage) -> list[dict[str, Any]]:
 
 
 def _read_text(field: str, block: Any, *, in_answer: bool) -> str | None:
-    """The text of a content block, or None for one that is left out; ``ValueError`` if it cannot be read and matters.
+    """Return a block's text, or None if it is left out; ``ValueError`` if it matters and cannot be read.
 
-    Where a model wrote it, ``in_answer``, what is neither text nor media is a provider's bookkeeping.
+    In a model's message (``in_answer``), a block of an unknown kind gives the text that it has, or is left out.
     """
     if isinstance(block, str):
         return block
@@ -163,7 +163,7 @@ def _read_text(field: str, block: Any, *, in_answer: bool) -> str | None:
 
 
 def _find_text(field: str, block: Mapping[str, Any]) -> str | None:
-    """The text that a block of some type holds, in the place that its type has for it."""
+    """Return the text that the block holds where its type has it; None if there is no text."""
     kind, source = str(block.get("type")), block.get("source")
     text: Any = block.get(_TEXT_KEYS[kind]) if kind in _TEXT_KEYS else None
     if kind == "file" and block.get("source_type") == "text":
@@ -180,7 +180,7 @@ def _find_text(field: str, block: Mapping[str, Any]) -> str | None:
 
 
 def _join_texts(field: str, content: Any) -> str:
-    """The text of blocks within a block; they may be one text, or nothing."""
+    """Return the joined text of blocks within a block; "" for None, a text as it is. ``ValueError`` for media."""
     if content is None or isinstance(content, str):
         return content or ""
     require(isinstance(content, Sequence), field, type(content).__name__, "a text, or blocks in a list")
@@ -206,14 +206,14 @@ class PromptOverflowError(ContextWindowError, ContextOverflowError):
 
 
 def raise_overflow() -> AbstractContextManager[None]:
-    """Inside, a ``ContextWindowError`` is raised as a ``PromptOverflowError``."""
+    """Return a context manager that re-raises a ``ContextWindowError`` as a ``PromptOverflowError``."""
     return frameworks.translate_errors(ContextWindowError, lambda error: PromptOverflowError(str(error)))
 
 
 def stream_pieces(
     chunks: Generator[GenerationChunk, None, None], make_piece: Callable[[GenerationChunk], Any], run_manager: Any
 ) -> Iterator[Any]:
-    """LangChain's piece for each of the engine's chunks, which callbacks hear of; closing it cancels the call."""
+    """Yield LangChain's piece of each chunk after telling ``run_manager``; closing the iterator cancels the call."""
     with raise_overflow(), closing(chunks):
         for chunk in chunks:
             piece = make_piece(chunk)
@@ -225,7 +225,7 @@ def stream_pieces(
 async def astream_pieces(
     chunks: AsyncGenerator[GenerationChunk, None], make_piece: Callable[[GenerationChunk], Any], run_manager: Any
 ) -> AsyncIterator[Any]:
-    """As ``stream_pieces``."""
+    """As ``stream_pieces``, for asynchronous chunks."""
     with raise_overflow():
         async with aclosing(chunks):
             async for chunk in chunks:

@@ -28,7 +28,7 @@ class SemShareKVMiddleware(AgentMiddleware):
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
-        """Call the model with what is known."""
+        """Call ``handler`` with the request that ``inform_model`` returns; return its response."""
         return handler(inform_model(request))
 
     async def awrap_model_call(
@@ -39,7 +39,7 @@ class SemShareKVMiddleware(AgentMiddleware):
 
 
 def inform_model(request: ModelRequest[Any]) -> ModelRequest[Any]:
-    """Put documents, session and namespace into the settings of the request's model."""
+    """Return the request with documents, session and namespace in its settings; unchanged for other models."""
     if not isinstance(getattr(request.model, "bound", request.model), LocalModel):
         return request
     state: dict[str, Any] = dict(request.state)

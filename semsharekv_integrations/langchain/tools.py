@@ -1,8 +1,6 @@
 """Tools and answer formats in the forms that LangChain's callers give them, as the engine takes them.
 
-The engine knows tools in OpenAI's form and one JSON schema for the whole answer. Where both are wanted, as agents with
-a ``response_format`` do, the schema becomes one more tool, whose call is the answer. Answers that were held to a schema
-are parsed here. Knows nothing about models, nor about how sampling is held to a schema.
+If a call has both tools and a schema for the answer, the schema becomes one more tool, whose call is the answer.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ _CHOICES = "None, 'auto', 'none', 'any', 'required', True, False, a tool's name,
 
 
 def translate_choice(choice: Any) -> str | None:
-    """The engine's ``tool_choice`` for any of the forms that LangChain's models take, else ``ValueError``."""
+    """Return the engine's ``tool_choice`` for any form that LangChain's models take; ``ValueError`` for others."""
     if isinstance(choice, Mapping):
         function = choice.get("function", choice)
         name = function.get("name", choice.get("type")) if isinstance(function, Mapping) else None
@@ -57,7 +55,7 @@ class ChatOptions(CallOptions):
     chat_template_kwargs: dict[str, Any] | None = None  # more variables for the chat template
 
     def make_other_options(self) -> GenerateOptions:
-        """Tools, choice, schema and variables."""
+        """Return tools, choice, JSON schema and template variables; ``ValueError`` if they do not go together."""
         variables = GenerateOptions(chat_template_kwargs=self.chat_template_kwargs)
         schema, choice = self._find_schema(), translate_choice(self.tool_choice)
         if not self.tools or schema is None or choice == "none":
@@ -71,13 +69,14 @@ class ChatOptions(CallOptions):
 
     @property
     def answer_tool(self) -> str:
-        """The name of the tool that stands for an answer in the wanted format; no other tool's."""
+        """The name of the tool whose call is the answer: ``final_answer``, with "_" behind while others have it."""
         name, names = "final_answer", {tool.get("function", {}).get("name") for tool in self.tools}
         while name in names:
             name += "_"
         return name
 
     def _find_schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema to hold the answer to, or None; ``ValueError`` for a bad or a second answer format."""
         if self.response_format is None:
             return self.json_schema
         require(self.json_schema is None, "response_format", self.response_format, "None beside json_schema")
@@ -98,7 +97,7 @@ class ToolCallChunks:
         self.count = 0
 
     def read(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
-        """Return text, with the answer tool's arguments, and other calls; if not parallel, the answer's first only."""
+        """Return text with the answer tool's arguments, and other calls, counted (unless parallel, the first)."""
         text, calls = chunk.text, []
         for call in chunk.tool_calls:
             if not (self._is_first or self._may_be_several):
@@ -137,7 +136,7 @@ class _ObjectOfCall(_RequireComplete, PydanticToolsParser): ...
 
 
 def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
-    """The JSON schema of a pydantic class, a typed dictionary or a schema; in ``json_mode`` without one, any object."""
+    """Return the JSON schema of ``schema``; in ``json_mode`` without one, any object. Else ``ValueError`` for None."""
     require(method in METHODS, "method", method, " or ".join(map(repr, METHODS)))
     if schema is None and method == "json_mode":
         return {"type": "object"}
@@ -146,6 +145,7 @@ def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
 
 
 def _make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
+    """Make the parser for objects of a pydantic class, else dictionaries; it raises for an answer that was cut."""
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if method == "function_calling":
         if is_class:
@@ -155,7 +155,7 @@ def _make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
 
 
 def add_parser(model: Runnable[Any, Any], schema: Any, method: Method, *, include_raw: bool) -> Runnable[Any, Any]:
-    """The model with its parser; with ``include_raw`` the raw message beside the object, or the parser's error."""
+    """Return ``model`` with its parser; with ``include_raw`` it gives a dictionary, and parser errors in that."""
     parser = _make_parser(schema, method)
     if not include_raw:
         return model | parser

@@ -1,7 +1,4 @@
-"""What ``SemShareKVLLM`` is made of: its settings, its engine, and how a call's options and documents are found.
-
-Knows nothing about how calls run or what they return.
-"""
+"""What ``SemShareKVLLM`` is made of: its settings, its engine, and how a call's options and documents are found."""
 
 from __future__ import annotations
 
@@ -66,6 +63,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
+        """Rename ``max_new_tokens``; ``ValueError`` for unknown names. An instance passes unchanged."""
         if not isinstance(values, Mapping):  # an object in another model's field
             return values
         values = _rename_limit(values)
@@ -76,6 +74,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
     @field_validator("config", mode="before")
     @classmethod
     def _check_config(cls, config: Any) -> Any:
+        """Refuse other types with ``ValueError``; drop the None values of serialized settings."""
         accepted = config is None or isinstance(config, EngineConfig | Mapping)  # a mapping where it was serialized
         require(accepted, "config", config, "an EngineConfig or None")
         return _drop_none(config)
@@ -89,7 +88,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
     @field_validator("device", "dtype", mode="before")
     @classmethod
     def _take_name(cls, value: Any) -> Any:
-        """A torch device or dtype by its name, so that fields stay serializable."""
+        """Replace a torch device or dtype by its name, so that fields stay serializable; keep None."""
         return value if value is None else str(value).removeprefix("torch.")
 
     def _check_fields(self) -> None:
@@ -106,7 +105,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name that LlamaIndex serializes."""
+        """Return the name that LlamaIndex serializes."""
         return "SemShareKVLLM"
 
     @property
@@ -125,7 +124,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
         return self._object_name
 
     def scoped(self, *, namespace: str | None = None, session: str | None = None) -> Self:
-        """This LLM for one tenant or one conversation, with the same engine.
+        """Return a copy of this LLM for one tenant or one conversation, with the same engine.
 
         Chat engines say nothing of their conversation to the LLM, so this is how it gets a name::
 
@@ -142,7 +141,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
         return copy
 
     def note(self, nodes: Iterable[BaseNode | NodeWithScore], namespace: str | None = None) -> None:
-        """Say that the texts of these nodes may stand in the next prompts, so that their borders are known.
+        """Remember these nodes, whose texts may stand in the next prompts, so that their borders are known there.
 
         What stands there word for word is then a document with the node's id, in reports and for ``engine.forget``,
         which knows it by the id of the LlamaIndex document that it was cut from as well. ``namespace`` says whose
@@ -169,17 +168,17 @@ class EngineLLM(_Fields, FunctionCallingLLM):
 
     @property
     def uses_template(self) -> bool:
-        """Whether messages go through the model's chat template, and not through ``messages_to_prompt``."""
+        """True if messages go through the model's chat template, False if through ``messages_to_prompt``."""
         return self.messages_to_prompt in (None, generic_messages_to_prompt)  # LlamaIndex fills in the generic one
 
     def to_payload(self) -> dict[str, Any]:
-        """What observers of each call are told; reads no files, as ``metadata`` may, so no event loop waits for it."""
+        """Return what observers of each call are told; reads no files, unlike ``metadata``, so no event loop waits."""
         sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "namespace")}
         mode = self._engine.config.reuse.mode
         return {"class_name": self.class_name(), "model_name": self.model, "mode": mode, **sampling}
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
+        """Return the model's token ids of ``text`` without special tokens; made for ``Settings.tokenizer``."""
         return frameworks.tokenize(self._engine, text)
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
@@ -202,7 +201,7 @@ class EngineLLM(_Fields, FunctionCallingLLM):
         tool_required: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of ``chat`` for a chat with tools; a ``tool_choice`` given overrides ``tool_required``."""
+        """Return ``chat``'s arguments; ``tool_choice`` beats ``tool_required``; a forced call needs tools."""
         if isinstance(user_msg, str):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
         messages = [*(chat_history or ()), *([user_msg] if user_msg else ())]
@@ -214,13 +213,13 @@ class EngineLLM(_Fields, FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """The tool calls of an answer; ``ValueError`` for none, unless ``error_on_no_tool_call`` is False."""
+        """Return an answer's tool calls; for none, ``ValueError``, or [] without ``error_on_no_tool_call``."""
         calls = read_calls(response.message)
         require(bool(calls) or not error_on_no_tool_call, "answer", response.message.content, "one with a tool call")
         return [ToolSelection(tool_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
 
     def _make_options(self, call: Mapping[str, Any], prompt: str | Sequence[ChatMessage]) -> GenerateOptions:
-        """The engine's options: this model's fields, overridden by those of one call; and the prompt's documents."""
+        """Return the engine's options: fields, overridden by the call, and documents. ``ValueError`` if bad."""
         own = {name: getattr(self, name) for name in _FIELD_OPTIONS} | {"namespace": self.kv_namespace}
         options = own | _read_options(call)
         if "documents" in options:
@@ -231,14 +230,14 @@ class EngineLLM(_Fields, FunctionCallingLLM):
 
 
 def _drop_none(config: Any) -> Any:
-    """Serialized settings without those that are None, which is the default of each that may be."""
+    """Return serialized settings without those that are None, their default; return anything else unchanged."""
     if not isinstance(config, Mapping):
         return config
     return {name: _drop_none(value) for name, value in config.items() if value is not None}
 
 
 def _read_options(call: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call sets to anything but None, with tools and their choice in OpenAI's form."""
+    """Return what a call sets to non-None, tools in OpenAI's form; ``ValueError`` for unknown names."""
     unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_ELSEWHERE})
     require(not unknown, "keyword arguments", unknown, ", ".join(_CALL_OPTIONS))
     given = {name: value for name, value in call.items() if value is not None and name not in _ELSEWHERE}
@@ -254,7 +253,7 @@ def _read_options(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with the token limit under its one name here; ``ValueError`` if it is given twice."""
+    """Return a copy with ``max_new_tokens`` renamed to ``max_tokens``; ``ValueError`` if both are given."""
     limit, known = given.get("max_new_tokens"), given.get("max_tokens")
     require(limit is None or known is None, "max_tokens", known, "nothing beside max_new_tokens")
     renamed = {name: value for name, value in given.items() if name != "max_new_tokens"}
@@ -262,6 +261,7 @@ def _rename_limit(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _translate_choice(choice: Any) -> Any:
+    """Return the name in OpenAI's mapping, ``any`` for ``required``, else ``choice``, for the engine to check."""
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None

@@ -1,8 +1,7 @@
 """Where documents begin and end in a prompt that LlamaIndex has put together: borders that no separator shows.
 
-They come from four places: what the caller names, the nodes that a retrieval noted, cache points in messages, and the
-arguments of the prompt's template. All but the first are hints: those whose text does not stand word for word in the
-prompt are left out, since response synthesizers may have split it. Knows nothing about tokens or models.
+They come from what the caller names, the nodes that a retrieval noted, cache points in messages, and the arguments of
+the prompt's template. All but the first are hints, left out if their text is not in the prompt word for word.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ class NodeText:
 
     @classmethod
     def read(cls, item: BaseNode | NodeWithScore) -> NodeText:
-        """The text of a node, with or without score."""
+        """Return the text of a node, with or without score; blank and repeated ``forms`` are left out, maybe all."""
         node = item.node if isinstance(item, NodeWithScore) else item
         forms = (node.get_content(metadata_mode=mode).strip() for mode in (MetadataMode.LLM, MetadataMode.NONE))
         return cls(node.node_id, node.ref_doc_id, tuple(dict.fromkeys(form for form in forms if form)))
 
     def find_form(self, text: str) -> str | None:
-        """The form that stands in ``text``, if any."""
+        """Return the first form that stands in ``text``, or None."""
         return next((form for form in self.forms if form in text), None)
 
 
@@ -55,13 +54,14 @@ class NodeNotes:
         self._lock = hold_at_forks(threading.Lock())
 
     def __deepcopy__(self, memo: object) -> NodeNotes:
+        """Return notes of the same nodes, with a lock of their own."""
         with self._lock:
             copied = NodeNotes()
             copied._nodes.update(self._nodes)
             return copied
 
     def add(self, namespace: str, nodes: Iterable[BaseNode | NodeWithScore]) -> None:
-        """Note nodes; beyond ``MOST_NOTED_NODES`` those noted longest ago are dropped."""
+        """Note nodes; above ``MOST_NOTED_NODES`` in all namespaces, drop those noted longest ago, in any of them."""
         texts = [NodeText.read(node) for node in nodes]
         with self._lock:
             for text in texts:
@@ -71,7 +71,7 @@ class NodeNotes:
                 self._nodes.popitem(last=False)
 
     def list_latest(self, namespace: str) -> list[NodeText]:
-        """What is noted in ``namespace``, latest first."""
+        """Return the nodes noted in ``namespace``, latest first."""
         with self._lock:
             return [text for (where, _), text in reversed(self._nodes.items()) if where == namespace]
 
@@ -89,7 +89,7 @@ class MessagesPrompt(list[ChatMessage]):
 
 
 def find_context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """The paragraphs of what a template's context arguments are filled with."""
+    """Return the paragraphs of the template's context arguments, without those below ``SHORTEST_PART_CHARS``."""
     given = {**template.kwargs, **arguments}
     values = [given[name] for name in CONTEXT_ARGUMENTS if name in given]
     texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
@@ -98,9 +98,9 @@ def find_context_parts(template: BasePromptTemplate, arguments: Mapping[str, Any
 
 
 def name_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Documents:
-    """Texts by id where LlamaIndex nodes are among ``documents``; anything else unchanged, for the engine to check.
+    """Return a sequence of nodes or texts as texts by id; return anything else unchanged, for the engine to check.
 
-    Nodes without text, such as images, are left out. Two texts must not have one id.
+    Leaves out nodes without text, such as images. Raises ``ValueError`` if two texts have one id, or for other items.
     """
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         return documents
@@ -117,10 +117,10 @@ def name_documents(documents: Any, prompt: str | Sequence[ChatMessage]) -> Docum
 
 
 def find_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText]) -> Documents:
-    """The documents of ``prompt``, by id and in order, as far as noted nodes, cache points and arguments tell.
+    """Return the texts of ``prompt`` that noted nodes, cache points and arguments tell of, by id, in prompt order.
 
     Where hints overlap, nodes come before cache points, these before arguments, and longer nodes before shorter ones.
-    A node that stands in the prompt but overlaps another is a further name of that, so that it can be forgotten.
+    A node in the prompt that overlaps others becomes a further name of those, so that it can be forgotten.
     """
     where = _join_texts(prompt)
     nodes = [(node, form) for node in noted if (form := node.find_form(where)) is not None]
@@ -142,7 +142,7 @@ def find_documents(prompt: str | Sequence[ChatMessage], noted: Iterable[NodeText
 def _label_texts(
     texts: dict[str, str], nodes: Iterable[NodeText], required: Collection[str], covered: Mapping[str, list[str]]
 ) -> DocumentNotes:
-    """``texts`` by id, and the other ids of ``nodes`` as names of what stands there; see ``DocumentNotes``."""
+    """Return ``texts`` with the other ids of ``nodes`` and their sources as further names; see ``DocumentNotes``."""
     groups: dict[str, list[str]] = {}
     for node in nodes:
         there = [node.node_id] if node.node_id in texts else covered.get(node.node_id, [])
@@ -164,7 +164,7 @@ class _Place(NamedTuple):
 
 
 def _find_marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
-    """The text of each message up to each of its cache points, from the one before."""
+    """Return each message's text before each cache point, from the one before; [] for a text prompt."""
     found = []
     for message in () if isinstance(prompt, str) else prompt:
         texts: list[str] = []

@@ -1,8 +1,6 @@
 """LlamaIndex's LLM interface over a ``SemShareEngine``: chat, completion and objects, each sync, async and streamed.
 
-A call is translated into one prompt and one set of options, and handed to the engine; streams and whole answers come
-from the same flow there. Answers that are objects are held to the JSON schema of their class. Knows nothing about
-tokens, caches or how KV is reused.
+A call becomes one prompt and one set of options for the engine. Knows nothing about tokens, caches or reuse.
 """
 
 from __future__ import annotations
@@ -60,8 +58,7 @@ class SemShareKVLLM(EngineLLM):
     asked for, the weights at the first call. Answers carry in ``raw`` plain JSON: ``usage`` (tokens, OpenAI's names),
     ``kv_cache`` (the ``ReuseReport``), ``finish_reason`` and ``model``; in streams the last response does.
 
-    LlamaIndex sizes its chunks with a tokenizer of OpenAI's unless it is given one, which miscounts for this model and
-    may be downloaded. Give it the model's own::
+    LlamaIndex counts with an OpenAI tokenizer, wrong here and maybe downloaded, unless it is given the model's own::
 
         llm = SemShareKVLLM(model="semsharekv/reference")
         Settings.llm = llm
@@ -75,7 +72,6 @@ class SemShareKVLLM(EngineLLM):
 
     Without ``documents`` they are known as far as nodes were noted (see ``SemShareKVPostprocessor``), messages have
     cache points, or LlamaIndex fills a prompt template's context; where nothing is known, paragraphs count.
-
     ``complete`` sends the plain text, through ``completion_to_prompt`` if that is set. ``chat`` uses the model's chat
     template, or ``messages_to_prompt`` if that is set.
 
@@ -122,14 +118,14 @@ class SemShareKVLLM(EngineLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """The answer to a conversation."""
+        """Return the whole answer to a conversation; ``CallError`` for bad messages or options."""
         with hand_on_errors():
             prompt, options, respond = self._prepare_chat(messages, kwargs)
             return make_whole_response(self._engine.generate(prompt, **options), respond)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """The answer as it grows; closing the generator cancels the call."""
+        """Check the call, as ``chat``, and return a generator of the answer so far; closing it cancels the call."""
         with hand_on_errors():
             prompt, options, respond = self._prepare_chat(messages, kwargs)
             return stream_responses(self._engine.stream(prompt, **options), respond)
@@ -150,14 +146,14 @@ class SemShareKVLLM(EngineLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """The continuation of a text."""
+        """Return the whole continuation of a text; ``CallError`` for a bad prompt or options."""
         with hand_on_errors():
             text, options, respond = self._prepare_completion(prompt, formatted, kwargs)
             return make_whole_response(self._engine.generate(text, **options), respond)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        """The continuation as it grows; closing the generator cancels the call."""
+        """Check the call and return a generator of the continuation so far; closing it cancels the call."""
         with hand_on_errors():
             text, options, respond = self._prepare_completion(prompt, formatted, kwargs)
             return stream_responses(self._engine.stream(text, **options), respond)
@@ -179,7 +175,7 @@ class SemShareKVLLM(EngineLLM):
     def _prepare_chat(
         self, messages: Sequence[ChatMessage], call: Mapping[str, Any]
     ) -> tuple[Prompt, GenerateOptions, Responder[ChatResponse]]:
-        """The engine's prompt and options, and what makes a response of its answer."""
+        """Return the engine's prompt and options, and a function that makes a response. ``ValueError`` if bad."""
         to_prompt = None if self.uses_template else self.messages_to_prompt
         prompt = translate_messages(messages) if to_prompt is None else to_prompt(messages)
         respond: Responder[ChatResponse] = partial(make_chat_response, model_name=self.model)
@@ -190,6 +186,7 @@ class SemShareKVLLM(EngineLLM):
     def _prepare_completion(
         self, prompt: str, formatted: bool, call: Mapping[str, Any]
     ) -> tuple[str, GenerateOptions, Responder[CompletionResponse]]:
+        """As ``_prepare_chat``, for a text, which ``completion_to_prompt`` changes unless ``formatted``."""
         require(isinstance(prompt, str), "prompt", type(prompt).__name__, "a text; chat takes messages")
         text = prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
         return text, self._make_options(call, prompt), partial(make_completion_response, model_name=self.model)
@@ -197,7 +194,7 @@ class SemShareKVLLM(EngineLLM):
     def structured_predict(
         self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
     ) -> Model:
-        """An object of ``output_cls``, whose JSON schema decoding is held to."""
+        """Return an object of ``output_cls``, whose JSON schema decoding is held to (or, by mode, a tool call's)."""
         prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
         return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
@@ -211,7 +208,7 @@ class SemShareKVLLM(EngineLLM):
     def stream_structured_predict(
         self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
     ) -> Objects:
-        """The object as it grows: with the fields that are there so far."""
+        """Return a generator of the object as it grows: each item has the fields that are there so far."""
         prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
         return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
@@ -225,7 +222,7 @@ class SemShareKVLLM(EngineLLM):
     def _add_schema(
         self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options
     ) -> tuple[Any, dict[str, Any]]:
-        """A copy of the template, which LlamaIndex adds the schema to, and the call's options with the schema."""
+        """Return copies of template (LlamaIndex will change it) and options, these with the schema in mode ``llm``."""
         options = dict(llm_kwargs or {})
         if self.pydantic_program_mode == PydanticProgramMode.LLM:
             options.setdefault("json_schema", output_cls.model_json_schema())
@@ -234,6 +231,7 @@ class SemShareKVLLM(EngineLLM):
     def _structured_stream_call(
         self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
     ) -> Objects:
+        """Return a generator of growing objects; set the template's output parser. Other modes: as the base class."""
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
             return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
@@ -244,6 +242,7 @@ class SemShareKVLLM(EngineLLM):
     async def _structured_astream_call(
         self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
     ) -> AsyncObjects:
+        """As ``_structured_stream_call``, without blocking the event loop."""
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
             return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
@@ -252,11 +251,12 @@ class SemShareKVLLM(EngineLLM):
         return self._aread_objects(output_cls, await self.astream_chat(asked, **options))
 
     def _fill_prompt(self, output_cls: type[Model], prompt: Any, args: dict[str, Any]) -> str | list[ChatMessage]:
-        """The prompt, filled in, with the schema in words."""
+        """Set the template's output parser; return prompt text or messages, filled in, with the schema in words."""
         prompt.output_parser = PydanticOutputParser(output_cls=output_cls)
         return self._get_messages(prompt, **args) if self.metadata.is_chat_model else self._get_prompt(prompt, **args)
 
     def _read_objects(self, output_cls: type[Model], responses: Objects) -> Objects:
+        """Yield for each response the object so far; closing this closes ``responses``, which cancels the call."""
         found: Any = None
         with closing(responses):
             for response in responses:
@@ -271,7 +271,7 @@ class SemShareKVLLM(EngineLLM):
                 yield found
 
     def _read_object(self, output_cls: type[Model], response: ChatResponse | CompletionResponse, before: Any) -> Any:
-        """The object as far as the answer goes: of another class, without its checks, while fields are missing."""
+        """Return the object as far as the answer goes: while fields are missing, of a lenient class without checks."""
         text = response.text if isinstance(response, CompletionResponse) else response.message.content
         answer = ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text or ""))
         return process_streaming_objects(answer, output_cls, cur_objects=before and [before], llm=self)

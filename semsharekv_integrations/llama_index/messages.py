@@ -1,9 +1,8 @@
 """LlamaIndex's messages to the engine's on the way in, and the engine's answers to LlamaIndex's on the way out.
 
 Any provider's model may have begun a history. Its text is read; reasoning, cache points and what an answer cites are
-left out; what holds an image, a sound or a file that is no text is refused: the answer would be about something else
-without it. Tool calls are in both forms that LlamaIndex knows: blocks, and in ``additional_kwargs`` as OpenAI has them.
-Knows neither settings nor models; every function depends on its arguments only.
+left out; images, sounds and files that are no text are refused: an answer without them would be wrong. Tool calls are
+in both forms that LlamaIndex knows: blocks, and OpenAI's in ``additional_kwargs``. Knows neither settings nor models.
 """
 
 from __future__ import annotations
@@ -51,10 +50,9 @@ _ACCEPTED = "a text block, or a document of text with its data"
 
 
 def translate_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages with ``role`` and ``content``, and what belongs to tools, as chat templates take them.
+    """Return the messages as chat templates take them; ``ValueError`` for anything but text, calls and results.
 
-    Consecutive system messages, and consecutive user messages, become one. Cache points are left out: see
-    ``documents``. So is a message all of whose blocks are. One with anything but text and calls is a ``ValueError``.
+    Joins consecutive system or user messages. Leaves out a message whose blocks are all left out, as cache points are.
     """
     a_list = isinstance(messages, Sequence) and not isinstance(messages, str)
     require(a_list, "messages", type(messages).__name__, "a list of LlamaIndex's ChatMessage")
@@ -62,6 +60,7 @@ def translate_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _read_turns(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
+    """Yield a turn for each message that has text or tool fields; ``ValueError`` for a bad message."""
     for index, message in enumerate(messages):
         require(isinstance(message, ChatMessage), f"messages[{index}]", type(message).__name__, "a ChatMessage")
         role, text, tools = _ROLES[message.role], _read_message(index, message), _read_tool_fields(message)
@@ -70,7 +69,7 @@ def _read_turns(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
 
 
 def _read_message(index: int, message: ChatMessage) -> str | None:
-    """The text of a message; None if it has blocks, all of which are left out."""
+    """Return the joined text of a message's blocks: "" without blocks, None if all blocks are left out."""
     field, cites = f"messages[{index}].blocks", _ROLES[message.role] == "assistant"
     found = (_read_block(f"{field}[{at}]", block, cites=cites) for at, block in enumerate(message.blocks))
     texts = [text for text in found if text is not None]
@@ -78,7 +77,7 @@ def _read_message(index: int, message: ChatMessage) -> str | None:
 
 
 def _read_block(field: str, block: Any, *, cites: bool) -> str | None:
-    """The text of a block, or None for one that is left out; ``cites`` if what it cites is said beside it."""
+    """Return a block's text, None if left out; ``cites`` leaves out citations. ``ValueError`` for other kinds."""
     if isinstance(block, TextBlock):
         return block.text
     if isinstance(block, _LEFT_OUT):
@@ -94,7 +93,7 @@ def _read_block(field: str, block: Any, *, cites: bool) -> str | None:
 
 
 def _read_document(block: DocumentBlock) -> str | None:
-    """The text of a document that brings it along; nothing is fetched, and no file is opened."""
+    """Return a document's own text; None if it brings no data, or no UTF-8 text. Fetches nothing, opens no file."""
     if block.data is None or not str(block.document_mimetype).startswith("text/"):
         return None
     try:
@@ -104,7 +103,7 @@ def _read_document(block: DocumentBlock) -> str | None:
 
 
 def _read_tool_fields(message: ChatMessage) -> dict[str, Any]:
-    """An assistant's tool calls, or which call a tool's result belongs to."""
+    """Return an assistant's ``tool_calls``, or of a tool's result the call's id and name; {} if there is nothing."""
     role, more = _ROLES[message.role], message.additional_kwargs
     if role == "assistant":
         calls = _read_history_calls(message)
@@ -117,7 +116,7 @@ def _read_tool_fields(message: ChatMessage) -> dict[str, Any]:
 
 
 def _read_history_calls(message: ChatMessage) -> list[ToolCall]:
-    """The calls of a message, those left out whose arguments are no JSON, as another provider's cut answer has them."""
+    """Return a message's calls, without those whose arguments are no JSON object, as cut answers may have them."""
     given, function = _list_calls(message), message.additional_kwargs.get("function_call")
     if isinstance(function, Mapping) and function.get("name") and not given:
         given = [(frameworks.make_function_id(function["name"]), function["name"], function.get("arguments"))]
@@ -126,7 +125,7 @@ def _read_history_calls(message: ChatMessage) -> list[ToolCall]:
 
 
 def read_calls(message: ChatMessage) -> list[ToolCall]:
-    """The tool calls of a message: its blocks', or else those in ``additional_kwargs``; all in a known form."""
+    """Return the calls in a message's blocks, or else ``additional_kwargs``; ``ValueError`` if one is malformed."""
     calls = []
     for id_, name, arguments in _list_calls(message):
         parsed = frameworks.parse_arguments(arguments)
@@ -136,7 +135,7 @@ def read_calls(message: ChatMessage) -> list[ToolCall]:
 
 
 def _list_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
-    """Id, name and arguments of each call, these as they are."""
+    """Return id, name and unparsed arguments of each call, from blocks or else from ``additional_kwargs``."""
     blocks: list[Any] = [block for block in message.blocks if isinstance(block, TOOL_CALL_BLOCK)]
     if blocks:
         return [(block.tool_call_id or "", block.tool_name, block.tool_kwargs) for block in blocks]
@@ -144,6 +143,7 @@ def _list_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
 
 
 def _read_call(call: Any) -> tuple[str, str, Any]:
+    """Return id ("" if missing), name and unparsed arguments of a call in OpenAI's form; else ``ValueError``."""
     plain = call.model_dump() if hasattr(call, "model_dump") else call  # OpenAI's own classes
     function = plain.get("function") if isinstance(plain, Mapping) else None
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
@@ -160,7 +160,7 @@ def _write_call(call: ToolCall) -> dict[str, Any]:
 def make_chat_response(
     text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
 ) -> ChatResponse:
-    """The answer so far; ``generation`` once it is complete."""
+    """Make a response of the answer so far; usage and report stand in it once ``generation`` is there."""
     blocks: list[Any] = [TextBlock(text=text)] if text or not calls else []
     if TOOL_CALL_BLOCK:
         named = ({"tool_call_id": call.id, "tool_name": call.name, "tool_kwargs": call.arguments} for call in calls)
@@ -171,18 +171,19 @@ def make_chat_response(
 
 
 def keep_one_call(respond: Responder[ChatResponse]) -> Responder[ChatResponse]:
-    """``respond``, told of the first tool call alone."""
+    """Return a function that calls ``respond`` with the first tool call alone."""
     return lambda text, delta, calls, generation: respond(text, delta, calls[:1], generation)
 
 
 def make_completion_response(
     text: str, delta: str | None, calls: Sequence[ToolCall], generation: Generation | None, *, model_name: str
 ) -> CompletionResponse:
-    """The completion so far, in which there are no calls; ``generation`` once it is complete."""
+    """Make a response of the completion so far, ignoring ``calls``; with usage once ``generation`` is there."""
     return CompletionResponse(text=text, delta=delta, **_describe_generation(generation, model_name))
 
 
 def _describe_generation(generation: Generation | None, model_name: str) -> dict[str, Any]:
+    """Return a response's ``raw`` and ``additional_kwargs``; {} while there is no ``generation``."""
     if generation is None:
         return {}
     report, counts = generation.report, frameworks.count_tokens(generation.report)
@@ -192,14 +193,14 @@ def _describe_generation(generation: Generation | None, model_name: str) -> dict
 
 
 def make_whole_response(generation: Generation, respond: Responder[Response]) -> Response:
-    """The response that a finished call gives."""
+    """Return the response that ``respond`` makes of a finished call, without a delta."""
     return respond(generation.text, None, generation.tool_calls, generation)
 
 
 def stream_responses(
     chunks: Generator[GenerationChunk, None, None], respond: Responder[Response]
 ) -> Generator[Response, None, None]:
-    """One response for each chunk, with the text so far; closing this generator cancels the engine's call."""
+    """Yield one response for each chunk, with the text so far; closing this generator cancels the engine's call."""
     text, calls = "", tuple[ToolCall, ...]()
     with hand_on_errors(), closing(chunks):
         for chunk in chunks:
@@ -210,7 +211,7 @@ def stream_responses(
 async def astream_responses(
     chunks: AsyncGenerator[GenerationChunk, None], respond: Responder[Response]
 ) -> AsyncGenerator[Response, None]:
-    """As ``stream_responses``."""
+    """As ``stream_responses``, for asynchronous chunks."""
     text, calls = "", tuple[ToolCall, ...]()
     with hand_on_errors():
         async with aclosing(chunks):
@@ -220,10 +221,9 @@ async def astream_responses(
 
 
 def hand_on_errors() -> AbstractContextManager[None]:
-    """Inside, a ``ValueError`` or ``TypeError`` is raised as a ``CallError`` with the same message.
+    """Return a context manager that re-raises a ``ValueError`` or ``TypeError`` as a ``CallError``.
 
-    LlamaIndex's synthesizers, programs and extractors catch the two, which they take for an answer that cannot be
-    parsed, and go on as if the model had said nothing.
+    LlamaIndex takes the two for an answer that cannot be parsed, and goes on as if the model had said nothing.
     """
     return frameworks.translate_errors((ValueError, TypeError), _make_call_error)
 

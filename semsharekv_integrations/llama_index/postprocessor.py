@@ -1,7 +1,6 @@
 """Two places in LlamaIndex's pipelines that tell the LLM of nodes before prompts hold them; neither changes a node.
 
-A query engine's last postprocessor notes what was retrieved. An ingestion pipeline's last transformation computes the
-KV that queries will reuse. Knows nothing about how KV is computed or kept.
+One is the last postprocessor of a query engine, the other the last transformation of an ingestion pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from semsharekv_integrations.request import check_optional_name
 
 
 def find_settings_llm() -> EngineLLM:
-    """LlamaIndex's global LLM, which has to be one of this package's."""
+    """Return LlamaIndex's global LLM; ``ValueError`` unless it is one of this package's."""
     llm: Any = Settings.llm
     require(isinstance(llm, EngineLLM), "llm", type(llm).__name__, "a SemShareKVLLM, here or as Settings.llm")
     return llm
@@ -56,6 +55,7 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
+        """Note ``nodes`` for the LLM and return them unchanged."""
         self.llm.note(nodes, self.namespace)
         return nodes
 
@@ -95,7 +95,7 @@ class SemShareKVWarmer(TransformComponent):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def kept_in(self) -> str:
-        """A digest of where the KV is, which is another one once that is gone, for the pipeline's cache to go by."""
+        """A digest of model, namespace, and store directory (else this LLM object), for the pipeline's cache."""
         engine = self.llm.engine
         place = str(engine.config.store.directory or self.llm.object_name)
         return hashlib.blake2b("\0".join([engine.name, place, self._namespace]).encode(), digest_size=8).hexdigest()
@@ -110,7 +110,7 @@ class SemShareKVWarmer(TransformComponent):
         return "SemShareKVWarmer"
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """The same nodes, when the KV of each that has text is stored; how many the store has no room for is logged.
+        """Compute and store KV of nodes with text, log how many found no room, note the nodes; return all nodes.
 
         Raises:
             ContextWindowError: if a node's text is longer than the model's context window.
@@ -124,5 +124,5 @@ class SemShareKVWarmer(TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """As a call, without blocking the event loop."""
+        """As ``__call__``, in a thread, without blocking the event loop."""
         return await asyncio.to_thread(self, nodes, **kwargs)

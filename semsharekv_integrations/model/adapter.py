@@ -51,11 +51,11 @@ class Prefill(NamedTuple):
 class ModelAdapter:
     """A transformers causal language model as the engine sees it. A lock serializes its forward passes.
 
-    The model leaves training mode. ``watch`` tells its state, if there is one already.
+    Sets the model to eval mode. ``watch`` tells the model's state; None makes a new one.
 
     Raises:
-        UnsupportedModelError: if the model is no decoder, takes no cache, or cannot go on from a stored prefix in
-            ``mode``.
+        UnsupportedModelError: if the model is no decoder, takes no cache, has prompt learning or no weights, or, unless
+            ``mode`` is ``off``, cannot go on from a stored prefix (which a probe tries).
     """
 
     def __init__(self, model: PreTrainedModel, mode: Mode, watch: StateWatch | None = None) -> None:
@@ -78,7 +78,7 @@ class ModelAdapter:
             self._require_prefix_reuse()
 
     def prefill(self, token_ids: TokenIds, prefix: PrefixMatch | None = None) -> Prefill:
-        """Run the prompt's tokens [T] behind ``prefix``, which must leave at least one of them.
+        """Run the tokens [T] that ``prefix`` does not cover, at least one; return last logits and cache of all.
 
         The reference's tensors are read, never written: the cache's first update makes new ones.
         """
@@ -88,7 +88,7 @@ class ModelAdapter:
         return Prefill(self.forward(token_ids[start:], cache, start), cache)
 
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> Tensor:
-        """Logits [B, V] of the last of ``token_ids`` [N], at positions from ``start`` on, behind ``cache``."""
+        """Run ``token_ids`` [N] from position ``start`` on, add KV to ``cache``, return logits [B, V] of the last."""
         positions = torch.arange(start, start + len(token_ids))
         ids = torch.from_numpy(token_ids)[None]
         if not start:
@@ -97,12 +97,12 @@ class ModelAdapter:
             return self._forward(ids, cache, positions)
 
     def forward_rows(self, token_ids: TokenIds, rows: Tensor, cache: DynamicCache, mask: Tensor) -> Tensor:
-        """Logits [B, V] of the last of ``rows`` [N] of a prompt [T], which see what ``mask`` [B, 1, N, T] says."""
+        """Run ``rows`` [N] of a prompt [T] with ``mask`` [B, 1, N, T] and ``cache``; return last logits [B, V]."""
         ids = torch.from_numpy(token_ids).to(rows.device)[rows]
         return self._forward(ids[None], cache, rows, attention_mask=mask)
 
     def decode_step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [B, V] after the last of all tokens so far [B, T]; the cache grows by it."""
+        """Run the last of ``ids`` [B, T] (at a rope's limit all), add KV to ``cache``, return next logits [B, V]."""
         position = ids.shape[1] - 1
         # transformers' own ``generate`` starts again with an empty cache there: Phi-3 and kin switch their rope
         if self.stable_positions and position == getattr(self.config, "original_max_position_embeddings", None):
@@ -115,13 +115,13 @@ class ModelAdapter:
     def decode_padded(
         self, ids: Tensor, cache: DynamicCache, positions: Sequence[int], pads: NDArray[np.int64]
     ) -> Tensor:
-        """Logits [B, V] after ``ids`` [B, 1] at ``positions`` [B]; cached rows begin with ``pads`` [B] empty slots."""
+        """Run ``ids`` [B, 1] at ``positions`` [B], add KV, return logits [B, V]; first ``pads`` [B] slots are empty."""
         slots = torch.arange(cache.layers[0].keys.shape[2] + 1)
         mask = (slots >= torch.from_numpy(pads)[:, None]).long().to(self.device)
         return self._forward(ids, cache, torch.tensor(positions)[:, None], attention_mask=mask)
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
-        """Logits [B, V] of the last of ``ids`` [B, N] at ``positions`` [N] or [B, N]; or [B, keep, V] of more."""
+        """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
         place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache
@@ -132,11 +132,11 @@ class ModelAdapter:
         return output.logits[:, -keep:] if keep else output.logits[:, -1]
 
     def _make_empty_cache(self) -> DynamicCache:
-        """Plain transformers' own cache in mode ``off``; else one that keeps every token, sliding layers included."""
+        """Return, in mode ``off``, the cache transformers would use; else one that keeps every token of every layer."""
         return DynamicCache(config=self.model.config) if self.mode == "off" else DynamicCache()
 
     def compute_logits(self, token_ids: TokenIds, answered: TokenIds) -> Tensor:
-        """Logits [N + 1, V] after a full prefill of ``token_ids`` [T] and after each token of ``answered`` [N]."""
+        """Prefill ``token_ids`` without reuse; return logits [N + 1, V] after them and each of ``answered`` [N]."""
         cache = self._make_empty_cache()
         logits = [self.forward(token_ids, cache, 0)]
         if len(answered):
@@ -145,30 +145,30 @@ class ModelAdapter:
         return torch.cat(logits)
 
     def compute_kv(self, token_ids: TokenIds, start: int) -> tuple[LayerKV, ...]:
-        """KV of ``token_ids`` [N] by themselves, at positions from ``start`` on."""
+        """Run ``token_ids`` [N] alone, at positions from ``start`` on, and return each layer's KV."""
         cache = self._make_empty_cache()
         self.forward(token_ids, cache, start)
         return self.read_layers(cache)
 
     def read_layers(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
-        """The cache's keys and values, without copying; all layers hold the same tokens."""
+        """Return each layer's keys and values, not copied; ``AssertionError`` if layers differ in number of tokens."""
         layers = tuple(LayerKV(layer.keys, layer.values) for layer in cache.layers)
         assert len({tensor.shape[2] for layer in layers for tensor in layer}) == 1, "layers differ in length"
         return layers
 
     def measure_kv(self, cache: DynamicCache) -> int:
-        """Bytes of the keys and values in the cache; recurrent states are not counted."""
+        """Return the bytes of all keys and values in ``cache``; recurrent states are not counted."""
         kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
     def embed(self, token_ids: TokenIds) -> Tensor:
-        """The input embeddings of ``token_ids`` [N, hidden]: the E-cache, looked up when it is needed."""
+        """Return input embeddings [N, hidden] of ``token_ids``, looked up anew, on ``device`` (the paper's E-cache)."""
         matrix = self.embedding_matrix
         return matrix[torch.from_numpy(token_ids).to(matrix.device)].to(self.device)
 
     @property
     def embedding_matrix(self) -> Tensor:
-        """The input embeddings of all tokens [V, hidden]; on the host if they are kept elsewhere between passes."""
+        """Return the input embeddings of all tokens [V, hidden]; if they are offloaded, they are read only once."""
         is_offloaded = find_offload_hook(self.model.get_input_embeddings()) is not None
         return self._offloaded_matrix if is_offloaded else read_embeddings(self.model)
 
@@ -178,12 +178,12 @@ class ModelAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """Return the device that token ids are put on."""
         return find_input_device(self.model)
 
     @property
     def end_ids(self) -> list[int]:
-        """The model's end-of-sequence tokens; none if it knows no end."""
+        """Return the end-of-sequence token ids, [] if there are none; raise ``ValueError`` if they are not ids."""
         ends = self.model.generation_config.eos_token_id
         found = ends if isinstance(ends, list) else [] if ends is None else [ends]
         accepted = "a token id, a list of them, or None"
@@ -192,10 +192,9 @@ class ModelAdapter:
 
     @cached_property
     def stable_positions(self) -> int | None:
-        """Most tokens for which a token's KV does not depend on how many there are, or None if it never does.
+        """Return the most tokens a text may have for KV not to depend on its length; None if it never does.
 
-        Rope of type dynamic or longrope turns all tokens otherwise once there are more, so KV of a shorter text is not
-        that of the longer one's prefix.
+        Beyond that, rope of type dynamic or longrope turns all tokens otherwise, and KV of a shorter text is of no use.
         """
         rope = getattr(self.config, "rope_parameters", None) or {}
         groups = [rope, *(group for group in rope.values() if isinstance(group, dict))]
@@ -204,21 +203,22 @@ class ModelAdapter:
         return min((limit or self.config.max_position_embeddings for limit in limits), default=None)
 
     def lock(self) -> AbstractContextManager[object]:
-        """Keep other threads from running the model meanwhile."""
+        """Return the model's lock. While it is held (``with``), no adapter runs the model in another thread."""
         return self._lock
 
     def probe_ids(self) -> TokenIds:
-        """A few token ids [N] to try the model on."""
+        """Return twelve token ids [N] to try the model on."""
         return torch.arange(_PROBE_TOKENS).remainder(self.config.vocab_size).numpy()
 
     def is_close(self, one: Tensor, other: Tensor) -> bool:
-        """Whether two computations of the same logits [B, V] differ by no more than rounding."""
+        """Return True if logits ``one`` [B, V] differ from ``other`` by no more than rounding in that dtype."""
         # their mean square: the maximum grows with the vocabulary
         difference, spread = (one.float() - other.float()).square().mean().sqrt(), other.float().std()
         tolerance = 2.5e-4 if other.dtype == torch.float32 else 0.1  # share of the logits' spread
         return bool(difference <= tolerance * spread.clamp_min(1e-6))
 
     def _require_prefix_reuse(self) -> None:
+        """Raise ``UnsupportedModelError`` for unknown layer types, or if a probe on a stored prefix fails."""
         reason = "gives other logits behind a reused prefix than in a full prefill"
         found = sorted(set(getattr(self.config, "layer_types", None) or ()) - _PREFIX_LAYER_TYPES)
         if found:
@@ -227,7 +227,7 @@ class ModelAdapter:
             raise UnsupportedModelError(f"{type(self.model).__name__} {reason}; use mode='off'")
 
     def _continues_from_prefix(self) -> bool:
-        """Whether a probe prefilled in two pieces ends in the logits of one piece, up to rounding."""
+        """Return True if a probe in two pieces gives the logits of one piece; False too if the cache does not suit."""
         ids, half = self.probe_ids(), _PROBE_TOKENS // 2
         try:
             whole = self.prefill(ids)

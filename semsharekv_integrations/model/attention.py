@@ -35,7 +35,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(positions: Tensor) -> Sequence[Block]:
-    """Blocks of rows at ``positions`` [N], ascending; none if the rows are too few to be worth it."""
+    """Split rows at ascending ``positions`` [N] into 2 to 8 blocks; return none if there are fewer than 128 rows."""
     num_blocks = min(MOST_BLOCKS, len(positions) // ROWS_PER_BLOCK)
     if num_blocks < 2:
         return ()
@@ -45,13 +45,13 @@ def blocks_of(positions: Tensor) -> Sequence[Block]:
 
 
 def use_blocks(blocks: Sequence[Block]) -> None:
-    """Have ``blocked_attention`` use these blocks from now on."""
+    """Replace the blocks that ``blocked_attention`` uses in this context (thread or task), from now on."""
     _blocks.set(blocks)
 
 
 @contextmanager
 def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) -> Iterator[None]:
-    """Compute attention block by block inside, if the model uses ``sdpa``; the result is the same up to rounding."""
+    """Compute attention by ``blocks`` inside, with the same result up to rounding; no effect unless ``sdpa`` is set."""
     if config._attn_implementation != "sdpa":
         yield
         return
@@ -65,7 +65,7 @@ def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) ->
 
 @contextmanager
 def watched_attention(config: PreTrainedConfig) -> Iterator[list[Tensor]]:
-    """Collect, for each layer that runs inside, the rows' attention [heads, T], averaged over the rows.
+    """Yield a list to which every layer that runs inside appends its attention [heads, T], averaged over the rows.
 
     Meant for a few rows: their weights are materialized. Needs an explicit 4D mask. Biases beyond scale, mask and soft
     cap (attention sinks, for one) are left out, as the weights only serve as a signal.
@@ -81,7 +81,7 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Use another attention function inside. Others who use the model meanwhile still get the same results."""
+    """Set the attention function ``name`` in ``config`` inside; another thread's passes get the same results by it."""
     if name not in AttentionInterface():
         AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _attend_by_blocks}[name])
         AttentionMaskInterface.register(name, sdpa_mask)
@@ -96,7 +96,7 @@ def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
 def _attend_by_blocks(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of query [B, heads, N, D] over key and value [B, H, T, D]; mask [B, 1, N, T], or None for causal."""
+    """Return attention [B, N, heads, D] of query [B, heads, N, D] over [B, H, T, D], and None; no mask is causal."""
     num_rows = query.shape[2]
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -127,7 +127,7 @@ def _watch(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend: query [B, heads, N, D], key, value [B, H, T, D], mask [B, 1, N, T]; if watched, collect mean weights."""
+    """Return attention [B, N, heads, D], and None; in this context's watch, also append weights, averaged over rows."""
     collected = _collected.get()
     if collected is None:  # somebody else's pass through the same model
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

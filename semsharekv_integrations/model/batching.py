@@ -1,7 +1,6 @@
 """Decode steps of several calls at once: one forward pass for those who ask for a token at about the same time.
 
-Each call decodes by itself and knows nothing of the others. As long as the same calls come together, their KV lies in
-one joint cache, padded on the left. When one of them leaves, each gets its KV back.
+While the same calls come together, their KV lies in one joint cache, padded on the left. Else each has its own again.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _PROBE_TOKENS = (7, 4)
 
 
 class Row:
-    """One call's place among those that decode together; one thread at a time works on it."""
+    """One call's place: what its thread asks for, and the logits or error that whoever computes the step leaves it."""
 
     def __init__(self) -> None:
-        self.waits = self.late = self.shares = self.has_left = False
+        self.waits = self.late = self.shares = self.has_left = False  # late: nobody waits for its step
         self.thread = 0
         self.call = get_current_job()
         self.ids = torch.empty(1, 0)
@@ -42,7 +41,7 @@ class Row:
 
     @property
     def is_driven(self) -> bool:
-        """Whether a thread is at work on the call, and so may ask for the next step."""
+        """Return True if a thread works on the call, so may ask for a step; if the call has no job, not this thread."""
         if self.call is None:  # a thread that takes turns between calls waits for none of its own
             return self.thread != threading.get_ident()
         return self.call.is_driven
@@ -62,7 +61,7 @@ class SharedDecoding:
         tell_of_forks(self)
 
     def go_on_in_child(self) -> None:
-        """Begin without calls; those of a parent stay with it."""
+        """Forget all calls and their KV, with a new lock: at the start, and in a forked child; no cache is restored."""
         self._turn = threading.Condition()
         self._is_busy = False  # caches are being moved or computed: see ``leave``
         self._rows: list[Row] = []
@@ -71,14 +70,14 @@ class SharedDecoding:
         self._pads = np.empty(0, dtype=np.int64)  # [B]
 
     def join(self) -> Row:
-        """A place for one more call."""
+        """Add a call and return its place, to be given to ``step`` and, in the end, to ``leave``."""
         row = Row()
         with self._turn:
             self._rows.append(row)
         return row
 
     def step(self, row: Row, ids: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [B, V] after the last of all tokens so far [B, T]; ``cache`` need not be whole before ``leave``."""
+        """Return logits [B, V] after ``ids`` [B, T], or raise the pass's error. ``leave`` makes ``cache`` whole."""
         with self._turn:
             takes = self._takes(cache)
         if not takes:
@@ -99,7 +98,7 @@ class SharedDecoding:
         return logits
 
     def leave(self, row: Row) -> None:
-        """End the steps of ``row``, whose cache is whole again."""
+        """Take ``row`` out. Its cache has its KV again on return, unless this thread was in the middle of a step."""
         # The garbage collector may end a stream in any thread, also in one that is at work here. Such a call leaves
         # when that is done, without its KV, which nobody keeps then.
         with self._turn:
@@ -109,7 +108,7 @@ class SharedDecoding:
             self._turn.notify_all()
 
     def _work(self, waiting: list[Row]) -> None:
-        """Advance the waiting rows. Then drop rows that left, and give the rest of their group its KV back."""
+        """Advance ``waiting``. Then drop rows that left; if one was in the group, give its members their KV back."""
         self._is_busy = True
         try:
             if waiting:
@@ -122,7 +121,7 @@ class SharedDecoding:
             self._is_busy = False
 
     def _takes(self, cache: DynamicCache) -> bool:
-        """Whether steps behind ``cache`` may be joined to others, and there are others."""
+        """Return True if other calls are here and model and cache allow joining. Probes the model once; logs a no."""
         if len(self._rows) == 1 or self._max_batch_size == 1 or self._adapter.stable_positions is not None:
             return False
         layers = cache.layers
@@ -135,13 +134,13 @@ class SharedDecoding:
         return self._is_allowed
 
     def _list_missing(self) -> list[Row]:
-        """The calls that will ask for a token at any moment, if there is a point in waiting for them."""
+        """Return the calls worth waiting for: those about to ask for a token; none if a whole batch waits already."""
         if sum(row.waits for row in self._rows) >= self._max_batch_size:
             return []
         return [row for row in self._rows if row.shares and row.is_driven and not (row.waits or row.late)]
 
     def _advance(self, waiting: list[Row]) -> None:
-        """Compute one token for the first of those who wait; their threads find the outcome in their rows."""
+        """Give the first ``max_batch_size`` of ``waiting`` logits or an error. If a batch fails, try each row alone."""
         rows = [row for row in self._rows if row in waiting[: self._max_batch_size]]
         try:
             for row, logits in zip(rows, self._forward(rows), strict=True):
@@ -158,7 +157,7 @@ class SharedDecoding:
         self._turn.notify_all()
 
     def _forward(self, rows: Sequence[Row]) -> Tensor:
-        """Logits [B, V] of one step."""
+        """Run one step and return logits [B, V]: of one row on its own cache, of several on the joint one."""
         if len(rows) == 1:
             self._split()
             return self._adapter.decode_step(rows[0].ids, rows[0].cache)
@@ -172,6 +171,7 @@ class SharedDecoding:
         return logits
 
     def _merge(self, rows: Sequence[Row]) -> None:
+        """Make ``rows`` the group: move their KV into a new joint cache and leave their own caches empty."""
         self._joint, self._pads = merge_caches([row.cache for row in rows])
         self._group = list(rows)
         for row in rows:
@@ -182,7 +182,7 @@ class SharedDecoding:
                 )
 
     def _split(self) -> None:
-        """Give every call of the group its KV back."""
+        """Copy the KV of every call of the group back into its own cache, and empty the group."""
         for index, (row, padding) in enumerate(zip(self._group, self._pads, strict=True)):
             place = (slice(index, index + 1), slice(None), slice(padding, padding + row.num_stored))
             for own, joint in zip(row.cache.layers, self._joint.layers, strict=True):
@@ -190,7 +190,7 @@ class SharedDecoding:
         self._group, self._joint, self._pads = [], DynamicCache(), np.empty(0, dtype=np.int64)
 
     def _is_same_in_batches(self) -> bool:
-        """Whether two probes of different lengths, decoded together, end in the logits that each has alone."""
+        """Decode two probes in a batch. Return True if logits are as for each alone, False too if the model refuses."""
         adapter = self._adapter
         if not adapter.accepts_padding:
             return False
@@ -206,7 +206,7 @@ class SharedDecoding:
 
 
 def merge_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
-    """Join caches to one [B, H, T, D], padded on the left to end together; also return the padding [B]."""
+    """Return one new cache [B, H, T, D] of copies, each padded on the left to end together, and the padding [B]."""
     lengths = np.array([cache.layers[0].keys.shape[2] for cache in caches], dtype=np.int64)
     pads = lengths.max() - lengths
 

@@ -1,8 +1,7 @@
 """Decoding behind a prefill, token by token, and the cache that retention leaves to it.
 
-Logits processors and stopping criteria are transformers' own: ``generate`` is called once, with a callable that only
-hands back what it prepared. So sampling options mean exactly what they mean in transformers, while the prefill and the
-loop are ours.
+Logits processors and stopping criteria are transformers' own: ``generate`` only prepares them and hands them back. So
+sampling options mean exactly what they mean in transformers, while the prefill and the loop are ours.
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion
 
 
 class Decoder:
-    """Chooses tokens for one call.
+    """Chooses the tokens of one answer, one after another.
+
+    ``decode`` sets ``cache``, the cache it works on. Once it has ended, that holds KV of all tokens but the last.
 
     Args:
         prompt_ids: [T]; penalties on repetition look at them.
         sampling: how tokens are chosen, ``max_new_tokens`` already within the context window.
         together: the decode steps of the engine's other calls.
-
-    Attributes:
-        cache: what decoding goes on with; it holds KV of all tokens but the last when ``decode`` has ended.
     """
 
     cache: DynamicCache
@@ -63,9 +61,9 @@ class Decoder:
     def decode(
         self, prefill: Prefill, see: Callable[[Tensor], None] | None = None
     ) -> Generator[tuple[int, bool], None, None]:
-        """Yield each new token, and whether it is the last. Closing the generator ends the call.
+        """Yield each new token, and True with the last one only. Closing the generator, or an error, ends the call.
 
-        ``see`` gets the model's logits [B, V] for each token. ``cache`` may be replaced behind the first one.
+        ``see`` gets the model's logits [B, V] before each token is chosen. After the first, ``cache`` may be replaced.
         """
         self.cache, logits = prefill.cache, prefill.logits
         row = self._together.join()
@@ -84,10 +82,11 @@ class Decoder:
             self._together.leave(row)
 
     def is_whole(self, last_id: int) -> bool:
-        """Whether the answer ends by itself: in an end-of-sequence token, or where its constraint allows no more."""
+        """Return True if ``last_id`` is an end-of-sequence token, or if the constraint is complete by now."""
         return last_id in self._adapter.end_ids or (self._constraint is not None and self._constraint.is_complete)
 
     def _choose(self, logits: Tensor) -> tuple[int, Tensor]:
+        """Return the next token (the best one at temperature 0, else drawn) and the processed scores [B, V]."""
         with torch.inference_mode():
             scores = self._process(self._ids, logits.float().to(self._ids.device))  # [B, V]
             if self._greedy:
@@ -96,6 +95,8 @@ class Decoder:
             return int(chosen), scores
 
     def _prepare(self, sampling: SamplingConfig) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """Return what ``generate`` prepares to process and stop by, the constraint's included; generates nothing."""
+
         def hand_back(*_: Any, logits_processor: Any, stopping_criteria: Any, **__: Any) -> tuple[Any, Any]:
             return logits_processor, stopping_criteria
 
@@ -109,7 +110,7 @@ class Decoder:
         )
 
     def _configure(self, sampling: SamplingConfig) -> GenerationConfig:
-        """The model's own settings, overruled by what the caller set."""
+        """Return a copy of the model's settings with the caller's put in; top_k or penalty of None changes nothing."""
         config = copy.deepcopy(self._adapter.model.generation_config)
         config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, stop_strings=None)
         config.update(num_beams=1, num_return_sequences=1, do_sample=not self._greedy)
@@ -126,10 +127,9 @@ class Decoder:
 
 
 class Retainer:
-    """Shortens the caches of one model: each layer keeps only what the question hangs on.
+    """Shortens the caches of one model: each layer keeps a share of the tokens, those the question attends to most.
 
-    Raises:
-        UnsupportedModelError: if layers with caches of different lengths cannot be decoded from.
+    Raises ``UnsupportedModelError`` if the model has sliding windows, or attention other than ``sdpa``.
     """
 
     def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, rules: ReuseConfig) -> None:
@@ -147,9 +147,9 @@ class Retainer:
         )
 
     def shorten(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:
-        """What is kept of the ``cache`` of a prompt [T], which itself stays as it is.
+        """Return a new, shorter cache; ``cache``, that of the whole prompt ``token_ids`` [T], stays as it is.
 
-        The attention of ``question`` [T] decides; ``relevant`` [T] tokens are kept before any other.
+        Runs the ``question`` [T] tokens again to see what they attend to; ``relevant`` [T] tokens are kept first.
         """
         whole = GatheredCache(self._adapter.read_layers(cache))
         for layer in whole.layers:

@@ -25,7 +25,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 
 
 def compute_digest(tensor: Tensor) -> bytes:
-    """Of dtype, shape and content; ``tensor`` is a plain one."""
+    """Return 16 bytes made from dtype, shape and content of a plain ``tensor``, the same on every device."""
     plain = tensor.detach()
     if plain.is_quantized:
         plain = plain.int_repr()
@@ -41,7 +41,7 @@ def compute_digest(tensor: Tensor) -> bytes:
 
 
 def _sum_blocks(words: Tensor) -> Tensor:
-    """One sum for each block of ``words`` [N], the last of which may be short."""
+    """Return a weighted sum for each block of ``words`` [N]; the last block may be short."""
     factors = _make_factors(words.device)
     whole = len(words) // _BLOCK * _BLOCK
     step = 1 if words.device.type == "cpu" else _ROWS
@@ -57,13 +57,13 @@ def _sum_blocks(words: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _make_factors(device: torch.device) -> Tensor:
-    """Odd numbers [_BLOCK], the same in every process."""
+    """Return odd random numbers [_BLOCK] on ``device``, the same in every process."""
     random = bytearray(hashlib.shake_256(b"semsharekv").digest(8 * _BLOCK))
     return (torch.frombuffer(random, dtype=torch.int64) | 1).to(device)
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Some values [S], spread over the memory of ``tensor``; a view, which goes on to show what is written there."""
+    """Return at most 64 values [S], spread over the memory of ``tensor``: a view, so later writes show in it."""
     start = tensor.storage_offset()
     room = tensor.untyped_storage().nbytes() // max(1, tensor.element_size()) - start
     size = min(tensor.numel(), room)
@@ -72,12 +72,12 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 def read_samples(samples: Sequence[Tensor]) -> bytes:
-    """The values of samples of one kind."""
+    """Return the present values of ``samples``, all of one dtype and device, as bytes."""
     return torch.cat(list(samples)).view(torch.uint8).cpu().numpy().tobytes()
 
 
 class Samples:
-    """Samples of many tensors, on whatever devices, as they were; of very many, a part is looked at each time."""
+    """Samples of many tensors, on any devices, with their values at the start; ``hold`` compares a part at a time."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -87,14 +87,14 @@ class Samples:
         self._next = 0
 
     def hold(self) -> bool:
-        """Whether the samples now due are unchanged."""
+        """Compare the next part of each kind's samples and return True if its values are those of the start."""
         self._next += 1
         chosen = (parts[self._next % len(parts)] for parts in self._kinds)
         return all(show() == before for show, before in chosen)
 
 
 def _split_kind(samples: list[Tensor]) -> list[tuple[Callable[[], object], object]]:
-    """For each part of samples of one kind, a function that reads their values, and what they are now."""
+    """Split samples of one kind into parts. Return for each a function that reads its values, and those of now."""
     on_host = samples[0].device.type == "cpu" and samples[0].element_size() in _INTEGERS
     most = _AT_ONCE if on_host else _AT_ONCE_ELSEWHERE
     reads: list[Callable[[], object]] = []

@@ -1,7 +1,4 @@
-"""Where a model's files are: in a folder, a GGUF file, or a repository on the hub, and the options to read them by.
-
-Says in one line what is missing. Knows nothing about weights.
-"""
+"""Finds a model's files in a folder, a GGUF file or on the hub, and says in one line what is missing; no weights."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ _ASKED_WITHIN_S = 10.0
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
-    """The packaged folder for ``semsharekv/reference``, and a path without ``~``; any other name unchanged."""
+    """Return the packaged folder for ``semsharekv/reference``, a path with ``~`` expanded, or the name unchanged."""
     name = os.fspath(name_or_path)
     if name == REFERENCE_MODEL:
         return str(files("semsharekv_integrations") / "assets" / "reference")
@@ -53,8 +50,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
 class ModelFiles:
     """The files of one model: a folder, a GGUF file, a hub id, or ``semsharekv/reference``.
 
-    Of the options, those that say where files are or how to read them are kept. Errors call the model by its ``role``.
-    Everything may raise ``ModelLoadError``.
+    Keeps those of ``options`` that say where files are or how to read them, and looks at no file but a GGUF's. Errors
+    call the model by its ``role``. Members may raise ``ModelLoadError``; a wrong ``gguf_file`` raises ``ValueError``.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], role: str = "model") -> None:
@@ -72,26 +69,26 @@ class ModelFiles:
 
     @property
     def is_local(self) -> bool:
-        """Whether they are in a folder, and no hub is asked."""
+        """Return True if the path is an existing folder; no hub is asked then."""
         return os.path.isdir(self.path)
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` gets; a hub that does not answer is not asked again."""
+        """Return options for every ``from_pretrained``: those given, and local_files_only if one try finds no hub."""
         asked = not (self.is_local or self._given.get("local_files_only") or constants.HF_HUB_OFFLINE)
         return self._given | ({"local_files_only": True} if asked and not _can_reach_hub() else {})
 
     @property
     def where(self) -> dict[str, Any]:
-        """The options that say where files are."""
+        """Return those of ``options`` that say where files are."""
         return {key: value for key, value in self.options.items() if key in _WHERE}
 
     def explain(self, reason: object) -> ModelLoadError:
-        """The error that says in one line why the model could not be loaded."""
+        """Return, not raise, an error that says in one line why the model could not be loaded."""
         return ModelLoadError(f"{self._role} {self.name!r} could not be loaded: {shorten_reason(reason)}")
 
     def require_place(self) -> None:
-        """Refuse what is neither a folder nor can be on a hub."""
+        """Raise unless the path is a folder (with its subfolder) or in form a hub id; does not ask the hub."""
         if self.is_local:
             if not self._folder.is_dir():
                 raise self.explain(f"there is no folder {self._given['subfolder']!r} (subfolder) in its folder")
@@ -102,7 +99,7 @@ class ModelFiles:
             raise self.explain("there is no such file or folder")
 
     def require_model(self) -> None:
-        """Refuse a path that does not exist, and a folder without a model."""
+        """Raise if a folder, or the cache of a hub out of reach, lacks the model; a hub in reach is not searched."""
         self.require_place()
         gguf = self._given.get("gguf_file")
         if not self.is_local:
@@ -127,12 +124,12 @@ class ModelFiles:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer is among them."""
+        """Return True if there is a tokenizer file (fetched if need be), or if the model is a GGUF file."""
         return self.is_gguf or any(self.find(name) for name in _TOKENIZER_FILES)
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:
-        """The configuration of a PEFT adapter that stands without its base model, or None if they are a model's."""
+        """Return the configuration of a lone PEFT adapter; None for a model. Raise if damaged, or no base is named."""
         self.require_place()
         found = self.find(_ADAPTER)
         if found is None or self.is_gguf or (self.is_local and self._has(_CONFIG)):
@@ -144,7 +141,7 @@ class ModelFiles:
 
     @cached_property
     def base(self) -> ModelFiles:
-        """The files of the adapter's base model, or these if there is no adapter."""
+        """Return the files of the adapter's base model, or ``self`` if this is no adapter; they are not checked."""
         if self.adapter is None:
             return self
         kept = {key: value for key, value in self._given.items() if key not in ("revision", "subfolder")}
@@ -152,7 +149,7 @@ class ModelFiles:
         return ModelFiles(self.adapter["base_model_name_or_path"], kept, f"the base of adapter {self.name!r}, model")
 
     def find(self, filename: str) -> Path | None:
-        """The file of that name, fetched from the hub if need be, or None."""
+        """Return the file's path, fetched from the hub if need be; None if it is missing or the hub denies it."""
         if self.is_local:
             return self._folder / filename if self._has(filename) else None
         silent = {f"_raise_exceptions_for_{kind}": False for kind in _MISSING}
@@ -167,12 +164,14 @@ class ModelFiles:
         return Path(self.path, self._given.get("subfolder", ""))
 
     def _read_json(self, path: Path) -> Any:
+        """Return what the JSON file holds; raise ``ModelLoadError`` if it cannot be read or parsed."""
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise self.explain(f"its {path.name} is damaged: {error}") from None
 
     def _require_generation(self) -> None:
+        """Raise if generation_config.json is damaged, or its eos_token_id is not null, a token id or a list of them."""
         found = self._read_json(self._folder / _GENERATION)
         if not isinstance(found, dict):
             raise self.explain(f"its {_GENERATION} is damaged: it holds no object")
@@ -187,6 +186,7 @@ class ModelFiles:
 
 
 def _can_be_on_hub(name: str) -> bool:
+    """Return True if ``name`` has the form of a hub id; asks no hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -195,7 +195,7 @@ def _can_be_on_hub(name: str) -> bool:
 
 
 def _can_reach_hub() -> bool:
-    """Whether the hub can be reached: one try, where its own client would wait and try again for each file."""
+    """Ask the hub once, for at most ten seconds or so. Return True for any response, False for any error."""
     try:
         get_session().head(constants.ENDPOINT, timeout=_ASKED_WITHIN_S)
     except Exception:  # whatever keeps it from answering; the client's errors depend on its version
@@ -204,7 +204,7 @@ def _can_reach_hub() -> bool:
 
 
 def shorten_reason(reason: object, most: int = 300) -> str:
-    """``reason`` without line breaks, shortened; with its kind where an error's text does not stand by itself."""
+    """Return ``reason`` in one line of some ``most`` characters; an error's class comes first if its text needs it."""
     text = " ".join(str(reason).split())
     if isinstance(reason, UnpicklingError):  # whose text says how to run what the file may hold
         return "a pickle file is damaged or holds more than tensors"
@@ -217,9 +217,9 @@ def shorten_reason(reason: object, most: int = 300) -> str:
 
 @contextmanager
 def read_gguf_once() -> Iterator[None]:
-    """Let transformers, which asks gguf for a file's content three times and for a name map per module, ask once.
+    """Inside, cache what transformers asks gguf for: a file's content (three times) and name maps (one per module).
 
-    Names of the package gguf are replaced meanwhile, by one thread at a time, which may enter more than once.
+    Holds ``LOADING`` and replaces names of the package gguf meanwhile. A thread that is inside may enter again.
     """
     if getattr(_this_thread, "reads_gguf", False):
         yield
@@ -246,7 +246,7 @@ def read_gguf_once() -> Iterator[None]:
 
 @cache
 def _get_gguf_functions() -> tuple[Any, Any]:
-    """What ``read_gguf_once`` replaces. Found once: a child may be forked while a thread of its parent replaces it."""
+    """Return gguf's own reader and name map. Found once, as a process may be forked while they are replaced."""
     import gguf
 
     return gguf.GGUFReader, gguf.get_tensor_name_map

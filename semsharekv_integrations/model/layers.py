@@ -1,9 +1,8 @@
 """What a model's configuration, code and modules say: what it is, its layers and embeddings, how its keys turn.
 
-Rotations are found among the model's buffers and proven on real forward passes. A probe runs at two places; the
-rotation of a layer is the candidate that carries its keys from one place to the other. A model without such a candidate
-(learned positions, frequencies that change, rotation of a part that is not the first) is refused for modes that move
-keys.
+Rotations are found among the model's buffers and proven on real forward passes. A probe runs at two places; a layer's
+rotation is the candidate that carries its keys from one to the other. A model without one (learned positions, changing
+frequencies, rotation of a part that is not the first) is refused for modes that move keys.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _NO_DECODER = "not a causal language model"
 
 
 def require_decoder(config: PreTrainedConfig, name: str) -> None:
-    """Raise ``UnsupportedModelError`` if the configuration of the model ``name`` is no decoder's."""
+    """Raise ``UnsupportedModelError``, naming ``name``, if ``config`` is an encoder's or encoder-decoder's."""
     masked, causal = (type(config) in kinds for kinds in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder-decoder ({_name_kind(config)})")
@@ -52,14 +51,14 @@ def require_decoder(config: PreTrainedConfig, name: str) -> None:
 
 
 def require_loadable_decoder(config: PreTrainedConfig, name: str) -> None:
-    """As ``require_decoder``, and raise if transformers has no causal language model for the configuration."""
+    """As ``require_decoder``; also raise if neither transformers nor the model's own code has a causal model for it."""
     require_decoder(config, name)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _has_own_decoder(config):
         raise UnsupportedModelError(f"{name} is {_NO_DECODER} ({_name_kind(config)})")
 
 
 def _has_own_decoder(config: PreTrainedConfig) -> bool:
-    """Whether the code of a causal language model lies beside the configuration."""
+    """Return True if the configuration refers to code of its own for a causal language model."""
     return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
@@ -68,7 +67,7 @@ def _name_kind(config: PreTrainedConfig) -> str:
 
 
 def require_no_prompt_learning(model: PreTrainedModel) -> None:
-    """Raise ``UnsupportedModelError`` if the model has a PEFT adapter of prompt learning."""
+    """Raise ``UnsupportedModelError`` if any PEFT adapter of the model, active or not, is one of prompt learning."""
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
         if getattr(config, "is_prompt_learning", False):
@@ -76,7 +75,7 @@ def require_no_prompt_learning(model: PreTrainedModel) -> None:
 
 
 def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, mode: str) -> None:
-    """Raise ``UnsupportedModelError`` for what the configuration rules out, where KV is moved or computed in part."""
+    """Raise ``UnsupportedModelError`` for layer types, rope or attention that rule out moving or computing some KV."""
     name = type(model).__name__
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     accepted = " and ".join(sorted(_LAYER_TYPES))
@@ -90,7 +89,7 @@ def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, m
 
 
 def find_cache_argument(model_class: type[PreTrainedModel]) -> str:
-    """The name of the argument by which ``model_class`` takes its KV cache; ``UnsupportedModelError`` without one."""
+    """Return the argument of ``forward`` that takes the KV cache; raise ``UnsupportedModelError`` if there is none."""
     kinds = {name: str(given.annotation) for name, given in inspect.signature(model_class.forward).parameters.items()}
     renamed = Version(transformers.__version__).release >= _RENAMED_IN.release
     for name in _CACHE_ARGUMENTS:  # an argument ``cache`` of XLM is a dictionary of something else
@@ -100,21 +99,21 @@ def find_cache_argument(model_class: type[PreTrainedModel]) -> str:
 
 
 def make_cache(layers: Iterable[LayerKV]) -> DynamicCache:
-    """A plain cache of these keys and values; they are not copied, and an update makes new ones."""
+    """Return a new cache that holds these very tensors, not copies. Its updates make new tensors and write to none."""
     cache = DynamicCache()
     cache.layers = [fill_layer(DynamicLayer(), layer) for layer in layers]
     return cache
 
 
 def fill_layer(layer: DynamicLayer, kv: LayerKV) -> DynamicLayer:
-    """``layer`` with these keys and values."""
+    """Set the keys and values of ``layer`` to the tensors of ``kv``, not copied, and return ``layer``."""
     layer.lazy_initialization(*kv)
     layer.keys, layer.values = kv
     return layer
 
 
 def find_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
-    """The modules that keys and values come from, in order; ``UnsupportedModelError`` without a list of them."""
+    """Return the decoder layers: the first module list of their number; ``UnsupportedModelError`` without one."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return list(module)
@@ -122,7 +121,7 @@ def find_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn
 
 
 def list_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """For each layer how many positions a token sees, itself included; None for all before it."""
+    """Return for each layer how many positions a token sees, itself included; None if it sees all before it."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -132,7 +131,7 @@ def list_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def find_input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go in; ``UnsupportedModelError`` if the model's weights are nowhere."""
+    """Return the device to put token ids on; raise ``UnsupportedModelError`` if the embeddings are on 'meta'."""
     module = model.get_input_embeddings()
     hook = find_offload_hook(module)
     if hook is not None and hook.execution_device is not None:
@@ -144,7 +143,7 @@ def find_input_device(model: PreTrainedModel) -> torch.device:
 
 
 def read_embeddings(model: PreTrainedModel) -> Tensor:
-    """The input embeddings of all tokens [V, hidden]; read from disk if they are offloaded there."""
+    """Return the input embeddings [V, hidden], detached, dequantized if need be; read from disk if offloaded there."""
     module = model.get_input_embeddings()
     hook = find_offload_hook(module)
     weights: Mapping[str, Tensor] = {"weight": module.weight} if hook is None else hook.weights_map
@@ -153,7 +152,7 @@ def read_embeddings(model: PreTrainedModel) -> Tensor:
 
 
 def find_offload_hook(module: nn.Module) -> Any:
-    """What accelerate puts before a module to bring in its weights for every pass, or None if they are in it."""
+    """Return accelerate's hook that brings in the module's weights for every pass, or None if it keeps them itself."""
     hook = vars(module).get("_hf_hook")
     for one in (hook, *getattr(hook, "hooks", ())):
         if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
@@ -164,7 +163,7 @@ def find_offload_hook(module: nn.Module) -> Any:
 def find_rotations(
     model: nn.Module, here: Sequence[LayerKV], there: Sequence[LayerKV], shift: int
 ) -> tuple[Rotation | None, ...]:
-    """The rotation of each layer, or None where keys do not turn, from KV of a probe and ``shift`` positions later.
+    """Return each layer's rotation, None where keys do not turn, from a probe's KV and its KV ``shift`` positions on.
 
     Raises:
         UnsupportedModelError: if values change with position, or keys in another way than by a rotation.
@@ -178,6 +177,7 @@ def find_rotations(
 def _find_rotation(
     index: int, candidates: Sequence[Rotation | None], here: LayerKV, there: LayerKV, shift: int
 ) -> Rotation | None:
+    """Return the candidate that brings the keys ``here`` closest to ``there``; raise if it is not close enough."""
     shifts = torch.full((here.keys.shape[2],), shift, device=here.keys.device)
     moved = [here.keys if rotation is None else rotate(here.keys, shifts, rotation) for rotation in candidates]
     errors = [_measure_error(keys, there.keys) for keys in moved]
@@ -196,7 +196,7 @@ def _measure_error(moved: Tensor, real: Tensor) -> float:
 
 
 def _list_candidates(model: nn.Module) -> Iterator[Rotation]:
-    """Every set of inverse frequencies that the model holds (its original one where it changes), in both pairings."""
+    """Yield two rotations (plain, interleaved) per set of inverse frequencies, the original set where it changes."""
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
         for name, frequencies in buffers.items():

@@ -1,7 +1,6 @@
 """Where a model comes from: configuration, tokenizer and weights, by name or as given objects.
 
-Each is read when it is first asked for, so that what a framework wants to know beforehand loads no weights. A GGUF file
-can be converted into an ordinary transformers folder, so that it is dequantized once and not at every start.
+Each is read when first asked for, weights last. A GGUF file can be converted to a folder, so it is dequantized once.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ _SECRETS = {"token"}
 
 
 class GivenModel:
-    """A model and a tokenizer that are in memory already; ``ValueError`` if they are something else."""
+    """A model and a tokenizer in memory; ``ValueError`` for anything else, or an error for an untested transformers."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         require_tested_transformers()
@@ -63,7 +62,7 @@ class GivenModel:
         self.tokenizer = tokenizer
 
     def load(self) -> PreTrainedModel:
-        """The model as it was given."""
+        """Return the given model itself, set to eval mode."""
         return self._model.eval()
 
 
@@ -105,7 +104,7 @@ class NamedModel:
 
     @cached_property
     def origin(self) -> str:
-        """A digest of name and options, and of names, sizes and dates of its files where they lie in a folder."""
+        """Return a digest of name, device, dtype and options but token, and of local files' names, sizes and dates."""
         told: list[Any] = [self.name, str(self._device), str(self._dtype).removeprefix("torch."), self._shown]
         place = Path(resolve(self.name))
         found = sorted(place.rglob("*")) if place.is_dir() else [place] if place.is_file() else []
@@ -114,12 +113,12 @@ class NamedModel:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Read from the model's folder or the hub; that of the base model for an adapter."""
+        """Return the configuration, of an adapter its base's; raise ``ModelLoadError`` or ``UnsupportedModelError``."""
         return self._config_and_rest[0]
 
     @cached_property
     def _config_and_rest(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
-        """The configuration, as changed by those of the options that name its fields, and the other options."""
+        """Return the configuration, changed by options that name its fields, and other options; raise if no decoder."""
         files, base = self._files, self._files.base
         if files is not base:
             _require_peft(files)
@@ -132,7 +131,7 @@ class NamedModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Read from the model's folder or the hub; that of the base model for an adapter that brings none."""
+        """Read and return the tokenizer, the base's if an adapter brings none; ``ModelLoadError`` if that fails."""
         config = self.config
         files = self._files if self._files.has_tokenizer else self._files.base
         if files.is_local and not files.has_tokenizer:
@@ -145,7 +144,7 @@ class NamedModel:
         return tokenizer
 
     def load(self) -> PreTrainedModel:
-        """Read the weights and put them on their device."""
+        """Read weights (and adapter), place the model, return it in eval mode; ``ModelLoadError`` if that fails."""
         assert self.origin, "told before the files are read"
         config, rest = self._config_and_rest  # says what is wrong with the files before anything takes long
         files, base = self._files, self._files.base
@@ -175,10 +174,9 @@ ModelSource = GivenModel | NamedModel
 
 
 def merge_arguments(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of ``SemShareEngine.from_pretrained``: device and dtype may stand in ``options`` instead.
+    """Return ``options`` with device and dtype added, as keyword arguments of ``SemShareEngine.from_pretrained``.
 
-    Raises:
-        ValueError: if they stand in both and differ, or if an option is none of loading.
+    ``ValueError`` if one is set here and differs in ``options``, or if an option names the model or its configuration.
     """
     for name in ("config", "name_or_path", "pretrained_model_name_or_path"):
         require(name not in options, f"model_kwargs[{name!r}]", options.get(name), "nothing: it has a field of its own")
@@ -191,7 +189,7 @@ def merge_arguments(device: Any, dtype: Any, options: Mapping[str, Any]) -> dict
 
 
 def is_local(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether the model's configuration, or what is wrong with it, can be told without asking a hub."""
+    """Return True if model and base are local folders, or the folder is already known to be bad; asks no hub."""
     files = ModelFiles(name, options)
     try:
         return files.is_local and files.base.is_local
@@ -200,23 +198,21 @@ def is_local(name: str, options: Mapping[str, Any]) -> bool:
 
 
 def get_window(config: PreTrainedConfig) -> int | None:
-    """Most positions that the model was made for, or None if its configuration does not say."""
+    """Return how many positions the model was made for, or None if its configuration does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def hide_progress_bars() -> None:
-    """Turn off transformers' own progress bars, for callers that show their own; only errors are logged then."""
+    """Turn off transformers' progress bars, and its logs below errors, in the whole process and for good."""
     disable_progress_bar()
     set_verbosity_error()
     modeling_gguf_pytorch_utils.tqdm = tqdm  # one that can be turned off, in place of one that cannot
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Write the GGUF file ``path`` as ``folder``, whole or not at all, readable by its owner alone, in bfloat16.
+    """Write the GGUF file ``path`` in bfloat16 as ``folder``, whole or not at all, private; an old folder stays.
 
-    Raises:
-        OSError: if the folder cannot be written.
-        ModelLoadError: if the file cannot be read, or is no model that transformers reads.
+    ``OSError`` if the folder cannot be written, ``ModelLoadError`` if the file is no model that transformers can read.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
@@ -233,7 +229,7 @@ def convert(path: Path, folder: Path) -> None:
 
 @contextmanager
 def _explain_failure(files: ModelFiles, what: str) -> Iterator[None]:
-    """Turn other libraries' errors, which may be of any kind, into one line that names the model."""
+    """Inside, turn any exception but this package's own into a ``ModelLoadError`` of one line that names the model."""
     try:
         yield
     except SemShareError:
@@ -249,13 +245,14 @@ def _explain_failure(files: ModelFiles, what: str) -> Iterator[None]:
 
 
 def _require_whole(missing: Collection[str]) -> None:
-    """Refuse weights that would be random, as transformers makes them where a file lacks them."""
+    """Raise ``ValueError`` if any weights are ``missing`` from the files, for which transformers puts random ones."""
     if missing:
         names = ", ".join(sorted(missing)[:3])
         raise ValueError(f"{len(missing)} of them are in no file: {names}{', ...' if len(missing) > 3 else ''}")
 
 
 def _require_peft(files: ModelFiles) -> None:
+    """Raise ``ModelLoadError`` without the package peft, ``UnsupportedModelError`` for prompt learning."""
     assert files.adapter is not None
     if not is_peft_available():
         raise files.explain("it is a PEFT adapter; loading it needs the package peft: pip install peft")
@@ -269,7 +266,7 @@ def _require_peft(files: ModelFiles) -> None:
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:
-    """Make a model of unpacked GGUF weights an ordinary one, which can be saved, moved and compared."""
+    """Remove from a model of dequantized GGUF weights the marks of quantization, so it can be saved and moved."""
     config = getattr(model.config, "quantization_config", None)
     if isinstance(config, GgufConfig) and config.dequantize:
         for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
@@ -279,12 +276,12 @@ def _make_ordinary(model: PreTrainedModel) -> None:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two devices or dtypes are the same, by whatever name."""
+    """Return True if two devices or dtypes have the same name, with or without ``torch.``."""
     return str(one).removeprefix("torch.") == str(other).removeprefix("torch.")
 
 
 def _parse_device(device: str | torch.device) -> torch.device:
-    """A device of some machine; loading finds out whether this one has it."""
+    """Return the device; ``ValueError`` if torch knows none such, or 'meta'. This machine need not have it."""
     found = torch.device("meta")
     with suppress(RuntimeError, TypeError):
         found = torch.device(device)
@@ -293,6 +290,7 @@ def _parse_device(device: str | torch.device) -> torch.device:
 
 
 def _is_here(device: torch.device) -> bool:
+    """Return True if this machine has ``device``."""
     try:
         kind = torch.get_device_module(device.type)
     except RuntimeError:
@@ -301,6 +299,7 @@ def _is_here(device: torch.device) -> bool:
 
 
 def _name_devices() -> str:
+    """Return the devices of this machine, as text for an error."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "'cpu'; PyTorch finds no other device here"
@@ -309,6 +308,7 @@ def _name_devices() -> str:
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """Return 'auto' or the torch dtype; ``ValueError`` if it is no dtype of floating point."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     fits = dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
     require(fits, "dtype", dtype, "'auto' or a torch dtype such as 'bfloat16'")

@@ -1,9 +1,8 @@
 """A forward pass over some rows of a prompt, and the cache that it runs on.
 
 Hooks before the decoder layers replace hidden states, positions and mask by those of the rows that are still active.
-They act only on passes with the pass's own cache, and are gone when it ends. That cache is the rearranged one of the
-paper (arXiv 2509.24832, section 3): KV gathered from stored references into the prompt's order, with keys turned to
-where they stand now. It takes up what is computed.
+They act only on passes with the pass's own cache, and are gone when it ends. That cache is the paper's (arXiv
+2509.24832, section 3): KV of stored references in the prompt's order, keys turned to their place; it takes up new KV.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ class LayerView(NamedTuple):
 
 @dataclass(eq=False)
 class RowPass:
-    """One pass.
+    """One forward pass over some rows, run inside ``install``. ``first_mask`` is the mask for its first rows.
 
     Attributes:
-        cache: KV of all tokens, which takes up what is computed.
+        cache: KV of all tokens; what is computed replaces KV in it.
         rows: [N] positions of the tokens that go in, ascending; later those that are still active.
         choose: called once for each layer with its index, the active rows, and a function that computes the layer's
             fresh keys and values for them; returns the rows that stay, a subset.
         hidden: [T] tokens that have no KV yet and must not be seen, or None.
-        row_layers: how many rows were computed, summed over layers.
+        row_layers: how many rows were computed, summed over layers; measuring a row counts as a share of one.
     """
 
     view: LayerView
@@ -64,7 +63,7 @@ class RowPass:
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        """Put the hooks in place."""
+        """Have the model's layers run this pass's rows inside; set the blocks of attention, which stay set after."""
         handles = [
             module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
             for index, module in enumerate(self.view.modules)
@@ -77,7 +76,7 @@ class RowPass:
                 handle.remove()
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments of layer ``index`` for the rows that are chosen, or None to leave them as they are."""
+        """Choose the rows of layer ``index``, note and count them, and return its arguments; None for other passes."""
         layer = self.cache.layers[index]
         if layer.measures or all(value is not self.cache for value in (*args, *kwargs.values())):
             return None
@@ -88,7 +87,7 @@ class RowPass:
         return current
 
     def _measure(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
-        """The layer's fresh keys and values [B, H, N, D] of its rows, by its own code, stopped once they are there."""
+        """Run the layer up to its cache update and return the fresh keys and values [B, H, N, D]; the cache stays."""
         layer = self.cache.layers[index]
         self.row_layers += PROJECTION_SHARE * len(self.rows)
         layer.measures = True
@@ -104,7 +103,7 @@ class RowPass:
     def _narrow(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layer's arguments for ``rows``. Hidden states come for ``self.rows``, positions for the first rows."""
+        """Return the layer's arguments for ``rows``, from hidden states of ``self.rows`` and positions of the first."""
         states = args[0]
         if len(rows) < states.shape[1]:
             states = _pick(states, torch.searchsorted(self.rows, rows))
@@ -116,13 +115,14 @@ class RowPass:
         return (states, *args[1:]), changed
 
     def _get_mask(self, rows: Tensor, window: int | None) -> Tensor:
-        """The mask [1, 1, N, T], kept while rows and window stay."""
+        """Return the mask [1, 1, N, T]; make it and set the blocks anew only if window or number of rows changed."""
         if len(rows) != self._mask.shape[2] or window != self._window:
             self._mask, self._window = self._make_mask(rows, window), window
             use_blocks(blocks_of(rows))
         return self._mask
 
     def _make_mask(self, rows: Tensor, window: int | None) -> Tensor:
+        """Return an additive mask [1, 1, N, T]: a row sees itself and its window before, except ``hidden`` tokens."""
         keys = torch.arange(self.cache.layers[0].keys.shape[2], device=rows.device)
         unseen = keys > rows[:, None]  # [N, T]
         if window is not None:
@@ -134,7 +134,7 @@ class RowPass:
 
 
 def _pick(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Entries ``indices`` [N] of ``tensor`` [B, T, ...], wherever both are."""
+    """Return a copy of entries ``indices`` [N] of ``tensor`` [B, T, ...]; the two may be on different devices."""
     return tensor[:, indices.to(tensor.device)]
 
 
@@ -147,8 +147,8 @@ class GatheredLayer(DynamicLayer):
 
     Attributes:
         rows: [N] positions of the tokens that the layer computes next.
-        measures: whether an update raises ``_Measured`` instead.
-        frozen: whether updates are ignored, because the KV is already in place.
+        measures: if True, an update changes nothing and raises ``_Measured``.
+        frozen: if True, an update changes nothing, because the KV is already in place.
     """
 
     def __init__(self, layer: LayerKV) -> None:
@@ -158,7 +158,7 @@ class GatheredLayer(DynamicLayer):
         self.measures = self.frozen = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> LayerKV:
-        """Put the fresh keys and values [B, H, N, D] of ``rows`` in place; returns all of them [B, H, T, D]."""
+        """Write the keys and values [B, H, N, D] to ``rows``, unless ``frozen``; return those of all tokens."""
         if self.measures:
             raise _Measured(key_states, value_states)
         if not self.frozen:
@@ -166,13 +166,13 @@ class GatheredLayer(DynamicLayer):
         return LayerKV(self.keys, self.values)
 
     def put(self, rows: Tensor, fresh: LayerKV) -> None:
-        """Replace the keys and values of ``rows`` [N]."""
+        """Overwrite the keys and values of ``rows`` [N] in place."""
         rows = rows.to(self.keys.device)
         self.keys.index_copy_(2, rows, fresh.keys)
         self.values.index_copy_(2, rows, fresh.values)
 
     def take(self, rows: Tensor) -> LayerKV:
-        """The keys and values of ``rows`` [N], copied."""
+        """Return copies of the keys and values of ``rows`` [N]."""
         rows = rows.to(self.keys.device)
         return LayerKV(self.keys[:, :, rows], self.values[:, :, rows])
 
@@ -188,7 +188,7 @@ class GatheredCache(DynamicCache):
 
 
 def gather(plan: ReusePlan, rotations: Sequence[Rotation | None]) -> GatheredCache:
-    """The KV that ``plan`` borrows, in the prompt's order; zeros elsewhere. ``rotations`` turn each layer's keys."""
+    """Return copies of the KV that ``plan`` borrows, in the prompt's order, keys turned if it says so; else zeros."""
     groups: dict[int, list[Borrowing]] = {}
     for borrowing in plan.borrowings:
         groups.setdefault(id(borrowing.reference), []).append(borrowing)
@@ -207,7 +207,7 @@ def gather(plan: ReusePlan, rotations: Sequence[Rotation | None]) -> GatheredCac
 def _gather(
     length: int, sources: Sequence[_Source], stored: Sequence[Tensor], prefix: Tensor | None, turning: Rotation | None
 ) -> Tensor:
-    """Keys or values [B, H, T, D] of one layer from those of each reference [B, H, S, D]."""
+    """Return new keys or values [B, H, T, D] of one layer, copied from each reference [B, H, S, D] and the prefix."""
     like = stored[0]
     whole = like.new_zeros((*like.shape[:2], length, like.shape[3]))
     if prefix is not None:
@@ -229,7 +229,7 @@ class _Source:
         self._angles: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # of each rotation
 
     def put(self, whole: Tensor, stored: Tensor, rotation: Rotation | None) -> None:
-        """Copy the tokens of ``stored`` [B, H, S, D] into ``whole`` [B, H, T, D], turned to where they stand now."""
+        """Write this source's tokens of ``stored`` [B, H, S, D] into ``whole`` [B, H, T, D], turned by ``rotation``."""
         device = whole.device
         part = stored.index_select(2, self._sources.to(device))
         if rotation is not None and self._moves:

@@ -2,8 +2,7 @@
 
 SemShareKV (arXiv 2509.24832, section 3): the KV of similar tokens is gathered into the prompt's order, and only some
 tokens are computed, fewer with depth. Departs from the paper: borrowed keys are turned to their new position, deviation
-is measured behind the full layers, and the question's attention selects tokens as well. A pass of the question alone
-over the borrowed KV shows that attention; it costs little because a question is short.
+is measured behind the full layers, and a short pass of the question over borrowed KV helps to select tokens as well.
 """
 
 from __future__ import annotations
@@ -55,14 +54,14 @@ class Outcome(NamedTuple):
 
 
 def prefill_behind_prefix(adapter: ModelAdapter, plan: ReusePlan) -> Outcome:
-    """Compute everything behind the exact prefix of ``plan``."""
+    """Compute everything behind the prefix of ``plan``, ignoring what else it borrows, and return the outcome."""
     computed = np.arange(len(plan.token_ids)) >= plan.prefix_tokens
     prefill = adapter.prefill(plan.token_ids, plan.prefix)
     return Outcome(prefill, float(computed.mean()), computed, _count_exact(plan, computed))
 
 
 def _count_exact(plan: ReusePlan, computed: Mask) -> int:
-    """Number of leading tokens that rest on nothing approximate; ``sys.maxsize`` if that is all of them."""
+    """Return how many leading tokens rest on nothing approximate; ``sys.maxsize`` if all of them do."""
     if plan.prefix and plan.prefix.reference.is_tainted:
         exact = plan.prefix.reference.exact_tokens or 0
         if exact < plan.prefix_tokens:
@@ -72,10 +71,10 @@ def _count_exact(plan: ReusePlan, computed: Mask) -> int:
 
 
 class SelectivePrefill:
-    """Carries plans out on one model.
+    """Carries plans out on one model. Making one runs probes on the model.
 
     Raises:
-        UnsupportedModelError: if its keys cannot be moved, or a selective pass over exact KV does not give the
+        UnsupportedModelError: if the model's keys cannot be moved, or a selective pass over exact KV does not give the
             logits of a full prefill.
     """
 
@@ -90,7 +89,7 @@ class SelectivePrefill:
         self._require_same_logits(probe, here)
 
     def run(self, plan: ReusePlan, watch: Stopwatch | None = None) -> Outcome:
-        """Carry ``plan`` out. Stored references are read, never written. ``watch`` takes the time of each part."""
+        """Prefill by ``plan`` and return the outcome; references are never written. ``watch`` gets each part's time."""
         watch = watch or Stopwatch()
         if not plan.borrowings:
             with watch.phase("forward"):
@@ -107,16 +106,16 @@ class SelectivePrefill:
                 return self._forward(selection)
 
     def _attend(self, plan: ReusePlan, cache: GatheredCache) -> Tensor:
-        """[T] how much the question attends to each token, averaged over layers and heads."""
+        """Return [T] how much the question attends to each token, averaged; writes the question's KV to ``cache``."""
         absent = ~(plan.borrowed | plan.question)
         absent[: plan.prefix_tokens] = False
         layers = self.watch_attention(plan.token_ids, plan.question, cache, absent)
         return torch.stack([weights.mean(0).to(self._adapter.device) for weights in layers]).mean(0)
 
     def watch_attention(self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask) -> list[Tensor]:
-        """For each layer [heads, T], the attention from ``question`` [T] to each token, averaged over rows.
+        """Return for each layer the attention [heads, T] from ``question`` [T] to each token, averaged over rows.
 
-        A pass of the question alone: ``cache`` takes up its KV. ``absent`` [T] marks tokens that have none yet.
+        Runs the question alone and writes its KV to ``cache``. Tokens ``absent`` [T] have no KV and are not seen.
         """
         adapter, rows = self._adapter, _find_positions(question, self._adapter.device)
         hidden = torch.from_numpy(absent).to(rows.device)
@@ -126,6 +125,7 @@ class SelectivePrefill:
         return collected
 
     def _forward(self, selection: _Selection) -> Outcome:
+        """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix."""
         adapter, plan, cache = self._adapter, selection.plan, selection.cache
         token_layers = len(plan.token_ids) * self.num_layers
         first = _find_positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, adapter.device)
@@ -148,7 +148,7 @@ class SelectivePrefill:
         return Outcome(prefill, ratio, computed, exact, selection.deviation, selection.fell_back)
 
     def _require_same_logits(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
-        """Raise unless a selective pass over the probe's own KV ends in the logits of its full prefill."""
+        """Raise ``UnsupportedModelError`` unless a selective pass over exact KV gives a full prefill's logits."""
         name = type(self._adapter.model).__name__
         rules = ReuseConfig(mode="identical", full_layers=1, attention_ratio=0.2, deviation_ratio=0.2)
         run = Run(0, Reference("probe", "probe", probe, layers), 0, len(probe) - 2)
@@ -181,7 +181,7 @@ class _Selection:
         self.fell_back: str | None = None  # why everything is computed from here on
 
     def rank(self, deviations: Tensor | None) -> None:
-        """Set priorities from the signals there are."""
+        """Set each optional token's priority, which ``select`` reads, from attention and ``deviations`` if known."""
         signals = []
         if self.attended is not None:
             signals.append(Signal(self.attended, self.plan.attention_tokens))
@@ -190,12 +190,12 @@ class _Selection:
         self._priority = rank_tokens(signals, self._optional)
 
     def select(self, layer: int) -> Tensor:
-        """[T] the tokens that ``layer`` computes."""
+        """Return a mask [T] of the tokens that ``layer`` computes; ``rank`` must have been called."""
         assert self._priority is not None, "priorities are known"
         return self._must | (self._priority < self.plan.shares[layer])
 
     def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
-        """The rows that ``layer`` goes on with; deviation is measured on the way into the first layer that narrows."""
+        """Return the rows ``layer`` computes; the measured layer first writes fresh KV and judges deviation."""
         if layer < self.plan.full_layers or self.fell_back:
             return rows
         if layer == self.plan.measured_layer:
@@ -209,7 +209,7 @@ class _Selection:
         return rows[self.select(layer)[rows]]
 
     def _judge(self, deviations: Tensor, rows: Tensor) -> None:
-        """Take in the deviations [T] measured at ``rows``: rank by them, or give the reuse up."""
+        """Set ``deviation``; if too high, ``fell_back`` too. With full layers rank, else raise if too high."""
         measured = rows[self._borrowed[rows]]
         if len(measured):
             self.deviation = float(deviations[measured].mean())

@@ -1,15 +1,12 @@
 """Which state a model is in. KV is good for the state that made it, and for no other.
 
 ``_Snapshot`` is what can be compared at every call: modules, tensors, attributes and configuration values, each
-tensor's version and place, and a few of its values, because writes through ``.data`` count no version. ``State`` is a
-digest of every byte of the tensors that a forward pass reads, and of the classes, attributes and configuration around
-them. It is computed anew when the snapshot no longer holds. Adapters that are not active are left out.
+tensor's version and place, and a few of its values, as writes through ``.data`` count no version. ``State`` digests all
+tensors that a pass reads, classes, attributes and configuration, anew after a change. Inactive adapters are left out.
 
 Not seen: a write through ``.data`` (or another alias that counts no version) that leaves all sampled values as they
 were; changes inside of objects that are neither modules nor plain values; and what forward hooks close over. A state
-with hooks of others is known in this process alone.
-
-Knows how PEFT keeps adapters, how accelerate keeps weights elsewhere, and how transformers' rope changes with length.
+with hooks of others is known in this process alone. (Knows PEFT's adapters, accelerate's offloading, changing rope.)
 """
 
 from __future__ import annotations
@@ -66,7 +63,7 @@ class State(NamedTuple):
 
 
 class StateWatch:
-    """Tells the state of one model. Safe to use from several threads."""
+    """Tells the state of one model, and keeps digests of tensors it saw. Safe to use from several threads."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -79,7 +76,7 @@ class StateWatch:
         self._offloaded: dict[tuple[int, str], tuple[Any, bytes]] = {}  # by place, with what holds it
 
     def get_state(self) -> State:
-        """The state that the model is in now."""
+        """Return the model's state. If the model has changed, first digest what is new, which may take long."""
         with self._lock:
             if self._seen is None or not self._seen.holds():
                 self._seen, self._is_new = _Snapshot(self._model), False
@@ -90,7 +87,7 @@ class StateWatch:
             return self._state
 
     def glance(self) -> None:
-        """Look at what changes most often, adapters above all; costs about a microsecond."""
+        """Add 1 to the epoch if adapters were switched or merged since the last look. Does nothing before a state."""
         seen = self._seen
         if seen is not None and (found := seen.glance()) != self._glance:
             with self._lock:
@@ -98,10 +95,11 @@ class StateWatch:
 
     @property
     def in_training(self) -> bool:
-        """Whether any module was in training mode when the state was told."""
+        """Return True if any module was in training mode in the last snapshot; False if there is none."""
         return self._seen is not None and self._seen.in_training
 
     def _compute_keys(self, seen: _Snapshot) -> tuple[str, str]:
+        """Return key and fingerprint of what was ``seen``; only the key depends on devices and function identity."""
         key, fingerprint = (hashlib.blake2b(digest_size=16) for _ in range(2))
         for name, tensor, source in seen.tensors:
             digest = self._get_digest(name, tensor, source)
@@ -120,7 +118,7 @@ class StateWatch:
         return key.hexdigest(), fingerprint.hexdigest()
 
     def _get_digest(self, name: str, tensor: Tensor, source: Any) -> bytes | None:
-        """Of the content of ``tensor``, or of what ``source`` has in its place; None if nobody can tell."""
+        """Return (and keep) the digest of ``tensor`` or its data in ``source``; None if on 'meta' and without one."""
         if source is not None:
             place = id(source), name
             if place not in self._offloaded:
@@ -173,7 +171,7 @@ class _Snapshot:
         self._samples = Samples(tracked)
 
     def holds(self) -> bool:
-        """Whether the model still looks like this."""
+        """Return True if the model still looks like this, as far as the samples now due show; False if that fails."""
         try:
             return (
                 all(list(map(look, things)) == before for look, things, before in self._looks)
@@ -187,7 +185,7 @@ class _Snapshot:
             return False
 
     def glance(self) -> tuple[Any, ...]:
-        """What tells most changes."""
+        """Return which adapters are active now, disabled or merged; () if the model has none to choose from."""
         adapter = self._adapter
         if adapter is None:
             return ()
@@ -208,7 +206,7 @@ class Part(NamedTuple):
     only: tuple[str, ...] | None
 
     def list_tensors(self) -> Iterator[tuple[str, Tensor, Any]]:
-        """Name and plain tensor of parameters, buffers and attributes, and the offloaded weights that stand for it."""
+        """Yield name, plain tensor and offloaded weights (or None) of each parameter, buffer, attribute in use."""
         hook = find_offload_hook(self.module)
         source = None if hook is None else hook.weights_map
         for group in (self.module._parameters, self.module._buffers, vars(self.module)):
@@ -219,7 +217,7 @@ class Part(NamedTuple):
                     yield from ((inner, t, elsewhere) for inner, t in _flatten(f"{self.name}.{name}", tensor))
 
     def describe(self, *, in_this_process: bool) -> str:
-        """Class and plain values, and functions; those of other processes are known by their name alone."""
+        """Return a text of class and attributes; ``in_this_process`` adds the identity of functions, and devices."""
         module = self.module
         prompted = getattr(module, "_is_prompt_learning", False)
         adapts = self.active is not None or hasattr(module, "peft_config")
@@ -243,6 +241,7 @@ class Part(NamedTuple):
 
 
 def _find_parts(model: nn.Module) -> list[Part]:
+    """Return each module once; of what a container holds by adapter, only the active ones."""
     found: list[Part] = []
     seen: set[int] = set()
     pending: list[tuple[str, nn.Module, tuple[str, ...] | None]] = [("", model, None)]
@@ -261,6 +260,7 @@ def _find_parts(model: nn.Module) -> list[Part]:
 
 
 def _list_active(module: nn.Module) -> tuple[str, ...] | None:
+    """Return the adapters active in ``module``: () if they are disabled, None if it has none to choose from."""
     names = getattr(module, "_active_adapter", None)
     if names is None:
         return None
@@ -270,30 +270,30 @@ def _list_active(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether it only holds others by name, as PEFT does by adapter, and computes nothing itself."""
+    """Return True if ``module`` only holds things by name, as PEFT does by adapter, and computes nothing itself."""
     holds = isinstance(module, nn.ModuleDict | nn.ParameterDict) or type(module).__name__ == "BufferDict"
     return holds and type(module).forward is nn.Module.forward
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its tensors and modules say all about it, unless something is added."""
+    """Return True for a Linear, Identity or container with its class's own forward; its attributes need no look."""
     return (type(module) in _PLAIN or _is_container(module)) and "forward" not in vars(module)
 
 
 def _list_inner(module: nn.Module) -> list[dict[str, Any]]:
-    """What a module consists of; weights that come and go with every pass are left out."""
+    """Return the module's own dicts of parameters, buffers and modules; modules alone if ModuleDict or offloaded."""
     if isinstance(module, nn.ModuleDict) or find_offload_hook(module) is not None:
         return [module._modules]
     return [module._parameters, module._buffers, module._modules]
 
 
 def _freeze(name: str, value: Any) -> Any:
-    """A copy of a plain container, which may be changed in place; what a module consists of is compared apart."""
+    """Return a shallow copy of a dict, list or set that may be changed in place; anything else as it is."""
     return copy.copy(value) if type(value) in (dict, list, set) and name not in _MODULE_NAMES else value
 
 
 def _flatten(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield a tensor, or the parts of a quantized one; names tell its class and what each part is."""
+    """Yield name and tensor, or those of each plain part of a tensor subclass; names tell its class and the part."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
@@ -303,7 +303,7 @@ def _flatten(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _find_configs(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
-    """The configurations that modules refer to, each once, with those inside of them."""
+    """Return the configurations in attributes of ``modules``, and in attributes of those, each once."""
     found: dict[int, PreTrainedConfig] = {}
     pending = [value for module in modules for value in vars(module).values() if isinstance(value, PreTrainedConfig)]
     while pending:
@@ -315,18 +315,18 @@ def _find_configs(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
 
 
 def _describe_config(config: PreTrainedConfig) -> str:
-    """What a configuration says of hidden states, the same before it is written and after."""
+    """Return a text of what a configuration says of hidden states, the same once it was saved and read again."""
     told = {name: value for name, value in config.to_dict().items() if name not in _NOT_IN_STATE}
     return _tell({**told, _ATTENTION: getattr(config, _ATTENTION, None)}, False, _DEEPEST)
 
 
 def _read_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration says of hidden states, as it is in memory."""
+    """Return the attributes of a configuration that concern hidden states: the values themselves, not copies."""
     return {name: value for name, value in vars(config).items() if name not in _NOT_IN_STATE}
 
 
 def _has_settings(config: PreTrainedConfig, settings: Mapping[str, Any]) -> bool:
-    """Whether it says the same as before, but for an attention function that stands in during a pass."""
+    """Return True if ``config`` still has ``settings``; our own attention, set during a pass, counts as no change."""
     now = _read_settings(config)
     if str(now.get(_ATTENTION)).startswith(_OWN):
         now[_ATTENTION] = settings.get(_ATTENTION)
@@ -334,13 +334,13 @@ def _has_settings(config: PreTrainedConfig, settings: Mapping[str, Any]) -> bool
 
 
 def _list_foreign_hooks(groups: Iterable[Mapping[int, Any]]) -> list[tuple[int, str]]:
-    """Forward hooks that may change hidden states, by numbers that are never given twice."""
+    """Return number (never given twice) and name of each hook that is not transformers' or this package's."""
     hooks = ((key, _name(hook)) for group in groups if group for key, hook in group.items())
     return [(key, name) for key, name in hooks if not name.startswith(_HARMLESS_HOOKS)]
 
 
 def _changes_with_length(module: nn.Module, name: str) -> bool:
-    """Whether an attribute of a rope changes with the length of what it computes."""
+    """Return True if ``name`` is an attribute of a rope module that changes with the length of the text."""
     if not name.endswith(_CHANGING) or name.endswith("original_inv_freq"):
         return False
     found = vars(module).get("rope_type")
@@ -349,7 +349,7 @@ def _changes_with_length(module: nn.Module, name: str) -> bool:
 
 
 def _tell(value: Any, in_this_process: bool, depth: int) -> str:
-    """A text that is equal for equal values."""
+    """Return a text that is equal for equal plain values; anything else, or too deep, is told by class or name."""
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum):
         return repr(value)
     if isinstance(value, torch.device):
@@ -366,7 +366,7 @@ def _tell(value: Any, in_this_process: bool, depth: int) -> str:
 
 
 def _name(value: Any) -> str:
-    """Where a function or class comes from, or the class of anything else."""
+    """Return module and qualified name of a function or class (inside partials), else of the value's class."""
     while isinstance(value, partial):
         value = value.func
     owner = value if hasattr(value, "__qualname__") else type(value)

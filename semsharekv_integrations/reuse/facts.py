@@ -58,7 +58,7 @@ _SIGNS = "%‰°"
 
 
 def find_guarded_tokens(pieces: Sequence[str]) -> Mask:
-    """Mark the tokens [T] that state a fact. All tokens of a word are marked, or none; punctuation around it is not.
+    """Return a mask [T] of the tokens that state a fact. It marks whole words, without the punctuation around them.
 
     Args:
         pieces: [T] texts of the tokens in prompt order. A word begins with a space (or the ``▁`` of SentencePiece); a
@@ -78,16 +78,15 @@ def find_guarded_tokens(pieces: Sequence[str]) -> Mask:
 def find_unlike_facts(
     token_ids: TokenIds, facts: Mask, stored_ids: TokenIds, stored_facts: Mask, positions: NDArray[np.int64]
 ) -> Mask:
-    """Mark the tokens [T] that must not be borrowed from the token they are matched with.
+    """Return a mask [T] of the tokens that must not be borrowed from the token they are matched with.
 
     A fact is borrowed only whole, from one that begins with the same tokens: the 7 of 473 is not that of 970. A token
-    that is no fact is never borrowed from one.
+    that is no fact is never borrowed from a different token that is part of one.
 
     Args:
         token_ids: [T] of the prompt.
         facts: [T] those that state a fact, as ``find_guarded_tokens`` finds them.
-        stored_ids: [S] of the stored text.
-        stored_facts: [S] likewise.
+        stored_ids, stored_facts: [S] likewise, of the stored text.
         positions: [T] where in the stored text each token is matched.
     """
     inside = facts & np.r_[False, facts[:-1]]  # behind another token of the same fact
@@ -100,7 +99,7 @@ def find_unlike_facts(
 
 
 def _find_guarded_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yield start and end, in characters, of every guarded word."""
+    """Yield start and stop, in characters, of every guarded word, without the punctuation around it."""
     known: dict[tuple[str, bool], tuple[bool, bool]] = {}  # prompts repeat their words
     starts_sentence, end = True, 0
     for match in _WORD.finditer(text):
@@ -117,6 +116,7 @@ def _find_guarded_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_guarded(chunk: str, starts_sentence: bool) -> bool:
+    """Return whether a word is guarded: it has a digit or a letter without case, is a number, a negation or a name."""
     word = chunk.strip(_EDGES)
     lower = word.lower()
     if word.islower() and word.isascii() and word.isalpha():  # most words, decided fast
@@ -131,7 +131,7 @@ def _is_guarded(chunk: str, starts_sentence: bool) -> bool:
 
 
 def _states_fact(character: str) -> bool:
-    """Whether it is a digit, a unit of an amount, or a letter of a script without case (or a part of a character)."""
+    """Return whether a character is a digit, a unit of an amount, U+FFFD, or a letter of a script without case."""
     if character.isascii():
         return character.isdigit() or character in "$%"
     if character.isalpha():
@@ -142,14 +142,14 @@ def _states_fact(character: str) -> bool:
 
 
 def _looks_like_name(word: str, starts_sentence: bool) -> bool:
-    """Whether it has an upper-case letter, other than the first one of a function word that opens a sentence."""
+    """Return whether a word has an upper-case letter, but for the first of a function word that opens a sentence."""
     stem = re.split(r"['’]", word)[0]  # It's, They've
     opens = starts_sentence and stem[1:] == stem[1:].lower() and stem.lower() in FUNCTION_WORDS
     return word != word.lower() and not opens
 
 
 def _trim(chunk: str, start: int) -> tuple[int, int]:
-    """Find where the word stands without punctuation; a sign or a point that leads a number belongs to it."""
+    """Return start and stop of the word without punctuation; a sign or a point that leads a number belongs to it."""
     left, right = len(chunk) - len(chunk.lstrip(_EDGES)), len(chunk.rstrip(_EDGES))
     while left and chunk[left - 1] in _LEADING_SIGNS and not chunk[left].isalpha():
         left -= 1

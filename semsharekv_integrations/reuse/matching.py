@@ -68,11 +68,11 @@ class FuzzyMatcher:
         self._rules = rules.resolve()
 
     def match_segments(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
-        """Match each segment that is mostly uncovered with the stored one nearest to it, if that is near enough.
+        """Return a borrowing for each mostly open segment with a stored one near enough. Syncs the index first.
 
         Args:
             open_tokens: [T] without a source so far; nothing else is matched.
-            namespace: read, and the shared one.
+            namespace: whose entries may be borrowed, beside those of the shared one.
         """
         wanted = [s for s in list_segments(rendered) if open_tokens[s.start : s.stop].mean() > 1 - MOST_COVERED]
         if not wanted:
@@ -101,7 +101,7 @@ class FuzzyMatcher:
         return borrowings
 
     def match_prompt(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
-        """Match the whole prompt with the stored one most alike by LSH distance, if it is alike enough."""
+        """Return one borrowing from the stored prompt most alike by LSH distance; none if that is not alike enough."""
         target = self._embed(rendered.token_ids)
         candidates = [
             (compute_paper_similarity(measure_hamming_distance(target, self._embed(reference.token_ids))), reference)
@@ -121,7 +121,7 @@ class FuzzyMatcher:
     def _match_tokens(
         self, rendered: Rendered, segment: Segment, reference: Reference, stored: Segment, open_tokens: Mask
     ) -> Borrowing | None:
-        """Borrow the tokens of one segment that find an alike one in ``stored``, guarded facts left out."""
+        """Borrow open tokens of a segment that have an alike one in ``stored``, but no unlike facts; None if none."""
         ids, known = rendered.token_ids[segment.start : segment.stop], reference.token_ids[stored.start : stored.stop]
         bits = self._rules.lsh_bits if max(len(ids), len(known)) > LONGEST_EXACT_TOKENS else 0
         matches = find_nearest_tokens(self._rotate(ids), self._rotate(known), bits=bits or None)
@@ -141,7 +141,7 @@ class FuzzyMatcher:
 
 
 def list_segments(rendered: Rendered) -> list[Segment]:
-    """List the documents of a prompt, and its passages that overlap none of them."""
+    """Return the documents of a prompt, and its passages that overlap none of them, in order."""
     free = [p for p in rendered.passages if not any(p.start < d.stop and d.start < p.stop for d in rendered.segments)]
     return sorted([*rendered.segments, *free], key=lambda segment: segment.start)
 
@@ -156,7 +156,7 @@ class TokenMatches(NamedTuple):
 def rotate_embeddings(
     embeddings: torch.Tensor, positions: torch.Tensor, inverse_frequencies: torch.Tensor
 ) -> torch.Tensor:
-    """Apply RoPE to token embeddings, as the model applies it to keys; float32.
+    """Return token embeddings turned by RoPE, as the model turns keys, in float32.
 
     The hidden axis is read as heads of width 2R, each rotated in pairs of its two halves. Dimensions left over behind
     the last whole head stay as they are. Every token keeps its norm.
@@ -213,13 +213,13 @@ def find_nearest_tokens(
 
 
 def measure_hamming_distance(target: torch.Tensor, reference: torch.Tensor, *, bits: int = PAPER_BITS) -> float:
-    """Measure in how many of ``bits`` hash bits a target token differs from the nearest reference token, on average."""
+    """Return in how many of ``bits`` hash bits, on average, a target token differs from its nearest reference token."""
     distances, _ = _search(normalize(target.float(), dim=1), normalize(reference.float(), dim=1), bits, 1)
     return float(distances.mean())
 
 
 def compute_paper_similarity(distance: float) -> float:
-    """Compute ``clip(1 - distance / 30, 0, 1)``, by which mode ``paper`` picks its reference; 1 is alike.
+    """Return ``clip(1 - distance / 30, 0, 1)``, by which mode ``paper`` picks its reference; 1 is alike.
 
     Readers of the paper report the formula, with a loss of quality below about 0.8. What the distance is, is not
     confirmed against the paper. Here it is ``measure_hamming_distance`` with 64 bits, where unrelated directions are 32
@@ -231,7 +231,7 @@ def compute_paper_similarity(distance: float) -> float:
 def _search(
     target: torch.Tensor, reference: torch.Tensor, bits: int, candidates: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Find Hamming distances and positions of the nearest reference tokens by hash, both [T, candidates], in order."""
+    """Return Hamming distances and positions of the nearest reference tokens by hash, [T, candidates], in order."""
     import faiss
 
     index = faiss.clone_index(_make_empty_index(reference.shape[1], bits))
@@ -242,7 +242,7 @@ def _search(
 
 @lru_cache(maxsize=8)
 def _make_empty_index(hidden: int, bits: int) -> faiss.IndexLSH:
-    """Make an index with no tokens, for copies: its random rotation, always the same, takes long to make."""
+    """Return an index with no tokens, cached, for copies: its random rotation, always the same, takes long to make."""
     import faiss
 
     return faiss.IndexLSH(hidden, bits)

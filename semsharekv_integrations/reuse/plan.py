@@ -37,22 +37,21 @@ class Borrowing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ReusePlan:
-    """One prompt's prefill, decided.
+    """The decided prefill of one prompt, ``token_ids`` [T].
 
     Attributes:
-        token_ids: [T].
-        prefix: the stored prefix, borrowed as it is.
-        borrowings: what is borrowed behind it; no token twice.
-        must: [T] computed at every layer: without a source, at a boundary, relevant, or of the question.
-        question: [T] whose attention says what matters.
-        relevant: [T] borrowed, but computed at every layer since their documents share rare words with the question.
-        attention_tokens: how many borrowed tokens the question's attention selects, at the first layer; none where
-            some are relevant.
+        prefix: the stored prefix, borrowed as it is, or None.
+        borrowings: what is borrowed behind the prefix; no token twice.
+        must: [T] marks what is computed at every layer: without a source, at a boundary, relevant, or of the question.
+        question: [T] marks the tokens whose attention says what matters.
+        relevant: [T] marks borrowed tokens in ``must`` since their documents share rare words with the question.
+        attention_tokens: how many borrowed tokens the question's attention selects, at the first layer; 0 where some
+            are relevant.
         deviation_tokens: how many borrowed tokens deviation selects, likewise.
-        shares: what is left of both at each layer; never growing.
-        full_layers: first layers that compute every token behind the prefix.
+        shares: for each layer, what is left of both; never growing.
+        full_layers: number of first layers that compute every token behind the prefix.
         max_deviation: above which the prompt is finished as a full prefill.
-        declined: why nothing, or nothing but the prefix, is borrowed, or None.
+        declined: why nothing, or nothing but the prefix, is borrowed; else None.
         rotate_keys: whether borrowed keys are turned to where they stand now.
     """
 
@@ -73,11 +72,11 @@ class ReusePlan:
 
     @property
     def prefix_tokens(self) -> int:
-        """Length of the reused prefix."""
+        """Length of the reused prefix; 0 without one."""
         return self.prefix.num_tokens if self.prefix else 0
 
     def find_document_spans(self) -> dict[str, Span]:
-        """Find the documents that borrowed KV may come from; each stands from the first token on that borrows from it.
+        """Return, by id, the documents that borrowed KV may come from, each with the first token that borrows from it.
 
         A token's KV depends on that token and those before it, so later documents in the reference play no part.
         """
@@ -91,22 +90,22 @@ class ReusePlan:
 
     @cached_property
     def fuzzy(self) -> Mask:
-        """Tokens [T] borrowed by similarity."""
+        """Mask [T] of the tokens borrowed by similarity."""
         return self._mark([(b.targets, b.fuzzy) for b in self.borrowings])
 
     @cached_property
     def borrowed(self) -> Mask:
-        """Tokens [T] borrowed from behind the prefix, whether or not they are computed again."""
+        """Mask [T] of the tokens borrowed from behind the prefix, whether or not they are computed again."""
         return self._mark([(b.targets, True) for b in self.borrowings])
 
     @cached_property
     def optional(self) -> Mask:
-        """Tokens [T] that are borrowed, and computed only if selected."""
+        """Mask [T] of the tokens that are borrowed, and computed only if selected."""
         return self.borrowed & ~self.must
 
     @cached_property
     def predicted_rows(self) -> tuple[int, ...]:
-        """Most tokens that each layer will compute."""
+        """For each layer, the most tokens that it will compute."""
         behind, least = len(self.token_ids) - self.prefix_tokens, int(self.must.sum())
         quotas = (self.attention_tokens, self.deviation_tokens)
         most = int(self.optional.sum())
@@ -115,7 +114,7 @@ class ReusePlan:
 
     @property
     def predicted_compute_ratio(self) -> float:
-        """Token-layers that this plan computes at most, over tokens times layers."""
+        """The most token-layers that this plan computes, over tokens times layers; may exceed 1."""
         total = len(self.token_ids) * self.num_layers
         rows = float(sum(self.predicted_rows))
         if self.attention_tokens:
@@ -135,7 +134,7 @@ class ReusePlan:
         return self.full_layers or (self.num_layers + 1) // 2
 
     def __str__(self) -> str:
-        """One line for logs: counts, never text."""
+        """Return one line for logs: counts and the reason to decline, never text."""
         return (
             f"{len(self.token_ids)} tokens: {self.prefix_tokens} prefix, {int((self.borrowed & ~self.fuzzy).sum())} "
             f"identical, {int(self.fuzzy.sum())} fuzzy, {int(self.must.sum())} computed at every layer, rows by layer "
@@ -143,6 +142,7 @@ class ReusePlan:
         )
 
     def _mark(self, marks: Sequence[tuple[NDArray[np.int64], Mask | bool]]) -> Mask:
+        """Return an array [T] that is False, but has the given value at each of the given targets."""
         mask = np.zeros(len(self.token_ids), dtype=bool)
         for targets, value in marks:
             mask[targets] = value
@@ -159,7 +159,7 @@ def build_plan(
     num_layers: int,
     segments: Sequence[tuple[int, int]] = (),
 ) -> ReusePlan:
-    """Decide what is borrowed and what is computed.
+    """Decide what is borrowed and what is computed, whatever that costs.
 
     Args:
         token_ids: [T], of the prompt.
@@ -204,7 +204,7 @@ def build_plan(
 
 
 def decline_if_costly(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
-    """Replace ``plan`` by its exact prefix alone where borrowing more is predicted to save too little."""
+    """Return ``plan``, or its exact prefix alone and why: it borrows no more, or is predicted to save too little."""
     left = 1 - plan.prefix_tokens / len(plan.token_ids)
     if not plan.borrowings:
         reason = "nothing similar enough is stored"
@@ -219,7 +219,7 @@ def decline_if_costly(plan: ReusePlan, rules: ReuseConfig) -> ReusePlan:
 def build_prefix_plan(
     token_ids: TokenIds, prefix: PrefixMatch | None, num_layers: int, declined: str | None
 ) -> ReusePlan:
-    """Borrow nothing but the prefix; ``declined`` says why."""
+    """Return a plan that borrows the prefix alone, or nothing if that is None; ``declined`` says why."""
     behind = np.arange(len(token_ids)) >= (prefix.num_tokens if prefix else 0)
     none = np.zeros_like(behind)
     return ReusePlan(
@@ -233,7 +233,7 @@ def _borrow_run(run: Run) -> Borrowing:
 
 
 def _follows_edit(last: Run | None, run: Run) -> bool:
-    """Whether both runs stand in one text with little changed between them: then more tokens of it are computed."""
+    """Return whether both runs stand in one reference with little between them; if so, ``run`` follows an edit."""
     if last is None or last.reference.id != run.reference.id:
         return False
     gaps = (run.start - last.start - last.num_tokens, run.source_start - last.source_start - last.num_tokens)

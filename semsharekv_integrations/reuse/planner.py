@@ -18,11 +18,9 @@ SHORTEST_PREFIX_SHARE = 0.05  # of the prompt: attention behind a prefix needs a
 
 
 class Planner:
-    """Plans prefills over one store.
+    """Plans prefills over one store, with fuzzy matches unless ``matcher`` is None.
 
-    Args:
-        matcher: finds fuzzy matches, or None where the rules ask for none.
-        max_tokens: longest prompt for which stored KV holds, or None.
+    ``max_tokens`` is the longest prompt for which stored KV holds; None is any.
     """
 
     def __init__(
@@ -37,10 +35,10 @@ class Planner:
     def plan(
         self, rendered: Rendered, namespace: str, session: str | None, suspended: bool, watch: Stopwatch | None = None
     ) -> ReusePlan:
-        """Plan the prefill of one prompt; the last token is always computed.
+        """Return the plan of one prompt's prefill, timed by ``watch``; the last token is always computed.
 
         Args:
-            namespace: read, and the shared one.
+            namespace: whose entries may be borrowed, beside those of the shared one.
             session: whose approximate KV may be continued.
             suspended: whether the audit has put an end to reuse that is not exact (in mode ``exact``, to all).
         """
@@ -63,7 +61,7 @@ class Planner:
     def _find_prefix(
         self, rendered: Rendered, namespace: str, session: str | None
     ) -> tuple[PrefixMatch | None, str | None]:
-        """Find the stored prefix that pays, or say why there is none."""
+        """Return the stored prefix that pays, and None; or None, and why there is none."""
         limit = len(rendered.token_ids) - 1
         match = self._store.find_prefix(rendered.token_ids, namespace, max_tokens=limit, session=session)
         if match is None:
@@ -77,6 +75,7 @@ class Planner:
     def _plan_approximate(
         self, rendered: Rendered, namespace: str, prefix: PrefixMatch | None, watch: Stopwatch
     ) -> ReusePlan:
+        """Plan with the prefix, identical runs and fuzzy matches; with the prefix alone if more saves too little."""
         token_ids, start = rendered.token_ids, prefix.num_tokens if prefix else 0
         runs: list[Run] = []
         if self._rules.indexed_run_tokens is not None:
@@ -107,12 +106,12 @@ class Planner:
 
 
 def list_texts(rendered: Rendered) -> list[tuple[int, int]]:
-    """List what may be relevant to the question, as (start, stop): documents, or passages where none are known."""
+    """Return what may be relevant to the question, as (start, stop): documents, or passages where none are known."""
     return [(segment.start, segment.stop) for segment in rendered.segments or rendered.passages]
 
 
 def mark_question(rendered: Rendered, tail_tokens: int) -> Mask:
-    """Mark the tokens [T] that the answer hangs on: the last user turn outside of documents, else the last passage.
+    """Return a mask [T] of what the answer hangs on: the last user turn outside of documents, else the last passage.
 
     At most its last ``LONGEST_QUESTION_TOKENS`` are marked, and always the prompt's last ``tail_tokens``.
     """

@@ -38,9 +38,9 @@ _HALVINGS = 40
 
 
 def spread_shares(num_layers: int, first: float, last: float) -> tuple[float, ...]:
-    """One share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
+    """Return one share for each layer, from ``first`` to ``last``, by the same factor from layer to layer.
 
-    The caller sees to it that neither is negative. If either is 0, every layer after the first gets 0.
+    That neither is negative is not checked. If either is 0, every layer after the first gets 0.
     """
     if num_layers == 1 or first == 0 or last == 0:
         return (first, *[0.0] * (num_layers - 1))
@@ -56,9 +56,9 @@ class Signal(NamedTuple):
 
 
 def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tensor:
-    """Each token's best rank over the signals [T], as a share of their quotas; infinity if not ``eligible`` [T].
+    """Return each token's best rank over the signals [T], as a share of their quotas; infinity if not ``eligible`` [T].
 
-    Those below ``share`` are selected where ``share`` of every quota is left.
+    Tokens ranked below ``share`` are selected where ``share`` of every quota is left.
     """
     best = torch.full(eligible.shape, float("inf"), device=eligible.device)
     places = eligible.nonzero()[:, 0]
@@ -71,7 +71,7 @@ def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tens
 
 
 def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Measure how far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
+    """Return how far each token's borrowed keys and values are from fresh ones, [N] in float32: 0 is equal.
 
     It is the sum of the L2 norms of both differences, each as a share of the mean norm of the fresh ones. (The paper
     adds the plain norms; keys are often much larger than values, which would then not count.) Both are keys and values
@@ -86,7 +86,7 @@ def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Te
 
 
 def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
-    """Give each token [T] its segment's BM25 score to the question; 0 where they share only what all segments have.
+    """Return each token's [T] segment's BM25 score to the question; 0 outside, or if they share only what all have.
 
     Args:
         segments: documents or passages, as (start, stop).
@@ -107,7 +107,7 @@ def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], qu
 def choose_relevant_tokens(
     scores: NDArray[np.float32], segments: Sequence[tuple[int, int]], eligible: Mask, ratio: float
 ) -> Mask:
-    """Mark the ``eligible`` tokens [T] of the segments with the highest ``scores`` [T].
+    """Return a mask [T] of the ``eligible`` tokens of the segments with the highest ``scores`` [T].
 
     It takes whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than
     ``ratio`` (0 to 1) of the eligible tokens. Where ``ratio`` is above 0, the first may take up to ``MOST_OF_ONE``:
@@ -127,7 +127,7 @@ def choose_relevant_tokens(
 
 
 def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -> tuple[float, ...]:
-    """Compute the share of the tokens that each layer keeps, ``ratio`` on average.
+    """Return the share of the tokens that each layer keeps, ``ratio`` on average.
 
     Args:
         ratio: above 0, up to 1.
@@ -146,7 +146,7 @@ def compute_retained_shares(num_layers: int, ratio: float, final_share: float) -
 
 
 def choose_retained_tokens(attended: torch.Tensor, share: float, relevant: torch.Tensor | None = None) -> torch.Tensor:
-    """Choose the tokens to keep, as positions [N], ascending.
+    """Return the positions [N] of the tokens to keep, ascending.
 
     Args:
         attended: [heads, T] how much attention each token gets; a token counts by the head that looks at it most, and

@@ -56,16 +56,15 @@ class Embedder(Protocol):
         """Compute one vector of norm 1 for each segment, [N, W]; equal tokens give equal vectors, up to rounding."""
 
     def fit_to(self, stored: Sequence[TokenIds]) -> Embedder:
-        """Make one fitted to the segments of one namespace, or return itself; vectors of the two do not compare."""
+        """Return an embedder fitted to the segments of one namespace, or itself; vectors of the two do not compare."""
 
 
 class PooledEmbedder:
     """The mean of a segment's token embeddings (the pooled E-cache), made to tell segments apart.
 
-    Token embeddings share a few strong directions, so their plain means are all alike (cosine 0.95 and up between
-    unrelated news). So this embedder whitens them over the vocabulary (as BERT-whitening, arXiv 2103.15316, does with
-    sentence vectors), brings them to norm 1, and weights each token by how rare it is among the stored segments. It
-    costs no forward pass. See ``examples/lab/calibrate_similarity.py`` for what this brings.
+    Token embeddings share a few strong directions, so plain means are all alike (cosine 0.95 and up between unrelated
+    news). So this embedder whitens them over the vocabulary (as BERT-whitening, arXiv 2103.15316, does with sentence
+    vectors), brings them to norm 1, and weights each token by its rarity in stored segments. It needs no forward pass.
 
     Args:
         embedding_matrix: [V, hidden], of the model's input embedding layer; read, never written or copied.
@@ -80,18 +79,19 @@ class PooledEmbedder:
         self._num_segments = 0
 
     def embed(self, token_ids: Sequence[TokenIds]) -> Vectors:
-        """Compute one vector for each segment, [N, W], of norm 1."""
+        """Return one vector for each segment, [N, W], of norm 1."""
         pooled = torch.stack([self._pool(ids) for ids in token_ids])  # [N, W]
         return normalize(pooled, dim=1).cpu().numpy()
 
     def fit_to(self, stored: Sequence[TokenIds]) -> PooledEmbedder:
-        """Make one that weights tokens by how few of the stored segments have them; it shares the matrix."""
+        """Return a copy that weights tokens by how few of the stored segments have them; it shares the matrix."""
         other = copy(self)
         other._counts = Counter(token_id for ids in stored for token_id in np.unique(ids).tolist())
         other._num_segments = len(stored)
         return other
 
     def _pool(self, ids: TokenIds) -> torch.Tensor:
+        """Return the weighted sum [W] of the whitened embeddings of a segment's tokens, of any norm."""
         distinct, counts = np.unique(ids, return_counts=True)
         rows = self._matrix[torch.from_numpy(distinct).to(self._matrix.device)].float()  # [D, hidden]
         whitened = normalize((rows - self._centre) @ self._whitening, dim=1)  # [D, W]
@@ -99,7 +99,7 @@ class PooledEmbedder:
         return weights @ whitened  # [W]
 
     def _weigh(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Compute the inverse document frequency of tokens, above 0."""
+        """Return the inverse document frequency of each token, above 0."""
         having = np.fromiter((self._counts[token_id] for token_id in ids.tolist()), dtype=np.float64, count=len(ids))
         return np.log1p((self._num_segments + _PRIOR_SEGMENTS) / (having + _PRIOR_SEGMENTS * _PRIOR_SHARE))
 
@@ -127,7 +127,7 @@ class SentenceEmbedder:
         self._device = device
 
     def embed(self, token_ids: Sequence[TokenIds]) -> Vectors:
-        """Compute one vector for each segment, [N, W], of norm 1."""
+        """Return one vector for each segment, [N, W], of norm 1. The first call loads the model."""
         texts = [self._decode(ids) for ids in token_ids]
         vectors = self._model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
@@ -155,7 +155,7 @@ class SegmentIndex:
         self._namespaces: dict[str, _NamespaceIndex] = {}
 
     def sync(self, references: Sequence[Reference], namespace: str) -> None:
-        """Make the segments of ``references``, all of ``namespace``, the ones that are found there.
+        """Make the segments of ``references`` the only ones found in ``namespace``: add new ones, drop all others.
 
         Only new texts are embedded, all in one batch. Where nothing changed it costs one comparison per reference.
 
@@ -172,7 +172,7 @@ class SegmentIndex:
                 del self._namespaces[namespace]
 
     def find_nearest(self, token_ids: Sequence[TokenIds], namespace: str, *, k: int = 1) -> list[list[SegmentMatch]]:
-        """Find for each segment up to ``k`` stored ones of ``namespace`` with different texts, most alike first.
+        """Return for each segment up to ``k`` stored ones of ``namespace`` with different texts, most alike first.
 
         Nothing is filtered: the embedder's ``threshold`` tells whether a match is near enough. Of the references that
         have a text, the one synced last is named.
@@ -182,7 +182,7 @@ class SegmentIndex:
             return [[] for _ in token_ids] if index is None else index.find_nearest(token_ids, k)
 
     def keep_only(self, namespace: str, reference_ids: Collection[str]) -> None:
-        """Drop the references of ``namespace`` with other ids, and the texts that stood in no other one."""
+        """Drop the references of ``namespace`` with other ids, and the texts that stood in no other reference."""
         with self._lock:
             index = self._namespaces.get(namespace)
             if index is not None:
@@ -213,12 +213,14 @@ class _NamespaceIndex:
         self._fitted_texts = 0  # number of texts that the embedder was fitted to
 
     def sync(self, current: dict[str, Reference]) -> None:
+        """Index references that are new or whose segments changed, and drop those that are not in ``current``."""
         segments = {key: tuple(s for s in found.segments if s.start < s.stop) for key, found in current.items()}
         self.drop({key for key, known in self.segments.items() if segments.get(key) != known})
         self._references = {key: weakref.ref(reference) for key, reference in current.items()}
         self._add({key: reference for key, reference in current.items() if key not in self.segments}, segments)
 
     def find_nearest(self, token_ids: Sequence[TokenIds], k: int) -> list[list[SegmentMatch]]:
+        """Drop references that no longer exist, then return up to ``k`` matches for each segment, most alike first."""
         alive = {key: found for key, reference in self._references.items() if (found := reference()) is not None}
         self.drop(self._references.keys() - alive.keys())
         if not self._texts or not token_ids:
@@ -232,7 +234,7 @@ class _NamespaceIndex:
         return [list(map(match, *found)) for found in zip(rows.tolist(), similarities.tolist(), strict=True)]
 
     def drop(self, reference_ids: Iterable[str]) -> None:
-        """Take references out, and the texts that stood in no other one."""
+        """Remove references, and the texts with their vectors that stood in no other reference."""
         gone = set(reference_ids)
         if not gone:
             return
@@ -249,7 +251,7 @@ class _NamespaceIndex:
             self._vectors.remove_ids(np.array(rows, dtype=np.int64))
 
     def _add(self, references: dict[str, Reference], segments: dict[str, tuple[Segment, ...]]) -> None:
-        """Index new references; the embedder is fitted anew when the number of texts has doubled, or halved."""
+        """Index new references. Where texts doubled or halved, refit the embedder; embed all again if it changed."""
         new: list[_Text] = []
         for key, reference in references.items():
             self.segments[key] = segments[key]
@@ -271,6 +273,7 @@ class _NamespaceIndex:
             self._add_vectors(new)
 
     def _add_vectors(self, texts: Sequence[_Text]) -> None:
+        """Embed texts, and add their vectors to the FAISS index, which the first ones make."""
         import faiss
 
         vectors = self._embedder.embed([text.token_ids for text in texts])
@@ -280,16 +283,13 @@ class _NamespaceIndex:
 
 
 def compute_whitening(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the mean [hidden] of embeddings [V, hidden], and a map [hidden, W] that makes all directions vary alike.
-
-    Wide embeddings are first projected at random, and large vocabularies sampled evenly, to keep it cheap.
-    """
-    sample = matrix[:: max(1, len(matrix) // _SAMPLED_TOKENS)].float()
+    """Return the mean [hidden] of embeddings [V, hidden], and a map [hidden, W] that levels their variance."""
+    sample = matrix[:: max(1, len(matrix) // _SAMPLED_TOKENS)].float()  # evenly, to keep it cheap
     centre, hidden = sample.mean(dim=0), matrix.shape[1]
     projection = torch.eye(hidden)
     if hidden > MOST_WIDTH:
         generator = torch.Generator().manual_seed(0)
-        projection = torch.randn(hidden, MOST_WIDTH, generator=generator) / hidden**0.5
+        projection = torch.randn(hidden, MOST_WIDTH, generator=generator) / hidden**0.5  # likewise
     projection = projection.to(sample.device)
     projected = (sample - centre) @ projection  # [sample, W]
     variance, directions = torch.linalg.eigh(projected.T @ projected / len(projected))

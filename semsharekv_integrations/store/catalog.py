@@ -34,7 +34,7 @@ _PAGE_ERROR = re.compile(r"error code=(\d+)")  # in what a check reports when it
 
 
 class UnusableCatalogError(Exception):
-    """SQLite cannot read the catalog, or it is of another format version (``foreign``)."""
+    """The catalog cannot be used: damaged, with other tables, or of another format version (``foreign`` is True)."""
 
     def __init__(self, reason: object, *, foreign: bool = False) -> None:
         super().__init__(str(reason))
@@ -84,10 +84,9 @@ class Catalog:
         self._fingerprint = fingerprint
 
     def change(self, gone: Mapping[str, Iterable[str]], put: Contents) -> None:
-        """Delete ids by table, then insert or replace what is put, in one transaction.
+        """Delete the rows of the ids in ``gone``, by table, then insert or replace ``put``, in one transaction.
 
-        Raises:
-            sqlite3.Error, UnicodeEncodeError: if that fails; the catalog is as before.
+        Raises ``sqlite3.Error`` or ``UnicodeEncodeError`` if that fails; the catalog stays as it was.
         """
         with self._transact():
             for table, ids in gone.items():
@@ -95,34 +94,31 @@ class Catalog:
             self._insert(put)
 
     def replace(self, contents: Contents) -> None:
-        """Replace all rows, in one transaction."""
+        """Delete all rows and insert ``contents``, in one transaction. If that fails, the catalog stays as it was."""
         with self._transact():
             for table in _TABLES:
                 self._db.execute(f"DELETE FROM {table.name}")
             self._insert(contents)
 
     def read(self) -> Contents:
-        """All sound rows, and the number of the others."""
+        """Return all sound rows as records, and the number of damaged rows, which are left out."""
         return _read(self._db, self._fingerprint)
 
     def find_files(self, nodes: Iterable[str]) -> Iterator[str]:
-        """The file of each of ``nodes`` that the catalog has."""
+        """Yield the file of each id in ``nodes`` that the catalog has; skip the other ids."""
         for id in nodes:
             yield from (file for (file,) in self._db.execute("SELECT file FROM nodes WHERE id = ?", (id,)))
 
     def empty_log(self) -> None:
-        """Move the log into the catalog: until then the log still has rows that were deleted.
-
-        Does nothing while another process reads the catalog.
-        """
+        """Move SQLite's log, which still has deleted rows, into the catalog. No error if a reader prevents this."""
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:
-        """Close it. May be called again."""
+        """Close the connection. May be called again."""
         self._db.close()
 
     def abandon(self) -> None:
-        """In a forked child: never touch the connection again, not even to close it.
+        """In a forked child: let go of the connection without closing it. Methods but ``close`` fail from then on.
 
         SQLite would take the parent's locks for its own, and closing would write to the parent's files. Python closes a
         connection without references, so this adds one that stays.
@@ -132,6 +128,7 @@ class Catalog:
         self._db.close()
 
     def _insert(self, contents: Contents) -> None:
+        """Insert the records of ``contents``, each with its digest; replace rows of the same id."""
         kinds: tuple[Sequence[Any], ...] = (contents.files, contents.nodes, contents.entries)
         for table, records in zip(_TABLES, kinds, strict=True):
             packed = map(table.pack, records)
@@ -141,6 +138,7 @@ class Catalog:
 
     @contextmanager
     def _transact(self) -> Iterator[None]:
+        """Run the block in one transaction: commit at its end; if it raises, roll back and raise the same error."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -152,11 +150,11 @@ class Catalog:
 
 
 def open_catalog(path: Path, fingerprint: str) -> tuple[Catalog, Contents]:
-    """Open or create the catalog in the directory ``path``, and read all of it.
+    """Open the catalog in the directory ``path``, created if missing; return it with all its sound rows.
 
     Raises:
-        UnusableCatalogError: if nothing but ``set_aside`` helps.
-        OSError, sqlite3.Error: if the disk does not allow it.
+        UnusableCatalogError: if it is damaged or of another format; ``set_aside`` makes room for a new one.
+        OSError, sqlite3.Error: if a file of it is not plain or not yours, or the disk does not allow it.
     """
     file = path / CATALOG
     if not os.path.lexists(file):
@@ -180,10 +178,9 @@ def open_catalog(path: Path, fingerprint: str) -> tuple[Catalog, Contents]:
 
 
 def look_into(path: Path, fingerprint: str) -> Contents:
-    """Read the catalog in the directory ``path`` as it is now, while its owner may write. Changes nothing.
+    """Return the sound rows of the catalog in the directory ``path``, while its owner may write. Changes nothing.
 
-    Raises:
-        UnusableCatalogError, sqlite3.Error, OSError: if it cannot be read.
+    Raises ``UnusableCatalogError``, ``sqlite3.Error`` or ``OSError`` if it cannot be read.
     """
     file = path / CATALOG
     for name in (CATALOG, *_SIDECARS):
@@ -197,13 +194,13 @@ def look_into(path: Path, fingerprint: str) -> Contents:
 
 
 def set_aside(path: Path) -> None:
-    """Rename the catalog in the directory ``path``, over the one set aside before."""
+    """Rename the catalog in ``path``, a directory, to ``DAMAGED``, over an earlier one; delete SQLite's other files."""
     _remove_sidecars(path)
     os.replace(path / CATALOG, path / DAMAGED)
 
 
 def _create_tables(database: sqlite3.Connection) -> None:
-    """Create the tables in an empty database; require them in another, and that it can be written."""
+    """Create the tables in an empty database. Else raise unless version and tables are right and it is writable."""
     found = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
     wanted = [f"CREATE TABLE {t.name} ({t.columns}, digest BLOB) WITHOUT ROWID" for t in _TABLES]
     (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -217,6 +214,7 @@ def _create_tables(database: sqlite3.Connection) -> None:
 
 
 def _check(database: sqlite3.Connection) -> None:
+    """Run a quick check. Raise ``OSError`` if a page cannot be read, ``UnusableCatalogError`` if it finds damage."""
     (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
     unread = _PAGE_ERROR.search(state)
     if unread and _is_transient(int(unread[1])):
@@ -226,14 +224,14 @@ def _check(database: sqlite3.Connection) -> None:
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether the bytes of the catalog are wrong; names in a damaged schema may not even be text."""
+    """Return True for an error of SQLite that is not transient, and for names that are not text; else False."""
     if isinstance(error, sqlite3.Error):
         return not _is_transient(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR))
     return isinstance(error, UnicodeDecodeError)
 
 
 def _is_transient(code: int) -> bool:
-    """Includes refusals because of a file beside the catalog; a damaged head causes plain READONLY."""
+    """Return True if a code says nothing about the bytes; False for plain READONLY, which a damaged head causes."""
     return code & 0xFF in _TRANSIENT or (code & 0xFF == sqlite3.SQLITE_READONLY != code)
 
 
@@ -244,8 +242,8 @@ def _require_version(database: sqlite3.Connection) -> None:
 
 
 def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
-    # What was not written as text fails the digest.
-    database.text_factory = lambda text: text.decode(errors="replace")
+    """Return all sound records, and the number of rows with a wrong digest, unsound values or a repeated id."""
+    database.text_factory = lambda text: text.decode(errors="replace")  # what was not text fails the digest
     found: dict[str, dict[str, Any]] = {table.name: {} for table in _TABLES}
     num_damaged = 0
     for table in _TABLES:
@@ -260,7 +258,7 @@ def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
 
 
 def _unpack(table: _Table, values: Sequence[Any]) -> Any:
-    """The record of a row, or None if its values could not have been written."""
+    """Return the record of a row, or None if its values are not sound."""
     try:
         record = table.unpack(*values)
         return record if is_sound(record) else None
@@ -269,6 +267,7 @@ def _unpack(table: _Table, values: Sequence[Any]) -> Any:
 
 
 def _digest(fingerprint: str, table: str, values: Sequence[Any]) -> bytes:
+    """Return a digest over the fingerprint, the table's name and all values of a row."""
     plain = [value for value in values if not isinstance(value, bytes)]
     digest = hashlib.blake2b(ascii((fingerprint, table, *plain)).encode(), digest_size=16)
     for value in values:

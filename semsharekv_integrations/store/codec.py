@@ -1,8 +1,7 @@
 """KV in memory (as the model made it, or in 8 bits), and references in one safetensors file.
 
 In 8 bits each head of each token has a scale of its own, so a large key in one place costs no precision in another. A
-file holds the tensors, everything else in its header as JSON, and a digest over both. The digest finds damage, not
-forgery: whoever can write the file can write the digest too.
+file holds tensors, a header of JSON with the rest, and a digest over both, which finds damage, not forgery.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _HOST_IS_FULL = "DefaultCPUAllocator"  # in the plain RuntimeError by which torc
 
 @contextmanager
 def raise_memory_errors() -> Iterator[None]:
-    """Raise ``MemoryError`` when the host is full, which torch reports as a plain ``RuntimeError``."""
+    """Raise ``MemoryError`` for the ``RuntimeError`` by which torch says that the host is full; pass others on."""
     try:
         yield
     except RuntimeError as error:
@@ -61,7 +60,7 @@ class PackedKV:
     @classmethod
     @raise_memory_errors()
     def pack(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
-        """The KV of ``layers`` from token ``start`` on: the tensors themselves, copies of a part, or 8 bits."""
+        """Pack ``layers`` from token ``start`` on: in 8 bits if ``bits`` is 8; else copied, or uncopied from 0 on."""
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(layers):
             for name, tensor in zip((_KEYS, _VALUES), layer, strict=True):
@@ -81,7 +80,7 @@ class PackedKV:
 
     @cached_property
     def is_rounded(self) -> bool:
-        """Whether it is in 8 bits."""
+        """Whether this KV is in 8 bits."""
         return any(name.endswith(_SCALES) for name in self.tensors)
 
     @cached_property
@@ -90,26 +89,27 @@ class PackedKV:
         return sum(name.endswith(f".{_KEYS}") for name in self.tensors)
 
     def layer(self, index: int) -> LayerKV:
-        """Keys and values [B, H, N, D] as the model takes them."""
+        """Return keys and values [B, H, N, D] on the model's device; 8 bits are expanded to the model's dtype."""
         return LayerKV(self._unpack(f"{index}.{_KEYS}"), self._unpack(f"{index}.{_VALUES}"))
 
     def copy_part(self, start: int, stop: int) -> PackedKV:
-        """A copy of the tokens from ``start`` to ``stop`` (exclusive)."""
+        """Return a copy of the tokens from ``start`` to ``stop`` (exclusive), or raise one of ``OUT_OF_MEMORY``."""
         return self._change(lambda tensor: tensor[:, :, start:stop].clone())
 
     def view_part(self, start: int, stop: int) -> PackedKV:
-        """As ``copy_part``, sharing memory."""
+        """Return the tokens from ``start`` to ``stop`` (exclusive), sharing memory with this KV."""
         return self._change(lambda tensor: tensor[:, :, start:stop])
 
     def copy_to(self, device: torch.device) -> PackedKV:
-        """A copy on ``device``, independent of files; pinned in host memory if the model is on CUDA."""
+        """Return a copy on ``device``, independent of files. One on the CPU is pinned if the model is on CUDA."""
         return self._change(lambda tensor: self._pin(tensor.to(device, copy=True)))
 
     def move_to(self, device: torch.device) -> PackedKV:
-        """The same KV on ``device``, copied only if it is elsewhere; pinned likewise, to return at full speed."""
+        """Return this KV on ``device``, copied only if it is elsewhere or to be pinned, which is as in ``copy_to``."""
         return self._change(lambda tensor: self._pin(tensor.to(device)))
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a pinned form of a CPU tensor if the model is on CUDA; any other, or if pinning fails, as it is."""
         if tensor.device.type != "cpu" or self.device.type != "cuda":
             return tensor
         try:
@@ -122,6 +122,7 @@ class PackedKV:
         return PackedKV({name: change(tensor) for name, tensor in self.tensors.items()}, self.dtype, self.device)
 
     def _unpack(self, name: str) -> torch.Tensor:
+        """Return a tensor on the model's device; 8-bit numbers times their scales, in the model's dtype."""
         stored = self.tensors[name].to(self.device, non_blocking=True)
         scales = self.tensors.get(f"{name}.{_SCALES}")
         if scales is None:
@@ -130,7 +131,7 @@ class PackedKV:
 
 
 def make_if_room(make: Callable[[], PackedKV]) -> PackedKV | None:
-    """What ``make`` returns, or None if there is no memory for it."""
+    """Return what ``make`` returns. If memory runs out, log a trouble and return None."""
     try:
         return make()
     except OUT_OF_MEMORY:
@@ -139,7 +140,7 @@ def make_if_room(make: Callable[[], PackedKV]) -> PackedKV | None:
 
 
 def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Eight-bit numbers [B, H, N, D] and their scales [B, H, N, 1]."""
+    """Return 8-bit numbers [B, H, N, D] as ``name``, and their scales [B, H, N, 1] as ``name.scales``."""
     largest = tensor.float().abs().amax(dim=-1, keepdim=True)
     scales = (largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (tensor.float() / scales).round().to(torch.int8)
@@ -147,12 +148,10 @@ def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def write_references(path: Path, references: Sequence[Reference], fingerprint: str) -> int:
-    """Write a file beside ``path``, then rename it: a reader sees the old file or the new one, never a part.
+    """Write ``references`` to ``path`` and return how many: readers see the old file or the new one, never a part.
 
-    Replaces a link, and leaves alone what it points to. All references must be exact.
-
-    Raises:
-        StoreWriteError: if the file cannot be written; the old one stays, and nothing else is left.
+    Renames a temporary beside it. Replaces a link, not what it points to. Asserts that no reference is tainted. Raises
+    ``StoreWriteError`` if the file cannot be written; the old one stays, and nothing else is left.
     """
     assert not any(reference.is_tainted for reference in references), "approximate KV is never written"
     tensors = {f"{n}.ids": torch.from_numpy(reference.token_ids) for n, reference in enumerate(references)}
@@ -175,6 +174,7 @@ def _make_header(reference: Reference) -> dict[str, Any]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Make the folder, save a temporary there that only its owner may read, and rename it. Delete it if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".semsharekv.")  # owner-only permissions
     os.close(handle)
@@ -188,10 +188,9 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 
 def read_references(path: Path, fingerprint: str, device: torch.device) -> list[Reference]:
-    """Read the references in ``path`` to ``device``.
+    """Verify the file's version, fingerprint and digest, and return its references, with KV on ``device``.
 
-    Raises:
-        StoreFileError: if the file is missing, damaged, of another format version or of another model.
+    Raises ``StoreFileError`` if the file is missing, damaged, of another format version or of another model.
     """
     if path.exists() and not path.is_file():
         raise StoreFileError(f"{path} is not a readable KV file: it is a folder, or no file at all")
@@ -216,7 +215,7 @@ def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
 
 
 def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
-    """Raise ``ValueError`` for values that no store writes: a right digest says nothing about them."""
+    """Raise ``ValueError`` for values that no store writes: a right digest does not rule them out."""
     as_record = EntryRecord(str(n), entry["namespace"], str(n), entry, 0.0, 0.0)
     if not (has_token_ids(token_ids) and is_whole(entry["layers"], 1) and is_sound(as_record)):
         raise ValueError(f"entry {n} has values of a wrong kind")
@@ -225,6 +224,7 @@ def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
 
 
 def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
+    """Return reference ``n`` of an open file. Raises ``ValueError`` if its values are unsound or its KV misfits."""
     token_ids = file.get_tensor(f"{n}.ids").cpu().numpy().astype(np.int64)
     _require_sound(n, entry, token_ids)
     layers = tuple(

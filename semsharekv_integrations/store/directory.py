@@ -55,8 +55,8 @@ _inherited: set[str] = set()  # what was open when this process was forked: SQLi
 class KVDirectory:
     """The KV of one model on disk, locked against other processes.
 
-    Not thread-safe: the caller's lock guards it. In a child that is forked every method fails, without consequence for
-    the parent.
+    Not thread-safe: the caller's lock guards it. A forked child must not use it: what needs the catalog fails there,
+    without consequence for the parent.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -98,7 +98,7 @@ class KVDirectory:
         tell_of_forks(self)
 
     def contents(self) -> Contents:
-        """All records, parents before children. Memory keeps none: the first call has what the opening read."""
+        """Return all sound records, parents before children. The first call may return what the opening read."""
         found, self._found = self._found, None
         if found is None:
             found = self._catalog.read()
@@ -106,7 +106,7 @@ class KVDirectory:
         return found
 
     def discard(self, file: str) -> None:
-        """Delete a file that was written, unless a node lies in it."""
+        """Delete a file that ``KVFiles.write`` made; do nothing if a recorded node lies in it."""
         if not self._uses[file]:
             self.files.remove(file)
 
@@ -118,11 +118,11 @@ class KVDirectory:
         gone_nodes: Iterable[str] = (),
         gone_entries: Iterable[str] = (),
     ) -> None:
-        """Delete the gone, then insert or replace the others, in one transaction; then delete files out of use.
+        """Delete the gone, insert or replace the others, in one transaction; then delete some files out of use.
 
         Raises:
-            StoreWriteError: if the catalog cannot be written; nothing has changed.
-            ValueError: if a node does not lie in a file that was written.
+            StoreWriteError: if the catalog cannot be written; this is counted, and nothing has changed.
+            ValueError: if a node does not lie within a file that was written; nothing has changed.
         """
         put, gone_nodes, known = {node.id: node for node in nodes}, set(gone_nodes), self.files.records
         for node in put.values():
@@ -147,17 +147,19 @@ class KVDirectory:
     def scrub(self, *, whole: bool = True) -> None:
         """Empty the catalog's log and delete a catalog that was set aside: both may name forgotten tokens.
 
-        With ``whole``, delete all files out of use as well. Raises ``StoreWriteError`` if any of this fails.
+        With ``whole``, first delete all files out of use. Raises ``StoreWriteError`` if any of this fails.
         """
         self.files.remove(most=None if whole else 0)
         try:
+            if whole:
+                self.files.require_removed()
             self.path.joinpath(DAMAGED).unlink(missing_ok=True)
             self._catalog.empty_log()
         except (OSError, sqlite3.Error) as error:
             raise self._note_failure(f"{self.path} still names what is forgotten: {error}") from error
 
     def counts(self) -> dict[str, int]:
-        """Troubles since opening.
+        """Return how often each trouble was met since opening.
 
         ``damaged``: catalogs, rows and files with other bytes than were written. ``foreign``: catalogs and files of
         another model or format version. ``vanished``: missing files. ``unavailable``: reads that failed because handles
@@ -167,7 +169,7 @@ class KVDirectory:
         return dict(self._counts)
 
     def check(self) -> None:
-        """The law: every node lies in a file, every file in use is on disk as recorded, and their bytes are exact."""
+        """Assert that every node lies in a file, files in use are on disk as recorded, and their bytes are exact."""
         found, sizes = self._catalog.read(), self.files.measure()
         assert self._uses == Counter(node.file for node in found.nodes), "uses of files"
         assert found.num_damaged == 0 and {file.id: file for file in found.files} == self._in_use(), "files recorded"
@@ -176,14 +178,14 @@ class KVDirectory:
         assert self.num_bytes == sum(sizes[file] for file in self._uses), "bytes of files in use"
 
     def close(self) -> None:
-        """Delete files that were written and not recorded, and release the lock. May be called again."""
+        """Delete written files without a recorded node, close the catalog, release the lock. May be called again."""
         if self._is_open:
             self.files.remove(*(self.files.records.keys() - self._in_use().keys()))
         self._is_open = False
         self._resources.close()
 
     def go_on_in_child(self) -> None:
-        """Leave the directory to the parent. This process cannot open it any more."""
+        """In a forked child: leave catalog and lock to the parent. This process cannot open the directory any more."""
         if self._is_open:
             self._is_open = False
             _inherited.add(os.path.realpath(self.path))
@@ -199,6 +201,7 @@ class KVDirectory:
         return StoreWriteError(reason)
 
     def _open_catalog(self) -> tuple[Catalog, Contents]:
+        """Open and read the catalog. Count one that is unusable, set it aside, and open an empty one instead."""
         try:
             return open_catalog(self.path, self._fingerprint)
         except UnusableCatalogError as error:
@@ -207,7 +210,7 @@ class KVDirectory:
             return open_catalog(self.path, self._fingerprint)
 
     def _keep(self, found: Contents) -> Contents:
-        """Delete and count what of ``found`` is not sound, in the catalog and on disk; the rest."""
+        """Return the sound part of ``found``. Count the rest, and delete it from the catalog and the disk."""
         sizes = self.files.measure()
         kept = keep_sound(found, sizes)
         missing = [file.id for file in found.files if file.id not in sizes]
@@ -226,7 +229,7 @@ class KVDirectory:
 class DirectoryLock:
     """An exclusive lock on a directory, by a file in it, taken at once or not at all.
 
-    A child that was forked has its handle as well. It closes that, which leaves the lock to the parent.
+    A forked child has the handle as well. ``release`` only closes it there, which leaves the lock to the parent.
 
     Raises:
         StoreLockedError: if another process, or another lock of this one, holds it.
@@ -257,7 +260,7 @@ class DirectoryLock:
         )
 
     def release(self) -> None:
-        """Let others take it; in a child that was forked, only close its handle. May be called again."""
+        """Give up the lock; in a forked child, only close the handle: the parent keeps it. May be called again."""
         import fcntl
 
         handle, self._handle = self._handle, None
@@ -287,10 +290,9 @@ class Peeked(NamedTuple):
 
 
 def find_directories(path: Path) -> list[Path]:
-    """The directories of single models under ``path``, sorted; their names are fingerprints.
+    """Return the directories of single models under ``path``, sorted; their names are fingerprints.
 
-    Raises:
-        StoreFileError: if ``path`` is missing, or cannot be read.
+    Raises ``StoreFileError`` if ``path`` is missing or cannot be read.
     """
     try:
         found = [child for child in Path(path).iterdir() if FINGERPRINT.fullmatch(child.name)]
@@ -300,7 +302,7 @@ def find_directories(path: Path) -> list[Path]:
 
 
 def peek(path: Path) -> Peeked:
-    """List what is in ``path``, the directory of a single model, while another process may write there.
+    """Return what is in ``path``, the directory of a single model, while another process may write there.
 
     Takes no lock and changes nothing. Raises ``StoreFileError`` if it cannot be read.
     """

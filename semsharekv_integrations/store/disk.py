@@ -46,12 +46,12 @@ class DiskTier:
         self._has_news = False  # whether any of this came after the last transaction, be it refused or not
 
     def attach(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> None:
-        """Use ``directory`` from now on; KV that is read from it goes to ``device`` as ``dtype``."""
+        """Use ``directory`` from now on; KV read from it is for a model that takes ``dtype`` on ``device``."""
         self._directory = directory
         self._home = dtype, device
 
     def read(self, node: Node) -> PackedKV:
-        """Map the KV of ``node`` into memory; raises as ``KVFiles.read`` does."""
+        """Return the KV of ``node``, mapped from its file. Raises as ``KVFiles.read`` does, also for a short file."""
         assert self._directory is not None and node.on_disk is not None
         file, first = node.on_disk
         whole = PackedKV(self._directory.files.read(file), *self._home)
@@ -61,7 +61,7 @@ class DiskTier:
         return whole.view_part(first, stop)
 
     def save(self, node: Node, packed: PackedKV, namespace: str) -> bool:
-        """Write a node; whether it was written. Needs a directory, room, and its ancestors on disk."""
+        """Write ``node`` and commit. False if there is no directory, no room, an ancestor off disk, or it fails."""
         before = node.path()[:-1]
         if self._directory is None or any(earlier.on_disk is None for earlier in before):
             return False
@@ -74,7 +74,7 @@ class DiskTier:
         return True
 
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
-        """Remove nodes, and the entries ``keys``."""
+        """Take ``nodes`` out of the tier; the next commit deletes their records and those of the entries ``keys``."""
         gone = [node for node in nodes if node.on_disk is not None]
         self.change(dict.fromkeys(node.id for node in gone), dict.fromkeys(keys))
         for node in gone:
@@ -82,7 +82,7 @@ class DiskTier:
             node.on_disk = None
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """Divide the bytes and the place of ``lower``, whose first tokens ``upper`` took over."""
+        """Divide bytes and file range of ``lower``, if on disk; ``upper`` has taken over its first tokens."""
         if lower.on_disk is None:
             return
         file, first = lower.on_disk
@@ -94,22 +94,22 @@ class DiskTier:
         self._put([upper, lower], namespace)
 
     def adopt(self, node: Node, place: FileRange, file_tokens: int) -> None:
-        """Count a node that was found at ``place``, in a file whose nodes have ``file_tokens`` tokens in all."""
+        """Note that ``node`` lies at ``place``; count its share of a file whose nodes have ``file_tokens`` in all."""
         assert self._directory is not None
         node.on_disk = place
         self.tier.add(node, self._directory.files.records[place.file].num_bytes * len(node.token_ids) // file_tokens)
 
     def change(self, nodes: Mapping[str, NodeRecord | None], entries: Mapping[str, EntryRecord | None]) -> None:
-        """Insert or replace records by id with the next transaction; None deletes."""
+        """Note records, by id, for the next commit: None deletes, others are put. Does nothing without a directory."""
         if self._directory is not None:
             self._nodes |= nodes
             self._entries |= entries
             self._has_news = True
 
     def commit(self, *, retry: bool = True) -> bool:
-        """Write all changes to the catalog in one transaction; whether none is owed now.
+        """Write all noted changes to the catalog in one transaction; return whether none is owed now.
 
-        Without ``retry``, changes that were refused before wait until something else changes.
+        A refusal is counted and logged. Without ``retry``, refused changes wait until something else changes.
         """
         if self._directory is None or not self._owes or not (retry or self._has_news):
             return not self._owes
@@ -131,7 +131,7 @@ class DiskTier:
     def purge(self, nodes: Iterable[Node], namespace: str) -> bool:
         """Rewrite files that ``nodes``, all of a namespace, need only in part, so that forgotten tokens leave the disk.
 
-        Returns whether every file could be rewritten.
+        Returns False if some file could not be rewritten, which is counted and logged.
         """
         if self._directory is None:
             return True
@@ -147,12 +147,12 @@ class DiskTier:
         return is_gone
 
     def sweep(self) -> None:
-        """Delete some of the files that no node needs any more."""
+        """Delete up to ``MOST_REMOVED`` of the files that no node needs any more."""
         if self._directory is not None:
             self._directory.files.remove(most=MOST_REMOVED)
 
     def scrub(self, *, whole: bool) -> bool:
-        """As ``KVDirectory.scrub``; whether nothing on disk names forgotten tokens and documents any more."""
+        """Run ``KVDirectory.scrub``. Return False if it fails (counted and logged), or if changes are still owed."""
         try:
             if self._directory is not None:
                 self._directory.scrub(whole=whole)
@@ -162,7 +162,7 @@ class DiskTier:
         return not self._owes
 
     def fit(self) -> None:
-        """Evict what was found beyond the bound; pinned nodes go last, but they go."""
+        """Evict nodes until the bound holds; pinned nodes go last, but they go."""
         self._make_room(0, ())
         while self.num_bytes > self.tier.max_bytes:
             least = min(self.tier.sizes, key=lambda node: node.pins > 0, default=None)
@@ -172,7 +172,7 @@ class DiskTier:
             self.commit()
 
     def close(self, entries: Iterable[EntryRecord]) -> None:
-        """Write ``entries`` once more and close the directory; the tier is empty afterwards."""
+        """Write ``entries`` and all that is owed, if possible; close the directory. The tier is empty afterwards."""
         if self._directory is None:
             return
         self.change({}, {entry.id: entry for entry in entries})
@@ -181,7 +181,7 @@ class DiskTier:
         self.abandon()
 
     def abandon(self) -> None:
-        """Leave the directory as it is; the tier is empty afterwards."""
+        """Empty the tier and forget what is owed; leave the directory as it is, without closing it."""
         for node in list(self.tier.sizes):
             self.tier.remove(node)
             node.on_disk = None
@@ -191,16 +191,16 @@ class DiskTier:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all KV files in use."""
+        """Size of all KV files in use; 0 without a directory."""
         return self._directory.num_bytes if self._directory is not None else 0
 
     def counts(self) -> dict[str, int]:
-        """See ``KVDirectory.counts``."""
+        """Return ``KVDirectory.counts``, with ``disk_`` before each name; empty without a directory."""
         found = self._directory.counts() if self._directory is not None else {}
         return {f"{DISK}_{name}": count for name, count in found.items()}
 
     def check(self, nodes: Collection[Node], keys: set[str]) -> None:
-        """The law: tier and catalog have exactly those of ``nodes`` that are on disk, and the entries ``keys``."""
+        """Assert that tier and, if nothing is owed, catalog have just what of ``nodes`` is on disk, and ``keys``."""
         here = set(self.tier.sizes)
         assert here == {node for node in nodes if node.on_disk is not None}, "nodes on disk"
         for node in here:
@@ -221,7 +221,7 @@ class DiskTier:
         return bool(self._nodes or self._entries)
 
     def _make_room(self, num_bytes: int, protected: Collection[Node]) -> bool:
-        """Evict until ``num_bytes`` more fit; whether they do. Evicts nothing if they could not fit anyway."""
+        """Evict until ``num_bytes`` more fit; return whether they do. Evicts nothing if they could not fit anyway."""
         assert self._directory is not None
         if self.num_bytes + num_bytes <= self.tier.max_bytes:
             return True
@@ -244,7 +244,7 @@ class DiskTier:
         return False
 
     def _rewrite(self, nodes: Sequence[Node], namespace: str) -> bool:
-        """Copy nodes to one new file; whether that worked, else they stay in the old one."""
+        """Copy ``nodes`` to one new file. Return whether that worked; if not, they stay where they are."""
 
         def join() -> Mapping[str, torch.Tensor]:
             parts = [self.read(node).tensors for node in nodes]
@@ -260,9 +260,9 @@ class DiskTier:
     def _write(
         self, nodes: Sequence[Node], join: Callable[[], Mapping[str, torch.Tensor]], namespace: str
     ) -> int | None:
-        """Write the joined KV of nodes to a new file and commit that: the file's bytes.
+        """Write the joined KV of ``nodes`` to a new file and commit; return the file's bytes.
 
-        None if that fails, or the catalog refuses; then all is as before.
+        Returns None if either fails; this is counted and logged, and the nodes stay where they were.
         """
         assert self._directory is not None
         files, num_tokens = self._directory.files, sum(len(node.token_ids) for node in nodes)
@@ -303,5 +303,5 @@ def _record(node: Node, namespace: str) -> NodeRecord:
 
 
 def _make_plain(record: NodeRecord) -> tuple[str, ...]:
-    """A record's fields, comparable."""
+    """Return a record's fields but the namespace as strings, so that records can be compared."""
     return record.id, str(record.parent), record.token_ids.tobytes().hex(), record.file, str(record.first)

@@ -1,7 +1,4 @@
-"""The entries of a store: in their namespace, in the tiers, with a deadline, and out again.
-
-Keeps them consistent: an entry is in all of these structures or in none.
-"""
+"""The entries of a store: in their namespace, in the tiers, with a deadline. An entry is in all of these or in none."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Deadlines:
         self._numbers = count()
 
     def set(self, key: str, time_s: float) -> None:
-        """Make ``key`` due at ``time_s``, unless it is due earlier."""
+        """Make ``key`` due at ``time_s``; do nothing if it is due earlier already."""
         before_s, former = self._times.get(key, (float("inf"), -1))
         if time_s < before_s:
             self._keys.pop(former, None)
@@ -49,7 +46,7 @@ class Deadlines:
             heapq.heappush(self._heap, (time_s, number))
 
     def drop(self, key: str) -> None:
-        """Forget the deadline of ``key``."""
+        """Forget the deadline of ``key``, if it has one."""
         _, number = self._times.pop(key, (0.0, -1))
         self._keys.pop(number, None)
         if len(self._heap) > 64 + 2 * len(self._times):
@@ -57,7 +54,7 @@ class Deadlines:
             heapq.heapify(self._heap)
 
     def take_due(self, now_s: float) -> list[str]:
-        """Remove and return the keys whose time has come."""
+        """Remove and return the keys whose deadline is at or before ``now_s``, the earliest first."""
         found = []
         while self._heap and self._heap[0][0] <= now_s:
             _, number = heapq.heappop(self._heap)
@@ -78,6 +75,7 @@ class Entries:
         wall_clock: Callable[[], float],
         min_run_tokens: int | None,
     ) -> None:
+        """Make a store without entries; only ``open`` uses a directory."""
         self.lock = hold_at_forks(threading.Lock())  # for those who call
         self.tiers = Tiers(config, self._lose)
         self.namespaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
@@ -93,7 +91,7 @@ class Entries:
         self._deadlines = Deadlines()
 
     def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
-        """Load what lies in ``directory``, has not expired and fits the bound; how many entries."""
+        """Load what lies in ``directory``, has not expired and fits the bound; return the number of all entries."""
         self.tiers.disk.attach(directory, dtype, device)
         was_enabled = gc.isenabled()
         gc.disable()  # everything loaded here stays alive, and scanning it doubles the time to open
@@ -115,35 +113,35 @@ class Entries:
         return len(self.by_key)
 
     def close(self) -> None:
-        """Write when each entry was used last, and give up the directory with the entries that lie there alone."""
+        """Write when entries were used last, close the directory, and drop entries whose KV is not all in memory."""
         ordinary = [entry for entry in self.by_key.values() if not entry.reference.is_tainted]
         self.tiers.disk.close([self._make_record(entry) for entry in ordinary if entry.node.on_disk is not None])
         self._keep_to_memory()
 
     def abandon(self) -> None:
-        """In a forked child: leave the directory to the parent, with the entries that lie there alone."""
+        """In a forked child: leave the directory to the parent, and drop entries whose KV is not all in memory."""
         self.tiers.disk.abandon()
         self._keep_to_memory()
 
     def select(self, namespace: str | None, state: str | None = None) -> list[Entry]:
-        """The entries of one namespace, or all; of one state of the model, or of every state."""
+        """Return the entries, tainted ones too, of one namespace or all (None), of one state or all (None)."""
         if namespace is None:
             return [entry for entry in self.by_key.values() if state in (None, entry.reference.state)]
         names = (name for name in self.list_names(namespace, state) if name in self.namespaces)
         return [entry for name in names for entry in self.namespaces[name]]
 
     def list_names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
-        """The keys that a namespace may have in ``namespaces``: for one state of the model, or for all."""
+        """Return the keys that ``namespace`` may have in ``namespaces``: for one state of the model, or all (None)."""
         return [namespace, *self._later.get(namespace, ())] if state is None else [make_space_name(namespace, state)]
 
     def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
-        """The ordinary entry of this id in the first of ``namespaces`` that has it."""
+        """Return the ordinary entry of this id in the first of ``namespaces`` that has it; None if none has."""
         names = (name for namespace in namespaces for name in self.list_names(namespace, state))
         spaces = (self.namespaces[name] for name in names if name in self.namespaces)
         return next((space.ordinary[reference_id] for space in spaces if reference_id in space.ordinary), None)
 
     def ensure_namespace(self, name: SpaceName) -> Namespace:
-        """The namespace of this name, made if there is none."""
+        """Return the namespace of this name; make an empty one if there is none."""
         if name not in self.namespaces:
             namespace = name if isinstance(name, str) else name[0]
             self.namespaces[name] = Namespace(self._min_run_tokens, partial(self.tiers.split, namespace=namespace))
@@ -152,13 +150,13 @@ class Entries:
         return self.namespaces[name]
 
     def add(self, entry: Entry) -> None:
-        """Add ``entry``; the caller places its KV."""
+        """Add ``entry`` to its namespace, by its key, and with its deadline; the caller places its KV."""
         self.ensure_namespace(entry.reference.space).add(entry)
         self.by_key[entry.key] = entry
         self._set_deadline(entry)
 
     def relabel(self, entry: Entry, reference: Reference) -> None:
-        """Give ``entry`` the labels of ``reference``."""
+        """Give ``entry`` the labels, pin and lifetime of ``reference``; if on disk, the next commit writes them."""
         space = self.namespaces[reference.space]
         space.pin(entry, reference.pinned - entry.reference.pinned)
         entry.reference = reference
@@ -168,7 +166,7 @@ class Entries:
             self.tiers.disk.change({}, {entry.key: self._make_record(entry)})
 
     def remove(self, entry: Entry) -> None:
-        """Drop ``entry`` and the KV that no other entry needs."""
+        """Remove ``entry``, KV that no other entry needs, and an empty namespace; the disk follows with the commit."""
         space = self.namespaces[entry.reference.space]
         written = [entry.key] if entry.node.on_disk is not None else []
         gone = space.remove(entry)
@@ -180,7 +178,7 @@ class Entries:
             self._drop_namespace(entry.reference.space)
 
     def expire(self) -> None:
-        """Drop entries that were not used for their lifetime. Deletes some of their files; later calls the rest."""
+        """Remove entries unused for their lifetime, and commit. Deletes some of their files; later calls the rest."""
         self.tiers.disk.sweep()
         now, expired = self._clock(), list[Entry]()
         for key in self._deadlines.take_due(now):
@@ -194,10 +192,10 @@ class Entries:
             self.remove_all(expired, at_once=False)
 
     def remove_all(self, entries: Sequence[Entry], purged: Iterable[SpaceName] = (), *, at_once: bool = True) -> int:
-        """Remove entries in one transaction, so that nothing of them stays on disk; how many.
+        """Remove ``entries`` in one transaction, so that nothing of them stays on disk; return their number.
 
-        Unless ``at_once``, later calls delete the files that are left. In the namespaces ``purged``, this also
-        clears away what earlier removals left.
+        Sets ``leaves_on_disk``: whether the disk could not be cleared. Unless ``at_once``, later calls delete files
+        that are left. In the namespaces ``purged``, this also clears away what earlier removals left.
         """
         for entry in entries:
             self.remove(entry)
@@ -212,9 +210,9 @@ class Entries:
         return len(entries)
 
     def load(self, entry: Entry, path: list[Node]) -> Reference | None:
-        """The beginning of ``entry`` along ``path``, with its KV. Counts as a use.
+        """Return the beginning of ``entry`` along ``path``, with its KV. Counts as a use.
 
-        None if its KV is damaged or gone: the entry is dropped and counted, with all others that need this KV.
+        Returns None if KV is damaged or gone: counts it as unreadable, and removes every entry that needs it.
 
         Raises:
             UnavailableFileError: if the system cannot read a file now; the entry stays.
@@ -239,7 +237,7 @@ class Entries:
         )
 
     def stats(self) -> dict[str, int]:
-        """See ``KVStore.stats``."""
+        """Return all counts, bytes and bounds by name: see ``KVStore.stats``."""
         tiers = self.tiers
         bounds: dict[str, int] = {}
         for tier in tiers.memory:
@@ -258,7 +256,7 @@ class Entries:
         }
 
     def check(self) -> None:
-        """The law: every entry is in its namespace, and the tiers hold the KV of all of them and nothing else."""
+        """Assert that each entry is in its namespace, and that tiers hold the KV of all of them and nothing else."""
         assert {entry.key for space in self.namespaces.values() for entry in space} == set(self.by_key)
         later = [name for names in self._later.values() for name in names]
         assert sorted(later) == sorted(name for name in self.namespaces if isinstance(name, tuple))
@@ -270,9 +268,9 @@ class Entries:
         self.tiers.check(nodes, {entry.key for entry in ordinary if entry.node.on_disk is not None})
 
     def _reopen(self, directory: KVDirectory) -> list[tuple[Entry, float]]:
-        """The entries on disk, least recently used first, each with the wall clock's time of its last use.
+        """Return the entries on disk, least recently used first, each with the wall clock's time of its last use.
 
-        Their nodes are in their trees and in the disk tier. Deletes records that do not fit together. Reads no KV.
+        Puts their nodes in trees and disk tier. The next commit deletes records that do not fit together. Reads no KV.
         """
         contents = directory.contents()
         nodes = self._attach_nodes(contents.nodes)
@@ -306,7 +304,7 @@ class Entries:
         return found
 
     def _attach_nodes(self, records: Iterable[NodeRecord]) -> dict[str, tuple[Node, FileRange]]:
-        """Put the nodes that fit together into their trees; return each and its place, by id."""
+        """Put the nodes that fit together into their trees; return each with its place, by id. Skips the others."""
         nodes: dict[str, tuple[Node, FileRange]] = {}
         for record in records:
             tree = self.ensure_namespace(record.namespace).tree
@@ -322,7 +320,7 @@ class Entries:
                 self.remove(entry)
 
     def _lose(self, node: Node) -> None:
-        """Drop the entries that end with ``node``. Their beginning stays as an entry if it was reused."""
+        """Remove the entries that end with ``node``. If they alone needed a reused beginning, it becomes an entry."""
         before = node.parent
         for entry in [self.by_key[key] for key in node.entries]:
             if before is not None and before.hits and not before.entries and len(before.children) == 1:
@@ -333,6 +331,7 @@ class Entries:
             self.remove(entry)
 
     def _drop_namespace(self, name: SpaceName) -> None:
+        """Delete a namespace, and its name from those of later states."""
         del self.namespaces[name]
         if isinstance(name, tuple):
             del self._later[name[0]][name]

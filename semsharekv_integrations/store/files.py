@@ -71,7 +71,7 @@ class KVFiles:
         The caller records a node in it with ``KVDirectory.record``, or discards it.
 
         Raises:
-            StoreWriteError: if it cannot be written; nothing is left of it.
+            StoreWriteError: if it cannot be written; this is counted, and nothing is left of it.
             ValueError: if a tensor has another number of tokens at dimension 2.
         """
         for name, tensor in tensors.items():
@@ -103,9 +103,9 @@ class KVFiles:
         return file
 
     def read(self, file: str) -> dict[str, torch.Tensor]:
-        """Map a file: tensors on the CPU, privately mapped, whose bytes are read when touched.
+        """Map a file and return its tensors by name, on the CPU, privately mapped; bytes are read when touched.
 
-        The first read of a file verifies its digest, which reads all bytes.
+        The first read, or one after the size changed, verifies the digest, which reads all bytes. Counts failed reads.
 
         Raises:
             UnavailableFileError: if the system cannot read it now.
@@ -124,7 +124,7 @@ class KVFiles:
             raise self._note_unavailable(path, error) from error
 
     def _verify(self, record: FileRecord) -> None:
-        """Raise as ``read`` does, and count the trouble, unless the file is the one recorded."""
+        """Compare the file on disk with its record and digest. On trouble, count it and raise as ``read`` does."""
         path = self._locate(record.id)
         self._verified.discard(record.id)
         try:
@@ -146,7 +146,7 @@ class KVFiles:
         self._verified.add(record.id)
 
     def measure(self) -> dict[str, int]:
-        """Size of every KV file on disk; opens none."""
+        """Return the size of every KV file on disk, recorded or not, by id; opens none."""
         found: dict[str, int] = {}
         with os.scandir(self.path) as items:
             for item in items:
@@ -156,9 +156,9 @@ class KVFiles:
         return found
 
     def remove(self, *files: str, most: int | None = None) -> None:
-        """Delete ``files`` and those left from earlier calls: at most ``most`` now, the others with the next call.
+        """Delete ``files`` and those left from earlier calls: at most ``most`` now (None: all), others in later calls.
 
-        The next opening deletes what could not be deleted.
+        A file that cannot be deleted is tried again in later calls, and at the next opening. Raises nothing.
         """
         self._verified.difference_update(files)
         for file in files:
@@ -166,11 +166,15 @@ class KVFiles:
         self._doomed += files
         now = self._doomed[:most]
         del self._doomed[:most]
-        for file in now:
-            self._remove(self._locate(file))
+        self._doomed += [file for file in now if not self._remove(self._locate(file))]
+
+    def require_removed(self) -> None:
+        """Raise ``OSError`` if a file that ``remove`` was given is still there."""
+        if self._doomed:
+            raise OSError(f"{len(self._doomed)} KV files could not be deleted")
 
     def remove_temporaries(self) -> int:
-        """Delete what killed writers left; how many files."""
+        """Try to delete the temporaries that killed writers left; return how many there were."""
         names = [name for name in os.listdir(self.path) if name.startswith(TEMPORARY)]
         for name in names:
             self._remove(self.path / name)
@@ -186,14 +190,21 @@ class KVFiles:
         self._counts["unavailable"] += 1
         return UnavailableFileError(f"{path} cannot be read now: {error}")
 
-    def _remove(self, path: Path) -> None:
-        if is_own_directory(self.path):  # and no link in its place
-            with suppress(OSError):
+    def _remove(self, path: Path) -> bool:
+        """Try to delete a file; return whether it is gone."""
+        try:
+            if is_own_directory(self.path):  # and no link in its place
                 os.unlink(path)
+                return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+        return False
 
 
 def digest_tensors(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Digest the header and every tensor's name, dtype, shape and bytes, in the order given."""
+    """Return a digest over the header and every tensor's name, dtype, shape and bytes, in the order given."""
     digest = hashlib.blake2b(header.encode(), digest_size=16)
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -202,13 +213,13 @@ def digest_tensors(header: str, named: Iterable[tuple[str, torch.Tensor]]) -> st
 
 
 def verify_metadata(path: Path, num_bytes: int) -> dict[str, str]:
-    """The metadata of a KV file whose size and digest are right, by plain reads.
+    """Check size and digest of a KV file by plain reads; return its metadata.
 
     In a mapped file, a page that cannot be read ends the process. Plain reads tell damage (other bytes) from an error
     of the system, which says nothing about the bytes.
 
     Raises:
-        DamageError: if size or digest are wrong, or it is no file.
+        DamageError: if size, header or digest are wrong, or it is no plain file.
         OSError: if it cannot be read.
     """
     found = path.lstat()
@@ -229,7 +240,7 @@ def verify_metadata(path: Path, num_bytes: int) -> dict[str, str]:
 
 
 def _digest_file(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
-    """The metadata, and the digest as ``digest_tensors`` makes it."""
+    """Read a file; return its metadata, and the digest as ``digest_tensors`` makes it. Compares nothing."""
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     first = _LENGTH_BYTES + length
     if first > num_bytes:
@@ -248,6 +259,7 @@ def _digest_file(file: BinaryIO, num_bytes: int) -> tuple[dict[str, str], str]:
 
 
 def _read_parts(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
+    """Yield ``num_bytes`` bytes from ``start`` on, in parts; raise ``ValueError`` if the file ends before."""
     file.seek(start)
     while num_bytes:
         part = file.read(min(num_bytes, _AT_ONCE_BYTES))
@@ -258,7 +270,7 @@ def _read_parts(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
 
 
 def _measure(path: Path) -> int | None:
-    """Size of a file, or None if the system cannot tell."""
+    """Return the size of a file, or None if it is missing or the system cannot tell."""
     try:
         return path.lstat().st_size
     except OSError:
@@ -275,11 +287,10 @@ def _sync(path: Path) -> None:
 
 
 def make_private_directory(path: Path) -> None:
-    """Make a directory that only its owner may enter, and those above it that are missing.
+    """Make ``path`` a directory that only you may enter (also if it exists), and those above it that are missing.
 
-    Raises:
-        OSError: naming the path, if ``path`` or its parent is a link or belongs to another user, if another user made
-            a link of a directory above, if the system knows no owners of files, or if it fails.
+    Raises ``OSError``, naming the path, if ``path`` or its parent is a link or belongs to another user, if another user
+    made a link of a directory above, if the system knows no owners of files, or if it fails.
     """
     if not hasattr(os, "geteuid"):
         raise OSError(f"{path} needs a system on which files have owners (Linux, macOS); keep KV in memory here")
@@ -304,13 +315,13 @@ def _make(path: Path) -> None:
 
 
 def require_directory(path: Path) -> None:
-    """Raise ``OSError`` unless ``path`` is a directory, and no link to one."""
+    """Raise ``OSError`` unless ``path`` is a directory; a link to one or a missing path raises."""
     if (kind := _KINDS.get(stat.S_IFMT(path.lstat().st_mode))) != "a directory":
         raise OSError(f"{path} is {kind}; accepted is a directory, and no link to one")
 
 
 def require_plain(path: Path, *, own: bool = True) -> None:
-    """Raise ``OSError`` unless ``path`` is missing, or a plain file: yours, under one name alone, if ``own``."""
+    """Raise ``OSError`` unless ``path`` is missing or a plain file; with ``own``, also yours and without hard links."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -324,7 +335,7 @@ def require_plain(path: Path, *, own: bool = True) -> None:
 
 
 def open_private(path: Path) -> int:
-    """Open a plain file that only its owner may read or write, created if missing; raises as ``require_plain``."""
+    """Open a plain file, created if missing, for its owner only; return the handle. Raises as ``require_plain``."""
     require_plain(path)
     handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
@@ -336,7 +347,7 @@ def open_private(path: Path) -> int:
 
 
 def is_own_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory of yours, and its disk can be reached."""
+    """Return whether ``path`` is a directory of yours and no link; False if it is missing or cannot be reached."""
     try:
         found = path.lstat()
     except OSError:
@@ -350,5 +361,5 @@ def _require_own(path: Path, found: os.stat_result) -> None:
 
 
 def _is_trusted(found: os.stat_result) -> bool:
-    """Whether it belongs to you or to the administrator."""
+    """Return whether what was found belongs to you or to the administrator."""
     return found.st_uid in (0, os.geteuid())

@@ -23,7 +23,7 @@ TextOf = Callable[[TokenIds], str]
 def entries_with(
     document_id: str, entries: Sequence[Entry], tokens: Sequence[TokenIds], text_of: TextOf | None
 ) -> list[Entry]:
-    """Those of ``entries``, all of one namespace, that carry the document's name, or have its tokens.
+    """Return those of ``entries``, all of one namespace, that carry the document's name, or have its tokens.
 
     ``tokens`` are more forms of its text than the entries with its name have. Without ``text_of``, an entry that cuts
     the document's ends otherwise is found by its name alone.
@@ -38,7 +38,7 @@ def entries_with(
 
 
 def forms_of(document_id: str, entries: Iterable[Entry], tokens: Iterable[TokenIds] = ()) -> list[TokenIds]:
-    """The document's tokens, each form once: ``tokens``, and what entries have where they say that it stands whole."""
+    """Return a document's distinct forms: ``tokens`` and where ordinary entries hold it whole; no short ones."""
     found = list(tokens)
     for reference in (e.reference for e in entries if document_id in e.reference.document_starts):
         span = reference.spans[document_id]
@@ -48,7 +48,7 @@ def forms_of(document_id: str, entries: Iterable[Entry], tokens: Iterable[TokenI
 
 
 def has_form(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> bool:
-    """Whether ``form`` stands in ``token_ids``; its ends may be cut otherwise there, with the same text."""
+    """Return whether ``token_ids`` contain ``form``; with ``text_of``, its ends may be cut otherwise for its text."""
     edge = 0 if text_of is None else min(EDGE_TOKENS, len(form) // 4)
     inner, haystack, width = form[edge : len(form) - edge].tobytes(), token_ids.tobytes(), token_ids.itemsize
     at = haystack.find(inner)
@@ -75,7 +75,7 @@ class Forgotten(NamedTuple):
     def covers(
         self, namespace: str, session: str | None, names: Collection[str], token_ids: TokenIds, text_of: TextOf
     ) -> bool:
-        """Whether a prompt of these ``token_ids``, with documents of these ``names``, has some of it."""
+        """Return whether a prompt of ``token_ids``, with documents of these ``names``, has what was forgotten."""
         if self.namespace not in (None, namespace) or self.session not in (None, session):
             return False
         if self.document_id is None or self.document_id in names:
@@ -89,7 +89,7 @@ class Since:
     _next: tuple[Forgotten, Since] | None = None  # what was forgotten next, and the moment behind it
 
     def forgotten(self) -> Iterator[Forgotten]:
-        """What was forgotten since."""
+        """Yield all that was forgotten after this moment, in order."""
         moment = self
         while moment._next is not None:
             forgotten, moment = moment._next
@@ -106,11 +106,11 @@ class UnderWay:
         self._now = Since()
 
     def begin(self) -> Since:
-        """The present moment, in which a call begins."""
+        """Return the present moment. A call keeps it, and asks it later what was forgotten since."""
         return self._now
 
     def tell(self, forgotten: Forgotten) -> None:
-        """All calls that began must not bring this back."""
+        """Note ``forgotten``: every moment that ``begin`` returned before yields it from now on."""
         later = Since()
         self._now._next = forgotten, later
         self._now = later

@@ -38,6 +38,7 @@ class _Work:
         self._lock = entries.lock
 
     def __enter__(self) -> None:
+        """Take the lock and remove expired entries; release the lock if that fails."""
         self._lock.acquire()
         try:
             self._entries.expire()
@@ -46,6 +47,7 @@ class _Work:
             raise
 
     def __exit__(self, *_: object) -> None:
+        """Commit changes to the catalog (a refusal is counted, not raised), then release the lock."""
         try:
             self._entries.tiers.disk.commit(retry=False)
         finally:
@@ -53,9 +55,7 @@ class _Work:
 
 
 class KVStore:
-    """References by namespace. Thread-safe: every method holds one lock.
-
-    A forked child has a copy, which goes on in memory alone.
+    """References by namespace. Thread-safe: every method holds one lock. A forked child has a copy, in memory alone.
 
     ``clock`` has seconds that only grow; ``wall_clock`` seconds since the epoch, for what outlives the process, which
     may jump. ``min_run_tokens``, at least 1, is the shortest run that ``find_runs`` finds. None if that is never called
@@ -70,6 +70,7 @@ class KVStore:
         *,
         min_run_tokens: int | None = None,
     ) -> None:
+        """Make an empty store. It uses the configured directory only after ``open``."""
         self.config = config
         self.min_run_tokens = min_run_tokens
         self._state: str | None = None
@@ -78,16 +79,16 @@ class KVStore:
         tell_of_forks(self)
 
     def view_state(self, state: str) -> KVStore:
-        """The same store as one state of the model sees it; the disk keeps the first state, ``""``, alone."""
+        """Return a view of this store for one state of the model. They share all; only state ``""`` goes to disk."""
         view = copy(self)
         view._state = state
         return view
 
     def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
-        """Load the entries of the configured directory, if any; how many there are. Reads no KV.
+        """Load the entries of the configured directory; return the store's number of entries. Reads no KV.
 
         ``fingerprint``, hexadecimal digits, identifies the model, which takes KV as ``dtype`` on ``device``. KV of
-        other models is left alone.
+        other models is left alone. Without a configured directory, this does nothing and returns 0.
 
         Raises:
             StoreLockedError: if another process uses the directory with this model.
@@ -99,12 +100,12 @@ class KVStore:
             return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, device)
 
     def close(self) -> None:
-        """Write when each entry was used last, and release the directory. Memory keeps what it holds."""
+        """Write when entries were used last, release the directory, and drop entries whose KV is not all in memory."""
         with self._lock:
             self._entries.close()
 
     def go_on_in_child(self) -> None:
-        """Keep what is in memory; the directory is the parent's."""
+        """In a forked child: make a new lock, leave the directory to the parent, and keep what is all in memory."""
         self._entries.lock = hold_at_forks(threading.Lock())
         self._entries.abandon()
 
@@ -113,21 +114,21 @@ class KVStore:
         return self._entries.lock  # one for all states
 
     def abandon(self) -> None:
-        """Close as soon as no thread holds the lock. Never waits, so the garbage collector may call it anywhere."""
+        """Close once no thread holds the lock. Never waits, so the garbage collector may call it anywhere."""
         do_when_free(self._lock, self._entries.close)
 
     def list_readable(self, namespace: str) -> list[str]:
-        """The namespaces that requests of ``namespace`` may read: itself, then the shared one."""
+        """Return the namespaces that requests of ``namespace`` may read: itself, then the shared one, if any."""
         shared = self.config.shared_namespace
         return [namespace] if shared in (None, namespace) else [namespace, make_plain(shared)]
 
     def find_prefix(
         self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
     ) -> PrefixMatch | None:
-        """The entry that agrees longest with the start of ``token_ids``, and for how many tokens.
+        """Return the entry, with KV, that agrees longest with the start of ``token_ids``, and for how many tokens.
 
         Looks in ``namespace``, in the shared namespace, and at the tainted entry of ``session``, which must agree for
-        longer than the others. Counts as a use of the entry. None if no entry has the first token.
+        longer than the others. Counts a hit and a use; or a miss, and returns None, if no readable entry agrees.
         """
         with _Work(self._entries):
             while True:
@@ -152,11 +153,11 @@ class KVStore:
                     return None
 
     def find_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
-        """Stretches of ``token_ids[start:stop]`` that stand anywhere in entries of ``namespace``; exact KV only.
+        """Return stretches of ``token_ids[start:stop]`` that stand anywhere in ordinary entries of ``namespace``.
 
-        In order, without overlap, each at least ``min_run_tokens`` long and as long as its entry agrees. Every window
-        of ``min_run_tokens`` that occurs in an entry starts inside a run. Gaps are looked for in the shared namespace.
-        Counts as a use of the entries.
+        In order, without overlap, each at least ``min_run_tokens`` long and as long as its entry agrees. Each window of
+        ``min_run_tokens`` in a readable entry starts inside a run. Looks for gaps in the shared namespace. Counts as a
+        use of the entries. Asserts that the store was made with ``min_run_tokens``.
         """
         with _Work(self._entries):
             runs: list[Run] = []
@@ -167,12 +168,12 @@ class KVStore:
             return runs
 
     def put(self, reference: Reference) -> bool:
-        """Store ``reference``; whether it, or a longer entry that begins with it, is in the store afterwards.
+        """Store ``reference``; return whether it, or a longer entry that begins with it, is in the store afterwards.
 
         It replaces the entries that are a prefix of it, and takes over their labels; a prefix on disk stays if this
-        entry could not be written there. A tainted reference replaces the one of its session, and is never pinned. The
-        store refuses, counts and changes nothing if there is no room beside pinned entries, if a tainted reference has
-        no session, or if it is rounded and this store keeps KV as it is.
+        entry could not be written there. An entry that has it already takes its labels. A tainted one replaces that of
+        its session, and is never pinned. Returns False, and counts it as refused, if memory runs out, if there is no
+        room beside pinned entries, if it is tainted without a session, or rounded and this store keeps KV as it is.
 
         Raises:
             ValueError: if its labels cannot be written as JSON; nothing changes.
@@ -197,24 +198,20 @@ class KVStore:
             return True
 
     def fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        """An entry with its KV, by its id. Counts as a use. None if it is not there or cannot be read now."""
+        """Return an entry with its KV, by id; counts as a use. None if it is unknown, damaged or not readable now."""
         try:
             return self._fetch(reference_id, namespace)
         except UnavailableFileError:
             return None
 
     def references(self, namespace: str | None = None) -> list[Reference]:
-        """The references of one namespace, or of all, without KV and without tainted ones; oldest use first."""
+        """Return the ordinary references of one namespace, or of all (None), without KV; oldest use first."""
         with _Work(self._entries):
             entries = sorted(self._entries.select(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
     def fetch_all(self, namespace: str | None = None) -> list[Reference]:
-        """As ``references``, with KV. Counts as a use of each.
-
-        Raises:
-            StoreFileError: if one of them cannot be read now: the others are not all.
-        """
+        """As ``references``, with KV, but for damaged ones. Raises ``StoreFileError`` if one is not readable now."""
         found = [self._fetch(reference.id, reference.namespace) for reference in self.references(namespace)]
         return [reference for reference in found if reference is not None]
 
@@ -228,11 +225,11 @@ class KVStore:
         tokens: Sequence[TokenIds] = (),
         text_of: Callable[[TokenIds], str] | None = None,
     ) -> int:
-        """Drop the entries of ``namespace`` with the document, or of the session (all, if neither is given).
+        """Drop entries of ``namespace`` with the document and of the session, as far as given; return how many.
 
-        Of every state of the model, but for those that ``spare`` is true of. Returns how many. Expired entries do
-        not count, because other calls may have dropped them before. For ``tokens`` and ``text_of`` see
-        ``entries_with``.
+        Of every state of the model, but for those that ``spare`` is true of. Expired entries do not count, because
+        other calls may have dropped them before. For ``tokens`` and ``text_of`` see ``entries_with``. Raises nothing if
+        the disk cannot be written: see ``require_gone``.
         """
         with _Work(self._entries):
             found = self._entries.select(namespace)
@@ -244,17 +241,17 @@ class KVStore:
             return self._entries.remove_all(doomed, self._entries.list_names(namespace))
 
     def find_forms(self, document_id: str, namespace: str, tokens: Sequence[TokenIds]) -> list[TokenIds]:
-        """The tokens of a document: those given, and those where entries say that it stands."""
+        """Return a document's tokens: those given, and those where entries hold it whole; see ``forms_of``."""
         with self._lock:
             return forms_of(document_id, self._entries.select(namespace), tokens)
 
     def clear(self) -> int:
-        """Drop every entry of every namespace; how many there were."""
+        """Drop every entry of every namespace; return how many. If the disk cannot be written, see ``require_gone``."""
         with self._lock:
             return self._entries.remove_all(self._entries.select(None))
 
     def require_gone(self) -> None:
-        """Raise ``StoreWriteError`` if the disk could not be written, and still has what was forgotten last."""
+        """Raise ``StoreWriteError`` if the disk still has some of what was forgotten last. Tries nothing anew."""
         if self._entries.leaves_on_disk:
             raise StoreWriteError(
                 "the store's directory could not be written: what is forgotten is gone from memory, but some of it "
@@ -262,18 +259,18 @@ class KVStore:
             )
 
     def collect_left(self, *namespaces: str) -> dict[str, list[Reference]]:
-        """The references left in those ``namespaces``, and in all that lost entries since the last call."""
+        """Return the references left in ``namespaces`` and in those that lost entries since the last call, by name."""
         with self._lock:
             lost, self._entries.lost = self._entries.lost | set(namespaces), set()
             return {name: [entry.reference for entry in self._entries.select(name)] for name in lost}
 
     def stats(self) -> dict[str, int]:
-        """Number of entries, bytes and bounds by tier, and counts of hits, misses, moves, evictions and troubles."""
+        """Return number of entries, bytes and bounds by tier, counts of hits, misses, moves, evictions and troubles."""
         with self._lock:
             return self._entries.stats()
 
     def check(self) -> None:
-        """The law: bytes are exact and bounded in every tier, ids and namespaces fit, every entry has its KV."""
+        """Assert that bytes are exact and bounded in every tier, ids and namespaces fit, every entry has its KV."""
         with self._lock:
             self._entries.check()
 
@@ -286,6 +283,7 @@ class KVStore:
         return self._entries.namespaces.get(make_space_name(namespace, self._state or ""))
 
     def _put_new(self, space: Namespace, reference: Reference) -> bool:
+        """Store ``reference``, which no entry has yet, and absorb entries that are its prefix; False if refused."""
         layers, reference = reference.layers, replace(reference, layers=())
         entry = Entry(reference, space.tree.insert(reference.token_ids), self._clock())
         node = entry.node
@@ -307,6 +305,7 @@ class KVStore:
         return True
 
     def _put_tainted(self, reference: Reference) -> bool:
+        """Store a tainted reference in memory in place of the one of its session; False if refused."""
         packed = make_if_room(lambda: PackedKV.pack(reference.layers, self.config.kv_bits))
         tiers = self._entries.tiers
         if reference.session is None or packed is None:
@@ -324,13 +323,14 @@ class KVStore:
         return tiers.place(entry.node, packed, None) or self._refuse(entry)
 
     def _refuse(self, entry: Entry | None = None) -> bool:
+        """Remove ``entry``, if given; count a refusal, and return False."""
         if entry is not None:
             self._entries.remove(entry)
         self._entries.counts["refused"] += 1
         return False
 
     def _find_runs(self, token_ids: TokenIds, namespace: str, start: int, stop: int) -> list[Run]:
-        """The runs in one namespace. Searches again if an entry turns out to be gone."""
+        """Return the runs in one namespace, but for KV not readable now. Searches again if an entry is gone."""
         assert self.min_run_tokens is not None, "a store made without min_run_tokens keeps no index of runs"
         while (space := self._find_namespace(namespace)) is not None:
             found = space.find_runs(token_ids[start:stop])

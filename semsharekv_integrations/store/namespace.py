@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """Unique in a store: the reference's id; of a tainted entry, the names of its namespace and session."""
+        """Unique in a store: the reference's id; of a tainted entry, made of its state, namespace and session."""
         reference = self.reference
         if not reference.is_tainted:
             return reference.id
@@ -42,7 +42,7 @@ class Entry:
 
 
 def join_labels(kept: Reference, absorbed: Reference) -> Reference:
-    """Add to ``kept`` the labels of ``absorbed``, its beginning. The shorter lifetime counts."""
+    """Return ``kept`` with the labels of ``absorbed``, its beginning, added. The shorter lifetime counts."""
     lifetimes = [s for s in (kept.expires_after_s, absorbed.expires_after_s) if s is not None]
     spans = {key: min(own, absorbed.spans.get(key, own), key=_order) for key, own in kept.spans.items()}
     return replace(
@@ -54,12 +54,12 @@ def join_labels(kept: Reference, absorbed: Reference) -> Reference:
 
 
 def _order(span: Span) -> tuple[bool, int]:
-    """Sort key for places of one document: those that are known, then the first to end."""
+    """Return a sort key for places of one document: those that are known come first, then the first to end."""
     return span.start == UNPLACED, span.stop
 
 
 def shorten(reference: Reference, num_tokens: int) -> Reference:
-    """The reference of the first ``num_tokens`` tokens of an entry, without KV."""
+    """Return ``reference``, of an entry, for its first ``num_tokens`` tokens, with the labels that lie within them."""
     token_ids = reference.token_ids[:num_tokens]
     return replace(
         reference.labelled(select_within(reference.spans, num_tokens)),
@@ -77,7 +77,7 @@ class Match(NamedTuple):
 
     @property
     def path(self) -> list[Node]:
-        """The nodes that have these tokens."""
+        """The nodes of the entry that have at least one of these tokens."""
         return [node for node in self.entry.node.path() if node.start < self.num_tokens]
 
 
@@ -99,7 +99,7 @@ class Namespace:
         yield from self.tainted.values()
 
     def add(self, entry: Entry) -> None:
-        """Add ``entry``, whose node is in the tree."""
+        """Add ``entry``, with its pin, documents and runs. Its node is in the tree, or alone for a tainted entry."""
         reference, node = entry.reference, entry.node
         node.entries.add(entry.key)
         if reference.is_tainted:
@@ -112,7 +112,7 @@ class Namespace:
             self._runs.add(reference.id, reference.token_ids)
 
     def remove(self, entry: Entry) -> list[Node]:
-        """Remove ``entry``; returns the nodes that no entry needs any more, the last one first."""
+        """Remove ``entry``; return the nodes that no entry needs any more, the last one first."""
         entry.node.entries.discard(entry.key)
         if entry.reference.is_tainted:
             del self.tainted[str(entry.reference.session)]
@@ -124,23 +124,23 @@ class Namespace:
         return self.tree.prune(entry.node)
 
     def purge(self) -> None:
-        """Drop what the index of runs still has of removed entries."""
+        """Drop what the index of runs, if there is one, still has of removed entries."""
         if self._runs is not None:
             self._runs.purge()
 
     def label(self, entry: Entry) -> None:
-        """Note in each node which documents end there: every prompt that goes through the node has them."""
+        """Note in each node of ``entry`` which documents end there: every prompt through the node has them."""
         spans = entry.reference.spans.items()
         for node in entry.node.path() if spans else ():
             node.documents |= {key: span for key, span in spans if node.start < span.stop <= node.stop}
 
     def pin(self, entry: Entry, change: int) -> None:
-        """Count ``change`` pinned entries more in the nodes of ``entry``."""
+        """Add ``change`` to the number of pinned entries of each node of ``entry``."""
         for node in entry.node.path():
             node.pins += change
 
     def find_prefix(self, token_ids: TokenIds, max_tokens: int, session: str | None) -> Match | None:
-        """The entry that agrees longest with ``token_ids``: an ordinary one, unless that of ``session`` is longer."""
+        """Return the entry that agrees longest, None if none does; that of ``session`` only if it agrees longer."""
         node, agreed = self.tree.find(token_ids)
         while agreed and not node.entries:  # any entry that goes through the node will do
             node = next(iter(node.children.values()))
@@ -153,7 +153,7 @@ class Namespace:
         return best if best and best.num_tokens else None
 
     def find_container(self, reference: Reference) -> Entry | None:
-        """An entry that begins with ``reference`` or equals it; a pinned one, if ``reference`` is pinned."""
+        """Return an ordinary entry that begins with ``reference``, pinned if that is pinned; None if there is none."""
         node, agreed = self.tree.find(reference.token_ids)
         if agreed < len(reference.token_ids):
             return None
@@ -161,13 +161,13 @@ class Namespace:
         return next((entry for entry in found if entry.reference.pinned or not reference.pinned), None)
 
     def find_contained(self, entry: Entry) -> list[Entry]:
-        """The entries that ``entry`` replaces: it begins with them, they are not pinned and need not stay."""
+        """Return the entries that ``entry`` replaces: it begins with them, they are not pinned and need not stay."""
         found = [self.ordinary[key] for node in entry.node.path() for key in node.entries if key != entry.key]
         is_on_disk = entry.node.on_disk is not None
         return [other for other in found if not other.reference.pinned and (is_on_disk or not other.stays)]
 
     def find_runs(self, token_ids: TokenIds) -> list[IndexedRun]:
-        """Runs of ``token_ids`` [T] anywhere in ordinary entries, by reference id: see ``RunIndex.find``."""
+        """Return runs of ``token_ids`` [T] in ordinary entries: see ``RunIndex.find``. Makes the index if needed."""
         if self._runs is None:
             assert self._min_run_tokens is not None, "a store made without min_run_tokens finds no runs"
             self._runs = RunIndex(self._min_run_tokens)
@@ -175,16 +175,16 @@ class Namespace:
         return self._runs.find(token_ids)
 
     def find_documents(self, path: list[Node]) -> dict[str, Span]:
-        """The documents that end in the nodes of ``path``."""
+        """Return the documents that end in the nodes of ``path``, with their places."""
         return {key: span for node in path for key, span in node.documents.items()}
 
     @property
     def index_bytes(self) -> int:
-        """Size of the index of runs."""
+        """Size of the index of runs; 0 if it was not made yet."""
         return BYTES_PER_WINDOW * self._runs.num_windows if self._runs is not None else 0
 
     def check(self, name: SpaceName) -> None:
-        """The law: every entry is the path to its node and belongs here, and runs are found in all of them."""
+        """Assert that every entry is the path to its node and belongs here, and that runs are found in all of them."""
         self.tree.check()
         assert self.ordinary or self.tainted, "an empty namespace is kept"
         for key, entry in self.ordinary.items():
@@ -210,6 +210,6 @@ class Namespace:
 
 
 def find_gaps(runs: Iterable[Run], start: int, stop: int) -> list[tuple[int, int]]:
-    """The stretches from ``start`` to ``stop`` that ``runs``, which are in order, leave out."""
+    """Return the stretches from ``start`` to ``stop`` that ``runs``, in order and without overlap, leave out."""
     edges = [start, *(edge for run in runs for edge in (run.start, run.start + run.num_tokens)), stop]
     return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

@@ -50,7 +50,7 @@ class Node:
         return self.start + len(self.token_ids)
 
     def path(self) -> list[Node]:
-        """All nodes from the first token to this one, without the root, which has no tokens."""
+        """Return all nodes from the first token to this one, without the root, which has no tokens."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None and len(node.token_ids):
@@ -59,7 +59,7 @@ class Node:
         return nodes[::-1]
 
     def below(self) -> Iterator[Node]:
-        """This node and all behind it."""
+        """Yield this node and all behind it, parents before children."""
         pending = [self]
         while pending:
             node = pending.pop()
@@ -85,7 +85,7 @@ class RadixTree:
         self._on_split = on_split
 
     def find(self, token_ids: TokenIds) -> Found:
-        """Follow ``token_ids`` [T] as far as the tree agrees."""
+        """Follow ``token_ids`` [T] as far as the tree agrees; return the last node and how many tokens agree."""
         node, agreed = self.root, 0
         while agreed < len(token_ids):
             child = node.children.get(int(token_ids[agreed]))
@@ -98,14 +98,14 @@ class RadixTree:
         return Found(node, agreed)
 
     def insert(self, token_ids: TokenIds) -> Node:
-        """The node that ends with the last of ``token_ids`` [T]. A new node has no KV."""
+        """Return the node that ends with the last of ``token_ids`` [T]; split or add one if needed, without KV."""
         node, agreed = self.find(token_ids)
         if agreed < node.stop:
             node = self._split(node, agreed - node.start)
         return node if agreed == len(token_ids) else self.attach(node, token_ids[agreed:])
 
     def attach(self, parent: Node, token_ids: TokenIds, node_id: str | None = None) -> Node:
-        """Add a node behind ``parent``, none of whose children begins with the same token."""
+        """Add a node behind ``parent`` and return it. Asserts that no child begins with the same token."""
         assert int(token_ids[0]) not in parent.children
         node = Node(token_ids, parent, parent.stop, id=node_id or uuid.uuid4().hex)
         parent.children[int(token_ids[0])] = node
@@ -113,7 +113,7 @@ class RadixTree:
 
     @staticmethod
     def prune(node: Node) -> list[Node]:
-        """Remove ``node`` and those before it, as far as no entry needs them; returns them, the last one first."""
+        """Remove ``node`` and those before it, as far as no entry needs them; return them, the last one first."""
         gone = []
         while node.parent is not None and not node.entries and not node.children:
             gone.append(node)
@@ -122,11 +122,11 @@ class RadixTree:
         return gone
 
     def nodes(self) -> Iterator[Node]:
-        """All but the root, parents before children."""
+        """Yield all nodes but the root, parents before children."""
         return (node for node in self.root.below() if node is not self.root)
 
     def _split(self, node: Node, num_tokens: int) -> Node:
-        """Put a new node with the first tokens of ``node`` before it."""
+        """Move the first tokens of ``node`` to a new node before it, call ``on_split``, and return the new node."""
         assert node.parent is not None and 0 < num_tokens < len(node.token_ids)
         upper = Node(node.token_ids[:num_tokens], node.parent, node.start, pins=node.pins, hits=node.hits)
         node.parent.children[int(upper.token_ids[0])] = upper
@@ -138,7 +138,7 @@ class RadixTree:
         return upper
 
     def check(self) -> None:
-        """The law: tokens are ordered from the root on, no node is empty or superfluous."""
+        """Assert that tokens are ordered from the root on, and that no node is empty or superfluous."""
         for parent in self.root.below():
             for token, node in parent.children.items():
                 assert len(node.token_ids) > 0 and token == node.token_ids[0] and node.parent is parent

@@ -69,13 +69,13 @@ class Contents(NamedTuple):
 
 
 def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
-    """A stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
+    """Return a stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
     owner = hashlib.blake2b(namespace.encode(), key=state.encode()).digest()
     return hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=owner).hexdigest()
 
 
 def pack_labels(reference: Reference) -> dict[str, Any]:
-    """What is known of a reference beside its KV, as JSON can hold it."""
+    """Return documents, segments, session, pin and lifetime of a reference as JSON can hold them."""
     return {
         "document_starts": dict(reference.document_starts),
         "document_stops": dict(reference.document_stops),
@@ -89,7 +89,7 @@ def pack_labels(reference: Reference) -> dict[str, Any]:
 def unpack_reference(
     labels: Mapping[str, Any], namespace: str, token_ids: TokenIds, layers: Sequence[LayerKV] = ()
 ) -> Reference:
-    """A reference with the labels that ``pack_labels`` made."""
+    """Return a reference with the labels that ``pack_labels`` made, also in earlier versions. Checks none of them."""
     starts, stops = labels["document_starts"], labels.get("document_stops")
     if stops is None:  # earlier versions wrote them for their own segments alone
         stops = {key: stop for key, start, stop in labels["segments"] if starts.get(key) == start}
@@ -109,10 +109,7 @@ def unpack_reference(
 
 
 def require_writable(reference: Reference) -> None:
-    """Raise ``ValueError`` unless the labels of a reference can be written.
-
-    Labels that cannot must not even wait to be written: the transaction that has them would fail with all it has.
-    """
+    """Raise ``ValueError`` unless a reference's labels can be written: others would fail a whole transaction."""
     names = [reference.namespace, *reference.document_starts, *(segment.document_id for segment in reference.segments)]
     for name in names if reference.session is None else [*names, reference.session]:
         require(isinstance(name, str) and is_utf8(name), "a name in a reference", name, f"a string{IN_UTF8}")
@@ -124,7 +121,7 @@ def require_writable(reference: Reference) -> None:
 
 
 def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
-    """The records that can be used, given the sizes of the KV files on disk; parents stand before children.
+    """Return the records that can be used, given the sizes of the KV files on disk; parents stand before children.
 
     A file must have the bytes recorded, at least one for each token; a node its KV in such a file, and a sound parent
     in its namespace; an entry a sound node in its namespace, and its segments within the tokens up to there. Nodes that
@@ -155,7 +152,7 @@ def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
 
 
 def keep_rooted(nodes: Iterable[NodeRecord]) -> list[NodeRecord]:
-    """The nodes whose ancestors are all there, in the same namespace; parents stand before children."""
+    """Return the nodes whose ancestors are all there, in the same namespace; parents stand before children."""
     children: dict[str | None, list[NodeRecord]] = defaultdict(list)
     for node in nodes:
         children[node.parent].append(node)
@@ -166,12 +163,12 @@ def keep_rooted(nodes: Iterable[NodeRecord]) -> list[NodeRecord]:
 
 
 def fits(node: NodeRecord, file: FileRecord) -> bool:
-    """Whether ``file`` has KV for every token of ``node``, which has some."""
+    """Return whether ``node`` has tokens and ``file`` has KV for every one of them."""
     return 0 <= node.first < node.first + len(node.token_ids) <= file.num_tokens
 
 
 def is_sound(record: FileRecord | NodeRecord | EntryRecord) -> bool:
-    """Whether every field of ``record`` is of its type, and within its bounds."""
+    """Return whether every field of ``record`` is of its type, and within its bounds."""
     return all(rule(getattr(record, name)) for name, rule in _RULES[type(record)].items())
 
 
@@ -192,7 +189,7 @@ def _is_position(value: Any, least: int = 0) -> bool:
 
 
 def has_token_ids(value: Any) -> bool:
-    """Whether it is an array of at least one id."""
+    """Return whether ``value`` is a one-dimensional array of at least one id, none negative."""
     return isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 0 and bool((value >= 0).all())
 
 
@@ -205,6 +202,7 @@ def _has_segments(value: object) -> bool:
 
 
 def _is_segment(value: object) -> bool:
+    """Return whether ``value`` is a list of a name, a start, and a stop that is not before the start."""
     if not (isinstance(value, list) and len(value) == 3):
         return False
     name, start, stop = value
@@ -212,6 +210,7 @@ def _is_segment(value: object) -> bool:
 
 
 def _has_labels(value: object) -> bool:
+    """Return whether ``value`` has all labels of the first version, and whether these and any later ones are sound."""
     if not isinstance(value, Mapping) or not all(name in value and rule(value[name]) for name, rule in _LABELS.items()):
         return False
     later = all(rule(value[name]) for name, rule in _LATER_LABELS.items() if name in value)

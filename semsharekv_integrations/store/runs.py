@@ -78,10 +78,7 @@ _NOTHING = _Block(np.empty(0, np.uint64), np.empty(0, np.int64))
 
 
 class RunIndex:
-    """Sequences by key, found by any stretch of them. Not safe to use from several threads by itself.
-
-    ``min_run_tokens`` is the length of the windows, so of the shortest run that is found.
-    """
+    """Sequences by key, found by any ``min_run_tokens`` tokens (a window) or more in a row. Not thread-safe."""
 
     def __init__(self, min_run_tokens: int) -> None:
         self.min_run_tokens = min_run_tokens
@@ -93,11 +90,11 @@ class RunIndex:
         self._blocks: list[_Block] = []  # older ones first
 
     def add(self, key: str, token_ids: TokenIds) -> None:
-        """Index a sequence [S], which must not change from now on, under a key that is not there."""
+        """Index a sequence [S], which must not change from now on. Asserts that ``key`` is not there."""
         self.add_all([(key, token_ids)])
 
     def add_all(self, sequences: Iterable[tuple[str, TokenIds]]) -> None:
-        """As ``add`` for each, sorted once."""
+        """Index all ``sequences`` as ``add`` does, but sort them once."""
         new = [block for block in (self._number(*sequence) for sequence in sequences) if len(block.hashes)]
         if new:
             self._blocks.append(new[0] if len(new) == 1 else _sort(new))
@@ -105,7 +102,7 @@ class RunIndex:
             self._blocks[-2:] = [self._merge(*self._blocks[-2:])]
 
     def remove(self, key: str) -> None:
-        """Forget a sequence; it is not found from now on."""
+        """Forget a sequence: it is not found from now on, but its windows may stay in memory until a purge."""
         number = self._numbers.pop(key)
         self._num_live_windows -= self._sources.pop(number).num_windows
         self._live[number] = False
@@ -126,7 +123,7 @@ class RunIndex:
         self._live = np.arange(64 + 2 * len(self._sources)) < len(self._sources)
 
     def find(self, token_ids: TokenIds) -> list[IndexedRun]:
-        """Runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
+        """Return runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
 
         A run goes on for as long as its source agrees. Every window of the prompt that occurs in a sequence starts
         inside a run. Of several occurrences the longest is taken, among the latest few and those beside which the run
@@ -156,7 +153,7 @@ class RunIndex:
 
     @property
     def keys(self) -> set[str]:
-        """Of all sequences that can be found."""
+        """Keys of all sequences that can be found."""
         return set(self._numbers)
 
     @property
@@ -165,7 +162,7 @@ class RunIndex:
         return sum(len(block.hashes) for block in self._blocks)
 
     def check(self) -> None:
-        """The law: blocks are ordered and few, exactly the windows of live sequences are found, the rest is bounded."""
+        """Assert that blocks are ordered and few, just the windows of live sequences are found, all is bounded."""
         assert {source.key: number for number, source in self._sources.items()} == self._numbers
         assert set(np.flatnonzero(self._live).tolist()) == set(self._sources), "what is live"
         assert self._num_live_windows == sum(source.num_windows for source in self._sources.values())
@@ -183,12 +180,13 @@ class RunIndex:
         assert len(found) == self._num_live_windows, "a window is indexed twice"
 
     def _match(self, token_ids: TokenIds, start: int, window_hash: np.uint64, expected: int | None) -> _Match | None:
-        """The longest run from ``start`` on, then the nearest to the ``expected`` place in its source, then the newest.
+        """Return the longest run from ``start`` on; of equals, the nearest to ``expected``, then the newest.
 
         None if all that the hash found is another window.
         """
 
         def rank(match: _Match) -> tuple[float, ...]:
+            """Return a sort key: length, then nearness to ``expected`` (only in its source), then place."""
             nearness = float("-inf")
             if expected is not None and match.place >> POSITION_BITS == expected >> POSITION_BITS:
                 nearness = -abs(match.place - expected)
@@ -202,7 +200,7 @@ class RunIndex:
         return best if best is not None and best.num_tokens >= self.min_run_tokens else None
 
     def _find_candidates(self, window_hash: np.uint64, expected: int | None) -> set[int]:
-        """The latest live places of a hash, and the expected one with those just before and behind it."""
+        """Return the latest live places of a hash, and the expected one with those just before and behind it."""
         places: list[int] = []
         beside: list[int] = [] if expected is None else [expected]
         for block in reversed(self._blocks):
@@ -217,7 +215,7 @@ class RunIndex:
         return {*places, *beside}
 
     def _merge(self, older: _Block, newer: _Block) -> _Block:
-        """One block for two, the older before the newer among equal hashes, without what was removed."""
+        """Return one block for two, the older before the newer among equal hashes, without what was removed."""
         older, newer = older.keep_live(self._live), newer.keep_live(self._live)
         inserted = older.hashes.searchsorted(newer.hashes, side="right") + np.arange(len(newer.hashes))
         is_older = np.ones(len(older.hashes) + len(newer.hashes), dtype=bool)
@@ -228,7 +226,7 @@ class RunIndex:
         return merged
 
     def _number(self, key: str, token_ids: TokenIds) -> _Block:
-        """The windows of a new source, under the next number."""
+        """Register a source under the next number, and return a block of its windows. Asserts that ``key`` is new."""
         assert key not in self._numbers
         hashes = window_hashes(token_ids, self.min_run_tokens)
         positions = order_windows(hashes, self.min_run_tokens)
@@ -243,7 +241,7 @@ class RunIndex:
 
 
 def window_hashes(token_ids: TokenIds, num_tokens: int) -> Hashes:
-    """Hash of each window of ``num_tokens`` tokens, [T - num_tokens + 1], in time linear in T."""
+    """Return the hash of each window of ``num_tokens`` tokens, [T - num_tokens + 1] or [0], in time linear in T."""
     num_windows = max(len(token_ids) - num_tokens + 1, 0)
     powers = np.full(len(token_ids), BASE, dtype=np.uint64).cumprod()  # [T]
     sums = np.concatenate([np.zeros(1, np.uint64), (token_ids.astype(np.uint64) * powers).cumsum()])  # [T + 1]
@@ -252,7 +250,7 @@ def window_hashes(token_ids: TokenIds, num_tokens: int) -> Hashes:
 
 
 def order_windows(hashes: Hashes, num_tokens: int) -> Positions:
-    """Positions of windows, ordered by hash, then position, leaving out those that overlap an equal one before.
+    """Return positions of windows by hash, then position, without those that overlap an equal one before.
 
     So the first window stands for all of a stretch that repeats itself (a ruled line, blanks), which would else crowd
     out every other occurrence; it is also the one that agrees with a prompt for longest.
@@ -263,7 +261,7 @@ def order_windows(hashes: Hashes, num_tokens: int) -> Positions:
 
 
 def common_extension_tokens(first: TokenIds, second: TokenIds) -> int:
-    """As ``common_prefix_tokens``, in time linear in the answer instead of the lengths."""
+    """As ``count_common_tokens``, in time linear in the answer instead of the lengths."""
     shared, step = 0, FIRST_STEP_TOKENS
     while True:
         equal = count_common_tokens(first[shared : shared + step], second[shared : shared + step])
@@ -274,14 +272,14 @@ def common_extension_tokens(first: TokenIds, second: TokenIds) -> int:
 
 
 def _sort(blocks: list[_Block]) -> _Block:
-    """One block for several, the older ones first among equal hashes."""
+    """Return one block for several, the older ones first among equal hashes."""
     hashes, places = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
     order = hashes.argsort(kind="stable")
     return _Block(hashes[order], places[order])
 
 
 def _take_latest(places: Places, live: Live, count: int) -> Places:
-    """The last ``count`` live ones of ``places``."""
+    """Return the last ``count`` live ones of ``places``, in their order; fewer if there are no more."""
     found, stop = places[:0], len(places)
     while stop > 0 and len(found) < count:
         part = places[max(stop - SCANNED_AT_ONCE, 0) : stop]
@@ -291,7 +289,7 @@ def _take_latest(places: Places, live: Live, count: int) -> Places:
 
 
 def _find_live(block: _Block, hashes: Hashes, live: Live) -> NDArray[np.bool_]:
-    """Whether ``block`` has a live window of each hash [T]: looks at the latest one, then at earlier ones."""
+    """Return for each hash [T] whether ``block`` has a live window of it: looks at the latest ones first."""
     hits = np.zeros(len(hashes), dtype=bool)
     at = block.hashes.searchsorted(hashes, side="right") - 1
     pending = np.arange(len(hashes))

@@ -51,10 +51,7 @@ class _Rank(NamedTuple):
 
 
 class Tier:
-    """Counts the bytes of nodes against a bound, and ranks the nodes; its caller moves the KV.
-
-    ``eviction`` is ``value`` as above, or ``lru``: least recently used first, whatever it was.
-    """
+    """Counts bytes of nodes against a bound, and ranks them: by ``value`` as above, or ``lru``. Moves no KV."""
 
     def __init__(self, name: str, max_bytes: int, eviction: Eviction = "value") -> None:
         self.name = name
@@ -71,20 +68,20 @@ class Tier:
         self._clock = 0.0
 
     def add(self, node: Node, num_bytes: int) -> None:
-        """Count ``node``, which is not here yet."""
+        """Count ``node``, which must not be here yet, and rank it. Checks no bound."""
         assert node not in self.sizes
         self.sizes[node] = num_bytes
         self.num_bytes += num_bytes
         self._rank(node)
 
     def remove(self, node: Node) -> None:
-        """Count ``node`` no longer."""
+        """Count and rank ``node``, which must be here, no longer."""
         num_bytes = self.sizes.pop(node)
         self.num_bytes -= num_bytes
         self._drop_rank(node, num_bytes)
 
     def shrink(self, node: Node, num_bytes: int) -> None:
-        """Reduce ``node`` to ``num_bytes``; no use."""
+        """Count ``num_bytes`` for ``node`` in place of what it had. No use: its rank stays."""
         freed = self.sizes[node] - num_bytes
         self.sizes[node] = num_bytes
         self.num_bytes -= freed
@@ -97,7 +94,7 @@ class Tier:
         self._rank(node)
 
     def can_hold(self, num_bytes: int, protected: Collection[Node]) -> bool:
-        """Whether ``num_bytes`` fit beside pinned and ``protected`` nodes."""
+        """Return whether ``num_bytes`` would fit beside pinned and ``protected`` nodes. Evicts nothing."""
         missing = self.num_bytes + num_bytes - self.max_bytes
         for node, size in self.sizes.items():
             if missing <= 0:
@@ -107,7 +104,7 @@ class Tier:
         return missing <= 0
 
     def choose_victim(self, protected: Collection[Node], novel_bytes: int) -> Node | None:
-        """The node to evict next, or None: never a pinned or ``protected`` one; ``novel_bytes`` are about to come."""
+        """Return the node to evict next, never a pinned or ``protected`` one, or None, before ``novel_bytes`` come."""
         novel = next((node for node in self._novel if not node.pins and node not in protected), None)
         crowded = self._novel_bytes + novel_bytes > NOVEL_SHARE * self.max_bytes
         if novel is not None and (crowded or self._eviction == "lru"):
@@ -118,7 +115,7 @@ class Tier:
         return proven or novel
 
     def check(self) -> None:
-        """The law: bytes are exact and bounded, and every node is ranked once."""
+        """Assert that bytes are exact and bounded, and every node is ranked once."""
         assert self.num_bytes == sum(self.sizes.values()) <= self.max_bytes, f"bytes of tier {self.name}"
         assert self._novel_bytes == sum(self.sizes[node] for node in self._novel)
         ranked = {self._by_order[rank.order] for rank in self._proven if rank.order in self._by_order}
@@ -126,6 +123,7 @@ class Tier:
         assert ranked == set(self._ranks) and set(self.sizes) == ranked | set(self._novel), "unranked nodes"
 
     def _rank(self, node: Node) -> None:
+        """Put ``node`` last among the novel (``lru``: always) or, if reused, among the proven by what it saves."""
         if node.hits == 0 or self._eviction == "lru":
             self._novel[node] = None
             self._novel_bytes += self.sizes[node]
@@ -139,6 +137,7 @@ class Tier:
             heapq.heapify(self._proven)
 
     def _drop_rank(self, node: Node, num_bytes: int) -> None:
+        """Take ``node``, which has ``num_bytes``, out of the novel and the proven."""
         if node in self._novel:
             del self._novel[node]
             self._novel_bytes -= num_bytes
@@ -147,6 +146,7 @@ class Tier:
             del self._by_order[rank.order]
 
     def _find_least_proven(self, protected: Collection[Node]) -> Node | None:
+        """Return the proven node of lowest rank that is not pinned or ``protected``, or None. Drops stale ranks."""
         kept = []
         found = None
         while self._proven and found is None:
@@ -163,12 +163,10 @@ class Tier:
 
 
 class Tiers:
-    """Keeps the KV of nodes. Not thread-safe.
-
-    ``lose`` drops all entries that end with a node without children, whose KV no tier keeps any more.
-    """
+    """Keeps the KV of nodes. Not thread-safe. ``lose`` drops the entries that end with a leaf without KV."""
 
     def __init__(self, config: StoreConfig, lose: Callable[[Node], None]) -> None:
+        """Make empty tiers; the disk tier keeps nothing until a directory is attached."""
         self._lose = lose
         self._rounds = config.kv_bits is not None
         self.counts: Counter[str] = Counter()
@@ -177,7 +175,7 @@ class Tiers:
         self.disk = DiskTier(Tier(DISK, config.disk_max_bytes, config.eviction), self.counts, self._give_up)
 
     def place(self, node: Node, packed: PackedKV, namespace: str | None) -> bool:
-        """Keep the KV of a new node in memory and, if ``namespace`` is given, on disk; whether any tier had room.
+        """Keep the KV of a new node in memory and, with a ``namespace``, on disk; return whether any tier took it.
 
         Demotes or evicts others for it, unless there can be no room. Counts as a use of the nodes before it.
         """
@@ -190,7 +188,7 @@ class Tiers:
         return node.held is not None or saved
 
     def load(self, path: Sequence[Node], protected: Collection[Node]) -> list[PackedKV]:
-        """The KV of nodes, ready for the model, promoted where there is room. Counts as a use.
+        """Return the KV of the nodes of ``path``, promoted where there is room. Counts as a use of them.
 
         Never evicts ``protected`` nodes; ``path`` must be among them.
 
@@ -206,7 +204,7 @@ class Tiers:
         return pieces
 
     def touch(self, path: Sequence[Node]) -> None:
-        """Make the nodes the most recent ones; of them, the last of ``path`` is the least recent."""
+        """Make the nodes the most recent ones; of them, the last of ``path`` is the least recent. Adds no hit."""
         for node in reversed(path):
             if node.tier is not None:
                 node.tier.use(node)
@@ -214,13 +212,13 @@ class Tiers:
                 self.disk.tier.use(node)
 
     def drop(self, nodes: Sequence[Node], keys: Iterable[str]) -> None:
-        """Drop the KV of nodes that left their tree, and the records of the entries ``keys``."""
+        """Drop the KV of nodes that left their tree; the next commit deletes them and the entries ``keys`` on disk."""
         for node in nodes:
             self._take_out(node)
         self.disk.drop(nodes, keys)
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """Divide the KV of ``lower``, whose first tokens ``upper`` took over."""
+        """Divide the KV of ``lower``, in memory and on disk; ``upper`` has taken over its first tokens."""
         if lower.held is not None and lower.tier is not None:
             whole, num_tokens = lower.held, len(upper.token_ids)
             lower.held = _take_part(whole, num_tokens, whole.num_tokens)
@@ -229,7 +227,7 @@ class Tiers:
         self.disk.split(upper, lower, namespace)
 
     def check(self, nodes: Collection[Node], written: set[str]) -> None:
-        """The law: tiers hold exactly what ``nodes``, which are all, say of themselves; the catalog has ``written``."""
+        """Assert that tiers hold exactly what ``nodes``, which are all, say; and the catalog the keys ``written``."""
         for tier in self.memory:
             held = {node: node.held.num_bytes for node in nodes if node.held is not None and node.tier is tier}
             assert tier.sizes == held, f"tier {tier.name} differs from its nodes"
@@ -241,7 +239,7 @@ class Tiers:
         self.disk.check(nodes, written)
 
     def _make_room(self, tier: Tier, num_bytes: int, protected: Collection[Node], *, novel: bool = True) -> bool:
-        """Demote nodes of ``tier`` until ``num_bytes`` fit; whether they do."""
+        """Demote nodes of ``tier`` until ``num_bytes`` fit. Return False, and demote none, if they cannot fit."""
         if not tier.can_hold(num_bytes, protected):
             return False
         while tier.num_bytes + num_bytes > tier.max_bytes:
@@ -271,14 +269,14 @@ class Tiers:
             self._give_up(node)
 
     def _give_up(self, node: Node) -> None:
-        """Lose a node, or the last one behind it."""
+        """Lose ``node`` or, if it has children, one node without any behind it; count its entries as evicted."""
         while node.children:
             node = next(iter(node.children.values()))
         self.counts["evicted"] += len(node.entries)
         self._lose(node)
 
     def _raise(self, node: Node, protected: Collection[Node]) -> PackedKV:
-        """Its KV, in the highest tier that has room."""
+        """Return the KV of ``node``, promoted to the highest tier with room. Raises as ``load``; logs bad files."""
         try:
             packed = node.held or self.disk.read(node)
         except UnavailableFileError:
@@ -297,6 +295,7 @@ class Tiers:
         return packed
 
     def _promote(self, node: Node, packed: PackedKV, tier: Tier, protected: Collection[Node]) -> PackedKV:
+        """Move ``node`` to ``tier``; return its KV. If memory runs out, return it unmoved or raise ``Unreadable``."""
         former = node.tier
         self._take_out(node)  # first, so that what must go from the device finds room on the host
         self._make_room(tier, packed.num_bytes, protected, novel=False)
@@ -318,19 +317,19 @@ class Tiers:
         tier.add(node, packed.num_bytes)
 
     def _take_out(self, node: Node) -> None:
-        """Drop ``node`` from memory."""
+        """Drop ``node`` from memory, if it is there."""
         if node.tier is not None:
             node.tier.remove(node)
         node.held = node.tier = None
 
 
 def _move(packed: PackedKV, device: torch.device, *, copied: bool = False) -> PackedKV | None:
-    """``packed`` on ``device``, or None if there is no memory for it."""
+    """Return ``packed`` on ``device``, always as a copy if ``copied``; None (logged) if there is no memory for it."""
     return make_if_room(lambda: packed.copy_to(device) if copied else packed.move_to(device))
 
 
 def _take_part(whole: PackedKV, start: int, stop: int) -> PackedKV:
-    """Some tokens of ``whole``, copied if there is memory for it."""
+    """Return the tokens of ``whole`` from ``start`` to ``stop``: a copy or, if there is no memory for it, a view."""
     try:
         return whole.copy_part(start, stop)
     except OUT_OF_MEMORY:

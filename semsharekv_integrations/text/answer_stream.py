@@ -22,7 +22,7 @@ _FIRST_MARKER = 0xD800  # lone surrogates stand for special tokens, as no decode
 
 
 class AnswerReaderFactory:
-    """Makes the readers of one model's answers, which raises what ``GrammarFactory`` does."""
+    """Makes a reader for each answer of one model. Its methods raise what those of ``GrammarFactory`` raise."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -30,14 +30,14 @@ class AnswerReaderFactory:
         self._grammars = GrammarFactory(tokenizer, end_ids)
 
     def begin_plain(self, stop: Sequence[str], json_schema: Mapping[str, Any] | None) -> AnswerReader:
-        """Make the reader of an answer without tool calls; of JSON if ``json_schema`` is not None."""
+        """Make the reader of an answer without tool calls. A ``json_schema`` constrains the answer to such JSON."""
         constraint = None if json_schema is None else self._grammars.build_json(json_schema)
         return AnswerReader(TextStream(self._tokenizer, stop, special=self._special), constraint)
 
     def begin_calling(
         self, stop: Sequence[str], tool_format: ToolFormat, tools: Sequence[Tool], choice: str
     ) -> AnswerReader:
-        """Make the reader of an answer that may call ``tools``; ``choice`` is any tool choice but ``none``."""
+        """Make the reader of an answer that may call ``tools``; ``choice`` is ``auto``, ``any`` or the name of one."""
         by_name = {tool["function"]["name"]: tool for tool in tools}
         special = [text for text in stop if any(token in text for token in self._special.values())]
         stream = TextStream(self._tokenizer, special, tool_format.find_marks(self._tokenizer), self._special, stop)
@@ -50,10 +50,10 @@ class AnswerReaderFactory:
 
 
 class AnswerReader:
-    """Reads the text and the tool calls of one answer as it grows.
+    """Turns the tokens of one answer into its visible text and its tool calls, as it grows.
 
     Args:
-        stream: tokens to text; where calls may come, it goes on at stop strings that name no special tokens.
+        stream: turns tokens into text; where calls may come, it ends only at stop strings that name special tokens.
         stop: strings that end the visible text where calls may come; within a call they mean nothing.
     """
 
@@ -71,11 +71,11 @@ class AnswerReader:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string ended it."""
+        """True once a stop string has ended the visible text."""
         return self._stream.stopped or self._stop.stopped
 
     def push(self, token_id: int) -> AnswerPart:
-        """Take one more token; return what became certain with it."""
+        """Take one more token. Return the text and the complete calls that became certain with it, if any."""
         part = AnswerPart(self._stream.push(token_id))
         if self._parser is None:
             return part
@@ -83,7 +83,7 @@ class AnswerReader:
         return part._replace(text=self._stop.push(part.text))
 
     def finish(self) -> AnswerPart:
-        """Return what was held back until now; nothing if a stop string ended the visible text."""
+        """Return the text and the calls held back until now. Nothing that stands behind a stop string is in it."""
         if self._stop.stopped:
             return AnswerPart()
         rest = self._stream.finish()
@@ -94,12 +94,10 @@ class AnswerReader:
 
 
 class TextStream:
-    """The text of one generation as it grows.
-
-    Decoding starts a few tokens back, since some tokenizers put a space before a token only behind another one.
+    """Turns the tokens of one generation into its text, as it grows, up to a stop string.
 
     Args:
-        marks: special tokens that are part of the text.
+        marks: special tokens whose text is kept.
         token_stop: strings that end the text where they name a special token or half of one; ``stop`` if None.
     """
 
@@ -120,32 +118,33 @@ class TextStream:
         self._token_stop = StopStrings(with_tokens)
         self._endings = {id_ for id_, marker in self._markers.items() if marker in with_tokens}
         self._ids: list[int] = []
-        self._context_start = 0  # decoding starts here
+        self._context_start = 0  # decoding starts here: some tokenizers space a token only behind another
         self._text_start = 0  # tokens before this are in the text already
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string is complete."""
+        """True once a stop string is complete."""
         return self._stop.stopped or self._token_stop.stopped
 
     def push(self, token_id: int) -> str:
-        """Take one more token; return the text that became certain with it."""
+        """Take one more token. Return the text that became certain with it, or an empty string."""
         self._ids.append(token_id)
         ends = token_id in self._endings
         return self._release(self._decode_new(final=ends) + self._markers.get(token_id, ""), final=ends)
 
     def finish(self) -> str:
-        """Return the text held back until now; nothing if a stop string ended it."""
+        """Return the text held back until now; an empty string if a stop string has ended the text."""
         return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
 
     def _release(self, text: str, *, final: bool) -> str:
-        """Return what certainly stands before a stop string, without the markers of special tokens."""
+        """Return the text before a stop string, without markers. Hold back what may begin one, unless ``final``."""
         if self._markers:
             text = self._token_stop.push(text, final=final)
             text = "".join(char for char in text if char not in self._markers.values())
         return self._stop.push(text, final=final or self._token_stop.stopped)
 
     def _decode_new(self, *, final: bool) -> str:
+        """Return the text of the latest tokens. It is empty while a character is incomplete, unless ``final``."""
         context = self._decode(self._ids[self._context_start : self._text_start])
         whole = self._decode(self._ids[self._context_start :])
         if len(whole) <= len(context) or (whole.endswith(_INCOMPLETE) and not final):
@@ -159,7 +158,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Ends a text at the first of the strings ``stop`` that is complete."""
+    """Cuts off a text before the first of the strings ``stop`` that is complete."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stopped = False
@@ -167,7 +166,7 @@ class StopStrings:
         self._held = ""  # may be the start of a stop string
 
     def push(self, text: str, *, final: bool = False) -> str:
-        """Return what certainly stands before a stop string, all of it if ``final``; set ``stopped`` at a whole one."""
+        """Return the text before a stop string; set ``stopped`` at one. Hold what may begin one, unless ``final``."""
         self._held += text
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -181,16 +180,16 @@ class StopStrings:
 
 
 def collect_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Collect the tokens that are no text, by id: those that the tokenizer has a use for, or marks as special."""
+    """Return the texts of special tokens by id: those that the tokenizer has a use for, or marks as special."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return named | added
 
 
 def _mark_tokens(stop: Sequence[str], special: Mapping[str, int]) -> tuple[list[str], dict[int, str]]:
-    """Put one marker character for each special token that a stop string names; return these strings and markers by id.
+    """Return the stop strings that name special tokens, with a marker character for each token, and the markers by id.
 
-    A special token that begins or ends with a stop string is one itself, as it is to transformers.
+    A special token that begins or ends with a stop string counts as a stop string itself, as it does to transformers.
     """
     halved = {token for token in special if any(token.startswith(text) or token.endswith(text) for text in stop)}
     named = sorted(halved.union(token for token in special if any(token in text for text in stop)), key=len)[::-1]

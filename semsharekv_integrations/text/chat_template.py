@@ -41,24 +41,24 @@ class ChatTemplate:
 
     @cached_property
     def tool_format(self) -> ToolFormat:
-        """How the model writes tool calls."""
+        """The way the model writes tool calls, learnt from its template at first use."""
         return ToolFormat.learn(self._tokenizer)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends an answer: without a template, the beginning of the next turn, which no special token marks."""
+        """The strings that end an answer: none with a template, else the beginnings of the next turn ("user:")."""
         if self._tokenizer.chat_template is not None:
             return ()
         return tuple(f"\n{name}:" for role in _SPEAKERS for name in (role, role.capitalize()))
 
     def render(self, messages: Messages, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None) -> str:
-        """Render checked messages as text; a last assistant message is left open, to be continued.
+        """Return checked messages as text. A last answer is left open. Warns if the template leaves out what was said.
 
         Args:
-            variables: more of them for the template, none of ``RENDERING_OPTIONS``.
+            variables: more variables for the template, none of ``RENDERING_OPTIONS``. Warns of those it does not read.
 
         Raises:
-            PromptError: if the template refuses them in every form.
+            PromptError: if the template refuses the messages in every form.
         """
         template = self._tokenizer.chat_template
         if "developer" not in str(template):
@@ -75,7 +75,7 @@ class ChatTemplate:
         return self._render_first_whole(_add_parts(_list_forms(messages, form)), options)
 
     def _render_first_whole(self, forms: Iterable[Messages], options: Mapping[str, Any]) -> str:
-        """Return the first form's text that leaves nothing out; else the first that there is, with a warning."""
+        """Return the first text that leaves nothing out, else the first, with a warning; ``PromptError`` if none."""
         partial, refusal, refused = None, None, []
         for messages in forms:
             try:
@@ -96,9 +96,9 @@ class ChatTemplate:
         return partial
 
     def _render_behind_mark(self, forms: Iterable[Messages], options: Mapping[str, Any]) -> str | None:
-        """Render the first form with its last answer behind the mark of the turn, as it is, or return None.
+        """Return the text of the first form that works with its last answer unchanged behind its turn's mark, or None.
 
-        For templates that change an answer, as those do that strip reasoning from it, so that none can be left open.
+        For templates that change an answer, as those that strip reasoning from it, so that it cannot be left open.
         """
         for messages in filter(_is_open, forms):
             with suppress(*TEMPLATE_ERRORS):
@@ -112,7 +112,7 @@ class ChatTemplate:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **ends, **options))
 
     def _warn_of_unread(self, names: Iterable[str]) -> None:
-        """Say which variables the chat template does not mention, so that they change nothing."""
+        """Warn of variables that the chat template does not mention, so that they change nothing."""
         template = str(self._tokenizer.chat_template)
         unread = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
         if unread:
@@ -152,13 +152,13 @@ def _is_open(messages: Messages) -> bool:
 
 
 def _join(before: str, answer: str) -> str:
-    """Put the answer behind its turn's mark, which may hold the first of it, such as the opening of thoughts."""
+    """Return ``before`` and ``answer`` joined. What ``before`` ends with of the answer's beginning is not repeated."""
     common = max(length for length in range(len(answer[:_MOST_OPENED]) + 1) if before.endswith(answer[:length]))
     return before + answer[common:]
 
 
 def _shows_all(text: str, messages: Messages) -> bool:
-    """Whether all that the system and the user say stands in the text; templates may cut space around it."""
+    """Return whether the text has all system and user messages, stripped, and shows no list of parts as code."""
     if messages and not isinstance(messages[0]["content"], str) and _PARTS_AS_TEXT.search(text):
         return False
     cursor = 0
@@ -180,7 +180,7 @@ def _write_plain_lines(messages: Messages) -> str:
 
 
 def fold_messages(messages: Messages) -> Iterator[Messages]:
-    """Yield the messages as they are, then each form that differs from the one before."""
+    """Yield the messages as they are, then after each folding step that changes them."""
     yield messages
     for step in _STEPS:
         folded = _merge(step(messages))
@@ -194,7 +194,7 @@ def _replace_role(messages: Iterable[dict[str, Any]], old: str, new: str) -> Mes
 
 
 def _merge(messages: Sequence[dict[str, Any]]) -> Messages:
-    """Make neighbours of one role one, but for tool results and what follows calls."""
+    """Return the messages with neighbours of one role joined, but for tool results and what follows calls."""
     merged: Messages = []
     for message in messages:
         before = merged[-1] if merged else None
@@ -209,13 +209,13 @@ def _merge(messages: Sequence[dict[str, Any]]) -> Messages:
 
 
 def _keep_one_system(messages: Messages) -> Messages:
-    """Turn system messages behind the first turn into the user's words."""
+    """Return the messages with all system messages behind the leading ones as user messages."""
     start = _count_systems(messages)
     return [*messages[:start], *_replace_role(messages[start:], "system", "user")]
 
 
 def _begin_with_user(messages: Messages) -> Messages:
-    """Put an answer at the beginning, such as a greeting, behind an empty turn of the user's."""
+    """Put an empty user turn before the first turn if that is an answer, such as a greeting."""
     start = _count_systems(messages)
     if start == len(messages) or messages[start]["role"] != "assistant":
         return messages
@@ -223,7 +223,7 @@ def _begin_with_user(messages: Messages) -> Messages:
 
 
 def _drop_empty(messages: Messages) -> Messages:
-    """Leave out empty messages, where no user's turn between answers would be missing."""
+    """Leave out empty system messages and answers, join neighbours of one role, write ``...`` in empty user turns."""
     kept = [m for m in messages if m["content"].strip() or m["role"] in ("user", "tool") or "tool_calls" in m]
     return [
         message if message["role"] != "user" or message["content"].strip() else message | {"content": _SILENCE}

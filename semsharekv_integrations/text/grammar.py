@@ -40,8 +40,8 @@ class Constraint:
     """What one answer must look like, as far as it is written.
 
     Args:
-        matcher: at its beginning.
-        on_trigger: whether only what an opened call needs is forced, and text is free.
+        matcher: at the beginning of its grammar.
+        on_trigger: if True, text is free until it opens a call, and only that call is held to the grammar.
     """
 
     def __init__(self, matcher: LLMatcher, *, on_trigger: bool = False) -> None:
@@ -50,14 +50,14 @@ class Constraint:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing may follow."""
+        """True if the grammar has ended without an error, so that nothing may follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def add(self, token_id: int) -> None:
-        """Take one more token of the answer.
+        """Take one more token of the answer. If ``on_trigger``, a token that is not allowed starts the grammar over.
 
         Raises:
-            SemShareError: if it is not one that ``find_allowed`` gave.
+            SemShareError: if the token is not allowed, and not ``on_trigger``.
         """
         if self._matcher.consume_token(token_id):
             return
@@ -66,7 +66,7 @@ class Constraint:
         self._matcher = self._fresh.deep_copy()  # a special token in free text: look for calls behind it
 
     def find_allowed(self, vocab_size: int) -> torch.Tensor | None:
-        """Mark the tokens [V] that may come next, or return None for all."""
+        """Return a mask [V] of the tokens that may come next, None for all; ``SemShareError`` if the grammar failed."""
         if self._fresh is not None and self._matcher.is_accepting():
             return None
         if self._matcher.is_error():
@@ -83,7 +83,7 @@ class ConstraintProcessor(LogitsProcessor):
         self._constraint = constraint
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores; equal ones for what is allowed if the model's own settings forbid all of it."""
+        """Return the scores, -inf where not allowed. If nothing allowed has a finite score, all of it gets 0."""
         allowed = self._constraint.find_allowed(scores.shape[-1])
         if allowed is None:
             return scores
@@ -99,7 +99,7 @@ class ConstraintCriterion(StoppingCriteria):
         self._constraint = constraint
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Whether the sequence [1, T] is complete, [B]."""
+        """Tell the constraint the last token of the sequence [1, T]; return whether it is complete, [1]."""
         self._constraint.add(int(input_ids[0, -1]))
         return torch.tensor([self._constraint.is_complete], device=input_ids.device)
 
@@ -107,7 +107,7 @@ class ConstraintCriterion(StoppingCriteria):
 class GrammarFactory:
     """Makes the constraints of one model's answers; safe to use from several threads.
 
-    Each is refused with ``UnsupportedModelError`` where the tokenizer does not allow it.
+    Each ``build_`` method raises ``UnsupportedModelError`` where the tokenizer allows no constraints.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ class GrammarFactory:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the tokenizer allows constraints: it must be a fast one of a kind that llguidance knows."""
+        """True if the tokenizer allows constraints: it must be a fast one of a kind that llguidance knows."""
         try:
             self._wrap()
         except UnsupportedModelError:
@@ -127,10 +127,10 @@ class GrammarFactory:
         return True
 
     def build_json(self, schema: Mapping[str, Any]) -> Constraint:
-        """Allow JSON of ``schema`` and nothing else. What no grammar can hold to is left out, with a warning.
+        """Make a constraint to JSON of ``schema`` alone. Warns, and leaves out what no grammar can hold an answer to.
 
         Raises:
-            ValueError: if it is no schema, or nothing can be valid.
+            ValueError: if ``schema`` is no JSON schema, or no JSON is valid for it.
         """
         self._wrap()  # which says what is wrong with the tokenizer, before the schema is judged by it
         held = self._schemas.judge("json_schema", schema)
@@ -139,17 +139,17 @@ class GrammarFactory:
         return Constraint(self._match_json(held.schema))
 
     def build_forced_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """Allow only one call of one of ``tools``, with arguments of its schema as far as a grammar can hold to it."""
+        """Make a constraint to exactly one call of one of ``tools``. Warns of schemas that calls are not held to."""
         return Constraint(self._match_calls(tool_format, tools, CallGrammar.write_forced))
 
     def build_opened_calls(self, tool_format: ToolFormat, tools: Sequence[Tool]) -> Constraint:
-        """Allow free text, in which a call that has been opened is a valid one, as far as a grammar can hold to it."""
+        """Make a constraint that leaves text free, but holds calls that are opened to ``tools``. Warns likewise."""
         return Constraint(self._match_calls(tool_format, tools, CallGrammar.write_opened), on_trigger=True)
 
     def _match_calls(
         self, tool_format: ToolFormat, tools: Sequence[Tool], write: Callable[[CallGrammar], str]
     ) -> LLMatcher:
-        """Match calls of ``tools``; all arguments are any object where they are too much together."""
+        """Make a matcher of calls. Warns where schemas, one or all together, are too much: any object then passes."""
         wrapped = self._wrap()
         special = {
             text: id_ for text, id_ in self._tokenizer.get_added_vocab().items() if wrapped.is_special_token(id_)
@@ -175,13 +175,14 @@ class GrammarFactory:
         return self._match(LLMatcher.grammar_from_json_schema(dict(schema)))
 
     def _match(self, grammar: str) -> LLMatcher:
+        """Make a matcher at the beginning of ``grammar``; raise ``ValueError`` if llguidance refuses it."""
         matcher = LLMatcher(self._wrap(), grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return matcher
 
     def _find_fault(self, schema: Mapping[str, Any]) -> str:
-        """Return the first line of what llguidance says against a schema."""
+        """Return what llguidance says against a schema, cut to ``_FAULT_CHARS``; an empty string for nothing."""
         try:
             self._match_json(schema)
         except (TypeError, ValueError, RecursionError) as error:
@@ -189,7 +190,7 @@ class GrammarFactory:
         return ""
 
     def _wrap(self) -> LLTokenizer:
-        """Return the tokenizer as llguidance takes it; it is wrapped once."""
+        """Return the tokenizer as llguidance takes it, made once; raise ``UnsupportedModelError`` if there is none."""
         with self._lock:
             if self._wrapped is None and not self._tokenizer.is_fast:
                 self._wrapped = "is slow"
@@ -207,11 +208,7 @@ class GrammarFactory:
 
 
 class CallGrammar:
-    """Writes the calls of some tools in one format as a grammar.
-
-    Args:
-        schemas: of the tools' arguments by name, with llguidance's options in them.
-    """
+    """Writes grammars of calls; ``schemas`` of arguments are by tool name, ``special`` tokens are ids by text."""
 
     def __init__(
         self, tool_format: ToolFormat, schemas: Mapping[str, Mapping[str, Any]], special: Mapping[str, int]
@@ -221,7 +218,7 @@ class CallGrammar:
         self._special = special
 
     def write_forced(self) -> str:
-        """Allow one call and nothing else, spaced as the template does."""
+        """Return the grammar of one call and nothing else, spaced as the template does it."""
         space = _quote(self._format.space)
         opening, closing = self._split(self._format.opening), self._split(self._format.closing)
         body = '"[" call "]"' if self._format.in_list else "call"
@@ -229,7 +226,7 @@ class CallGrammar:
         return self._write(" ".join([*before, body, *behind]))
 
     def write_opened(self) -> str:
-        """Allow free text with calls in it, where spacing is the model's own."""
+        """Return the grammar of free text with any number of calls in it, where spacing is the model's own."""
         first, *rest = self._split(self._format.opening)
         head = f"head[lazy]: TEXT {first}" if first.startswith('"') else f"head: TEXT {first}"
         closing = self._split(self._format.closing)
@@ -243,13 +240,14 @@ class CallGrammar:
         return f"%llguidance {{}}\nstart: {start}\ncall: {calls}\n{rules}{_RULES}"
 
     def _write_call(self, index: int, name: str, schema: Mapping[str, Any]) -> str:
+        """Return the rules of one tool's calls, ``call_<index>``, and of their arguments, ``arguments_<index>``."""
         written = sorted({json.dumps(name), json.dumps(name, ensure_ascii=False)})
         named = f"{_quote(json.dumps(self._format.name_key))} COLON ({' | '.join(map(_quote, written))})"
         arguments = f"{_quote(json.dumps(self._format.arguments_key))} COLON arguments_{index}"
         return f'call_{index}: "{{" {named} COMMA {arguments} "}}"\narguments_{index}: %json {json.dumps(schema)}\n'
 
     def _split(self, text: str) -> list[str]:
-        """Split ``text`` into special tokens and literals."""
+        """Return ``text`` in Lark, as a list of special tokens and quoted literals."""
         found = re.split("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")", text)
         parts = found if self._special else [text]
         return [f"<[{self._special[part]}]>" if part in self._special else _quote(part) for part in parts if part]

@@ -42,11 +42,11 @@ class PromptRenderer:
 
     @property
     def tool_format(self) -> ToolFormat:
-        """How the model writes tool calls."""
+        """The way the model writes tool calls, learnt from its template at first use."""
         return self._chat.tool_format
 
     def get_stops(self, prompt: Prompt) -> tuple[str, ...]:
-        """Return the strings that end every answer to ``prompt``, whatever the caller asks for."""
+        """Return the strings that end every answer to ``prompt``, whatever the caller asks for; none if it is text."""
         return () if isinstance(prompt, str) else self._chat.stops
 
     def render(
@@ -62,13 +62,13 @@ class PromptRenderer:
 
         Args:
             tools: shown to the model, as its template does it or in the system message.
-            hints: more texts that may stand there; they count where no named one does, the longer before the shorter.
+            hints: more texts by id; they count where no document stands, the longer before the shorter.
             template_kwargs: more variables for the chat template, none of ``RENDERING_OPTIONS``.
             window: context window in tokens, or None if nothing bounds it.
 
         Raises:
-            PromptError: if it is empty, malformed, or refused by the chat template.
-            ContextWindowError: if it leaves no room for a new token.
+            PromptError: if ``prompt`` is empty, malformed, text beside ``tools``, or refused by the chat template.
+            ContextWindowError: if ``prompt`` leaves no room for a new token.
         """
         if not isinstance(prompt, (str, Sequence)):
             raise PromptError(f"prompt is {type(prompt).__name__}; accepted is text or a sequence of messages")
@@ -97,15 +97,15 @@ class PromptRenderer:
         )
 
     def decode(self, token_ids: TokenIds) -> str:
-        """Turn ``token_ids`` [N] into text, without special tokens."""
+        """Return the text of ``token_ids`` [N], without special tokens."""
         return self._decode(token_ids.tolist())
 
     def tokenize(self, text: str) -> TokenIds:
-        """Turn a text that stands by itself into tokens, without special tokens."""
+        """Return the tokens of a text that stands by itself, stripped, without special tokens."""
         return np.array(self._encode(text.strip(), add_special_tokens=False)[0], dtype=np.int64)
 
     def split_pieces(self, token_ids: TokenIds) -> list[str]:
-        """Return the text of each token [N], with the space that stands before it where a word begins."""
+        """Return the text of each token [N], special ones too, with the space (or ``▁``) that begins a word."""
         known = self._pieces
         for token_id in set(token_ids.tolist()) - known.keys():
             token = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -119,9 +119,9 @@ class PromptRenderer:
     def _find_unplaced(
         self, text: str, starts: list[int], messages: Sequence[Message], documents: Mapping[str, str]
     ) -> dict[str, int]:
-        """Find the documents whose place cannot be told, each with the number of tokens that surely come before.
+        """Return, by id, how many tokens surely come before each document of the prompt whose place cannot be told.
 
-        They stand in a message that the template changed, or the tokenizer does not tell where tokens start.
+        It stands in a message that the template changed, or the tokenizer does not tell where tokens start.
         """
         found = {}
         for key, content in ((key, content.strip()) for key, content in documents.items()):
@@ -134,7 +134,7 @@ class PromptRenderer:
         return found
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """Turn text into token ids, and the characters at which they start (none from tokenizers that cannot tell)."""
+        """Return the token ids of text, and the characters at which they start (none if the tokenizer is slow)."""
         fast = self._tokenizer.is_fast
         encoded = self._tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=fast, verbose=False
@@ -152,7 +152,7 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _check_message(field: str, message: object) -> dict[str, Any]:
-    """Check a message; return it with text content, and perhaps tool calls with their arguments as a mapping."""
+    """Return a copy of a message with text content and parsed calls; raise ``PromptError`` if it is malformed."""
     if not isinstance(message, Mapping):
         raise PromptError(f"{field} is {type(message).__name__}; accepted is a mapping with role and content")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
@@ -178,6 +178,7 @@ def _check_calls(field: str, calls: object) -> list[dict[str, Any]]:
 
 
 def _check_call(field: str, call: object) -> dict[str, Any]:
+    """Return a call as id, type and function alone, arguments parsed; raise ``PromptError`` if it is malformed."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise PromptError(f"{field} is {call!r}; accepted is a mapping with id and function")
@@ -201,10 +202,11 @@ def _check_call(field: str, call: object) -> dict[str, Any]:
 def _find_documents(
     text: str, starts: list[int], documents: Mapping[str, str], *, loosely: bool = False
 ) -> list[Segment]:
-    """Find where each document's text first stands, in tokens; documents that are not in the text are left out.
+    """Return where each document's text first stands, in tokens; documents that are not in the text are left out.
 
     ``loosely``: space within it may be another, as where lines are broken anew.
     ``starts`` is where each token starts, in characters; special tokens put behind the text claim the last place.
+    If ``starts`` is empty, nothing is found.
     """
     found = []
     for document_id, content in documents.items():
@@ -215,7 +217,7 @@ def _find_documents(
 
 
 def _add_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
-    """Add to the named documents the hinted ones that overlap neither a named one nor a longer one; in order."""
+    """Return the named documents and the hinted ones that overlap neither a named nor a longer hinted one; in order."""
     kept = list(named)
     for segment in sorted(hinted, key=lambda s: s.start - s.stop):
         if all(segment.stop <= other.start or other.stop <= segment.start for other in kept):
@@ -224,21 +226,21 @@ def _add_hints(named: list[Segment], hinted: list[Segment]) -> list[Segment]:
 
 
 def _find_passages(text: str, starts: list[int]) -> list[Segment]:
-    """Find the parts of the text between blank lines, in tokens."""
+    """Return the parts of the text between blank lines, in tokens; none if ``starts`` is empty."""
     spans = [match.span() for match in _PASSAGE.finditer(text)] if starts else []
     found = [Segment("", *_find_tokens(starts, *span)) for span in spans]
     return [segment for segment in found if segment.stop > segment.start]
 
 
 def _find_question(text: str, starts: list[int], messages: Sequence[Message]) -> tuple[int, int] | None:
-    """Find where the content of the last user message stands, in tokens."""
+    """Return (start, stop), in tokens, of the last user message at its last place; None if unknown or nowhere."""
     contents = [message["content"].strip() for message in messages if message["role"] == "user"]
     at = text.rfind(contents[-1]) if contents and starts else -1
     return None if at < 0 else _find_tokens(starts, at, at + len(contents[-1]))
 
 
 def _find_text(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
-    """Find where ``content`` first stands, in characters; -1 twice if nowhere."""
+    """Return (start, stop), in characters, of the first ``content``, ``loosely``: any spacing; start is -1 if none."""
     at = text.find(content)
     if at >= 0 or not loosely:
         return at, at + len(content)
@@ -247,7 +249,7 @@ def _find_text(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
 
 
 def _find_text_before(text: str, messages: Sequence[Message], content: str) -> str | None:
-    """Find the text up to the end of what comes before the first message with ``content``, or None without one."""
+    """Return the text through the last message found before the first one with ``content``; None if none has it."""
     cursor = 0
     for message in messages:
         if content in message["content"]:
@@ -258,15 +260,12 @@ def _find_text_before(text: str, messages: Sequence[Message], content: str) -> s
 
 
 def _find_tokens(starts: list[int], first: int, last: int) -> tuple[int, int]:
-    """Find the tokens of the characters from ``first`` to ``last``; the first may begin before, as with a space."""
+    """Return (start, stop) of the tokens of characters ``first`` to ``last``; the first token may begin before."""
     return max(0, bisect_right(starts, first) - 1), bisect_left(starts, last)
 
 
 def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> None:
-    """Raise ``ContextWindowError`` unless a prompt of ``num_tokens`` leaves room for a new token.
-
-    If not all of it was counted, ``counted`` stands before the number.
-    """
+    """Raise ``ContextWindowError`` if ``num_tokens`` fill ``window``; ``counted`` precedes them in the message."""
     if window is not None and num_tokens >= window:
         raise ContextWindowError(
             f"prompt has {counted}{num_tokens} tokens; accepted is up to {window - 1}, "
@@ -275,7 +274,7 @@ def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> N
 
 
 def require_room_for_text(text: str, window: int | None, count: Callable[[str], int]) -> None:
-    """Raise ``ContextWindowError`` for a text that is too long beyond doubt; it is counted piece by piece."""
+    """Raise ``ContextWindowError`` if a text, counted in pieces, is surely too long; one that passes may be, too."""
     if window is None or len(text) <= _USUAL_TOKEN_CHARS * window:
         return
     found = 0

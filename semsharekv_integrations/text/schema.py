@@ -25,7 +25,7 @@ _SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
 
 
 class JudgedSchema(NamedTuple):
-    """What a grammar is made of, with llguidance's options in it; ``fault`` is why that is not the whole schema."""
+    """The part of a schema that a grammar can hold to, or None; ``fault`` is why it is not all (empty if it is)."""
 
     schema: dict[str, Any] | None
     fault: str = ""
@@ -34,8 +34,7 @@ class JudgedSchema(NamedTuple):
 class SchemaJudge:
     """Judges schemas, each once under its name; safe to use from several threads.
 
-    Args:
-        find_fault: says what is wrong with a schema that has llguidance's options in it; nothing if it makes a grammar.
+    ``find_fault`` says what is wrong with a schema that has llguidance's options in it; an empty string is nothing.
     """
 
     def __init__(self, find_fault: Callable[[Mapping[str, Any]], str]) -> None:
@@ -43,10 +42,10 @@ class SchemaJudge:
         self._judged = lru_cache(_MOST_JUDGED)(self._judge)
 
     def judge(self, name: str, schema: Mapping[str, Any]) -> JudgedSchema:
-        """Return as much of ``schema`` as can be held to, or None; ``name`` is what the warning calls it.
+        """Return what can be held to of ``schema``. Warns once if that is only a part, and calls it ``name``.
 
         Raises:
-            ValueError: if it is no JSON.
+            ValueError: if ``schema`` cannot be written as JSON.
         """
         try:
             text = json.dumps(schema)
@@ -55,6 +54,7 @@ class SchemaJudge:
         return self._judged(name, text)
 
     def _judge(self, name: str, text: str) -> JudgedSchema:
+        """Judge the schema in ``text``: all of it; else, with a warning, its readable parts; else None."""
         # NaN and the infinities, which JSON does not have, become null, as everywhere where JSON is written
         schema = json.loads(text, parse_constant=lambda _: None)
         endless = _find_endless_reference(schema)
@@ -71,6 +71,7 @@ class SchemaJudge:
         return JudgedSchema(relaxed, fault)
 
     def _drop_unreadable(self, value: Any) -> Any:
+        """Return a copy of a JSON value without the patterns that llguidance cannot read, at any depth."""
         if isinstance(value, list):
             return [self._drop_unreadable(inner) for inner in value]
         if not isinstance(value, Mapping):
@@ -88,14 +89,12 @@ class SchemaJudge:
 
 
 def close_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Forbid properties that ``schema`` does not name, wherever it says nothing of others.
-
-    Schemas that combine several with ``allOf`` stay as they are, since closing each would leave nothing.
-    """
-    return dict(schema) if '"allOf"' in json.dumps(schema) else _close(schema)
+    """Return ``schema`` with unnamed properties forbidden where it says nothing of them; as it is with ``allOf``."""
+    return dict(schema) if '"allOf"' in json.dumps(schema) else _close(schema)  # closing each part would leave nothing
 
 
 def _close(schema: Any) -> Any:
+    """Return ``schema`` closed, with the schemas in it; a value that is no mapping comes back as it is."""
     if not isinstance(schema, Mapping):
         return schema
     found = dict(schema)
@@ -114,7 +113,7 @@ def _close(schema: Any) -> Any:
 
 
 def _find_endless_reference(schema: Mapping[str, Any]) -> str | None:
-    """Find a ``$ref`` that references lead back to, past nothing that would end them: no text can satisfy it."""
+    """Return a ``$ref`` that leads back to itself through references alone, so that no text can satisfy it, or None."""
     inner: list[Any] = [schema]
     while inner:
         value = inner.pop()
@@ -129,6 +128,7 @@ def _find_endless_reference(schema: Mapping[str, Any]) -> str | None:
 
 
 def _follow(schema: Any, reference: str) -> Any:
+    """Return what ``reference`` points to in ``schema``; None if that is nothing, or in another document."""
     if not reference.startswith("#"):
         return None
     for part in reference[1:].split("/")[1:]:

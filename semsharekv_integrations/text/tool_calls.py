@@ -1,11 +1,7 @@
 """Tool calls: found in an answer while it is written, and brought into the form that a chat template takes.
 
-The parser holds back text that may still become a call. What turns out to be none, because its JSON is broken or names
-no tool that was given, is text like any other: nothing is lost. Bare JSON, perhaps fenced, is read as calls in every
-format, where it begins the answer, or where it begins a line and ends the answer.
-
-Templates that know tools get native messages. For the others, tools are described in the system message, calls are text
-of the assistant's, and results are user turns. Knows nothing about tokens.
+Text that may still be a call is held back; what turns out to be none is text. Bare JSON, perhaps fenced, is a call in
+every format if it begins the answer, or begins a line and ends the answer. Knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -42,14 +38,14 @@ To call one, write its name and arguments as a JSON object between <tool_call> a
 
 
 class AnswerPart(NamedTuple):
-    """What became certain: visible text, and calls that are complete."""
+    """What became certain of an answer: visible text, and calls that are complete. Both may be empty."""
 
     text: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
 
 
 class ToolCallParser:
-    """The calls of one answer, to the tools that have these names."""
+    """Splits one answer, as it grows, into visible text and calls of the tools with these ``names``."""
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str]) -> None:
         self._format = tool_format
@@ -62,15 +58,16 @@ class ToolCallParser:
         self._is_first = True  # whether only space and calls stand before the held text
 
     def push(self, text: str) -> AnswerPart:
-        """Take more text; return what became certain with it."""
+        """Take more text. Return the text and the calls that became certain with it."""
         self._held += text
         return self._take(final=False)
 
     def finish(self) -> AnswerPart:
-        """Return what was held back until now."""
+        """Return all that was held back until now, as text or calls."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> AnswerPart:
+        """Remove from the held text what is certain (all, if ``final``). Return it as visible text and calls."""
         visible: list[str] = []
         calls: list[ToolCall] = []
         while self._held:
@@ -85,7 +82,7 @@ class ToolCallParser:
         return AnswerPart("".join(visible), tuple(calls))
 
     def _let_go(self, num_chars: int) -> str:
-        """Release the first characters of what is held as text."""
+        """Remove and return the first characters of the held text; behind a call, without what separates calls."""
         text, self._held = self._held[:num_chars], self._held[num_chars:]
         if self._after_call:
             text = text.lstrip(_BETWEEN_CALLS)
@@ -97,7 +94,7 @@ class ToolCallParser:
         return text
 
     def _find_opening(self, *, final: bool) -> tuple[int, str | None]:
-        """Find where a call may begin in what is held, and with what; or how much is certainly text, and None."""
+        """Return where in the held text a call may begin, and its opening; else how much is surely text, and None."""
         marks = [mark for mark in self._format.openings if mark]
         found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
         bare = self._find_bare_start()
@@ -110,7 +107,7 @@ class ToolCallParser:
         return len(self._held) - (0 if final else self._count_unsure(marks)), None
 
     def _count_unsure(self, marks: Sequence[str]) -> int:
-        """Count the last characters that may belong to the beginning of a call."""
+        """Return how many of the last characters held may belong to the beginning of a call."""
         begun, fence = _FENCE_BEGUN.search(self._held), 0
         if begun is not None and (begun.group().startswith("\n") or self._at_line_start):
             fence = len(self._held) - begun.start(1)
@@ -121,7 +118,7 @@ class ToolCallParser:
         return self._line_is_blank or self._after_call
 
     def _find_bare_start(self) -> tuple[int, str] | None:
-        """Find the first bracket that begins a line, or follows a call, with the fence before it if there is one."""
+        """Return the place of the first bracket at a line start or behind a call, and the fence there; None if none."""
         begins = rf"(?P<fence>{_FENCE})?(?P<bracket>[\[{{])"
         first = re.match(rf"[{_BETWEEN_CALLS}]*{begins}", self._held) if self._at_line_start else None
         first = first or re.search(rf"\n[^\S\n]*{begins}", self._held)
@@ -131,7 +128,7 @@ class ToolCallParser:
         return first.start("bracket") - len(fence), fence
 
     def _read_calls(self, opening: str, *, final: bool) -> list[ToolCall] | None:
-        """Take out the calls that the held text begins with; empty if none, None while that is uncertain."""
+        """Remove and return the calls at the start of the held text; empty if none, None while that is uncertain."""
         text = self._held
         start = len(opening) + len(text[len(opening) :]) - len(text[len(opening) :].lstrip())
         bare = not opening or opening.startswith("```")
@@ -155,7 +152,7 @@ class ToolCallParser:
     def _read_bare_calls(
         self, calls: list[ToolCall], behind: str, *, fenced: bool, final: bool
     ) -> list[ToolCall] | None:
-        """Take out ``calls`` and those right behind, if they are meant as such; returns as ``_read_calls`` does."""
+        """Remove and return ``calls`` and those right behind; empty if text shows none is meant, None if uncertain."""
         while next_one := re.match(rf"[{_BETWEEN_CALLS},]*(?=[\[{{])", behind):
             try:
                 value, stop = _DECODER.raw_decode(behind, next_one.end())
@@ -180,18 +177,19 @@ class ToolCallParser:
         return calls
 
     def _may_be_a_call(self, text: str) -> bool:
-        """Whether JSON with such a beginning may be a call, so far as its first key tells."""
+        """Return False if the first key of JSON that begins so, or the lack of one, shows that it is no call."""
         match = _FIRST_KEY.match(text)
         if match is None or match["key"] is None:
             return match is not None
         return match["key"] in self._keys if match["end"] else any(key.startswith(match["key"]) for key in self._keys)
 
     def _convert(self, value: Any, *, bare: bool) -> list[ToolCall]:
-        """Make calls of a JSON value; none if anything in it is not one."""
+        """Return the calls in a JSON value, one or a list; an empty list if anything in it is no valid call."""
         found = [self._convert_entry(entry, bare=bare) for entry in (value if isinstance(value, list) else [value])]
         return [call for call in found if call] if all(found) else []
 
     def _convert_entry(self, entry: Any, *, bare: bool) -> ToolCall | None:
+        """Return the call in ``entry``; None for an unknown tool, arguments that are no object, or none if ``bare``."""
         entry = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(entry, dict):
             return None
@@ -209,18 +207,18 @@ class ToolCallParser:
 
 
 def _may_become_whole(error: json.JSONDecodeError) -> bool:
-    """Whether more text could mend it: a string that has no end yet, or a fault at the very end."""
+    """Return whether more text could mend the JSON: a string has no end yet, or the fault is at the very end."""
     return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos <= _UNSURE_CHARS
 
 
 def count_overlap(text: str, mark: str) -> int:
-    """Count the characters of the longest end of ``text`` that ``mark`` begins with, without being all of it."""
+    """Return the length of the longest end of ``text`` that ``mark`` begins with, short of all of it; 0 if none."""
     sizes = range(min(len(mark) - 1, len(text)), 0, -1)
     return next((size for size in sizes if mark.startswith(text[-size:])), 0)
 
 
 def convert_messages(messages: Sequence[dict[str, Any]], tool_format: ToolFormat) -> list[dict[str, Any]]:
-    """Convert checked messages for a template that knows tools: ids and arguments as it takes them, named results."""
+    """Return checked messages for a template that knows tools: its kind of ids and arguments, and named results."""
     names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
     if tool_format.separator is None:
         messages = _split_calls(messages)
@@ -228,7 +226,7 @@ def convert_messages(messages: Sequence[dict[str, Any]], tool_format: ToolFormat
 
 
 def _split_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put each call in a message of its own, with its result right behind it."""
+    """Return the messages with each call in a message of its own, its results right behind it."""
     split: list[dict[str, Any]] = []
     moved: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
@@ -245,6 +243,7 @@ def _split_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _convert_message(message: dict[str, Any], tool_format: ToolFormat, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a copy of a message: a result with its tool's name, ids and arguments as the template takes them."""
     native = dict(message)
     shorten = _shorten_id if tool_format.takes_short_ids else lambda call_id: call_id
     if message["role"] == "tool" and message.get("tool_call_id") in names:
@@ -264,7 +263,7 @@ def _convert_message(message: dict[str, Any], tool_format: ToolFormat, names: Ma
 
 
 def _shorten_id(call_id: object) -> str:
-    """Make an id of the length that some templates want, the same for the same id."""
+    """Return ``call_id`` if it has ``SHORT_ID_CHARS`` letters or digits and no more, else a hash of that length."""
     text = str(call_id)
     if len(text) == SHORT_ID_CHARS and text.isalnum():
         return text
@@ -274,7 +273,7 @@ def _shorten_id(call_id: object) -> str:
 def flatten_messages(
     messages: Sequence[dict[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat
 ) -> list[dict[str, Any]]:
-    """Put all about tools into the text of checked messages, for a template that knows no tools."""
+    """Return checked messages with calls, results and all ``tools`` as text, for a template that knows no tools."""
     plain: list[dict[str, Any]] = []
     for before, message in zip([None, *messages], messages, strict=False):
         turn = _flatten_message(message, tool_format)
@@ -291,6 +290,7 @@ def flatten_messages(
 
 
 def _flatten_message(message: dict[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
+    """Return a message with its calls as text, or a result as a user turn; any other message as it is."""
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
     if "tool_calls" not in message:

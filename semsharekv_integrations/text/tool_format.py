@@ -2,9 +2,7 @@
 
 What is learnt is the shape of calls as JSON with a name and arguments: what stands before and after it, the names of
 its keys, one object for each call or a list of all. A template that shows no tools, or calls of another shape, gets
-the format of the Hermes models instead, with the tools described in the system message.
-
-Knows nothing about sampling: ``grammar`` holds a model to the format, and ``tool_calls`` reads it.
+the format of the Hermes models instead. ``grammar`` holds a model to the format, and ``tool_calls`` reads it.
 """
 
 from __future__ import annotations
@@ -40,19 +38,19 @@ SHORT_ID_CHARS = 9  # the only length of call ids that some templates take
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The way of one chat template.
+    """How one chat template writes tool calls; the defaults are the format of the Hermes models.
 
     Attributes:
-        opening: what stands before a call's JSON, without surrounding space; nothing for bare JSON.
-        closing: what stands behind it, likewise.
-        space: between these and the JSON.
-        separator: between calls, each with its own opening and closing; None if a template takes one call only.
+        opening: what stands before a call's JSON, without surrounding space; empty for bare JSON.
+        closing: what stands behind the JSON, likewise.
+        space: what stands between the JSON and its opening or closing.
+        separator: what stands between calls that have their own opening and closing; None if a template takes one call.
         in_list: whether all calls stand in one JSON list.
-        name_key: of the tool's name in the JSON.
-        arguments_key: of the arguments.
-        is_native: whether the template itself shows tools and calls.
+        name_key: key of the tool's name in the JSON.
+        arguments_key: key of the arguments.
+        is_native: whether the template itself shows tools and calls; if not, messages describe them.
         takes_json_text: whether the template wants arguments as JSON text, else as an object.
-        takes_short_ids: whether it refuses ids that have not ``SHORT_ID_CHARS`` letters or digits.
+        takes_short_ids: whether the template refuses ids that have not ``SHORT_ID_CHARS`` letters or digits.
     """
 
     opening: str = "<tool_call>"
@@ -68,13 +66,13 @@ class ToolFormat:
 
     @classmethod
     def learn(cls, tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
-        """Learn the format of ``tokenizer``'s chat template; that of the Hermes models if it has none of its own."""
+        """Return the format of ``tokenizer``'s chat template; that of the Hermes models if it has none of its own."""
         if tokenizer.chat_template is None:
             return cls()
         return _Probe(tokenizer).learn() or cls()
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        """Write calls, given as names and arguments, the way the model is to write them."""
+        """Return the text of calls, given as names and arguments, as the model is to write them."""
         values = [{self.name_key: name, self.arguments_key: dict(arguments)} for name, arguments in calls]
         return self._wrap(values) if self.in_list else (self.separator or "\n").join(map(self._wrap, values))
 
@@ -84,7 +82,7 @@ class ToolFormat:
         return f"{opening}{json.dumps(value, ensure_ascii=False)}{closing}"
 
     def find_marks(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Find the special tokens that the format is made of, which decoding must not drop."""
+        """Return the ids of the special tokens that the format is made of, which decoding must not drop."""
         special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         fixed = f"{self.opening} {self.closing} {self.separator or ''}"
         wanted = {id_ for text, id_ in special.items() if text in fixed}
@@ -92,7 +90,7 @@ class ToolFormat:
 
     @property
     def openings(self) -> tuple[str, ...]:
-        """What a call may begin with. Bare JSON may stand behind the mark that Llama's models put before tool code."""
+        """The texts that a call may begin with: for bare JSON, the mark of Llama's models for tool code, or none."""
         return (self.opening,) if self.opening else ("<|python_tag|>", "")
 
 
@@ -103,7 +101,7 @@ class _Probe:
         self._tokenizer = tokenizer
 
     def learn(self) -> ToolFormat | None:
-        """Learn the template's format; None if it shows no tools or calls of another shape."""
+        """Return the template's format; None if it shows no tools, or calls of another shape."""
         asked, reply = self._render([_ASK], add_generation_prompt=True), self._render([_ASK, _REPLY])
         if asked is None or "probing_tool" not in asked or reply is None or _REPLY["content"] not in reply:
             return None
@@ -115,7 +113,7 @@ class _Probe:
         return None
 
     def _learn_from(self, calls: list[dict[str, Any]], asked: str, reply: str) -> ToolFormat | None:
-        """Learn from what two ``calls`` come out as behind the question, where an answer comes out as ``reply``."""
+        """Return the format by what two ``calls`` and an answer (``reply``) come out as; None if no shape is found."""
         one = self._render([_ASK, _make_turn(calls[0])])
         place = None if one is None else _find_json(one, _NAMES[0])
         if one is None or place is None:
@@ -144,13 +142,14 @@ class _Probe:
         )
 
     def _cut_end(self, rest: str, reply: str) -> str:
-        """Return what stands between a call's JSON and the end of the turn."""
+        """Return ``rest``, which stands behind a call's JSON, up to the end of the turn."""
         end = reply[reply.index(_REPLY["content"]) + len(_REPLY["content"]) :].strip()
         at = rest.find(end) if end else -1
         special = [place for token in self._tokenizer.all_special_tokens if (place := rest.find(token)) >= 0]
         return rest[: at if at >= 0 else min(special, default=len(rest))]
 
     def _find_separator(self, calls: list[dict[str, Any]], before: str, behind: str) -> str | None:
+        """Return what stands between two calls in one turn; None if the template does not show both."""
         two = self._render([_ASK, _make_turn(*calls)])
         places = [] if two is None else [place for name in _NAMES if (place := _find_json(two, name))]
         if two is None or len(places) != len(_NAMES):
@@ -158,6 +157,7 @@ class _Probe:
         return two[places[0][1] : places[1][0]].removeprefix(behind).removesuffix(before)
 
     def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str | None:
+        """Return the messages and a made-up tool as text, or None if the template refuses them."""
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=[_TOOL], tokenize=False, add_generation_prompt=add_generation_prompt
@@ -177,7 +177,7 @@ def _make_turn(*calls: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_json(text: str, name: str) -> tuple[int, int, Any] | None:
-    """Find the outermost JSON around the tool's name: where it stands, and what it is; None if the name is in none."""
+    """Return start, stop and value of the outermost JSON around the tool's name; None if the name is in none."""
     at = text.find(name)
     for start in (start for start in range(max(at, 0)) if text[start] in "[{"):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,6 +240,24 @@ def test_what_the_disk_keeps_is_not_said_to_be_forgotten(
     again = make_engine(store=store)
     assert list(again.store.references()[0].document_starts) == ["Osteck"]
     again.close()
+
+
+def test_a_kv_file_that_cannot_be_deleted_is_not_said_to_be_forgotten(
+    make_engine: EngineMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(store=StoreConfig(directory=tmp_path))
+    engine.warm({"Velmar": DOCUMENTS["Velmar"]})
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(StoreWriteError, match="some of it still lies there"):
+            engine.forget("Velmar")
+        assert [*tmp_path.rglob("*.safetensors")], "it is still there"
+    assert engine.forget("Velmar") == 0 and not [*tmp_path.rglob("*.safetensors")], "asked again, it is gone"
+    engine.close()
 
 
 def test_names_may_be_members_of_enumerations(make_engine: EngineMaker) -> None:

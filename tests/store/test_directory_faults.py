@@ -485,9 +485,10 @@ def test_a_full_disk_is_no_damage(filled: Path, written: Records, monkeypatch) -
 
 
 def test_a_file_that_cannot_be_deleted_is_an_orphan(filled: Path, monkeypatch) -> None:
-    with closing(KVDirectory(filled, FINGERPRINT)) as opened:
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "unlink", lambda *_: (_ for _ in ()).throw(PermissionError("busy")))
-            opened.record(gone_nodes="u", gone_entries=["eu"])
+    opened = KVDirectory(filled, FINGERPRINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", lambda *_: (_ for _ in ()).throw(PermissionError("busy")))
+        opened.record(gone_nodes="u", gone_entries=["eu"])
         opened.check()
+        opened.close()
     assert state_of(filled)[1] == NOTHING | {"orphans": 1}
