@@ -146,9 +146,9 @@ def is_name(value: object) -> bool:
 
 
 def is_json(value: object) -> bool:
-    """Whether ``json.dumps`` can write ``value``, NaN included, and the result can be written as UTF-8."""
+    """Whether ``value`` can be written as JSON, which has no NaN or infinity, and that as UTF-8."""
     try:
-        return is_utf8(json.dumps(value, ensure_ascii=False))
+        return is_utf8(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         return False
 

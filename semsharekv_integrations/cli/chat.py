@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,10 @@ def run_chat(conversation: Conversation, console: Console, *, as_json: bool) -> 
     for text in _read_turns(console, as_json=as_json):
         if text == "/reset":
             conversation.reset()
+            if as_json:
+                _print_json({"reset": True})
+        elif text == "/stats" and as_json:
+            _print_json(conversation.engine.stats())
         elif text == "/stats":
             console.print_json(data=conversation.engine.stats())
         elif as_json:
@@ -140,6 +144,10 @@ def _answer_in_json(conversation: Conversation, text: str) -> None:
         if generation:
             report = generation.report.to_dict()
             line = {"text": generation.text, "finish_reason": generation.finish_reason, "kv_cache": report}
+    _print_json(line)
+
+
+def _print_json(line: Mapping[str, Any]) -> None:
     sys.stdout.write(f"{json.dumps(line)}\n")
     sys.stdout.flush()
 

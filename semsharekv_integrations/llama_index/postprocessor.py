@@ -67,10 +67,10 @@ class SemShareKVWarmer(TransformComponent):
 
         IngestionPipeline(transformations=[SentenceSplitter(chunk_size=256), SemShareKVWarmer(llm=llm)])
 
-    A pipeline skips transformations that its cache has seen with the same nodes and settings. So that it does not skip
-    this one where the KV is gone, its settings tell where the KV is: in the store's directory, or in this process.
-    Not for pipelines that run in several processes, each of which would compute KV for itself; and in mode ``exact`` of
-    use only to prompts that begin with a node's text.
+    A pipeline skips transformations that its cache has seen with the same nodes and settings. So the settings tell
+    where the KV is: in a directory, or with this LLM object. They do not tell whether it is still there: after KV was
+    evicted or cleared, run the pipeline without its cache. Not for pipelines that run in several processes, each of
+    which would compute KV for itself. In mode ``exact`` of use only to prompts that begin with a node's text.
 
     Attributes:
         llm: whose engine keeps the KV; ``Settings.llm`` at construction if it is not given. Not serialized.

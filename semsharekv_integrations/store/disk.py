@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,12 +16,10 @@ from semsharekv_integrations.errors import StoreFileError, StoreWriteError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, raise_memory_errors
 from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
+from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import TOKEN_DIM
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord
-
-if TYPE_CHECKING:
-    from semsharekv_integrations.store.tiers import Tier
 
 DISK = "disk"
 _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it

@@ -17,7 +17,6 @@ from semsharekv_integrations.kv import Span, TokenIds, count_common_tokens, sele
 
 if TYPE_CHECKING:
     from semsharekv_integrations.store.codec import PackedKV
-    from semsharekv_integrations.store.tiers import Tier
 
 
 class FileRange(NamedTuple):
@@ -38,7 +37,6 @@ class Node:
     entries: set[str] = field(default_factory=set)  # keys of the entries that end with it
     pins: int = 0  # number of pinned entries that need it
     held: PackedKV | None = None  # its KV in memory
-    tier: Tier | None = None  # the memory tier that counts ``held``
     on_disk: FileRange | None = None  # its KV on disk
     hits: float = 0.0  # number of times it was reused
     documents: dict[str, Span] = field(default_factory=dict)  # that end in it; every prompt with its tokens has them

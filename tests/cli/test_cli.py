@@ -67,9 +67,10 @@ def test_chat_for_people_shows_reuse_and_outlives_a_bad_turn(
 def test_chat_for_machines_outlives_a_bad_turn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    typed(monkeypatch, "Velmar " * 9000, MAYOR)
+    typed(monkeypatch, "Velmar " * 9000, MAYOR, "/stats", "/reset")
     assert run(*CHAT, "--json", "--save", str(tmp_path / "kv")) == 0
-    bad, good = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    bad, good, stats, reset = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert stats["requests"] == 1 and reset == {"reset": True}, "a line for each line"
     assert "context window" in bad["error"] and good["kv_cache"]["prompt_tokens"] > 0
     assert (tmp_path / "kv").exists()
 

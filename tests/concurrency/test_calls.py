@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ import pytest
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.concurrency import scheduler
 from semsharekv_integrations.concurrency.scheduler import Job
+from semsharekv_integrations.concurrency.streams import Stream
 from semsharekv_integrations.concurrency.threads import start_thread
 from semsharekv_integrations.model.batching import SharedDecoding
 from tiny_models import EngineMaker
@@ -437,6 +438,31 @@ def test_a_call_ends_while_others_begin_to_wait_for_that() -> None:
     call.listeners.append(Listener())  # type: ignore[arg-type]
     call.end()
     assert heard == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
+def test_whatever_a_call_raises_when_it_is_left_ends_that_call_alone(kind: type[BaseException]) -> None:
+    calls = scheduler.Scheduler(1)
+
+    def raising() -> Generator[int, None, None]:
+        try:
+            yield 1
+            yield 2
+        except scheduler.JobLeft:
+            raise kind from None
+
+    stream = Stream(calls, raising, lambda item: True)
+    assert next(stream) == 1
+    stream.close()
+    found = SimpleQueue[list[int]]()
+
+    def go_on() -> None:
+        calls.settle()
+        found.put(list(Stream(calls, lambda: (n for n in range(3)), lambda item: True)))
+
+    threading.Thread(target=go_on, daemon=True).start()
+    assert found.get(timeout=PATIENCE_S) == [0, 1, 2]
+    calls.dismiss()
 
 
 def test_python_joins_threads_that_compute() -> None:

@@ -33,6 +33,13 @@ def nested(levels: int) -> dict[str, Any]:
 
 CIRCULAR: dict[str, Any] = {"type": "object"}
 CIRCULAR["properties"] = {"self": CIRCULAR}
+
+
+def with_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
+NO_JSON = ({"const": float("nan")}, {"maximum": float("inf")}, {"default": object()}, {"const": "\ud800"})
 TOOL = {"type": "function", "function": {"name": "f", "parameters": CIRCULAR}}
 
 BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -49,8 +56,9 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *(("seed", {"seed": value}) for value in (-1, 2**63, 1.0, True, "1")),
     *(("stop", {"stop": value}) for value in (3, [""], "", [3], b"a", ["x" * 10**6], LONE, {"a": 1}.keys())),
     ("stop", {"stop": [f"{n}" for n in range(100_000)]}),
-    *(("json_schema", {"json_schema": schema}) for schema in ("{}", [], 3, nested(5000), CIRCULAR)),
+    *(("json_schema", {"json_schema": schema}) for schema in ("{}", [], 3, nested(5000), CIRCULAR, *NO_JSON)),
     ("tools[0].function.parameters", {"tools": [TOOL]}),
+    *(("tools[0].function", {"tools": [with_parameters(schema)]}) for schema in NO_JSON),
     *(("tools[0].function", {"tools": [odd]}) for odd in (tool(LONE), tool("a", LONE), tool("a", x={"const": LONE}))),
     ("tools[0].function", {"tools": [tool("a", x={"enum": {1}})]}),
     ("options", {"max_tokens": 3}),

@@ -22,8 +22,8 @@ from kept_prompts import (
 from semsharekv_integrations.kv import Segment
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import PackedKV
+from semsharekv_integrations.store.eviction import COSTLY_POSITION, MOST_HITS, NOVEL_SHARE, Tier
 from semsharekv_integrations.store.radix import Node
-from semsharekv_integrations.store.tiers import COSTLY_POSITION, MOST_HITS, NOVEL_SHARE, Tier
 
 POPULAR = [(n, n, n, n) for n in range(1, 5)]
 
@@ -41,7 +41,8 @@ def found(store: KVStore, wanted: list[Tokens]) -> int:
 
 def where(store: KVStore, tokens: Tokens) -> list[str | None]:
     """The memory tiers of the nodes of an entry."""
-    return [node.tier and node.tier.name for node in store._entries.by_key[reference(tokens).id].node.path()]
+    tiers = [store._entries.tiers.find_tier(node) for node in store._entries.by_key[reference(tokens).id].node.path()]
+    return [tier and tier.name for tier in tiers]
 
 
 def use(store: KVStore, clock: Clock, wanted: list[Tokens], times: int = 1) -> None:
