@@ -103,7 +103,7 @@ class SemShareEngine(ModelHolder):
         Raises:
             ValueError: naming the option, its value and what is accepted.
             PromptError: if the prompt cannot be rendered.
-            ContextWindowError: if it leaves no room for a new token.
+            ContextWindowError: if it leaves no room for a new token. Other ``SemShareError``: if loading fails.
         """
         return _take_last(self._start(prompt, options, _is_last).run_ahead())
 

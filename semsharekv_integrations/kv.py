@@ -70,7 +70,7 @@ class PiecedLayers(Sequence[LayerKV]):
         return parts[0] if len(parts) == 1 else LayerKV(*(torch.cat(both, dim=2) for both in zip(*parts, strict=True)))
 
     def covering(self, num_tokens: int) -> PiecedLayers:
-        """Return the layers of only the pieces that hold the first ``num_tokens`` tokens. Copies nothing."""
+        """Return the layers of the whole pieces that hold the first ``num_tokens`` tokens, 1 to all. Copies nothing."""
         needed, have = 0, 0
         while have < num_tokens:
             have += self._pieces[needed].num_tokens

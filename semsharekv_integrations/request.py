@@ -239,7 +239,7 @@ def _check_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mapping
         return None
     require(isinstance(schema, Mapping), "json_schema", schema, "None or a JSON schema as a mapping")
     _check_nesting("json_schema", schema)
-    require(is_json(schema), "json_schema", schema, f"None or what JSON can hold{IN_UTF8}")
+    require(is_json(schema), "json_schema", schema, f"None or a JSON schema, in what JSON can hold{IN_UTF8}")
     require(not tools or choice == "none", "json_schema", schema, "None with tools, unless tool_choice is 'none'")
     return schema  # type: ignore[return-value]
 

@@ -102,7 +102,7 @@ class Runtime:
         model, watch = self.adapter.model, self.adapter.watch
         with self.adapter.lock():
             if self.mode == "off":
-                if model.training:
+                if any(module.training for module in model.modules()):
                     model.eval()
                 return self
             state = watch.get_state()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from platformdirs import user_cache_path
 
 from semsharekv_integrations.errors import SemShareError, require
+from semsharekv_integrations.lab.world import TOWNS
 from semsharekv_integrations.terminal import DEFAULT_MODEL, MAX_COLUMNS, add_engine_arguments, load_engine
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load the model, make the calls, print each when done (JSON: all at the end).
+    """Load the model, make the calls, print each when done (JSON: all at the end). ``SemShareError`` if loading fails.
 
     Returns 1 if a mode that promises the answers of a full prefill gave others, else 0. ``ValueError`` for bad numbers.
     """
     require(args.runs >= 1, "runs", args.runs, "1 or more")
-    require(args.documents >= 1, "documents", args.documents, "1 or more")
+    require(1 <= args.documents <= len(TOWNS), "documents", args.documents, f"1 to {len(TOWNS)}")
     choice = choose_model(args.model)
     if not args.json:
         _print_lines(f"Loading {choice.title} ...", *choice.notes)

@@ -164,7 +164,7 @@ class _Place(NamedTuple):
 
 
 def _find_marked(prompt: str | Sequence[ChatMessage]) -> list[str]:
-    """Return each message's text before each cache point, from the one before; [] for a text prompt."""
+    """Return each message's texts up to and between cache points, stripped, none blank; [] for a text prompt."""
     found = []
     for message in () if isinstance(prompt, str) else prompt:
         texts: list[str] = []

@@ -195,7 +195,7 @@ class _Selection:
         return self._must | (self._priority < self.plan.shares[layer])
 
     def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
-        """Return the rows ``layer`` computes; the measured layer first writes fresh KV and judges deviation."""
+        """Return the rows ``layer`` computes. The measured one writes fresh KV and judges it, raising as ``_judge``."""
         if layer < self.plan.full_layers or self.fell_back:
             return rows
         if layer == self.plan.measured_layer:

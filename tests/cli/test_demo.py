@@ -91,6 +91,15 @@ def test_it_prints_at_once_and_within_80_columns(
     assert f"{said} those of a full prefill in {same} of 7." in " ".join(captured.out.split())
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "100000"])
+def test_a_wrong_number_of_articles_is_refused_before_anything_is_loaded(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--documents", number]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and f"documents is {number}; accepted is 1 to " in captured.err
+
+
 def call(answer: str, tokens: int = 99_999, ttft_s: float = 0.1) -> Call:
     report = {"prompt_tokens": tokens, "recomputed_tokens": tokens}
     return Call("part", "question", answer, True, False, report, ttft_s, 2 * ttft_s)

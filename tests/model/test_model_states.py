@@ -217,6 +217,14 @@ def test_no_answer_rests_on_kv_of_another_state(model: Any, tokenizer: Any, chan
     engine.store.check()
 
 
+@pytest.mark.parametrize("mode", ["off", *MODES])
+def test_a_call_takes_every_part_of_the_model_out_of_training(model: Any, tokenizer: Any, mode: str) -> None:
+    engine = engine_of(model, tokenizer, mode)
+    model.model.layers[1].mlp.train()
+    answer(engine)
+    assert not any(module.training for module in model.modules())
+
+
 def switch(model: Any) -> Callable[[Any], Any]:
     model.set_adapter("law")
     return lambda changed: changed.set_adapter("tone")
