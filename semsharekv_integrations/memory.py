@@ -140,11 +140,11 @@ class Memory:
         self._store = store
 
     def begin(self, runtime: Runtime) -> None:
-        """Use ``runtime``, now that the model is loaded, to settle which texts are still in the store."""
+        """Use ``runtime``, now that the model is loaded, to tell which texts are still in the store."""
         self._runtime = runtime
 
     def resolve_documents(self, call: Call) -> dict[str, str]:
-        """Settle first. Rename the call's unnamed documents to ids known for their texts; return known texts by id."""
+        """Drop texts that are gone; return the others by id. The call's unnamed documents get ids of their texts."""
         with call.watch.phase("render"):
             self.settle()
             request = call.request
@@ -236,7 +236,7 @@ class Memory:
                 index.keep_only(name, {reference.id for reference in references})
 
     def _keep(self, call: Call, runtime: Runtime, texts: Mapping[str, str], **labels: Any) -> bool:
-        """Store the call's KV, note ``texts`` by id, settle; False, doing nothing, if some of it was forgotten."""
+        """Store the call's KV, note ``texts`` by id, drop what is gone; False, doing nothing, if some was forgotten."""
         request = call.request
         with self._lock:
             if self._is_forgotten(call, runtime):

@@ -36,7 +36,7 @@ class NodeText:
 
     @classmethod
     def read(cls, item: BaseNode | NodeWithScore) -> NodeText:
-        """Return the text of a node, with or without score; blank and repeated ``forms`` are left out, maybe all."""
+        """Return a node's ids and its text in stripped ``forms``; blank and repeated ones are left out, maybe all."""
         node = item.node if isinstance(item, NodeWithScore) else item
         forms = (node.get_content(metadata_mode=mode).strip() for mode in (MetadataMode.LLM, MetadataMode.NONE))
         return cls(node.node_id, node.ref_doc_id, tuple(dict.fromkeys(form for form in forms if form)))

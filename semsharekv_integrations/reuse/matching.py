@@ -39,7 +39,7 @@ _BLOCK_TOKENS = 1024  # target tokens compared at a time by brute force
 
 
 class FuzzyMatcher:
-    """Finds fuzzy matches for one model.
+    """Finds fuzzy matches for one model. What it fetches from the store counts as used.
 
     Args:
         embed: from token ids [N] to their input embeddings [N, hidden], the E-cache.

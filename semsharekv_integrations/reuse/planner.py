@@ -18,7 +18,7 @@ SHORTEST_PREFIX_SHARE = 0.05  # of the prompt: attention behind a prefix needs a
 
 
 class Planner:
-    """Plans prefills over one store, with fuzzy matches unless ``matcher`` is None.
+    """Plans prefills over one store, with fuzzy matches unless ``matcher`` is None. What is found there counts as used.
 
     ``max_tokens`` is the longest prompt for which stored KV holds; None is any.
     """

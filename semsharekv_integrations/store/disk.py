@@ -79,7 +79,7 @@ class DiskTier:
             node.on_disk = None
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """Divide bytes and file range of ``lower``, if on disk; ``upper`` has taken over its first tokens."""
+        """Divide bytes and file range of ``lower``, if on disk; ``upper`` has its first tokens. Does not commit."""
         if lower.on_disk is None:
             return
         file, first = lower.on_disk

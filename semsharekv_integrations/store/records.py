@@ -193,7 +193,8 @@ def has_token_ids(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 0 and bool((value >= 0).all())
 
 
-def _has_places(value: object) -> bool:
+def _maps_to_positions(value: object) -> bool:
+    """Return whether ``value`` maps texts to positions of tokens, which may be ``UNPLACED``."""
     return isinstance(value, Mapping) and all(_is_text(key) and _is_position(at, UNPLACED) for key, at in value.items())
 
 
@@ -219,14 +220,14 @@ def _has_labels(value: object) -> bool:
 
 _Rules = dict[str, Callable[[Any], bool]]
 _LABELS: _Rules = {
-    "document_starts": _has_places,
+    "document_starts": _maps_to_positions,
     "segments": _has_segments,
     "session": lambda value: value is None or _is_text(value),
     "pinned": lambda value: isinstance(value, bool),
     "expires_after_s": lambda value: value is None or (is_number(value) and value > 0),
 }
 _LATER_LABELS: _Rules = {  # which earlier versions did not write
-    "document_stops": lambda value: value is None or _has_places(value),
+    "document_stops": lambda value: value is None or _maps_to_positions(value),
     "rounded": lambda value: isinstance(value, bool),
     "state": _is_text,
 }

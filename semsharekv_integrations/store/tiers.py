@@ -86,7 +86,7 @@ class Tiers:
         self.disk.drop(nodes, keys)
 
     def split(self, upper: Node, lower: Node, namespace: str) -> None:
-        """Divide the KV of ``lower``, in memory and on disk; ``upper`` has taken over its first tokens."""
+        """Divide the KV of ``lower`` in its tiers: ``upper`` has taken over its first tokens. Loses and writes none."""
         tier = self.find_tier(lower)
         if lower.held is not None and tier is not None:
             whole, num_tokens = lower.held, len(upper.token_ids)

@@ -128,7 +128,7 @@ def _find_endless_reference(schema: Mapping[str, Any]) -> str | None:
 
 
 def _follow(schema: Any, reference: str) -> Any:
-    """Return what ``reference`` points to in ``schema``; None if that is nothing, or in another document."""
+    """Return what a pointer ``#/a/b`` leads to in ``schema``; None if nothing or elsewhere. Reads anchors as ``#``."""
     if not reference.startswith("#"):
         return None
     for part in reference[1:].split("/")[1:]:
