@@ -128,13 +128,14 @@ def _find_endless_reference(schema: Mapping[str, Any]) -> str | None:
 
 
 def _follow(schema: Any, reference: str) -> Any:
-    """Return what a pointer ``#/a/b`` leads to in ``schema``; None if nothing or elsewhere. Reads anchors as ``#``."""
-    if not reference.startswith("#"):
+    """Return what a pointer ``#/a/b`` leads to in ``schema``; None if nothing or elsewhere, and for an anchor."""
+    if reference != "#" and not reference.startswith("#/"):
         return None
     for part in reference[1:].split("/")[1:]:
         key = unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(schema, Mapping):
             schema = schema.get(key)
         else:
-            schema = schema[int(key)] if isinstance(schema, list) and key.isdigit() and int(key) < len(schema) else None
+            is_place = isinstance(schema, list) and key.isdecimal() and int(key) < len(schema)
+            schema = schema[int(key)] if is_place else None
     return schema

@@ -186,6 +186,14 @@ def test_schemas_that_nothing_can_be_valid_for_are_refused_before_anything_is_co
     assert engine.stats()["requests"] == 0
 
 
+def test_references_by_anchor_or_odd_digit_are_never_taken_for_loops_or_crashes(make_engine) -> None:
+    anchored = {"$ref": "#p", "$defs": {"p": {"$anchor": "p", "type": "boolean"}}}
+    assert make_engine().generate(ASK, json_schema=anchored, max_new_tokens=8).text in ("true", "false")
+    odd = {"type": "array", "prefixItems": [{"$ref": "#/prefixItems/\u00b2"}]}
+    with pytest.raises(ValueError, match="json_schema is "):
+        make_engine().generate(ASK, json_schema=odd)
+
+
 ODD = {
     "look-ahead": {"type": "string", "pattern": "^(?!undefined$|null$)"},
     "word border": {"type": "string", "pattern": r"\bcat\b"},
