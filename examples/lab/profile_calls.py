@@ -16,7 +16,7 @@ from dataclasses import replace
 from statistics import median
 
 from arguments import parse_arguments
-from probes import CallProbe
+from probes import CallProbe, LayerUse
 from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.figures import UNTIMED, Outcome
 from semsharekv_integrations.lab.policies import FULL
@@ -46,7 +46,7 @@ def phases_of(outcomes: Iterable[Outcome]) -> dict[str, float]:
 def layers_of(outcomes: Iterable[Outcome]) -> tuple[list[float], list[float]]:
     """Median seconds, and rows, of each decoder layer over timed rounds; empty if there was no clock."""
     timed = [outcome.extra.get("layers", ()) for outcome in outcomes if outcome.round != UNTIMED]
-    by_layer = list(zip(*timed, strict=True))
+    by_layer = [[LayerUse(*use) for use in uses] for uses in zip(*timed, strict=True)]  # plain from a journal
     return (
         [median(use.seconds for use in uses) for uses in by_layer],
         [float(median(use.rows for use in uses)) for uses in by_layer],

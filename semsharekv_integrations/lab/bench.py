@@ -1,21 +1,24 @@
 """The bench runs every scenario under every policy, on one model. Each call gives figures of quality and of speed.
 
-The KV of a case's references is computed once, in full. Before each call it is put into the policy's empty store, so
-that a call finds the references and not its own earlier prompt. Decoding is greedy. A call that cannot be measured is
-recorded with its reason, and the run goes on.
+The KV of references is computed in full, once for cases in a row that have the same. Before each call it is put into
+the policy's empty store, so that a call finds the references and not its own earlier prompt. Decoding is greedy. A call
+that cannot be measured is recorded with its reason, and the run goes on.
+
+Cases on real text come in groups over the same documents. The first of a group has a true full prefill, from which the
+full prefills of the others continue: exactly, as a prefix. Their answers count like any other, their times do not.
 """
 
 from __future__ import annotations
 
 import gc
-import re
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from random import Random
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -23,13 +26,12 @@ from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.kv import Reference
+from semsharekv_integrations.lab.answers import Judging, is_answer, measure_f1
 from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
-from semsharekv_integrations.lab.policies import FULL, UNBOUNDED, Subject, drop_guard
-from semsharekv_integrations.lab.scenarios import Case, Scenario
-from semsharekv_integrations.lab.world import share_right
+from semsharekv_integrations.lab.policies import CHUNKS, FLOORS, FULL, ORDER, UNBOUNDED, Subject, drop_guard
+from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
+from semsharekv_integrations.lab.traces import Draft, TracedEngine, measure_divergence
 
-Judging = Literal["exact", "mentions"]
-JUDGINGS: tuple[Judging, ...] = get_args(Judging)
 NAMESPACE = "bench"
 EVERY_POLICY = "all"
 EXTRA_TOKENS = 4  # generated at most beyond those of the right answer
@@ -40,6 +42,7 @@ _FAILURES = (SemShareError, MemoryError, RuntimeError)
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 
 Watch = Callable[[Case, str, int], AbstractContextManager[dict[str, Any]]]
+Wants = Callable[[int, Case], bool]
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,7 @@ class Study:
     title: str
     scenarios: Sequence[Scenario]
     configs: Mapping[str, EngineConfig]  # engine settings by policy
-    # `exact` takes an answer as right in the words of the case; `mentions` takes any words that hold its facts, since
-    # other models were not trained on these words
-    judging: Judging = "exact"
+    judging: Judging = "exact"  # how answers are judged, where a scenario does not say
     # wraps one call in one round, and yields a dict for what it measures, the outcome's `extra`
     watch: Watch = lambda case, policy, turn: nullcontext({})
     figures: Sequence[Figure] = FIGURES  # what the rows of the report hold
@@ -69,9 +70,12 @@ class Results:
 
     def fail(self, scenario: Scenario, policy: str, reason: str) -> None:
         """Record once what was not measured."""
-        failure = Failure(scenario.name, scenario.length, policy, reason)
-        if failure not in self.failures:
-            self.failures.append(failure)
+        self.add(Results(failures=[Failure(scenario.name, scenario.length, policy, reason)]))
+
+    def add(self, found: Results) -> None:
+        """Take in what was found besides, each failure once."""
+        self.outcomes += found.outcomes
+        self.failures += [failure for failure in found.failures if failure not in self.failures]
 
 
 class Bench:
@@ -86,7 +90,9 @@ class Bench:
         self.study = study
         self.engines: dict[str, SemShareEngine] = {}
         self.missing: dict[str, str] = {}
-        self.filler = SemShareEngine(subject.model, subject.tokenizer, _FILLER)
+        self.filler = TracedEngine(subject.model, subject.tokenizer, _FILLER)
+        self._stored: tuple[tuple[Query, ...], list[Reference]] = ((), [])  # references as asked for, and as computed
+        self._group: tuple[str, int] | None = None  # whose full prefill ``sharing`` holds
         configs = {FULL: _FULL_CONFIG, **study.configs}
         require(configs[FULL].reuse.mode == "off", f"configs[{FULL!r}].reuse.mode", configs[FULL].reuse.mode, "'off'")
         for name, config in configs.items():
@@ -95,8 +101,16 @@ class Bench:
             except SemShareError as error:
                 self.missing[name] = str(error)
 
+    @cached_property
+    def sharing(self) -> SemShareEngine:
+        """What computes the full prefills of a group, whose documents it computes once; if need be, each anew."""
+        try:
+            return self._start_engine(EngineConfig(reuse=ReuseConfig(mode="exact"), store=UNBOUNDED))
+        except SemShareError:
+            return self.engines[FULL]
+
     def _start_engine(self, config: EngineConfig) -> SemShareEngine:
-        engine = SemShareEngine(self.subject.model, self.subject.tokenizer, config)
+        engine = TracedEngine(self.subject.model, self.subject.tokenizer, config)
         engine.generate("Warm up.", max_new_tokens=2)  # so that no timing holds one-time costs
         engine.clear()
         return engine
@@ -105,40 +119,84 @@ class Bench:
         """How many calls ``measure`` makes at most."""
         return scenario.total * len(scenario.rounds) * len(self.engines)
 
-    def measure(self, scenario: Scenario, results: Results, advance: Callable[[], None] = lambda: None) -> None:
+    def measure(
+        self,
+        scenario: Scenario,
+        results: Results,
+        advance: Callable[[], None] = lambda: None,
+        wants: Wants = lambda index, case: True,
+        keep: Callable[[int | None, Results], None] = lambda index, found: None,
+    ) -> None:
         """Run every case under every policy in every round, in an order drawn for each round.
 
-        ``results`` receives outcomes and failures; ``advance`` is called for every call, done or failed.
+        ``results`` receives outcomes and failures; ``advance`` is called for every call, done or failed. Cases that
+        ``wants`` does not want are left out; ``keep`` is told what each of the others gave, and what failed for all.
         """
+        unmeasured = Results()
         for name, reason in self.missing.items():
-            results.fail(scenario, name, reason)
+            unmeasured.fail(scenario, name, reason)
         if scenario.problem:
-            results.fail(scenario, EVERY_POLICY, scenario.problem)
+            unmeasured.fail(scenario, EVERY_POLICY, scenario.problem)
+        results.add(unmeasured)
+        keep(None, unmeasured)
         for index, case in enumerate(scenario.cases):
-            try:
-                references = self.make_references(case)
-            except _FAILURES as error:
-                results.fail(scenario, EVERY_POLICY, _explain(error))
-                continue
-            failed, room = set[str](), scenario.max_new_tokens or self.count_room(case)
-            for turn in scenario.rounds:
-                blank = Outcome(scenario.name, scenario.length, "", index, turn, expected=case.answer)
-                order = Random(f"{scenario.name} {scenario.length} {index} {turn}")
-                said: dict[str, Outcome] = {}
-                for name in order.sample(list(self.engines), len(self.engines)):
-                    advance()
-                    if name in failed:
-                        continue
-                    try:
-                        said[name] = self._call(replace(blank, policy=name), case, references, room)
-                    except _FAILURES as error:
-                        failed.add(name)
-                        results.fail(scenario, name, _explain(error))
-                full = said[FULL].text.strip() if FULL in said else None
-                for name in self.engines:
-                    if name in said:
-                        agrees = None if full is None else said[name].text.strip() == full
-                        results.outcomes.append(replace(said[name], agrees=agrees))
+            if wants(index, case):
+                found = Results()
+                self._measure_case(scenario, index, case, found, advance)
+                results.add(found)
+                keep(index, found)
+
+    def _measure_case(
+        self, scenario: Scenario, index: int, case: Case, results: Results, advance: Callable[[], None]
+    ) -> None:
+        try:
+            references = self._get_references(case)
+        except _FAILURES as error:
+            results.fail(scenario, EVERY_POLICY, _explain(error))
+            return
+        failed, room = set[str](), scenario.max_new_tokens or self.count_room(case)
+        group = case.place[0] if case.place else None
+        for turn in scenario.rounds:
+            blank = Outcome(scenario.name, scenario.length, "", index, turn, expected=case.answer, group=group)
+            rng = Random(f"{scenario.name} {scenario.length} {index} {turn}")
+            order = rng.sample(list(self.engines), len(self.engines))
+            if case.place:
+                order.sort(key=lambda name: name != FULL)  # whose answer the others are compared along
+            said: dict[str, Outcome] = {}
+            draft: Draft | None = None
+            for name in order:
+                advance()
+                if name in failed or not _has_call(name, case):
+                    continue
+                try:
+                    said[name], traced = self._call(replace(blank, policy=name), case, references, room, draft)
+                except _FAILURES as error:
+                    failed.add(name)
+                    results.fail(scenario, name, _explain(error))
+                else:
+                    draft = traced if name == FULL else draft
+            judging = scenario.judging or self.study.judging
+            found = [said[name] for name in self.engines if name in said]
+            results.outcomes += [self._judge(own, said.get(FULL), case, judging) for own in found]
+
+    def _judge(self, own: Outcome, full: Outcome | None, case: Case, judging: Judging) -> Outcome:
+        """``own`` beside the full prefill's answer and the right one. Random weights are never right or wrong."""
+        agrees = None if full is None else own.text.strip() == full.text.strip()
+        own = replace(own, agrees=agrees)
+        if case.place and full is not None:
+            own = replace(own, full_f1=measure_f1(own.text, [full.text]))
+        if self.subject.is_random:
+            return own
+        stale = is_answer(own.text, case.stale, case.stale_values, judging)
+        own = replace(own, right=is_answer(own.text, case.answer, case.values, judging), stale=stale)
+        return replace(own, f1=measure_f1(own.text, case.values)) if case.place else own
+
+    def _get_references(self, case: Case) -> list[Reference]:
+        """The KV of the case's references; that of the case before if it has the same."""
+        if not case.references or self._stored[0] != case.references:
+            self._stored = ((), [])  # so that there is room
+            self._stored = (case.references, self.make_references(case))
+        return self._stored[1]
 
     def make_references(self, case: Case) -> list[Reference]:
         """The KV of the case's references, computed in full, in their order."""
@@ -149,28 +207,51 @@ class Bench:
         finally:
             self.filler.clear()
 
-    def _call(self, outcome: Outcome, case: Case, references: Sequence[Reference], room: int) -> Outcome:
-        """Make one call with ``references`` in the store; return ``outcome`` with what came of it."""
-        engine, store_s, collects = self.engines[outcome.policy], None, gc.isenabled()
+    def _call(
+        self, outcome: Outcome, case: Case, references: Sequence[Reference], room: int, draft: Draft | None
+    ) -> tuple[Outcome, Draft | None]:
+        """Make one call with ``references`` in the store.
+
+        Return ``outcome`` with what came of it, and what was read along ``draft`` or, for a full prefill of a group,
+        along its own answer.
+        """
+        name, store_s, collects = outcome.policy, None, gc.isenabled()
+        engine, target = self.engines[name], case.in_order if name == ORDER and case.in_order else case.target
+        is_shared = case.place is not None and name == FULL
+        if is_shared:
+            engine = self._share(case)
+        if isinstance(engine, TracedEngine):
+            engine.draft = () if is_shared else draft.token_ids if draft and name != ORDER else None
+        if name == CHUNKS:
+            references = [self.filler.compute_first_half(target.prompt, NAMESPACE)]
         try:
-            if engine.config.reuse.mode != "off":
-                store_s = self.store_references(outcome.policy, references)
+            if self.engines[name].config.reuse.mode != "off":
+                store_s = self.store_references(name, references)
             gc.disable()  # so that no call pays for another one's garbage
-            with self.study.watch(case, outcome.policy, outcome.round) as extra:
+            with self.study.watch(case, name, outcome.round) as extra:
                 generation = engine.generate(
-                    case.target.prompt, documents=case.target.documents, namespace=NAMESPACE, max_new_tokens=room
+                    target.prompt, documents=target.documents, namespace=NAMESPACE, max_new_tokens=room
                 )
             store_bytes = None if store_s is None else engine.store.stats()["bytes"]
         finally:
             if collects:
                 gc.enable()
-            engine.clear()
+            if not is_shared:
+                engine.clear()
+        traced = engine.traced if isinstance(engine, TracedEngine) and engine.draft is not None else None
         report, text = generation.report, generation.text
         outcome = replace(outcome, report=report, text=text, store_s=store_s, store_bytes=store_bytes, extra=extra)
-        if self.subject.is_random:
-            return outcome
-        right = is_answer(text, case.answer, case.values, self.study.judging)
-        return replace(outcome, right=right, stale=is_answer(text, case.stale, case.stale_values, self.study.judging))
+        if draft and traced:
+            outcome = replace(outcome, **measure_divergence(draft.logits, traced.logits)._asdict())
+        return outcome, traced
+
+    def _share(self, case: Case) -> SemShareEngine:
+        """``sharing``, which holds the full prefills of the case's group alone."""
+        assert case.place is not None, "the case is one of a group"
+        if self._group != (case.scenario, case.place[0]):
+            self.sharing.clear()
+            self._group = (case.scenario, case.place[0])
+        return self.sharing
 
     def store_references(self, policy: str, references: Sequence[Reference]) -> float:
         """Put the references into a policy's store; how many seconds it took."""
@@ -188,6 +269,13 @@ class Bench:
         return max(answer_tokens + EXTRA_TOKENS, FREE_TOKENS if self.study.judging == "mentions" else 0)
 
 
+def _has_call(policy: str, case: Case) -> bool:
+    """Whether the policy says something on the case. Floors cost a full prefill each: the first of a group has them."""
+    if policy not in FLOORS:
+        return True
+    return case.place is not None and case.place[1] == 0 and (policy == CHUNKS or case.in_order is not None)
+
+
 def _explain(error: BaseException) -> str:
     """Why a call failed. An error without a known reason is raised again: a bug must not read as a figure."""
     text = " ".join(str(error).split())
@@ -199,17 +287,3 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, SemShareError):
         return text
     raise error
-
-
-def is_answer(said: str, answer: str | None, values: Sequence[str], judging: Judging) -> bool | None:
-    """Whether ``said`` is the answer; None if there is none.
-
-    ``exact`` asks for the words of ``answer``, its lines in any order. ``mentions`` asks for all ``values``, each as
-    whole words in any case.
-    """
-    if answer is None:
-        return None
-    if judging == "exact":
-        return share_right(said, answer) == 1
-    words = [r"\s+".join(map(re.escape, value.split())) for value in values]
-    return all(re.search(rf"(?<!\w){pattern}(?!\w)", said, re.IGNORECASE) for pattern in words)

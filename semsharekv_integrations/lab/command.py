@@ -9,58 +9,67 @@
     semsharekv bench --model path-or-hub-id --data questions.jsonl
       own documents and questions, on any model
 
-Every scenario is measured under every policy, in one run on one model, beside a full prefill. Some prompts are drawn,
-and others have a length; --lengths leaves out the former, --cases or --documents without it the latter.
+  semsharekv bench --model folder --scenarios text_reordered --groups 40 --questions 16 --policies off exact order \
+      --policy wide=identical,boundary_tokens=16 --processes 2 --out reordered.md
+    questions over real text, on a real model, in two processes
 
-With --out the tables go to a Markdown file, and every outcome to a .json beside it, written anew after each scenario.
-To use several cores, start one process for some of the scenarios each: their figures depend on nothing else.
+Every scenario is measured under every policy, in one run on one model, beside a full prefill. Some prompts are drawn,
+others have a length, and others are real text, in groups of questions over the same documents; --lengths leaves out
+all but those at a length, --cases or --documents without it those, and real text is measured if it is named.
+
+With --out the tables go to a Markdown file, and every outcome to a .json beside it, written anew now and then. A .jsonl
+beside them gets each case as soon as it is done: the same command goes on where an earlier one stopped, also if it asks
+for more cases.
 
 Answers on own data, and those of models other than the built-in one, are right if they mention the right facts, in any
-words; those of the built-in model must be right word for word, as it was trained.
+words; those of the built-in model must be right word for word, as it was trained. On real text an answer is right if it
+holds a gold one.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from semsharekv_integrations.config import AuditConfig
+from semsharekv_integrations.config import MODES, AuditConfig, ReuseConfig
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import dataset, report, scenarios, world
-from semsharekv_integrations.lab.bench import JUDGINGS, Bench, Results, Study
-from semsharekv_integrations.lab.figures import Row, summarize
+from semsharekv_integrations.lab import dataset, scenarios, world
+from semsharekv_integrations.lab.answers import JUDGINGS
+from semsharekv_integrations.lab.bench import Study
 from semsharekv_integrations.lab.policies import (
     FULL,
     POLICIES,
     PRESETS,
     REFERENCE,
+    SETTINGS,
+    UNBOUNDED,
     Policy,
     Subject,
     load_subject,
     make_configs,
 )
+from semsharekv_integrations.lab.running import run_study
 from semsharekv_integrations.lab.scenarios import DRAWN, NEGATIVE_CONTROL, Scenario
 from semsharekv_integrations.lab.sized import SIZED, make_sized_case
+from semsharekv_integrations.lab.texts import TEXTS, make_text_cases
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress_bars
 from semsharekv_integrations.text.prompt import PromptRenderer
 
-SCENARIOS = tuple(dict.fromkeys([*DRAWN, *SIZED]))
+SCENARIOS = tuple(dict.fromkeys([*DRAWN, *SIZED]))  # measured if none is named
 FAMILIES = {"reworded": tuple(name for name in SIZED if name.startswith("reworded"))}  # of prompts at a length
 DEFAULT_POLICIES = (FULL, "exact", "identical", "semantic", "retained")
 CASES, REPEATS, LENGTHS = 50, 5, (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_CASES, QUICK_REPEATS, QUICK_LENGTHS, QUICK_DOCUMENTS = 3, 2, (512, 2048), (4, 8)
 QUICK_SCENARIOS = ("reordered", "edited", "turns", "next_turn", NEGATIVE_CONTROL)
 QUICK_POLICIES = DEFAULT_POLICIES[:-1]
+GROUPS, QUESTIONS, TEXT_TOKENS = 20, 8, 24  # on real text: tokens of an answer, its end included
 NEW_TOKENS = 16  # of an answer to a prompt at a length: as many as its longest right one
 
 
@@ -69,14 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     parser.description = __doc__
     parser.epilog = f"--data: {dataset.__doc__}"
     parser.set_defaults(program="semsharekv")
-    names = f"drawn: {', '.join(DRAWN)}; at a length: {', '.join(SIZED)} (default: all)"
+    names = f"drawn: {', '.join(DRAWN)}; at a length: {', '.join(SIZED)} (default: all of these); "
+    names += f"real text: {', '.join(TEXTS)}"
     about = " ".join(f"{name}: {policy.about}" for name, policy in policies.items()).replace("%", "%%")
     few, many = scenarios.DEFAULT_DOCUMENTS
     what = parser.add_argument_group("what is measured")
     what.add_argument("--quick", action="store_true", help="few scenarios, few and short prompts, few rounds")
-    what.add_argument("--scenarios", "--workloads", nargs="+", choices=SCENARIOS, metavar="NAME", help=names)
+    what.add_argument("--scenarios", "--workloads", nargs="+", choices=(*SCENARIOS, *TEXTS), metavar="NAME", help=names)
     what.add_argument("--data", type=Path, metavar="FILE.jsonl", help="own documents and questions, see below")
     what.add_argument("--policies", nargs="+", choices=policies, metavar="NAME", help=about)
+    own = "a policy of your own: a mode, and fields of ReuseConfig; can be given again"
+    what.add_argument(
+        "--policy", type=_parse_policy, action="append", default=[], metavar="NAME=MODE[,KEY=VALUE...]", help=own
+    )
     what.add_argument("--set", type=_parse_setting, nargs="+", default=[], metavar="KEY=VALUE", help="of ReuseConfig")
     what.add_argument("--kl", action="store_true", help="also how far the distributions of first tokens are apart")
     what.add_argument("--judging", choices=JUDGINGS, help="whether a right answer is exact or mentions the facts")
@@ -88,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     size.add_argument("--layouts", nargs="+", choices=world.LAYOUTS, metavar="NAME", help=layouts)
     size.add_argument("--lengths", type=_parse_count, nargs="+", metavar="N", help="tokens (default: 512 to 16384)")
     size.add_argument("--repeats", type=_parse_count, metavar="N", help=f"timed rounds at a length ({REPEATS})")
+    size.add_argument("--groups", type=_parse_count, metavar="N", help=f"of questions on real text ({GROUPS})")
+    size.add_argument("--questions", type=_parse_count, metavar="N", help=f"in a group, at most ({QUESTIONS})")
     size.add_argument("--max-new-tokens", "--new-tokens", type=_parse_count, metavar="N", help="of an answer")
     model = parser.add_argument_group("model")
     which = model.add_mutually_exclusive_group()
@@ -96,15 +112,20 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     model.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
     model.add_argument("--dtype", default="auto", help="torch dtype, or auto (default)")
     model.add_argument("--threads", type=_parse_count, metavar="N", help="of PyTorch (default: its own choice)")
+    processes = "that share the cases, with one thread each unless --threads says otherwise; needs --out"
+    model.add_argument("--processes", type=_parse_count, default=1, metavar="N", help=processes)
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="where the tables go (default: printed only)")
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and write after each scenario; the exit code."""
+    """Measure, and write as it goes; the exit code."""
+    if args.processes > 1:
+        require(args.out is not None, "--out", args.out, "a file name ending in .md where there are several processes")
+        args.threads = args.threads or 1
     study, subject = prepare(args)
-    run_study(study, subject, args)
+    run_study(study, subject, args, prepare=prepare)
     return 0
 
 
@@ -114,8 +135,14 @@ def prepare(
     """What the arguments ask for, and the model it is measured on."""
     _check(args)
     drawn, sized = _choose_scenarios(args) if with_scenarios else ([], [])
+    texts = [name for name in TEXTS if with_scenarios and name in (args.scenarios or ())]
+    for name in ("groups", "questions") if with_scenarios and not texts else ():
+        size = getattr(args, name)
+        require(size is None, f"--{name}", size, f"nothing without --scenarios of {', '.join(TEXTS)}")
+    policies = _add_own(policies, args.policy)
     examples = dataset.read_examples(args.data) if args.data else []
-    chosen = list(dict.fromkeys([FULL, *(args.policies or (QUICK_POLICIES if args.quick else DEFAULT_POLICIES))]))
+    usual = () if args.policy else QUICK_POLICIES if args.quick else DEFAULT_POLICIES
+    chosen = list(dict.fromkeys([FULL, *(args.policies or usual), *dict(args.policy)]))
     configs = make_configs(chosen, dict(args.set), policies)
     if args.kl:
         audit = AuditConfig(sample_ratio=1.0, min_agreement=0.0)
@@ -128,6 +155,7 @@ def prepare(
     lengths = sorted(set(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS)))
     found = [_draw_scenario(args, subject, name) for name in drawn]
     found += [_size_scenario(args, subject, name, length) for length in lengths for name in sized]
+    found += [_ask_about_text(args, subject, name) for name in texts]
     most = args.cases or (QUICK_CASES if args.quick else None)
     for name in (dataset.DATA, NEGATIVE_CONTROL):
         cases = list(dataset.make_own_cases(name, examples, args.seed, choose_layouts(args, subject)))[:most]
@@ -156,10 +184,11 @@ def _choose_scenarios(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     if args.data:
         return [], []
     names = args.scenarios or (QUICK_SCENARIOS if args.quick else SCENARIOS)
+    names = [name for name in names if name not in TEXTS]
     known_drawn = () if args.lengths else DRAWN
     known_sized = () if not args.lengths and (args.cases or args.documents) else SIZED
     families = FAMILIES if args.lengths else {}
-    for name in args.scenarios or ():
+    for name in names if args.scenarios else ():
         if name not in (*known_drawn, *known_sized, *families):
             accepted = ", ".join(dict.fromkeys([*known_drawn, *known_sized]))
             raise ValueError(f"--scenarios is {name}; accepted for prompts of these sizes is {accepted}")
@@ -191,46 +220,25 @@ def _size_scenario(args: argparse.Namespace, subject: Subject, name: str, length
     return Scenario(name, cases, len(cases), length, range(repeats + 1), new_tokens)
 
 
+def _ask_about_text(args: argparse.Namespace, subject: Subject, name: str) -> Scenario:
+    if not subject.tokenizer.chat_template:
+        return Scenario(name, (), 0, problem="the model has no chat template")
+    cases = list(make_text_cases(name, args.groups or GROUPS, args.questions or QUESTIONS, args.seed))
+    return Scenario(name, cases, len(cases), max_new_tokens=args.max_new_tokens or TEXT_TOKENS, judging="gold")
+
+
+def _add_own(policies: Mapping[str, Policy], own: Sequence[tuple[str, Policy]]) -> Mapping[str, Policy]:
+    """All policies by name. A name cannot mean two."""
+    found = dict(policies)
+    for name, policy in own:
+        require(name not in found, "--policy", name, f"a name that is not taken, as these are: {', '.join(found)}")
+        found[name] = policy
+    return found
+
+
 def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[world.Layout]:
     """Those asked for, else all usual ones of a model that knows messages, else plain text."""
     return args.layouts or (scenarios.DEFAULT_LAYOUTS if subject.tokenizer.chat_template else ("completion",))
-
-
-def run_study(
-    study: Study, subject: Subject, args: argparse.Namespace, make_bench: Callable[[Subject, Study], Bench] = Bench
-) -> Results:
-    """Measure one scenario after the other, and report as ``args`` ask for."""
-    about = {
-        **report.describe_origin(report.record_command(args.program)),
-        **report.describe_machine(subject.model),
-        "title": study.title,
-        "model": subject.name,
-        "note": subject.note,
-        "seed": args.seed,
-        "judging": study.judging,
-        "policies": {name: asdict(config) for name, config in study.configs.items()},
-        "about_policies": dict(study.about),
-    }
-    bench, results, rows = make_bench(subject, study), Results(), list[Row]()
-    began, console = time.perf_counter(), Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(map(bench.count_calls, study.scenarios)))
-        for scenario in study.scenarios:
-            progress.update(task, description=f"{scenario.name} {scenario.length or ''}")
-            bench.measure(scenario, results, lambda: progress.advance(task))
-            rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
-            about["seconds"] = round(time.perf_counter() - began, 1)
-            if args.out is not None:
-                report.write_files(args.out, about, rows, results, study.figures)
-    if args.json:
-        sys.stdout.write(f"{report.make_json(about, rows)}\n")
-        return results
-    report.print_rows(Console(), rows)
-    Console().print(f"\n{report.make_headline(about)}", highlight=False, markup=False)
-    if args.out is not None:
-        console.print(f"Written: {args.out}, and every outcome to {args.out.with_suffix('.json')}", markup=False)
-    return results
 
 
 def _parse_count(text: str) -> int:
@@ -248,3 +256,19 @@ def _parse_setting(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _parse_policy(text: str) -> tuple[str, Policy]:
+    """``name=mode,key=value,...`` as name and policy."""
+    (name, sign, mode), *settings = (part.partition("=") for part in text.split(","))
+    if not (name and sign and mode in MODES):
+        accepted = f"NAME=MODE[,KEY=VALUE...] with a mode of {', '.join(MODES)}"
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted is {accepted}")
+    fields = dict(_parse_setting("".join(setting)) for setting in settings)
+    unknown = sorted(fields.keys() - set(SETTINGS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{text!r} sets {', '.join(unknown)}; accepted is {', '.join(SETTINGS)}")
+    try:
+        return name, Policy(f"`{text}`.", ReuseConfig(mode=mode, **fields), UNBOUNDED)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import fmean, median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from semsharekv_integrations.config import Mode
-from semsharekv_integrations.lab.policies import EXACT, FULL
+from semsharekv_integrations.lab.policies import EXACT, FLOORS, FULL
 from semsharekv_integrations.report import ReuseReport
 
 CONTROLS: tuple[Mode, ...] = ("off", "exact")  # modes that reuse nothing off the prefix
 UNTIMED = 0  # the round into which one-time costs fall
 NUM_RESAMPLES = 2000
+_BESIDE_NAN: Mapping[Callable[..., Any], Callable[..., Any]] = {np.mean: np.nanmean, np.median: np.nanmedian}  # slow
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Outcome:
     store_s: float | None = None  # seconds that it took to put the references into the store
     store_bytes: int | None = None  # in the store after the call
     extra: Mapping[str, Any] = field(default_factory=dict)  # what a probe measured besides, by name
+    group: int | None = None  # of the cases about the same real texts; None for what was drawn or has a length
+    f1: float | None = None  # of `text` to the nearest right answer, in words
+    full_f1: float | None = None  # of `text` to what a full prefill gives
+    kl: tuple[float, ...] = ()  # at each token of a full prefill's answer, full to own, in nats
+    top1: float | None = None  # share of these tokens at which the likeliest one is the same
 
     @property
     def fired(self) -> bool:
@@ -51,7 +58,14 @@ class Outcome:
     @property
     def is_counted(self) -> bool:
         """Whether figures are over it: of drawn prompts where reuse fired or the policy is a control, else always."""
-        return self.length is not None or self.fired or self.report.mode in CONTROLS
+        is_drawn = self.length is None and self.group is None
+        return not is_drawn or self.fired or self.report.mode in CONTROLS
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether its times and counts are those of its policy: not of a floor, nor of a shared full prefill."""
+        is_shared = self.policy == FULL and self.report.reused_tokens > 0
+        return not is_shared and self.policy not in FLOORS
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -87,10 +101,16 @@ class Estimate(NamedTuple):
 
 
 Values = Mapping[int, Sequence[float]]  # by case, one for each round
+Groups = Mapping[int, int]  # by case; one that is not in it is a group of its own
 
 
-def estimate_share(values: Values, seed: int) -> Estimate:
-    """Of cases, each of which counts once, with Wilson's 95% interval; of a single case, which says little, without."""
+def estimate_share(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
+    """Of cases, each of which counts once, with Wilson's 95% interval; of a single case, which says little, without.
+
+    Cases in groups are not independent: their interval is that of a bootstrap.
+    """
+    if groups:
+        return estimate_mean(values, seed, groups)
     z, asked = 1.96, len(values)
     right = sum(found[0] for found in values.values()) / asked
     if asked == 1:
@@ -101,16 +121,36 @@ def estimate_share(values: Values, seed: int) -> Estimate:
     return Estimate(right, max(min(low, right), 0.0), min(max(high, right), 1.0))  # rounding may put it outside
 
 
-def estimate_mean(values: Values, seed: int) -> Estimate:
-    """Over cases, each of which counts once, with the 95% interval of a bootstrap."""
-    return bootstrap([found[0] for found in values.values()], np.mean, seed)
+def estimate_mean(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
+    """Over cases, each of which counts once, with the 95% interval of a bootstrap over groups."""
+    return bootstrap([found[0] for found in values.values()], np.mean, seed, _list_groups(values, groups))
 
 
-def estimate_median(values: Values, seed: int) -> Estimate:
+def estimate_median(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
     """Median over cases with the 95% interval of a bootstrap; of a single case over rounds, with quartiles."""
     if len(values) > 1:
-        return bootstrap([median(found) for found in values.values()], np.median, seed)
+        medians = [median(found) for found in values.values()]
+        return bootstrap(medians, np.median, seed, _list_groups(values, groups))
     return find_quartiles(next(iter(values.values())))
+
+
+def _list_groups(values: Values, groups: Groups) -> list[int] | None:
+    return [groups[case] for case in values] if groups else None
+
+
+def estimate_worst_share(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
+    """What share of the whole the worst tenth of the cases makes; without an interval."""
+    found = sorted((float(first) for first, *_ in values.values()), reverse=True)
+    worst, whole = sum(found[: math.ceil(len(found) / 10)]), sum(found)
+    return Estimate(*(worst / whole if whole else 0.0,) * 3)
+
+
+def compute_mcnemar(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
+    """McNemar's exact p, two-sided, of paired differences: how likely as uneven a split is if none is better."""
+    signs = [math.copysign(1, first) for first, *_ in values.values() if first]
+    fewer, all_pairs = min(signs.count(1), signs.count(-1)), len(signs)
+    tail = sum(math.comb(all_pairs, number) for number in range(fewer + 1)) / 2**all_pairs
+    return Estimate(*(min(1.0, 2 * tail),) * 3)
 
 
 def find_quartiles(values: Sequence[float]) -> Estimate:
@@ -119,13 +159,25 @@ def find_quartiles(values: Sequence[float]) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0) -> Estimate:
-    """A figure of one value or more with the 95% interval of a bootstrap; a single point where no value differs."""
+def bootstrap(
+    values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0, groups: Sequence[int] | None = None
+) -> Estimate:
+    """A figure of one value or more with the 95% interval of a bootstrap; a single point where no value differs.
+
+    What is drawn again is whole groups, of which ``groups`` names one for each value; default: each value by itself.
+    """
     sample = np.array(values, dtype=float)
     if (sample == sample[0]).all():
         return Estimate(*(float(sample[0]),) * 3)
-    drawn = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
-    low, high = np.percentile(figure(sample[drawn], axis=1), (2.5, 97.5))
+    places: dict[int, list[int]] = {}
+    for place, group in enumerate(groups or range(len(sample))):
+        places.setdefault(group, []).append(place)
+    padded = np.full((len(places), max(map(len, places.values()))), np.nan)
+    for row, found in zip(padded, places.values(), strict=True):
+        row[: len(found)] = sample[found]
+    drawn = np.random.default_rng(seed).integers(len(padded), size=(NUM_RESAMPLES, len(padded)))
+    over = _BESIDE_NAN.get(figure, figure) if np.isnan(padded).any() else figure
+    low, high = np.percentile(over(padded[drawn].reshape(NUM_RESAMPLES, -1), axis=1), (2.5, 97.5))
     return Estimate(float(figure(sample)), float(low), float(high))
 
 
@@ -136,7 +188,7 @@ class Figure(NamedTuple):
     title: str  # above its column
     form: str  # how it is written
     read: Callable[[Pair], float | None]  # its value for a call; None where it has none
-    statistic: Callable[[Values, int], Estimate] = estimate_median  # of these values over the timed calls
+    statistic: Callable[[Values, int, Groups], Estimate] = estimate_median  # of these values over the timed calls
     over: Callable[[Outcome], bool] = lambda outcome: outcome.is_counted  # which calls; default: those that count
     scale: float = 1.0  # of the figure as it is written
     short: str = ""  # above its column on a terminal; nothing for a figure that is not shown there
@@ -149,6 +201,22 @@ def _compare_right(pair: Pair) -> float | None:
     return 100.0 * (pair.own.right - pair.full.right)
 
 
+def _compare_grouped(pair: Pair) -> float | None:
+    return None if pair.own.group is None or pair.own.policy == FULL else _compare_right(pair)
+
+
+def _read_kl(reduce: Callable[[Sequence[float]], float]) -> Callable[[Pair], float | None]:
+    return lambda pair: reduce(pair.own.kl) if pair.own.kl else None
+
+
+def _read_cost(name: str) -> Callable[[Pair], float | None]:
+    return lambda pair: getattr(pair.own.report, name) if pair.own.has_costs else None
+
+
+def _read_fired(pair: Pair) -> bool | None:
+    return pair.own.report.reused_tokens > 0 if pair.own.group is not None and pair.own.has_costs else None
+
+
 def _read_full_stale(pair: Pair) -> bool | None:
     return None if pair.full is None else pair.full.stale
 
@@ -159,8 +227,10 @@ def _read_divergence(pair: Pair) -> float | None:
 
 
 def _divide_ttft(other: Outcome | None, own: Outcome) -> float | None:
-    """How many times longer ``other`` took."""
-    return None if other is None else other.report.ttft_s / own.report.ttft_s
+    """How many times longer ``other`` took; None if one of them has no times of its own."""
+    if other is None or not (other.has_costs and own.has_costs):
+        return None
+    return other.report.ttft_s / own.report.ttft_s
 
 
 def _is_rest(outcome: Outcome) -> bool:
@@ -176,16 +246,24 @@ FIGURES = (
     Figure("accuracy", "accuracy", ".3f", lambda p: p.own.right, estimate_share, short="right"),
     Figure("full_accuracy", "full prefill's", ".3f", lambda p: p.full.right if p.full else None, estimate_share),
     Figure("difference_points", "difference in points", "+.1f", _compare_right, estimate_mean, short="points to off"),
+    Figure("mcnemar_p", "McNemar's p", ".3f", _compare_grouped, compute_mcnemar),
+    Figure("f1", "F1", ".3f", lambda p: p.own.f1, estimate_mean),
+    Figure("full_f1", "F1 to full prefill's", ".3f", lambda p: p.own.full_f1, estimate_mean),
     Figure("agreement", "agreement", ".3f", lambda p: p.own.agrees, estimate_share, short="agrees"),
     Figure("stale_rate", "stale", ".3f", lambda p: p.own.stale, estimate_share, short="stale"),
     Figure(
         "full_stale_rate", "full prefill's stale", ".3f", lambda p: p.full.stale if p.full else None, estimate_share
     ),
     Figure("kl_divergence", "KL", ".2g", _read_divergence),
+    Figure("answer_kl", "KL along the answer", ".4f", _read_kl(fmean), estimate_mean, short="KL"),
+    Figure("worst_kl", "its worst token", ".3f", _read_kl(max), estimate_mean),
+    Figure("worst_kl_share", "share of the worst tenth", ".2f", _read_kl(fmean), estimate_worst_share),
+    Figure("top1", "top-1", ".3f", lambda p: p.own.top1, estimate_mean, short="top-1"),
+    Figure("fired_share", "reused", ".2f", _read_fired, estimate_share),
     Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens, short="tokens"),
-    Figure("reused_tokens", "reused", ".0f", lambda p: p.own.report.reused_tokens),
-    Figure("compute_ratio", "compute", ".3f", lambda p: p.own.report.compute_ratio, short="compute"),
-    Figure("ttft_s", "TTFT, ms", ".1f", lambda p: p.own.report.ttft_s, scale=1000, short="TTFT, ms"),
+    Figure("reused_tokens", "reused tokens", ".0f", _read_cost("reused_tokens")),
+    Figure("compute_ratio", "compute", ".3f", _read_cost("compute_ratio"), short="compute"),
+    Figure("ttft_s", "TTFT, ms", ".1f", _read_cost("ttft_s"), scale=1000, short="TTFT, ms"),
     Figure("ttft_ratio", "times faster than off", ".2f", lambda p: _divide_ttft(p.full, p.own), short="x off"),
     Figure("rest_ttft_ratio", "than off, rest", ".2f", lambda p: _divide_ttft(p.full, p.own), over=_is_rest),
     Figure("exact_ratio", "than exact", ".2f", lambda p: _divide_ttft(p.exact, p.own), short="x exact"),
@@ -212,6 +290,7 @@ class Row:
     # by name, those for which there is something to take them from
     figures: Mapping[str, Estimate] = field(default_factory=dict)
     note: str = ""  # why it was not measured, or why nothing was reused
+    groups: int = 0  # that they come in; none for what was drawn or has a length
 
     def __getitem__(self, name: str) -> Estimate | None:
         return self.figures.get(name)
@@ -244,6 +323,7 @@ def summarize(
 
 def _make_row(row: Row, pairs: Sequence[Pair], figures: Sequence[Figure], seed: int) -> Row:
     timed = [pair for pair in pairs if pair.own.round != UNTIMED]
+    groups = {pair.own.case: pair.own.group for pair in pairs if pair.own.group is not None}
     found = {}
     for figure in figures:
         values: dict[int, list[float]] = {}
@@ -252,12 +332,13 @@ def _make_row(row: Row, pairs: Sequence[Pair], figures: Sequence[Figure], seed: 
             if value is not None:
                 values.setdefault(pair.own.case, []).append(float(value))
         if values:
-            found[figure.name] = figure.statistic(values, seed)
+            found[figure.name] = figure.statistic(values, seed, groups)
     return replace(
         row,
         cases=len({pair.own.case for pair in pairs}),
         fired=len({pair.own.case for pair in pairs if pair.own.fired}),
         counted=len({pair.own.case for pair in timed if pair.own.is_counted}),
+        groups=len(set(groups.values())),
         rounds=len({pair.own.round for pair in timed}),
         figures=found,
         note=(timed[-1].own.report.declined or "") if timed and row.length is not None else "",

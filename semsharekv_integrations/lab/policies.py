@@ -22,6 +22,7 @@ from semsharekv_integrations.errors import require
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 
 FULL, EXACT, RETAINED = "off", "exact", "retained"
+CHUNKS, ORDER = FLOORS = ("chunks", "order")  # what differs from a full prefill though nothing is approximate
 UNGUARDED = 1e9  # a ``max_deviation`` that no KV exceeds, so that no full prefill answers in its place
 UNBOUNDED = StoreConfig(max_bytes=2**62)
 _PACKED = replace(UNBOUNDED, kv_bits=8)
@@ -46,6 +47,8 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         RETAINED: Policy("As semantic, with 42% less KV kept for decoding.", _RETAINING),
         "packed": Policy("As identical, over KV stored in 8 bits.", ReuseConfig(mode="identical"), _PACKED),
         "paper": Policy("SemShareKV as far as it is known (arXiv 2509.24832).", ReuseConfig(mode="paper")),
+        CHUNKS: Policy("A floor: a full prefill of the same prompt in two chunks.", ReuseConfig(mode="exact")),
+        ORDER: Policy("A floor: a full prefill of the same documents in the stored order.", ReuseConfig(mode="off")),
     }
 )
 SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "mode")

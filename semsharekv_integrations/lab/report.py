@@ -28,7 +28,12 @@ from semsharekv_integrations.terminal import print_table
 NOTHING = "-"
 _DISTRIBUTIONS = ("semsharekv-integrations", "torch", "transformers")
 _OUTPUT_OPTION = "--out"  # left out of a recorded command: it says where the figures went, not what they are
-_NOT_OF_DRAWN = ("prompt_tokens", "ttft_s", "exact_ratio", "overhead")  # on a terminal, which is narrow
+_NOT_OF_DRAWN = (
+    "prompt_tokens",
+    "ttft_s",
+    "exact_ratio",
+    "overhead",
+)  # on a terminal, which is narrow
 _NOT_OF_SIZED = ("difference_points", "agreement", "stale_rate")
 LEGEND = (
     "Each figure is beside a full prefill of the same prompts. Of drawn prompts it is over the cases on which reuse "
@@ -38,6 +43,15 @@ LEGEND = (
     "round, in which every policy takes its turn, in an order drawn anew. TTFT: time to first token. Compute: "
     "token-layers computed over tokens times layers. Overhead: share of off's time over compute; 1 would be none. "
     "Before each call the store holds the references alone."
+)
+TEXT_LEGEND = (
+    "On real text every case counts. An answer is right if it holds a gold one (as SQuAD normalizes, whole words). "
+    "F1 is SQuAD's, to the gold answers and to the full prefill's answer. Cases come in groups over the same "
+    "documents: brackets are bootstraps over groups, and p is McNemar's exact one. KL and top-1 are along the full "
+    "prefill's own answer, averaged over its tokens; the worst tenth are the cases with the largest KL. Full prefills "
+    "of a group share their documents' KV, exactly, so that times are beside the first of each group alone. Floors, "
+    "which differ though nothing is approximate, are over the first of each group: `chunks` is the same prompt in two "
+    "pieces, `order` the same documents in the stored order."
 )
 
 
@@ -119,15 +133,21 @@ def make_json(about: Mapping[str, Any], rows: Sequence[Row], **measured: Any) ->
 
 def make_page(about: Mapping[str, Any], rows: Sequence[Row], figures: Sequence[Figure] = FIGURES) -> str:
     """All figures as Markdown, with where they come from and a line on each policy that has one."""
+    legend = LEGEND if all(row.groups == 0 for row in rows) else f"{LEGEND}\n\n{TEXT_LEGEND}"
     tables = (f"## {title}\n\n{make_table(shown, figures)}" for title, shown in _split_rows(rows))
     policies = "\n".join(f"- {name}: {said}" for name, said in about["about_policies"].items())
-    return "\n\n".join([f"# {about['title']}", make_headline(about), LEGEND, *tables, policies]).rstrip() + "\n"
+    return "\n\n".join([f"# {about['title']}", make_headline(about), legend, *tables, policies]).rstrip() + "\n"
 
 
 def _split_rows(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Those of drawn prompts and those of prompts at a length, under a title, as far as there are any."""
-    drawn, sized = [row for row in rows if row.length is None], [row for row in rows if row.length is not None]
-    return [(title, found) for title, found in (("Drawn prompts", drawn), ("Prompts at a length", sized)) if found]
+    """Those of drawn prompts, of prompts at a length and of each scenario on real text, under titles, if any."""
+    parts: dict[str, list[Row]] = {"Drawn prompts": [], "Prompts at a length": []}
+    of_text = {row.scenario for row in rows if row.groups}
+    for row in rows:
+        title = "Drawn prompts" if row.length is None else "Prompts at a length"
+        title = f"Real text: {row.scenario}" if row.scenario in of_text else title
+        parts.setdefault(title, []).append(row)
+    return [(title, found) for title, found in parts.items() if found]
 
 
 def make_table(rows: Sequence[Row], figures: Sequence[Figure] = FIGURES) -> str:
@@ -136,7 +156,9 @@ def make_table(rows: Sequence[Row], figures: Sequence[Figure] = FIGURES) -> str:
         "scenario": lambda row: row.scenario,
         "asked": lambda row: str(row.length or NOTHING),
         "policy": lambda row: row.policy,
-        "fired of cases": _count_cases,
+        "fired of cases": lambda row: NOTHING if row.groups else _count_cases(row),
+        "n": lambda row: str(row.cases) if row.groups else NOTHING,
+        "groups": lambda row: str(row.groups or NOTHING),
         "rounds": lambda row: str(row.rounds) if row.rounds > 1 else NOTHING,
         **{figure.title: _show_with(figure) for figure in figures},
         "note": lambda row: row.note.replace("|", "/") or NOTHING,
@@ -152,7 +174,7 @@ def _count_cases(row: Row) -> str:
 
 def _show_with(figure: Figure, *, is_short: bool = False) -> Callable[[Row], str]:
     """What stands in a cell; in a narrow column the interval of a difference alone, below it."""
-    form = figure.form.replace("3", "2") if is_short else figure.form
+    form = figure.form.replace("3", "2").replace("4", "3") if is_short else figure.form
     gap = "\n" if is_short else " "
     has_interval = not is_short or figure.name == "difference_points"
 
@@ -183,14 +205,17 @@ def _make_terminal_table(title: str, rows: Sequence[Row]) -> Table:
     is_drawn = rows[0].length is None
     hidden = _NOT_OF_DRAWN if is_drawn else _NOT_OF_SIZED
     columns: dict[str, Callable[[Row], str]] = {"fired": lambda row: f"{row.fired}/{row.cases}"} if is_drawn else {}
+    if rows[0].groups:
+        columns = {"n": lambda row: str(row.cases)}
     for figure in FIGURES:
         if figure.short and figure.name not in hidden and any(row[figure.name] for row in rows):
             columns[figure.short] = _show_with(figure, is_short=True)
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    for heading in ("scenario", "policy", *columns):
+    for heading in (*(() if rows[0].groups else ("scenario",)), "policy", *columns):
         table.add_column(heading, justify="right" if heading in columns else "left", no_wrap=True)
     for (scenario, _), section in groupby(rows, lambda row: (row.scenario, row.length)):
         for number, row in enumerate(section):
-            table.add_row("" if number else scenario, row.policy, *(show(row) for show in columns.values()))
+            first = () if row.groups else ("" if number else scenario,)
+            table.add_row(*first, row.policy, *(show(row) for show in columns.values()))
         table.add_section()
     return table

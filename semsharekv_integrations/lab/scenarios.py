@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import world
+from semsharekv_integrations.lab.answers import Judging
 from semsharekv_integrations.lab.world import Document, Layout, Message
 
 DEFAULT_LAYOUTS: tuple[Layout, ...] = ("system", "user", "completion")
@@ -24,6 +25,7 @@ MIN_DOCUMENTS = 2  # one can be neither reordered nor swapped
 MAX_DOCUMENTS = len(world.TOWNS) // 2  # a case may need as many again
 MAX_EARLIER_TURNS = 3
 NEGATIVE_CONTROL = "unlike"
+_T = TypeVar("_T")
 _NUM_WRAPS = 60  # a multiple of every layout's number of wordings, so that all are equally likely
 
 
@@ -45,9 +47,13 @@ class Case:
     answer: str | None  # the right answer, or None if it is not known. Its lines may come in any order
     # what the references' documents would answer, or None if that is the same or they do not say
     stale: str | None = None
-    values: tuple[str, ...] = ()  # the facts of the right answer: what one in other words has to hold
-    stale_values: tuple[str, ...] = ()  # the facts of the stale answer
+    # the facts of the right answer: what one in other words has to hold. On real text its gold answers: one suffices
+    values: tuple[str, ...] = ()
+    stale_values: tuple[str, ...] = ()  # likewise of the stale answer
     asked: str | None = None  # id of the document that is asked about, or None if it is about several
+    # the number of its group, whose cases share a full prefill of their documents, and its own within it; or None
+    place: tuple[int, int] | None = None
+    in_order: Query | None = None  # the target with its documents in the stored order, or None if that is none other
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Scenario:
     length: int | None = None  # tokens that prompts were asked to have, or None if they were drawn
     rounds: range = range(1, 2)  # of every case. Round 0 is not timed: one-time costs fall into it
     max_new_tokens: int | None = None  # of an answer; None for a few more than the right one has
+    judging: Judging | None = None  # None for that of the study
     problem: str = ""  # why there are no cases, or nothing
 
 
@@ -235,7 +242,7 @@ def maybe_shuffle(rng: Random, documents: Sequence[Document]) -> Sequence[Docume
     return rng.choice((documents, shuffle(rng, documents)))
 
 
-def shuffle(rng: Random, documents: Sequence[Document]) -> Sequence[Document]:
+def shuffle(rng: Random, documents: Sequence[_T]) -> Sequence[_T]:
     """In another order; two documents or more."""
     while (shuffled := rng.sample(documents, len(documents))) == documents:
         pass

@@ -137,11 +137,23 @@ class ModelAdapter:
 
     def compute_logits(self, token_ids: TokenIds, answered: TokenIds) -> Tensor:
         """Prefill ``token_ids`` without reuse; return logits [N + 1, V] after them and each of ``answered`` [N]."""
-        cache = self._make_empty_cache()
-        logits = [self.forward(token_ids, cache, 0)]
+        return self._follow(self.prefill(token_ids), len(token_ids), answered)
+
+    def trace_answer(self, prefill: Prefill, num_tokens: int, answered: TokenIds) -> Tensor:
+        """Return logits [N + 1, V] behind a prompt of ``num_tokens`` and behind each of ``answered`` [N].
+
+        ``prefill`` is the prompt's, in any mode but ``off``; its cache may hold an answer by now, and stays as it is.
+        """
+        cache = make_cache(take_first_tokens(self.read_layers(prefill.cache), num_tokens))
+        return self._follow(Prefill(prefill.logits, cache), num_tokens, answered)
+
+    def _follow(self, prefill: Prefill, start: int, answered: TokenIds) -> Tensor:
+        """Run ``answered`` [N] from position ``start`` on, add KV to the cache; return logits [N + 1, V]."""
+        logits = [prefill.logits]
         if len(answered):
-            positions = torch.arange(len(token_ids), len(token_ids) + len(answered))
-            logits.append(self._forward(torch.from_numpy(answered)[None], cache, positions, keep=len(answered))[0])
+            positions = torch.arange(start, start + len(answered))
+            ids = torch.from_numpy(answered)[None]
+            logits.append(self._forward(ids, prefill.cache, positions, keep=len(answered))[0])
         return torch.cat(logits)
 
     def compute_kv(self, token_ids: TokenIds, start: int) -> tuple[LayerKV, ...]:

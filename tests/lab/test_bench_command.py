@@ -103,7 +103,7 @@ def test_drawn_prompts_leave_tables_and_every_outcome(
     assert str(out) not in text and (written["seed"], written["dtype"]) == (7, "float32")
     assert written["policies"]["exact"]["reuse"]["mode"] == "exact" and POLICIES["exact"].about in text
     assert written["judging"] == "mentions", "the model is not the one that was trained on these words"
-    assert sorted(path.name for path in out.parent.iterdir()) == ["reuse.json", "reuse.md"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["reuse.json", "reuse.jsonl", "reuse.md"]
     assert "reordered" in capsys.readouterr().out
 
 

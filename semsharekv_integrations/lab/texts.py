@@ -1,0 +1,289 @@
+"""Scenarios on real text: Wikipedia paragraphs (XQuAD) and long passages for multi-hop questions (MuSiQue).
+
+Cases come in groups. A group's references are one stored prompt over six paragraphs, with another question; its cases
+ask several questions about the same target, so that they can share the full prefill of its documents. Groups have
+their paragraphs to themselves, until all have been drawn; then they are drawn anew in another order. A case depends on
+scenario, seed, group and its number in the group alone. Every gold answer stands in the target's documents.
+Knows nothing about tokenizers, models or engines.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from itertools import islice
+from random import Random
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from semsharekv_integrations.errors import require
+from semsharekv_integrations.lab.answers import holds_answer
+from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
+
+SIZE = 6  # paragraphs in a prompt
+SYSTEM = "Answer the question from the passages. Give the shortest answer that is right."
+OTHER_SYSTEM = "You are a careful assistant. Read the passages, then reply in a few words, from them alone."
+_NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
+
+
+class Question(NamedTuple):
+    """What is asked, and the answers that are right."""
+
+    text: str
+    golds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text that may stand in a prompt.
+
+    Attributes:
+        id: of the document.
+        sentences: joined by blanks they are the text.
+        reworded: some sentences in other words, by index.
+        questions: about this passage.
+    """
+
+    id: str
+    sentences: tuple[str, ...]
+    reworded: Mapping[int, str]
+    questions: tuple[Question, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join(self.sentences)
+
+
+class Item(NamedTuple):
+    """A multi-hop question and the passages that it is about."""
+
+    question: Question
+    texts: tuple[str, ...]
+
+
+@cache
+def read_passages() -> tuple[Passage, ...]:
+    """The paragraphs of XQuAD that come with the package."""
+    return tuple(
+        Passage(
+            f"paragraph {number}",
+            tuple(found["sentences"]),
+            MappingProxyType({int(index): text for index, text in found["reworded"].items()}),
+            tuple(Question(asked["question"], tuple(asked["answers"])) for asked in found["questions"]),
+        )
+        for number, found in enumerate(_read("xquad"), 1)
+    )
+
+
+@cache
+def read_items() -> tuple[Item, ...]:
+    """Of the questions of MuSiQue that come with the package, those whose answer stands in the passages."""
+    items = [Item(Question(f["question"], tuple(f["answers"])), tuple(f["texts"])) for f in _read("musique")]
+    return tuple(item for item in items if _is_answered(item.question, item.texts))
+
+
+def _read(name: str) -> Any:
+    return json.loads(lzma.decompress((files("semsharekv_integrations") / f"assets/texts/{name}.json.xz").read_bytes()))
+
+
+class Group(NamedTuple):
+    """What the cases of one group are drawn from: its six passages, and all others."""
+
+    name: str  # of the scenario
+    rng: Random
+    own: Sequence[Passage]
+    rest: Sequence[Passage]
+
+    def make_case(
+        self, target: Query, question: Question, stale: Sequence[str] = (), in_order: Query | None = None
+    ) -> Case:
+        """A case behind the group's stored prompt."""
+        return Case(
+            self.name,
+            (ask(collect_texts(self.own), self.stored_question.text),),
+            target,
+            question.golds[0],
+            stale[0] if stale else None,
+            values=question.golds,
+            stale_values=tuple(stale),
+            in_order=in_order,
+        )
+
+    @property
+    def stored_question(self) -> Question:
+        """What the stored prompt asks; no case of the group asks for it."""
+        return self.own[0].questions[0]
+
+    def ask_all(self, passages: Sequence[Passage], texts: Mapping[str, str]) -> Iterator[Question]:
+        """Every question on the passages that ``texts`` answer, once, in a drawn order."""
+        asked = {question.text: question for passage in passages for question in passage.questions}
+        asked.pop(self.stored_question.text, None)
+        for question in self.rng.sample(list(asked.values()), len(asked)):
+            if _is_answered(question, texts.values()):
+                yield question
+
+
+def _is_answered(question: Question, texts: Any) -> bool:
+    return any(holds_answer(text, gold) for text in texts for gold in question.golds)
+
+
+def collect_texts(passages: Sequence[Passage]) -> dict[str, str]:
+    """Texts by id."""
+    return {passage.id: passage.text for passage in passages}
+
+
+def ask(
+    texts: Mapping[str, str], question: str, system: str = SYSTEM, earlier: Sequence[tuple[str, str]] = ()
+) -> Query:
+    """A system line, the documents and a question behind them, or behind ``earlier`` questions and their answers."""
+    first, *more = [asked for asked, _ in earlier] + [question]
+    contents = ["\n\n".join([*texts.values(), f"Question: {first}"])]
+    for (_, answer), asked in zip(earlier, more, strict=True):
+        contents += [answer, f"Question: {asked}"]
+    roles = ("user", "assistant") * len(contents)
+    said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return Query([{"role": "system", "content": system}, *said], MappingProxyType(dict(texts)))
+
+
+def _reorder(group: Group) -> Iterator[Case]:
+    """The same paragraphs in another order."""
+    yield from _ask_about(group, shuffle(group.rng, group.own), group.own)
+
+
+def _renew_half(group: Group) -> Iterator[Case]:
+    """Three of the six, among three others."""
+    kept = group.rng.sample(group.own, SIZE // 2)
+    new = group.rng.sample(group.rest, SIZE - SIZE // 2)
+    in_order = [passage for passage in group.own if passage in kept] + new
+    yield from _ask_about(group, shuffle(group.rng, in_order), in_order)
+
+
+def _replace_all(group: Group) -> Iterator[Case]:
+    """Six others: the negative control."""
+    yield from _ask_about(group, group.rng.sample(group.rest, SIZE))
+
+
+def _ask_about(
+    group: Group, passages: Sequence[Passage], in_order: Sequence[Passage] | None = None, system: str = SYSTEM
+) -> Iterator[Case]:
+    texts = collect_texts(passages)
+    for question in group.ask_all(passages, texts):
+        ordered = None if in_order is None else ask(collect_texts(in_order), question.text, system)
+        yield group.make_case(ask(texts, question.text, system), question, in_order=ordered)
+
+
+def _change_system(group: Group) -> Iterator[Case]:
+    """The same paragraphs in the same order, behind another system line."""
+    yield from _ask_about(group, group.own, system=OTHER_SYSTEM)
+
+
+def _continue(group: Group) -> Iterator[Case]:
+    """The conversation goes on behind the answer to the stored question."""
+    texts, first = collect_texts(group.own), group.stored_question
+    for question in group.ask_all(group.own, texts):
+        yield group.make_case(ask(texts, question.text, earlier=[(first.text, first.golds[0])]), question)
+
+
+def _reword(group: Group) -> Iterator[Case]:
+    """Half of the sentences in other words, each in its place."""
+    known = [(passage.id, index) for passage in group.own for index in sorted(passage.reworded)]
+    most = sum(len(passage.sentences) for passage in group.own) // 2
+    chosen = set(group.rng.sample(known, min(most, len(known))))
+    texts = {
+        passage.id: " ".join(
+            passage.reworded[index] if (passage.id, index) in chosen else sentence
+            for index, sentence in enumerate(passage.sentences)
+        )
+        for passage in group.own
+    }
+    for question in group.ask_all(group.own, texts):
+        yield group.make_case(ask(texts, question.text), question)
+
+
+def _edit(group: Group) -> Iterator[Case]:
+    """One number is another, in its document and in the gold answer; what it was is the stale answer."""
+    texts = collect_texts(group.own)
+    about = {question: passage for passage in group.own for question in passage.questions}
+    for question in group.ask_all(group.own, texts):
+        edited = _edit_number(group.rng, about[question], question)
+        if edited is not None:
+            text, asked = edited
+            target = {**texts, about[question].id: text}
+            is_known = any(holds_answer(old, gold) for old in texts.values() for gold in asked.golds)
+            is_left = any(holds_answer(new, gold) for new in target.values() for gold in question.golds)
+            if not is_known and not is_left and _is_answered(asked, [text]):
+                yield group.make_case(ask(target, asked.text), asked, stale=question.golds)
+
+
+def _edit_number(rng: Random, passage: Passage, question: Question) -> tuple[str, Question] | None:
+    """The text with another number, wherever that of the answer stood, and the question with its new answers."""
+    found = _NUMBER.search(question.golds[0])
+    old = found.group() if found else ""
+    if not old or old in question.text:
+        return None
+    new = old[:-1] + rng.choice([digit for digit in "0123456789" if digit != old[-1]])
+    whole = re.compile(rf"(?<![\d.,]){re.escape(old)}(?!\d|[.,]\d)")
+    return whole.sub(new, passage.text), Question(question.text, tuple(whole.sub(new, g) for g in question.golds))
+
+
+SETTINGS: Mapping[str, Callable[[Group], Iterator[Case]]] = MappingProxyType(
+    {
+        "text_reordered": _reorder,
+        "text_shared": _renew_half,
+        "text_system": _change_system,
+        "text_edited": _edit,
+        "text_reworded": _reword,
+        "text_next_turn": _continue,
+        "text_unlike": _replace_all,
+    }
+)
+MULTI_HOP = "musique"  # ten long passages in another order, over 5,000 tokens, one question each
+TEXTS = (*SETTINGS, MULTI_HOP)
+
+
+def make_text_cases(
+    name: str, groups: int, questions: int, seed: int, passages: Sequence[Passage] | None = None
+) -> Iterator[Case]:
+    """Cases of a scenario, at most ``questions`` in each group; ``musique`` has one in each, and 41 groups at most."""
+    require(name in TEXTS, "scenario", name, f"one of {', '.join(TEXTS)}")
+    if name == MULTI_HOP:
+        yield from _ask_multi_hop(groups, seed)
+        return
+    passages = read_passages() if passages is None else passages
+    for number in range(groups):
+        drawn = SETTINGS[name](_draw_group(name, number, seed, passages))
+        for place, case in enumerate(islice(drawn, questions)):
+            yield replace(case, place=(number, place))
+
+
+def _draw_group(name: str, number: int, seed: int, passages: Sequence[Passage]) -> Group:
+    turn, index = divmod(number, len(passages) // SIZE)
+    order = Random(f"passages {seed} {turn}").sample(passages, len(passages))
+    start = index * SIZE
+    own, rest = order[start : start + SIZE], order[:start] + order[start + SIZE :]
+    return Group(name, Random(f"{name} {seed} {number}"), own, rest)
+
+
+def _ask_multi_hop(groups: int, seed: int) -> Iterator[Case]:
+    items = Random(f"{MULTI_HOP} {seed}").sample(read_items(), len(read_items()))
+    for number, item in enumerate(items[:groups]):
+        rng = Random(f"{MULTI_HOP} {seed} {number}")
+        other = rng.choice([another.question.text for another in items if another is not item])
+        stored = {f"passage {index}": text for index, text in enumerate(item.texts, 1)}
+        keys = list(stored)
+        target = ask({key: stored[key] for key in shuffle(rng, keys)}, item.question.text)
+        yield Case(
+            MULTI_HOP,
+            (ask(stored, other),),
+            target,
+            item.question.golds[0],
+            values=item.question.golds,
+            place=(number, 0),
+            in_order=ask(stored, item.question.text),
+        )
