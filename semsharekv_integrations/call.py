@@ -6,13 +6,14 @@ Knows nothing about models and stores, which only tell it what they did.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from semsharekv_integrations.arranging import Arrangement
 from semsharekv_integrations.concurrency.scheduler import Job
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.kv import Mask, Rendered, Span, TokenIds
@@ -80,7 +81,11 @@ class Call:
         since: the moment at which it began. It must not bring back what is forgotten after that.
         watch: seconds by phase.
         answer: what decoding has said so far.
+        arrangements: what was arranged lately in its namespace. Set by ``Memory.resolve_documents``.
         rendered: the prompt as tokens. Set by ``Runtime.render``.
+        given_order: the same with its documents as ``arrange`` was given them, [T], if they stand as it returned them.
+            Set by ``Runtime.render``.
+        given_prefix_tokens: the exact prefix that the store has of ``given_order``. Set by ``Runtime.plan``.
         reader: turns the answer's tokens into text and tool calls. Set by ``Runtime.render``.
         plan: which KV is borrowed. Set by ``Runtime.plan``.
         outcome: the prompt's KV, and what was computed for it. Set by ``Runtime.execute``.
@@ -99,6 +104,9 @@ class Call:
     plan: ReusePlan = field(init=False)
     outcome: Outcome = field(init=False)
     kv_bytes: KVBytes = field(init=False)
+    arrangements: Sequence[Arrangement] = ()
+    given_order: TokenIds | None = None
+    given_prefix_tokens: int = 0
     mode: Mode = "off"
     ttft_s: float = 0.0
     audit: AuditResult | None = None
@@ -176,6 +184,7 @@ class Call:
             kv_bytes=prefilled,
             kv_retained_bytes=retained,
             kv_retained_ratio=retained / prefilled if prefilled else 1.0,
+            arranged_tokens=0 if self.given_order is None else max(0, prefix - self.given_prefix_tokens),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from tqdm.auto import tqdm
 
+from semsharekv_integrations.arranging import ArrangeOptions, SomeDocuments, check_arranging, reorder_documents
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.scheduler import JobLeft, Scheduler, check_wanted, get_current_job
@@ -27,7 +28,7 @@ from semsharekv_integrations.config import EngineConfig, Mode
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, get_window
-from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport
+from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport, is_last, is_told, take_last
 from semsharekv_integrations.request import (
     Documents,
     GenerateOptions,
@@ -105,7 +106,7 @@ class SemShareEngine(ModelHolder):
             PromptError: if the prompt cannot be rendered.
             ContextWindowError: if it leaves no room for a new token. Other ``SemShareError``: if loading fails.
         """
-        return _take_last(self._start(prompt, options, _is_last).run_ahead())
+        return take_last(self._start(prompt, options, is_last).run_ahead())
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[GenerationChunk]:
         """Return an iterator of the answer's chunks; the last carries the ``Generation``. Raises as ``generate`` does.
@@ -113,7 +114,7 @@ class SemShareEngine(ModelHolder):
         Asking for a chunk computes it; while other calls wait for their turn, the call runs to its end unread. Closing
         or dropping the iterator cancels the call at the next token; what was computed until then is kept.
         """
-        return self._start(prompt, options, _is_told)
+        return self._start(prompt, options, is_told)
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Generation]:
         """Return the answers to several prompts, in order; what they share is computed once, and they decode together.
@@ -121,19 +122,19 @@ class SemShareEngine(ModelHolder):
         If some prompts fail, the others still run to their end; then the first error is raised.
         """
         with self.sharing():
-            begin = [partial(self._start, prompt, options, _is_last) for prompt in check_prompts(prompts)]
-            return [_take_last(chunks) for chunks in raise_first_error(read_all(begin))]
+            begin = [partial(self._start, prompt, options, is_last) for prompt in check_prompts(prompts)]
+            return [take_last(chunks) for chunks in raise_first_error(read_all(begin))]
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Return and raise as ``generate``, without blocking the event loop. Cancelling the task cancels the call."""
-        async with aclosing(self._read_async(prompt, options, _is_last)) as chunks:
-            return _take_last([chunk async for chunk in chunks])
+        async with aclosing(self._read_async(prompt, options, is_last)) as chunks:
+            return take_last([chunk async for chunk in chunks])
 
     async def astream(
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[GenerationChunk, None]:
         """Yield chunks as ``stream``, without blocking the event loop. The call goes on unread until this is closed."""
-        async with aclosing(self._read_async(prompt, options, _is_told)) as chunks:
+        async with aclosing(self._read_async(prompt, options, is_told)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -235,6 +236,30 @@ class SemShareEngine(ModelHolder):
     def _warm(self, call: Call, runtime: Runtime, labels: Mapping[str, Any]) -> bool:
         with self._queue.admit():
             return self._memory.warm(call, runtime.follow_model(), **labels)
+
+    def arrange(
+        self, documents: SomeDocuments, namespace: str = "default", **around: Unpack[ArrangeOptions]
+    ) -> SomeDocuments:
+        """Return the documents in the order that continues the longest exact prefix stored for ``namespace``.
+
+        A stored order counts as far as all its documents, from the first on, are given word for word. The others follow
+        in the given order, which stays if no order reuses more, and in mode ``off``. Later prompts need not name them.
+
+        Args:
+            documents: texts, or texts by id; not changed.
+            namespace: whose stored prompts count, and the shared ones.
+            around: what else the prompt will have; without ``before``, texts that were only warmed do not count.
+
+        Raises:
+            ValueError: naming the argument, its value and what is accepted. ``PromptError``: for bad messages.
+        """
+        request = check_arranging(documents, namespace, around)
+        order = list(request.documents)
+        if order and self.config.reuse.mode != "off":
+            runtime = self._load()
+            self._scheduler.settle()
+            order = self._scheduler.carry_out(lambda: self._memory.arrange(request, runtime.follow_model(), around))
+        return reorder_documents(documents, order)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` that holds the document; return how many. Calls under way store none.
@@ -363,18 +388,3 @@ class SemShareEngine(ModelHolder):
                     weakref.finalize(self, self._store.abandon)
                 self._runtime = runtime
                 self._memory.begin(runtime)
-
-
-def _is_told(chunk: GenerationChunk) -> bool:
-    return not chunk.is_empty
-
-
-def _is_last(chunk: GenerationChunk) -> bool:
-    return chunk.generation is not None
-
-
-def _take_last(chunks: Iterable[GenerationChunk]) -> Generation:
-    """Read all chunks and return the generation that the last one carries."""
-    *_, last = chunks
-    assert last.generation is not None, "the last chunk carries the generation"
-    return last.generation

@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 from uuid import uuid4
 
 from pydantic import Field
@@ -22,8 +22,9 @@ from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import IN_UTF8, is_utf8, is_whole, require
 from semsharekv_integrations.model.loading import merge_arguments
 from semsharekv_integrations.report import ReuseReport
-from semsharekv_integrations.request import GenerateOptions
+from semsharekv_integrations.request import GenerateOptions, make_document_id
 
+T = TypeVar("T")
 ENGINE_FIELDS = ("model", "mode", "config", "device", "dtype", "model_kwargs")
 
 
@@ -123,6 +124,26 @@ def collect_texts(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         require(texts.get(key, text) == text, "documents", f"two texts with the id {key!r}", "one text for each id")
         texts[key] = text
     return texts
+
+
+def arrange_items(
+    engine: SemShareEngine, items: Sequence[T], named: Sequence[tuple[str, str]], **options: Any
+) -> list[T]:
+    """Return ``items``, of which ``named`` has ids and texts, as ``engine.arrange`` orders them with these options.
+
+    Blank and repeated texts are not arranged: they follow the others, unless the given order stays.
+    """
+    texts: dict[str, str] = {}
+    first: dict[str, int] = {}  # of each text, where it stands first
+    for index, (key, text) in enumerate(named):
+        if text.strip() and text not in first:
+            texts[make_document_id(text) if key in texts else key] = text
+            first[text] = index
+    found = list(engine.arrange(texts, **options).values())
+    if found == list(texts.values()):
+        return list(items)
+    order = [first[text] for text in found]
+    return [items[index] for index in (*order, *sorted(set(range(len(items))) - set(order)))]
 
 
 def parse_arguments(arguments: Any) -> dict[str, Any] | None:

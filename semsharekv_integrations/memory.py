@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from semsharekv_integrations.arranging import Arrangement, Arrangements, ArrangeOptions, Text, find_order
 from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, select_within
-from semsharekv_integrations.request import make_document_id
+from semsharekv_integrations.request import Request, make_document_id
 from semsharekv_integrations.reuse.matching import list_segments
 from semsharekv_integrations.reuse.plan import build_prefix_plan
 from semsharekv_integrations.runtime import Runtime
@@ -133,6 +134,7 @@ class Memory:
 
     def __init__(self, config: EngineConfig, store: KVStore) -> None:
         self.known = KnownTexts()
+        self.arranged = Arrangements()
         self.under_way = UnderWay()
         self._lock = hold_at_forks(threading.Lock())  # so that nothing is kept while something is forgotten
         self._runtime: Runtime | None = None
@@ -149,10 +151,30 @@ class Memory:
             self.settle()
             request = call.request
             known = self.known.of(self._store.list_readable(request.namespace))
-            ids = {text.strip(): key for key, text in known.items()} if request.documents else {}
+            call.arrangements = self.arranged.list_latest(request.namespace)
+            ids = {text.strip(): key for key, text in known.items()} if request.documents or call.arrangements else {}
+            for key, text in (pair for noted in call.arrangements for pair in noted.documents.items()):
+                if key not in known and text.strip() not in ids:
+                    known[key], ids[text.strip()] = text, key
             unnamed = {key: text.strip() for key, text in request.documents.items() if _is_unnamed(key, text)}
             call.request = request.rename_documents({key: ids[text] for key, text in unnamed.items() if text in ids})
         return known
+
+    def arrange(self, request: Request, runtime: Runtime, around: ArrangeOptions) -> list[str]:
+        """Return the ids of the request's documents in the order that continues the longest stored prefix; note it.
+
+        ``runtime`` is for the model's present state. Raises ``PromptError`` if ``before`` cannot be rendered.
+        """
+        keys, renderer = list(request.documents), runtime.renderer
+        contents = [text.strip() for text in request.documents.values()]
+        readable = runtime.store.list_readable(request.namespace)
+        references = [found for name in readable for found in runtime.store.references(name)]
+        before = runtime.render_before(request, contents[0]) if around.get("before") is not None else None
+        texts = [Text(content, renderer.tokenize(content)) for content in contents]
+        order = [keys[index] for index in find_order(texts, references, before, renderer.decode)]
+        forms = {key: text.token_ids for key, text in zip(keys, texts, strict=True)}
+        self.arranged.note(request.namespace, Arrangement(request.documents, forms, tuple(order)))
+        return order
 
     def keep(self, call: Call, runtime: Runtime) -> bool:
         """Note the texts of named documents, and store the call's exact KV, in a session the approximate too.
@@ -200,11 +222,12 @@ class Memory:
             return 0
         renderer = runtime.renderer
         with self._lock:
-            text = self.known.of([namespace]).get(document_id)
+            text = {**self.arranged.texts_of(namespace), **self.known.of([namespace])}.get(document_id)
             tokens = [] if text is None else [renderer.tokenize(text)]
             forms = self._store.find_forms(document_id, namespace, tokens)
             self.under_way.tell(Forgotten(namespace, document_id=document_id, forms=forms))
             self.known.forget(namespace, document_id)
+            self.arranged.forget(namespace, document_id, text)
             dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=renderer.decode)
         self.settle()
         self._store.require_gone()
@@ -220,6 +243,7 @@ class Memory:
             self.under_way.tell(Forgotten(namespace, session))
             if session is None:
                 self.known.forget(namespace)
+                self.arranged.forget(namespace)
             dropped = self._store.clear() if namespace is None else self._store.forget(namespace, session=session)
         self.settle()
         self._store.require_gone()
@@ -232,6 +256,8 @@ class Memory:
             unnamed = {key: text for key, text in self.known.of([name]).items() if key not in named}
             standing = {key for key, text in unnamed.items() if self._is_in_one_of(text, references)}
             self.known.keep_only(name, named | standing)
+            if not references:
+                self.arranged.forget(name)
             for index in self._runtime.indexes() if self._runtime is not None else ():
                 index.keep_only(name, {reference.id for reference in references})
 

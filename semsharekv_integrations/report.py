@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -71,6 +71,8 @@ class ReuseReport:
         kv_bytes: bytes of the prompt's KV after prefill.
         kv_retained_bytes: bytes of it that were kept for decoding.
         kv_retained_ratio: the latter over the former, 0 to 1.
+        arranged_tokens: how many ``prefix_tokens`` are owed to ``arrange``: the prompt would not have them with its
+            documents in the order that was given. Where documents begin and end, a token or two may be miscounted.
     """
 
     mode: Mode
@@ -92,6 +94,7 @@ class ReuseReport:
     kv_bytes: int = 0
     kv_retained_bytes: int = 0
     kv_retained_ratio: float = 1.0
+    arranged_tokens: int = 0
 
     @property
     def reused_tokens(self) -> int:
@@ -156,6 +159,23 @@ class GenerationChunk:
     def is_empty(self) -> bool:
         """Whether it carries no text, tool call or generation."""
         return not (self.text or self.tool_calls or self.generation)
+
+
+def is_told(chunk: GenerationChunk) -> bool:
+    """Whether a reader of the answer's pieces is told of ``chunk``: it is not empty."""
+    return not chunk.is_empty
+
+
+def is_last(chunk: GenerationChunk) -> bool:
+    """Whether ``chunk`` carries the whole generation."""
+    return chunk.generation is not None
+
+
+def take_last(chunks: Iterable[GenerationChunk]) -> Generation:
+    """Read all chunks and return the generation that the last one carries."""
+    *_, last = chunks
+    assert last.generation is not None, "the last chunk carries the generation"
+    return last.generation
 
 
 class Stopwatch:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
+from semsharekv_integrations.arranging import find_given_order
 from semsharekv_integrations.audit import Auditor
 from semsharekv_integrations.call import Call, KVBytes
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import PromptError, UnsupportedModelError
-from semsharekv_integrations.kv import Rendered
+from semsharekv_integrations.kv import Rendered, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder, Retainer
@@ -36,7 +37,7 @@ from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, S
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
 from semsharekv_integrations.text.answer_stream import AnswerReader, AnswerReaderFactory
-from semsharekv_integrations.text.prompt import PromptRenderer
+from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -169,6 +170,8 @@ class Runtime:
     def render(self, call: Call, known: Mapping[str, str], window: int | None) -> None:
         """Set the call's ``rendered`` and ``reader``, cut ``max_new_tokens`` to the window; find ``known`` texts too.
 
+        Set ``given_order`` where the prompt has documents as they were arranged.
+
         Raises:
             PromptError: if it cannot be rendered, or the tokenizer is another model's.
             ContextWindowError: if it leaves no room for a new token in the context ``window``.
@@ -188,10 +191,31 @@ class Runtime:
             request.require_documents(call.rendered)
             call.request = request.fit_window(call.prompt_tokens, window)
             call.reader = self._begin_reader(call.request)
+            call.given_order = find_given_order(call.rendered.token_ids, call.arrangements)
+
+    def render_before(self, request: Request, text: str) -> TokenIds:
+        """Return the tokens that stand before ``text`` where it goes on with the request's prompt, or last message.
+
+        Raises:
+            PromptError: if that cannot be rendered.
+        """
+        prompt: Prompt
+        if isinstance(request.prompt, str):
+            prompt = request.prompt + text
+        else:
+            *earlier, last = request.prompt
+            prompt = [*earlier, {**last, "content": last["content"] + text}]
+        rendered = self.renderer.render(
+            prompt, {"": text}, tools=request.tools, template_kwargs=request.chat_template_kwargs
+        )
+        start = rendered.segments[0].start if rendered.segments else rendered.unplaced.get("", 0)
+        return rendered.token_ids[:start]
 
     def plan(self, call: Call, *, is_suspended: bool) -> None:
         """Set ``plan``: what is borrowed. If audits suspend the namespace, that is an exact prefix at most."""
         request = call.request
+        if call.given_order is not None:
+            call.given_prefix_tokens = self.store.count_prefix_tokens(call.given_order, request.namespace)
         call.plan = self.planner.plan(call.rendered, request.namespace, request.session, is_suspended, call.watch)
 
     def execute(self, call: Call) -> None:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from semsharekv_integrations.langchain.arranging import SemShareKVArranger
 from semsharekv_integrations.langchain.chat_models import ChatSemShareKV
 from semsharekv_integrations.langchain.documents import DocumentTracker, SemShareKVWarmer
 from semsharekv_integrations.langchain.llms import SemShareKVLLM
@@ -9,7 +10,13 @@ from semsharekv_integrations.langchain.llms import SemShareKVLLM
 if TYPE_CHECKING:
     from semsharekv_integrations.langchain.middleware import SemShareKVMiddleware as SemShareKVMiddleware
 
-__all__ = ["ChatSemShareKV", "DocumentTracker", "SemShareKVLLM", "SemShareKVWarmer"]  # what needs nothing more
+__all__ = [  # what needs nothing more
+    "ChatSemShareKV",
+    "DocumentTracker",
+    "SemShareKVArranger",
+    "SemShareKVLLM",
+    "SemShareKVWarmer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llama_index.core import Settings
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -16,6 +16,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, Transf
 from pydantic import Field, computed_field, field_validator
 
 from semsharekv_integrations.errors import check_lifetime, require
+from semsharekv_integrations.frameworks import arrange_items
 from semsharekv_integrations.llama_index.base import EngineLLM
 from semsharekv_integrations.llama_index.documents import NodeText
 from semsharekv_integrations.logs import log_trouble
@@ -42,10 +43,16 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     Attributes:
         llm: that answers, a ``SemShareKVLLM``; ``Settings.llm`` at construction if not given. Not serialized.
         namespace: whose prompts the nodes will stand in; None for that of ``llm``.
+        order: ``given`` (the default) to return the nodes as they came, or ``stored`` for the order that continues the
+            longest stored prefix, as ``SemShareEngine.arrange`` finds it. Scores and nodes stay as they are.
+        before: with ``stored``, the text that stands before the nodes in a text prompt; None to see it from stored
+            prompts.
     """
 
     llm: EngineLLM = Field(default_factory=find_settings_llm, exclude=True)
     namespace: str | None = None
+    order: Literal["given", "stored"] = "given"
+    before: str | None = None
 
     @classmethod
     def class_name(cls) -> str:
@@ -55,9 +62,14 @@ class SemShareKVPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """Note ``nodes`` for the LLM and return them unchanged."""
+        """Note ``nodes`` for the LLM and return them, unchanged but for their ``order``."""
         self.llm.note(nodes, self.namespace)
-        return nodes
+        if self.order == "given":
+            return nodes
+        texts = [NodeText.read(node) for node in nodes]
+        named = [(text.node_id, next(iter(text.forms), "")) for text in texts]
+        namespace = self.namespace or self.llm.kv_namespace
+        return arrange_items(self.llm.engine, nodes, named, namespace=namespace, before=self.before)
 
 
 class SemShareKVWarmer(TransformComponent):

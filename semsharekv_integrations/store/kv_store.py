@@ -152,6 +152,13 @@ class KVStore:
                     self._entries.counts["misses"] += 1
                     return None
 
+    def count_prefix_tokens(self, token_ids: TokenIds, namespace: str) -> int:
+        """Return how many first tokens of ``token_ids`` ordinary readable entries have. Counts no use, hit or miss."""
+        with self._lock:
+            spaces = [space for name in self.list_readable(namespace) if (space := self._find_namespace(name))]
+            found = [space.find_prefix(token_ids, len(token_ids), None) for space in spaces]
+            return max((match.num_tokens for match in found if match is not None), default=0)
+
     def find_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
         """Return stretches of ``token_ids[start:stop]`` that stand anywhere in ordinary entries of ``namespace``.
 

@@ -488,7 +488,7 @@ NO_QUERIES |= {"require_gone"}
 ADMINISTRATIVE = {"references", "fetch_all"}
 HOUSEKEEPING = {"collect_left"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {
-    KVStore: {"list_readable", "find_prefix", "find_runs", "fetch", "forget", "find_forms"},
+    KVStore: {"list_readable", "find_prefix", "count_prefix_tokens", "find_runs", "fetch", "forget", "find_forms"},
     SegmentIndex: {"sync", "find_nearest", "keep_only"},
 }
 

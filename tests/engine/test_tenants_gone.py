@@ -53,6 +53,7 @@ def live(engine: SemShareEngine) -> None:
     engine.warm({f"{SECRET}-warm": TEXT}, namespace=SECRET)
     engine.generate(f"{TEXT}\n\nWho?", documents={SECRET: TEXT}, namespace=SECRET, session=SECRET, max_new_tokens=3)
     engine.generate(f"Read: {LIKE}\n\nWho?", namespace=SECRET, session=SECRET, max_new_tokens=3)
+    engine.arrange({f"{SECRET}-like": LIKE, SECRET: TEXT}, SECRET)
     engine.generate(f"Read. {TEXT}\n\nWho?", namespace=SECRET, session=f"{SECRET}-2", max_new_tokens=3)
 
 

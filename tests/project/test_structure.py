@@ -22,6 +22,7 @@ LAYERS = (
     {"memory"},
     {"runtime"},
     {"call"},
+    {"arranging"},
     {"model", "request"},
     {"reuse"},
     {"text", "audit"},

@@ -179,7 +179,8 @@ def test_other_llms_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_postprocessor_is_serialized_without_the_llm(llm: SemShareKVLLM) -> None:
-    told = SemShareKVPostprocessor(llm=llm, namespace="ours")
+    told = SemShareKVPostprocessor(llm=llm, namespace="ours", order="stored", before="Read: ")
     again = SemShareKVPostprocessor.from_dict(told.to_dict(), llm=llm)
-    assert told.to_dict() == {"namespace": "ours", "class_name": "SemShareKVPostprocessor"}
-    assert again.llm is llm and again.namespace == "ours"
+    settings = {"namespace": "ours", "order": "stored", "before": "Read: "}
+    assert told.to_dict() == {**settings, "class_name": "SemShareKVPostprocessor"}
+    assert again.llm is llm and {name: getattr(again, name) for name in settings} == settings
