@@ -67,5 +67,5 @@ class Divergence(NamedTuple):
 def measure_divergence(full: Tensor, reused: Tensor) -> Divergence:
     """Compare logits [N, V] along the same tokens."""
     log_full, log_reused = full.float().log_softmax(-1), reused.float().log_softmax(-1)
-    kl = kl_div(log_reused, log_full, log_target=True, reduction="none").sum(-1)
+    kl = kl_div(log_reused, log_full, log_target=True, reduction="none").sum(-1).clamp_min(0)  # but for rounding
     return Divergence(tuple(kl.tolist()), float((full.argmax(-1) == reused.argmax(-1)).float().mean()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from semsharekv_integrations import EngineConfig, ReuseConfig
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.kv import LayerKV, Reference
 from semsharekv_integrations.lab.bench import Bench, Results, Study
@@ -23,7 +23,7 @@ from semsharekv_integrations.lab.figures import (
 from semsharekv_integrations.lab.policies import Policy, Subject, make_configs
 from semsharekv_integrations.lab.scenarios import Scenario
 from semsharekv_integrations.lab.texts import Passage, Question, make_text_cases
-from semsharekv_integrations.lab.traces import measure_divergence
+from semsharekv_integrations.lab.traces import TracedEngine, measure_divergence
 from semsharekv_integrations.report import ReuseReport
 from tiny_models import make_model
 
@@ -88,7 +88,7 @@ def test_a_policy_that_is_exact_has_no_divergence_and_no_difference(subject: Sub
     found = measured(bench_of(subject, "off", "exact", "retained"), scenario_of("text_next_turn"))
     assert any(outcome.report.reused_tokens for outcome in found["exact"])
     for outcome in found["exact"]:
-        assert len(outcome.kl) == 6 and max(outcome.kl) < 1e-5 and outcome.top1 == 1
+        assert len(outcome.kl) == 6 and 0 <= min(outcome.kl) <= max(outcome.kl) < 1e-5 and outcome.top1 == 1
         assert outcome.agrees and not outcome.stale
     assert {outcome.kl for outcome in (*found["off"], *found["retained"])} == {()}, "beside itself, and cut KV"
     full, exact, _ = summarize([outcome for outcomes in found.values() for outcome in outcomes])
@@ -123,6 +123,29 @@ def test_divergence_grows_with_damage_to_stored_kv(subject: Subject) -> None:
         assert all(outcome.fired for outcome in found)
         means.append(np.mean([outcome.kl for outcome in found]))
     assert 0 < means[0] < means[1] < means[2]
+
+
+@pytest.mark.parametrize("draft", [(), (5, 9, 14, 7)])
+@pytest.mark.parametrize("mode", ["exact", "identical"])
+def test_a_draft_is_read_behind_the_prompt_and_not_behind_the_answer(
+    mode: str, draft: tuple[int, ...], subject: Subject
+) -> None:
+    """The cache holds the answer by then; and the call's own KV is stored as it would be without a draft."""
+    engine, plain = (
+        kind(subject.model, subject.tokenizer, EngineConfig(reuse=ReuseConfig(mode=mode)))
+        for kind in (TracedEngine, SemShareEngine)
+    )
+    engine.draft = draft
+    said = engine.generate("In Prorna , the cost was 12 crowns.", max_new_tokens=6)
+    plain.generate("In Prorna , the cost was 12 crowns.", max_new_tokens=6)
+    read = list(draft or said.token_ids)
+    ids = engine._load().renderer.render("In Prorna , the cost was 12 crowns.", {}).token_ids
+    full = engine._load().adapter.compute_logits(ids, np.array(read[:-1]))
+    assert engine.traced.token_ids == read and len(engine.traced.logits) == len(read)
+    torch.testing.assert_close(engine.traced.logits, full, atol=1e-4, rtol=1e-3)
+    (one,), (other,) = (e.store.fetch_all() for e in (engine, plain))
+    assert np.array_equal(one.token_ids, other.token_ids)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(one.layers, other.layers, strict=True))
 
 
 def test_divergence_is_that_of_the_distributions() -> None:
