@@ -27,8 +27,8 @@ from semsharekv_integrations.lab.journal import Entry, Journal
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case, Scenario
 
-WRITE_EVERY_S = 60.0  # while a scenario is measured; and behind each one
-POLL_EVERY_S = 1.0
+WRITE_EVERY_S = 300.0  # while a scenario is measured; and behind each one
+POLL_EVERY_S = 5.0
 _DRAWING = ("documents", "layouts", "questions", "quick", "kl")  # arguments that cases and figures depend on
 
 MakeBench = Callable[[Subject, Study], Bench]
@@ -74,10 +74,6 @@ class Run:
         scenarios = [[s.name, s.length, s.max_new_tokens, len(s.rounds)] for s in self.study.scenarios]
         return {**named, **drawing, "data": data, "scenarios": scenarios}
 
-    def count_done(self) -> int:
-        """How many cases the journal holds."""
-        return sum(entry.case is not None for entry in self.journal.read())
-
     def summarize(self) -> None:
         """Set ``results`` and ``rows`` to what the journal holds, and write the report if it has a place."""
         places = {(s.name, s.length): place for place, s in enumerate(self.study.scenarios)}
@@ -112,8 +108,7 @@ def run_study(
     if args.processes > 1 and prepare is None:
         raise ValueError(f"--processes is {args.processes}; accepted is 1 for this command")
     run, console = Run(study, subject, args), Console(stderr=True)
-    known = run.count_done()
-    if known:
+    if known := run.journal.count():
         console.print(f"{run.journal.path} holds {known} cases already; they are not measured again", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -155,7 +150,7 @@ def _run_processes(run: Run, prepare: Prepare, progress: Progress) -> None:
             child.start()
         while any(child.is_alive() for child in children):
             _wait(children)
-            progress.update(task, completed=run.count_done())
+            progress.update(task, completed=run.journal.count())
             run.summarize_sometimes()
     finally:
         for child in children:
