@@ -248,7 +248,7 @@ class SemShareEngine(ModelHolder):
         Args:
             documents: texts, or texts by id; not changed.
             namespace: whose stored prompts count, and the shared ones.
-            around: what else the prompt will have; without ``before``, texts that were only warmed do not count.
+            around: what else the prompt will have, as what stands ``before`` the documents: see ``ArrangeOptions``.
 
         Raises:
             ValueError: naming the argument, its value and what is accepted. ``PromptError``: for bad messages.

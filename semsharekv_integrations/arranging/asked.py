@@ -17,8 +17,8 @@ class ArrangeOptions(TypedDict, total=False):
 
     ``before`` is what stands before the documents: text, or messages whose last one's content ends where they begin.
     None, the default, is to see it from stored prompts that have the documents. Documents that were warmed begin a
-    stored prompt of their own; they count only where ``before`` says that nothing comes first. ``tools`` and
-    ``chat_template_kwargs`` are those of ``GenerateOptions``.
+    stored prompt of their own; they count only where ``before``, or a stored prompt, says that nothing comes first.
+    ``tools`` and ``chat_template_kwargs`` are those of ``GenerateOptions``.
     """
 
     before: Prompt | None

@@ -192,8 +192,6 @@ def _match_heads(prompts: Sequence[_Prompt], before: TokenIds | None) -> Iterato
     keys = [_make_key(head) for head in heads]
     found: list[list[_Prompt]] = [[] for _ in heads]
     for prompt in prompts:
-        if before is None and prompt.is_bare:
-            continue
         beginning = prompt.token_ids.tobytes()
         at = bisect_right(keys, beginning) - 1  # no key begins another, so it alone can begin the prompt
         if at >= 0 and beginning.startswith(keys[at]):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -64,7 +66,7 @@ def test_without_anything_stored_the_given_order_stays(make_engine: EngineMaker)
 def test_a_stored_document_that_is_not_asked_for_ends_the_prefix(make_engine: EngineMaker) -> None:
     engine = make_engine()
     ask(engine, [A, B, C], documents={"a": A, "b": B, "c": C})
-    assert engine.arrange([C, A]) == [A, C], "C stands behind B, which is not asked for"
+    assert engine.arrange([D, C, A]) == [A, D, C], "C stands behind B, which is not asked for"
     assert engine.arrange([C, B]) == [C, B], "A comes first"
     ask(engine, [D, E])
     assert engine.arrange([C, B, D]) == [D, C, B], "a prefix that is there goes before one that is not"
@@ -77,6 +79,22 @@ def test_unnamed_documents_that_come_first_end_the_prefix_where_another_prompt_s
     ask(engine, [A + A[:40], B, C])
     ask(engine, [D, E])
     assert engine.arrange([C, B, D]) == [D, C, B]
+
+
+def test_a_short_unnamed_document_between_two_parts_them(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    ask(engine, [A, "Rain is expected in Osteck today.", C])
+    ask(engine, [E, F])
+    assert engine.arrange([F, E, C, A]) == [E, F, C, A]
+
+
+def test_a_document_that_begins_as_a_stored_one_counts_for_the_given_order(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    ask(engine, [f"{A} {B}"])
+    ask(engine, [D])
+    given = [f"{A} {C}", D]
+    assert prefix(engine, messages(given)) > prefix(engine, messages(given[::-1])) > 20
+    assert engine.arrange(given, before=[SYSTEM]) == engine.arrange(given) == given
 
 
 def test_the_most_tokens_win_and_ties_go_by_the_given_order(make_engine: EngineMaker) -> None:
@@ -116,6 +134,9 @@ def test_the_prompt_around_the_documents_decides(make_engine: EngineMaker) -> No
     assert arranged("Read these:\n\nNo others, ") == arranged("Read those:\n\n") == given
     engine.generate(f"Read: {B}\n\n{A}", max_new_tokens=1)
     assert engine.arrange([A, B], before="Read: ") == [B, A]
+    engine.generate(f"Look at [{B}\n\n{A}", max_new_tokens=1)
+    assert engine.arrange([A, B], before="Look at [") == [B, A]
+    assert engine.arrange([A, B], before="Look at (") == [A, B]
     assert engine.arrange([A, B], before="Read it: ") == engine.arrange([A, B], before="") == [A, B]
 
 
@@ -138,6 +159,8 @@ def test_warmed_documents_count_where_nothing_comes_first(make_engine: EngineMak
     assert engine.arrange([A, B]) == [A, B]
     assert engine.arrange([A, B], before="") == [B, A]
     assert engine.arrange([A, B], before=[SYSTEM]) == [A, B]
+    engine.generate(f"{C}\n\nWho?", max_new_tokens=1)
+    assert engine.arrange([A, B, C]) in ([B, A, C], [C, A, B]), "prompts here begin with documents"
     joined = "\n\n".join(engine.arrange([A, B], before=""))
     assert engine.generate(f"{joined}\n\nWho?", max_new_tokens=1).report.prefix_tokens > prefix(engine, f"{A}\n\n{B}")
 
@@ -149,6 +172,9 @@ def test_documents_that_stand_in_each_other_or_twice(make_engine: EngineMaker) -
     assert engine.arrange([C, A, whole]) == [whole, C, A]
     assert engine.arrange([C, whole, C, A]) == [whole, C, A, C]
     assert list(engine.arrange({"c": C, "w": whole, "again": C})) == ["w", "c", "again"]
+    unarranged = prefix(engine, messages([C, A, whole], "When?"))
+    report = ask(engine, engine.arrange([C, A, whole]), "When?").report
+    assert 0 <= report.prefix_tokens - unarranged - report.arranged_tokens <= 2 < report.arranged_tokens
 
 
 def test_titles_between_documents_do_not_part_them(make_engine: EngineMaker) -> None:
@@ -243,6 +269,25 @@ def test_other_tenants_and_states_change_nothing(make_engine: EngineMaker) -> No
     assert shared.arrange([C, B, A], "ours") == [A, B, C]
 
 
+def test_what_another_state_of_the_model_made_does_not_count(make_engine: EngineMaker, tokenizer) -> None:
+    model = make_model("llama", len(tokenizer))
+    engine = make_engine(model=model)
+    ask(engine, [A, B, C])
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    assert engine.arrange([C, B, A]) == [C, B, A]
+
+
+def test_prompts_on_disk_count(make_engine: EngineMaker, tmp_path: Path) -> None:
+    first = make_engine(store=StoreConfig(directory=tmp_path))
+    ask(first, [A, B, C])
+    first.close()
+    again = make_engine(store=StoreConfig(directory=tmp_path))
+    report = ask(again, again.arrange([C, B, A], before=[SYSTEM]), "When?").report
+    assert report.prefix_tokens >= report.arranged_tokens > len(again.tokenizer(A + B).input_ids)
+    again.close()
+
+
 def test_what_is_forgotten_is_remembered_nowhere(make_engine: EngineMaker) -> None:
     for forget in (
         lambda engine: engine.forget("b"),
@@ -250,6 +295,7 @@ def test_what_is_forgotten_is_remembered_nowhere(make_engine: EngineMaker) -> No
         lambda engine: engine.clear(),
     ):
         engine = make_engine()
+        engine.generate("Who is the mayor?", max_new_tokens=1)
         ask(engine, [A, B, C])
         engine.arrange({"c": C, "b": B, "a": A})
         forget(engine)
