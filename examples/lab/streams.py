@@ -107,12 +107,15 @@ def ask(engine: SemShareEngine, question: Question, order: str, namespace: str, 
 
 
 def run_stream(engine: SemShareEngine, questions: Sequence[Question], seed: int, max_new_tokens: int) -> dict[str, Any]:
-    """Return the calls of one stream in both orders, each from an empty store; which comes first alternates."""
+    """Return the calls of one stream in both orders, each in a namespace of its own, from an empty store.
+
+    Both ask a question one behind the other, so that a busy machine slows both alike; which is first alternates.
+    """
     calls: list[dict[str, Any]] = []
-    for order in ORDERS[:: 1 if seed % 2 else -1]:
-        for index, question in enumerate(questions):
-            calls.append({"question": index, **ask(engine, question, order, order, max_new_tokens)})
-        engine.clear(order)
+    for index, question in enumerate(questions):
+        orders = ORDERS[:: 1 if (seed + index) % 2 else -1]
+        calls += [{"question": index, **ask(engine, question, order, order, max_new_tokens)} for order in orders]
+    engine.clear()
     return {"stream": seed, "calls": calls}
 
 
