@@ -111,7 +111,7 @@ def _documents(report: ReuseReport | None) -> str:
     return f"{sum(2 * use.reused_tokens > use.tokens for use in uses)} of {len(uses)}" if uses else "-"
 
 
-def model_arguments(description: str | None, mode: str = "auto") -> argparse.ArgumentParser:
+def model_arguments(description: str | None, mode: str = "identical") -> argparse.ArgumentParser:
     """A parser with what all examples take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=REFERENCE_MODEL, help="folder or hub id (default: %(default)s, built in)")

@@ -25,8 +25,7 @@ Mode = Literal["off", "exact", "identical", "semantic", "paper"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 ModeSetting = Literal["auto", Mode]
 MODE_SETTINGS: tuple[ModeSetting, ...] = ("auto", *MODES)
-FASTEST: Mode = "identical"  # of the modes that meet the quality bar on the committed results: what ``auto`` asks for
-
+PROVEN: Mode = "exact"  # the fastest mode that is known to lose less than a point of right answers on real models
 
 Eviction = Literal["value", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
@@ -44,25 +43,29 @@ _OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder")  # the first fields
 class ReuseConfig:
     """What may be borrowed, and how much of it is computed again.
 
-    Every setting but the first three is None for the mode's own value, which stands in ``PRESETS``.
+    Every setting but the first three is None for the mode's own value, which stands in ``PRESETS``. The dial is
+    ``budget``; the others are for experiments.
 
     Attributes:
         mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
             anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described. ``auto``
-            is ``identical``, the fastest that meets the quality bar, or ``exact`` for models that do not allow it.
+            is ``exact``; with ``budget`` or a later setting it is ``identical``, if the model allows that.
         min_prefix_tokens: a shorter common prefix is computed afresh, at least 1; so is one under 5% of the prompt,
             which would cost more than it saves.
         embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
             input embeddings.
+        budget: share of the borrowed tokens that is computed again, 0 to 1: more is slower, and nearer to a full
+            prefill. It goes to first tokens of runs, at most half of it; to documents that share rare words with the
+            question, if they fit; and to what the question attends to.
         min_run_tokens: shortest run of identical tokens that is borrowed, at least 2.
-        boundary_tokens: first tokens of each borrowed run that are computed.
+        boundary_tokens: most first tokens of each borrowed run that are computed.
         edit_tokens: as ``boundary_tokens``, for runs that follow changed words within the same text.
         tail_tokens: fewest tokens at the prompt's end that count as the question, at least 1.
-        relevance_ratio: share of the borrowed tokens that is computed at every layer because their documents or
-            passages share rare words with the question (BM25), 0 to 1. Documents are taken whole, best first, down to
-            half the best score. Unless this is 0, the first one may exceed the share, up to half of these tokens.
-        attention_ratio: where no document is relevant, share of the borrowed tokens that is computed because the
-            question attends to them, 0 to 1.
+        relevance_ratio: share of the borrowed tokens that is computed because their documents or passages share rare
+            words with the question (BM25), 0 to 1. Documents are taken whole, best first, down to half the best score;
+            unless this is 0, the first may take up to half of the tokens. If they exceed ``budget``, none is taken.
+        attention_ratio: in place of ``budget``, share of the borrowed tokens that is computed because the question
+            attends to them, 0 to 1, where no document is relevant.
         deviation_ratio: likewise, because they deviate from fresh KV; needs ``full_layers``.
         final_share: what is left of the shares for attention and deviation at the last layer, 0 to 1; they decay
             exponentially with depth.
@@ -87,12 +90,13 @@ class ReuseConfig:
     mode: ModeSetting = "auto"
     min_prefix_tokens: int = 1
     embedder: str | None = None
+    budget: float | None = BY_MODE
     min_run_tokens: ByMode[int] = BY_MODE
     boundary_tokens: ByMode[int] = BY_MODE
     edit_tokens: ByMode[int] = BY_MODE
     tail_tokens: ByMode[int] = BY_MODE
     relevance_ratio: ByMode[float] = BY_MODE
-    attention_ratio: ByMode[float] = BY_MODE
+    attention_ratio: float | None = BY_MODE
     deviation_ratio: ByMode[float] = BY_MODE
     final_share: ByMode[float] = BY_MODE
     full_layers: ByMode[int] = BY_MODE
@@ -115,15 +119,19 @@ class ReuseConfig:
         require(self.embedder is None or named, "reuse.embedder", self.embedder, "None or a path or hub id")
         compares = self.embedder is None or self.mode == "semantic"
         require(compares, "reuse.embedder", self.embedder, "None but in mode 'semantic', which alone compares texts")
-        given = sorted(field.name for field in fields(self)[len(_OF_EVERY_MODE) :] if self._has(field.name))
+        shared = self.budget is None or (self.attention_ratio is None and self.mode != "paper")
+        require(shared, "reuse.budget", self.budget, "None with attention_ratio, and in mode 'paper'")
+        given = self._list_given()
         require(self.is_approximate or not given, "reuse", ", ".join(given), f"nothing of it in mode {self.mode!r}")
         if self.is_approximate and self.resolve() is self:
             _check_rules(self)
 
     @property
     def preferred_mode(self) -> Mode:
-        """The mode itself; ``FASTEST`` for ``auto``, whether or not the model supports it."""
-        return FASTEST if self.mode == "auto" else self.mode
+        """The mode itself; for ``auto`` what it asks for, whether or not the model supports it."""
+        if self.mode != "auto":
+            return self.mode
+        return "identical" if self._list_given() else PROVEN
 
     @property
     def is_approximate(self) -> bool:
@@ -144,7 +152,9 @@ class ReuseConfig:
         if self.mode == "auto" and not supported:
             return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)
         preset = PRESETS.get(self.preferred_mode, self)
-        open_names = [field.name for field in fields(self) if not self._has(field.name) and preset._has(field.name)]
+        own = {field.name for field in fields(self) if self._has(field.name)}
+        own |= {"budget"} if "attention_ratio" in own else set()  # in whose place it stands
+        open_names = [field.name for field in fields(self) if field.name not in own and preset._has(field.name)]
         if not open_names and self.mode != "auto":
             return self
         return replace(self, mode=self.preferred_mode, **{name: getattr(preset, name) for name in open_names})
@@ -152,6 +162,10 @@ class ReuseConfig:
     def drop_fuzzy(self) -> ReuseConfig:
         """Return a config that borrows no different tokens, with ``full_layers`` and ``deviation_ratio`` 0."""
         return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
+
+    def _list_given(self) -> list[str]:
+        """Return the names of the settings of approximate reuse that are not None, sorted."""
+        return sorted(field.name for field in fields(self)[len(_OF_EVERY_MODE) :] if self._has(field.name))
 
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None
@@ -167,12 +181,13 @@ def _check_rules(rules: ReuseConfig) -> None:
     check("None or 2 or more", lambda value: is_whole(value, 2), "min_run_tokens")
     check("None or 1 or more", lambda value: is_whole(value, 1), "tail_tokens")
     check("None or 0 or more", lambda value: is_whole(value, 0), "boundary_tokens", "edit_tokens", "full_layers")
-    check("None or 0 to 1", is_share, "attention_ratio", "relevance_ratio", "deviation_ratio", "final_share")
+    check("None or 0 to 1", is_share, "relevance_ratio", "deviation_ratio", "final_share")
     check("None or 0 to 1", is_share, "max_compute_ratio", "min_token_similarity")
     check("None, True or False", lambda value: isinstance(value, bool), "fuzzy", "guard_facts", "rotate_keys")
     check("None or above 0", _is_above_0, "max_deviation", "retention_final_share")
     needed = "1 or more where deviation_ratio is above 0 or fuzzy is on"
     check(needed, lambda value: value > 0 or not (rules.deviation_ratio > 0 or rules.fuzzy), "full_layers")
+    check("None or 0 to 1", lambda value: value is None or is_share(value), "budget", "attention_ratio")
     check("None, or above 0 up to 1", _is_part, "min_similarity", "retention_ratio")
     check("None, 0, or 8 or more", lambda value: value == 0 or is_whole(value, 8), "lsh_bits")
 
@@ -184,14 +199,14 @@ def _is_above_0(value: Any) -> bool:
 PRESETS: dict[Mode, ReuseConfig] = {}  # of the modes that reuse KV off the prefix
 PRESETS["identical"] = ReuseConfig(
     mode="identical",
+    budget=0.3,
     min_run_tokens=16,
-    boundary_tokens=2,
+    boundary_tokens=16,
     edit_tokens=4,
     tail_tokens=8,
     relevance_ratio=0.12,
-    attention_ratio=0.05,
     deviation_ratio=0.0,
-    final_share=0.7,
+    final_share=1.0,
     full_layers=0,
     max_deviation=1.0,
     max_compute_ratio=0.75,
@@ -202,9 +217,8 @@ PRESETS["identical"] = ReuseConfig(
     rotate_keys=True,
     retention_final_share=1.0,
 )
-PRESETS["semantic"] = replace(
-    PRESETS["identical"], mode="semantic", fuzzy=True, full_layers=1, deviation_ratio=0.15, min_token_similarity=0.2
-)
+_FUZZY: dict[str, Any] = {"fuzzy": True, "full_layers": 1, "deviation_ratio": 0.15, "min_token_similarity": 0.2}
+PRESETS["semantic"] = replace(PRESETS["identical"], mode="semantic", budget=0.15, **_FUZZY)
 # SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
 # confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most readers
 # think not; turning favours it), how alike a reference must be, how retention is spread over layers. Not settings: the
@@ -213,6 +227,7 @@ PRESETS["semantic"] = replace(
 PRESETS["paper"] = replace(
     PRESETS["identical"],
     mode="paper",
+    budget=None,
     fuzzy=True,
     full_layers=1,
     boundary_tokens=0,

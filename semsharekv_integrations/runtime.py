@@ -32,7 +32,7 @@ from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
 from semsharekv_integrations.reuse.planner import Planner, list_texts, mark_question
-from semsharekv_integrations.reuse.selection import choose_relevant_tokens, score_documents
+from semsharekv_integrations.reuse.selection import RELEVANT_SHARE, choose_relevant_tokens, score_documents
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
@@ -290,7 +290,7 @@ class Runtime:
         texts = list_texts(rendered)
         question = mark_question(rendered, self.reuse.tail_tokens)
         scores = score_documents(rendered.token_ids, texts, question)
-        relevant = choose_relevant_tokens(scores, texts, np.ones_like(question), self.reuse.relevance_ratio)
+        relevant = choose_relevant_tokens(scores, texts, np.ones_like(question), RELEVANT_SHARE)
         return retainer.shorten(rendered.token_ids, question, relevant, cache)
 
 

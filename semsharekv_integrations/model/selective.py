@@ -30,7 +30,7 @@ from semsharekv_integrations.model.layers import (
 from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
-from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens
+from semsharekv_integrations.reuse.selection import Signal, measure_deviation, measure_reading, rank_tokens
 
 
 class Outcome(NamedTuple):
@@ -106,11 +106,12 @@ class SelectivePrefill:
                 return self._forward(selection)
 
     def _attend(self, plan: ReusePlan, cache: GatheredCache) -> Tensor:
-        """Return [T] how much the question attends to each token, averaged; writes the question's KV to ``cache``."""
+        """Return [T] how much each token adds to what the question reads; writes the question's KV to ``cache``."""
         absent = ~(plan.borrowed | plan.question)
         absent[: plan.prefix_tokens] = False
         layers = self.watch_attention(plan.token_ids, plan.question, cache, absent)
-        return torch.stack([weights.mean(0).to(self._adapter.device) for weights in layers]).mean(0)
+        read = [measure_reading(*pair) for pair in zip(layers, (layer.values for layer in cache.layers), strict=True)]
+        return torch.stack([amounts.to(self._adapter.device) for amounts in read]).mean(0)
 
     def watch_attention(self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask) -> list[Tensor]:
         """Return for each layer the attention [heads, T] from ``question`` [T] to each token, averaged over rows.

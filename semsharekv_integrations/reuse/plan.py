@@ -6,6 +6,7 @@ tokens are computed again depends on attention and on deviation, so the plan hol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from semsharekv_integrations.reuse.selection import choose_relevant_tokens, scor
 
 # Share of a layer's cost to measure deviation (queries, keys, values alone); an upper estimate.
 PROJECTION_SHARE = 0.25
+MOST_AT_BOUNDARIES = 0.5  # share of the budget that first tokens of runs may take
 _LONGEST_EDIT_TOKENS = 16
 
 
@@ -174,18 +176,16 @@ def build_plan(
     must[start:] = True
     for borrowing in borrowings:
         must[borrowing.targets] = False
-    last = Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None
-    for run in runs:
-        boundary_tokens = rules.edit_tokens if _follows_edit(last, run) else rules.boundary_tokens
-        must[run.start : run.start + min(run.num_tokens, boundary_tokens)] = True
-        last = run
+    borrowed = ~must
+    borrowed[:start] = False
+    _mark_first_tokens(must, prefix, runs, rules)
     must |= question
     must[:start] = False
-    optional = ~must
-    optional[:start] = False
-    scores = score_documents(token_ids, segments, question)
-    relevant = choose_relevant_tokens(scores, segments, optional, rules.relevance_ratio)
-    num_optional = 0 if relevant.any() else int(optional.sum())
+    relevant = choose_relevant_tokens(
+        score_documents(token_ids, segments, question), segments, borrowed & ~must, rules.relevance_ratio
+    )
+    relevant, attention_tokens = _spend(rules, borrowed, must, question, relevant)
+    num_optional = 0 if relevant.any() else int((borrowed & ~must).sum())
     return ReusePlan(
         token_ids,
         prefix,
@@ -194,8 +194,8 @@ def build_plan(
         question,
         relevant,
         num_layers,
-        attention_tokens=int(np.ceil(rules.attention_ratio * num_optional)),
-        deviation_tokens=int(np.ceil(rules.deviation_ratio * num_optional)),
+        attention_tokens=attention_tokens,
+        deviation_tokens=math.ceil(rules.deviation_ratio * num_optional),
         shares=spread_shares(num_layers, 1.0, rules.final_share),
         full_layers=min(rules.full_layers, num_layers),
         max_deviation=rules.max_deviation,
@@ -225,6 +225,30 @@ def build_prefix_plan(
     return ReusePlan(
         token_ids, prefix, (), behind, behind, none, num_layers, 0, 0, (0.0,) * num_layers, 0, 0.0, declined
     )
+
+
+def _mark_first_tokens(must: Mask, prefix: PrefixMatch | None, runs: Sequence[Run], rules: ReuseConfig) -> None:
+    """Mark in ``must`` [T] the first tokens of each run that are computed, as many as the rules have room for."""
+    most = num_tokens = sum(run.num_tokens for run in runs)
+    if rules.budget is not None:
+        most = math.ceil(MOST_AT_BOUNDARIES * rules.budget * num_tokens / max(1, len(runs)))
+    last = Run(0, prefix.reference, 0, prefix.num_tokens) if prefix else None
+    for run in runs:
+        wanted = rules.edit_tokens if _follows_edit(last, run) else rules.boundary_tokens
+        must[run.start : run.start + min(run.num_tokens, wanted, most)] = True
+        last = run
+
+
+def _spend(rules: ReuseConfig, borrowed: Mask, must: Mask, question: Mask, relevant: Mask) -> tuple[Mask, int]:
+    """Return which ``relevant`` tokens [T] are computed beside ``must``, and how many tokens attention selects."""
+    if rules.budget is None:
+        is_found = bool(relevant.any())
+        return relevant, 0 if is_found else math.ceil((rules.attention_ratio or 0.0) * (borrowed & ~must).sum())
+    outside = borrowed & ~question
+    left = math.ceil(rules.budget * outside.sum()) - int((outside & must).sum())
+    if relevant.sum() > left:
+        relevant = np.zeros_like(must)
+    return relevant, max(0, left - int(relevant.sum()))
 
 
 def _borrow_run(run: Run) -> Borrowing:

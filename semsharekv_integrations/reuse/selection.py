@@ -33,6 +33,7 @@ LEAST_OF_BEST = 0.5  # score of a document that counts, as a share of the best o
 _SATURATION, _LENGTH_SHARE = 2.0, 0.75  # BM25's k1 and b, at usual values
 SINK_TOKENS = 4  # first tokens, which much attention rests on whatever they say, and so retention keeps
 RECENT_TOKENS = 16  # last tokens, likewise
+RELEVANT_SHARE = 0.12  # of the tokens that retention keeps first, as their documents share rare words with the question
 NEIGHBOURHOOD_TOKENS = 7  # that stay or go together, as in SnapKV (arXiv 2404.14469): words are several tokens
 _HALVINGS = 40
 
@@ -68,6 +69,19 @@ def rank_tokens(signals: Sequence[Signal], eligible: torch.Tensor) -> torch.Tens
             shares = torch.arange(len(order), device=best.device) / quota_tokens
             best[order] = torch.minimum(best[order], shares)
     return best
+
+
+def measure_reading(attention: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return how much each token adds to what is read: attention times the norm of its value, mean over heads [T].
+
+    Attention alone counts tokens that are looked at for want of others, whose values are small (arXiv 2004.10102).
+
+    Args:
+        attention: [heads, T].
+        values: [B, H, T, D], of which each of the ``H`` serves ``heads / H`` heads in a row.
+    """
+    norms = values[0].float().norm(dim=-1)  # [H, T]
+    return (attention * norms.repeat_interleave(len(attention) // len(norms), dim=0)).mean(0)
 
 
 def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:

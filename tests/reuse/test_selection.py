@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semsharekv_integrations.reuse.selection import Signal, measure_deviation, rank_tokens, spread_shares
+from semsharekv_integrations.reuse.selection import (
+    Signal,
+    measure_deviation,
+    measure_reading,
+    rank_tokens,
+    spread_shares,
+)
 
 shares = st.floats(0, 1)
 
@@ -66,3 +72,12 @@ def test_deviation_is_zero_for_equal_kv_and_counts_values_beside_large_keys() ->
     scores = measure_deviation((keys, values), (keys, changed))
     assert scores.argmax() == 3 and scores[3] > 0.5
     assert scores.count_nonzero() == 1
+
+
+def test_what_is_read_of_a_token_is_its_attention_times_the_norm_of_its_value() -> None:
+    attention = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])  # [heads, T]
+    values = torch.tensor(
+        [[[[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [2.0, 0.0], [0.0, 2.0]]]]
+    )  # [B, H, T, D]
+    expected = torch.tensor([0.5 * 5 + 0.1 * 5 + 1.0, 0.0, 0.25 + 0.1 + 2.0]) / 4
+    assert torch.allclose(measure_reading(attention, values), expected)

@@ -247,7 +247,7 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "stuff": Layout(stuff, 0.4),
-    "retrieval chain": Layout(retrieval_chain, 0.3),
+    "retrieval chain": Layout(retrieval_chain, 0.25),
     "pipe": Layout(rag_pipe, 0.3),
     "retrieval graph": Layout(rag_graph, 0.3),
     "message history": Layout(message_history, 0.6),
@@ -256,7 +256,7 @@ LAYOUTS = {
     "agent with tool": Layout(agent_with_tool, 0.3, TOOL_TEMPLATE),
     "agent with context": Layout(agent_with_context, 0.2),
     "map-reduce": Layout(map_reduce, 0.3),
-    "summary, refine": Layout(summaries("refine"), 0.2),
+    "summary, refine": Layout(summaries("refine"), 0.15),
 }
 
 
@@ -282,7 +282,7 @@ def engine(mode: str, template: str | None = None) -> SemShareEngine:
 
 
 @cache
-def measured(name: str, mode: str = "auto") -> Figures:
+def measured(name: str, mode: str = "identical") -> Figures:
     """Right answers, tokens, and the share computed."""
     reports: list[ReuseReport] = []
     chat = ChatSemShareKV(engine=engine(mode, LAYOUTS[name].template), max_tokens=90)

@@ -158,7 +158,7 @@ def _asked(layout: str, mode: str) -> tuple[list[str], list[str], list[ReuseRepo
     return answers, [right for _, right in questions], list(reports)
 
 
-def row_of(layout: str, mode: str = "auto") -> Row:
+def row_of(layout: str, mode: str = "identical") -> Row:
     """What comes of one layout in ``mode``, beside mode ``off``."""
     plain, wanted, _ = _asked(layout.split(",")[0], "off")
     answers, _, reports = _asked(layout, mode)
@@ -202,5 +202,5 @@ def test_every_layout_reuses_kv(rows: dict[str, Row], layout: str) -> None:
 
 def test_what_was_warmed_is_reused_from_the_first_question_on(rows: dict[str, Row]) -> None:
     assert rows["compact, warmed"].compute_ratio < 0.7 * rows["compact"].compute_ratio
-    assert _asked("compact", "auto")[2][0].reused_tokens == 0
-    assert _asked("compact, warmed", "auto")[2][0].reused_tokens > 0
+    assert _asked("compact", "identical")[2][0].reused_tokens == 0
+    assert _asked("compact, warmed", "identical")[2][0].reused_tokens > 0
