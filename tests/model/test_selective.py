@@ -178,8 +178,7 @@ def test_too_much_deviation_ends_as_a_full_prefill(llama_selective: tuple[ModelA
 def test_zeroed_kv_is_given_up_without_full_layers_too(architecture: str, prefix_tokens: int) -> None:
     """As mode ``identical`` plans: what it measures half way up has no rows to go on with, so all is done afresh."""
     adapter, selective = selective_of(architecture)
-    rules = replace(PRESETS["identical"], attention_ratio=0.2)
-    plan = moved_plan(adapter, rules, prefix_tokens)
+    plan = moved_plan(adapter, PRESETS["identical"], prefix_tokens)
     plan = replace(plan, borrowings=tuple(b._replace(reference=zero_kv(b.reference)) for b in plan.borrowings))
     outcome, full = selective.run(plan), adapter.prefill(plan.token_ids)
     torch.testing.assert_close(outcome.prefill.logits, full.logits, atol=1e-4, rtol=1e-3)
