@@ -26,9 +26,11 @@ _UNBOUNDED = 10_000  # columns
 def add_engine_arguments(
     parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL, about_default: str = DEFAULT_MODEL
 ) -> None:
-    """Add ``--model``, ``--mode``, ``--device``, ``--dtype`` and ``--json``; the help shows ``about_default``."""
+    """Add the arguments that ``load_engine`` reads, and ``--json``; the help of ``--model`` shows ``about_default``."""
     parser.add_argument("--model", default=default, help=f"folder or hub id (default: {about_default})")
     parser.add_argument("--mode", choices=MODE_SETTINGS, default="auto", help="what may be reused (default: auto)")
+    dial = "of what is reused approximately, the share computed again, 0 to 1 (default: the mode's; in auto none is)"
+    parser.add_argument("--budget", type=float, metavar="SHARE", help=dial)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
@@ -43,7 +45,7 @@ def load_engine(args: argparse.Namespace) -> SemShareEngine:
         from semsharekv_integrations.model.loading import hide_progress_bars
 
         hide_progress_bars()
-        config = EngineConfig(reuse=ReuseConfig(mode=args.mode))
+        config = EngineConfig(reuse=ReuseConfig(mode=args.mode, budget=args.budget))
         engine = SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
         _ = engine.model  # loads the weights
     return engine

@@ -91,6 +91,17 @@ def test_it_prints_at_once_and_within_80_columns(
     assert f"{said} those of a full prefill in {same} of 7." in " ".join(captured.out.split())
 
 
+def test_a_budget_is_the_dial_of_what_is_reused_approximately(capsys: pytest.CaptureFixture[str]) -> None:
+    computed = []
+    for budget in ("0.2", "0.6"):
+        reports = [call["report"] for call in calls_of(capsys, "--budget", budget)]
+        assert {report["mode"] for report in reports} == {"identical"}
+        computed.append(sum(report["compute_ratio"] for report in reports))
+    assert computed[0] < computed[1]
+    assert main(["demo", "--budget", "2"]) == 2
+    assert "budget is 2.0; accepted is None or 0 to 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "100000"])
 def test_a_wrong_number_of_articles_is_refused_before_anything_is_loaded(
     number: str, capsys: pytest.CaptureFixture[str]
