@@ -15,7 +15,6 @@ from semsharekv_integrations.lab.figures import UNTIMED
 from semsharekv_integrations.lab.policies import POLICIES
 from semsharekv_integrations.lab.scenarios import DRAWN
 from semsharekv_integrations.lab.sized import SIZED
-from tiny_models import make_model
 
 FEW = ["--cases", "2", "--documents", "2", "3", "--policies", "off", "exact", "--max-new-tokens", "3"]
 REWORDED = ("reworded_10", "reworded_30", "reworded_50")
@@ -26,14 +25,6 @@ def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="semsharekv bench")
     command.add_arguments(parser)
     return parser.parse_args(arguments)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    make_model("llama", len(tokenizer), max_position_embeddings=4096).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def written_by(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:

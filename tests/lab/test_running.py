@@ -15,7 +15,6 @@ from semsharekv_integrations.lab.bench import Bench
 from semsharekv_integrations.lab.figures import Failure, Outcome
 from semsharekv_integrations.lab.journal import Entry, Journal
 from semsharekv_integrations.report import AuditResult, DocumentUse, ReuseReport, SourceUse
-from tiny_models import make_model
 
 TEXT = ["--scenarios", "text_reordered", "--groups", "2", "--questions", "3", "--policies", "off", "exact", "chunks"]
 DRAWN = [
@@ -31,14 +30,6 @@ DRAWN = [
     "off",
     "identical",
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    make_model("llama", len(tokenizer), max_position_embeddings=4096).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(autouse=True)
