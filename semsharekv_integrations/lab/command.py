@@ -58,7 +58,7 @@ from semsharekv_integrations.lab.policies import (
 from semsharekv_integrations.lab.running import run_study
 from semsharekv_integrations.lab.scenarios import DRAWN, NEGATIVE_CONTROL, Scenario
 from semsharekv_integrations.lab.sized import SIZED, make_sized_case
-from semsharekv_integrations.lab.texts import TEXTS, make_text_cases
+from semsharekv_integrations.lab.texts import MULTI_HOP, SIZE, TEXTS, check_size, make_text_cases
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress_bars
 from semsharekv_integrations.text.prompt import PromptRenderer
 
@@ -104,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy
     size.add_argument("--repeats", type=_parse_count, metavar="N", help=f"timed rounds at a length ({REPEATS})")
     size.add_argument("--groups", type=_parse_count, metavar="N", help=f"of questions on real text ({GROUPS})")
     size.add_argument("--questions", type=_parse_count, metavar="N", help=f"in a group, at most ({QUESTIONS})")
+    passages = f"paragraphs in a prompt of real text ({SIZE}); 30 are about 5,000 tokens"
+    size.add_argument("--passages", type=_parse_count, metavar="N", help=passages)
     size.add_argument("--max-new-tokens", "--new-tokens", type=_parse_count, metavar="N", help="of an answer")
     model = parser.add_argument_group("model")
     which = model.add_mutually_exclusive_group()
@@ -136,9 +138,8 @@ def prepare(
     _check(args)
     drawn, sized = _choose_scenarios(args) if with_scenarios else ([], [])
     texts = [name for name in TEXTS if with_scenarios and name in (args.scenarios or ())]
-    for name in ("groups", "questions") if with_scenarios and not texts else ():
-        size = getattr(args, name)
-        require(size is None, f"--{name}", size, f"nothing without --scenarios of {', '.join(TEXTS)}")
+    if with_scenarios:
+        _check_text_sizes(args, texts)
     policies = _add_own(policies, args.policy)
     examples = dataset.read_examples(args.data) if args.data else []
     usual = () if args.policy else QUICK_POLICIES if args.quick else DEFAULT_POLICIES
@@ -177,6 +178,16 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("scenarios", "lengths"):
         if args.data and getattr(args, name):
             raise ValueError(f"--{name} and --data are given; accepted is one of them")
+
+
+def _check_text_sizes(args: argparse.Namespace, texts: Sequence[str]) -> None:
+    drawn = [name for name in TEXTS if name != MULTI_HOP]
+    for name, known in (("groups", TEXTS), ("questions", TEXTS), ("passages", drawn)):
+        size = getattr(args, name)
+        is_used = size is None or not set(known).isdisjoint(texts)
+        require(is_used, f"--{name}", size, f"nothing without --scenarios of {', '.join(known)}")
+    if args.passages is not None:
+        check_size(args.passages)
 
 
 def _choose_scenarios(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -223,7 +234,8 @@ def _size_scenario(args: argparse.Namespace, subject: Subject, name: str, length
 def _ask_about_text(args: argparse.Namespace, subject: Subject, name: str) -> Scenario:
     if not subject.tokenizer.chat_template:
         return Scenario(name, (), 0, problem="the model has no chat template")
-    cases = list(make_text_cases(name, args.groups or GROUPS, args.questions or QUESTIONS, args.seed))
+    groups, questions, passages = args.groups or GROUPS, args.questions or QUESTIONS, args.passages or SIZE
+    cases = list(make_text_cases(name, groups, questions, args.seed, size=passages))
     return Scenario(name, cases, len(cases), max_new_tokens=args.max_new_tokens or TEXT_TOKENS, judging="gold")
 
 

@@ -29,7 +29,14 @@ from semsharekv_integrations.lab.scenarios import Case, Scenario
 
 WRITE_EVERY_S = 300.0  # while a scenario is measured; and behind each one
 POLL_EVERY_S = 5.0
-_DRAWING = ("documents", "layouts", "questions", "quick", "kl")  # arguments that cases and figures depend on
+_DRAWING = (
+    "documents",
+    "layouts",
+    "passages",
+    "questions",
+    "quick",
+    "kl",
+)  # arguments that cases and figures depend on
 
 MakeBench = Callable[[Subject, Study], Bench]
 Prepare = Callable[[argparse.Namespace], tuple[Study, Subject]]

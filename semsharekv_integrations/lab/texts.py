@@ -1,9 +1,10 @@
 """Scenarios on real text: Wikipedia paragraphs (XQuAD) and long passages for multi-hop questions (MuSiQue).
 
-Cases come in groups. A group's references are one stored prompt over six paragraphs, with another question; its cases
-ask several questions about the same target, so that they can share the full prefill of its documents. Groups have
+Cases come in groups. A group's references are one stored prompt over a few paragraphs, with another question; its
+cases ask several questions about the same target, so that they can share the full prefill of its documents. Groups have
 their paragraphs to themselves, until all have been drawn; then they are drawn anew in another order. A case depends on
-scenario, seed, group and its number in the group alone. Every gold answer stands in the target's documents.
+scenario, seed, paragraphs in a prompt, group and its number in the group alone. Every gold answer stands in the
+target's documents.
 Knows nothing about tokenizers, models or engines.
 """
 
@@ -25,7 +26,7 @@ from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab.answers import holds_answer
 from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
 
-SIZE = 6  # paragraphs in a prompt
+SIZE = 6  # paragraphs in a prompt, where nothing else is asked for
 SYSTEM = "Answer the question from the passages. Give the shortest answer that is right."
 OTHER_SYSTEM = "You are a careful assistant. Read the passages, then reply in a few words, from them alone."
 _NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
@@ -93,7 +94,7 @@ def _read(name: str) -> Any:
 
 
 class Group(NamedTuple):
-    """What the cases of one group are drawn from: its six passages, and all others."""
+    """What the cases of one group are drawn from: its passages, and all others."""
 
     name: str  # of the scenario
     rng: Random
@@ -157,16 +158,17 @@ def _reorder(group: Group) -> Iterator[Case]:
 
 
 def _renew_half(group: Group) -> Iterator[Case]:
-    """Three of the six, among three others."""
-    kept = group.rng.sample(group.own, SIZE // 2)
-    new = group.rng.sample(group.rest, SIZE - SIZE // 2)
+    """Half of them, among as many others."""
+    size = len(group.own)
+    kept = group.rng.sample(group.own, size // 2)
+    new = group.rng.sample(group.rest, size - size // 2)
     in_order = [passage for passage in group.own if passage in kept] + new
     yield from _ask_about(group, shuffle(group.rng, in_order), in_order)
 
 
 def _replace_all(group: Group) -> Iterator[Case]:
-    """Six others: the negative control."""
-    yield from _ask_about(group, group.rng.sample(group.rest, SIZE))
+    """As many others: the negative control."""
+    yield from _ask_about(group, group.rng.sample(group.rest, len(group.own)))
 
 
 def _ask_about(
@@ -247,26 +249,36 @@ MULTI_HOP = "musique"  # ten long passages in another order, over 5,000 tokens, 
 TEXTS = (*SETTINGS, MULTI_HOP)
 
 
+def check_size(size: int, passages: Sequence[Passage] | None = None) -> None:
+    """Refuse so many paragraphs in a prompt if too few are left for others, or none can be reordered."""
+    most = len(read_passages() if passages is None else passages) // 2
+    require(2 <= size <= most, "passages", size, f"a whole number from 2 to {most}")
+
+
 def make_text_cases(
-    name: str, groups: int, questions: int, seed: int, passages: Sequence[Passage] | None = None
+    name: str, groups: int, questions: int, seed: int, passages: Sequence[Passage] | None = None, size: int = SIZE
 ) -> Iterator[Case]:
-    """Cases of a scenario, at most ``questions`` in each group; ``musique`` has one in each, and 41 groups at most."""
+    """Cases of a scenario, at most ``questions`` in each group, about ``size`` paragraphs.
+
+    ``musique`` has one question in each group, about ten passages, and 41 groups at most.
+    """
     require(name in TEXTS, "scenario", name, f"one of {', '.join(TEXTS)}")
     if name == MULTI_HOP:
         yield from _ask_multi_hop(groups, seed)
         return
     passages = read_passages() if passages is None else passages
+    check_size(size, passages)
     for number in range(groups):
-        drawn = SETTINGS[name](_draw_group(name, number, seed, passages))
+        drawn = SETTINGS[name](_draw_group(name, number, seed, passages, size))
         for place, case in enumerate(islice(drawn, questions)):
             yield replace(case, place=(number, place))
 
 
-def _draw_group(name: str, number: int, seed: int, passages: Sequence[Passage]) -> Group:
-    turn, index = divmod(number, len(passages) // SIZE)
+def _draw_group(name: str, number: int, seed: int, passages: Sequence[Passage], size: int) -> Group:
+    turn, index = divmod(number, len(passages) // size)
     order = Random(f"passages {seed} {turn}").sample(passages, len(passages))
-    start = index * SIZE
-    own, rest = order[start : start + SIZE], order[:start] + order[start + SIZE :]
+    start = index * size
+    own, rest = order[start : start + size], order[:start] + order[start + size :]
     return Group(name, Random(f"{name} {seed} {number}"), own, rest)
 
 

@@ -108,6 +108,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, folder: str) ->
     [
         (["--seed", "1"], "seed is 0 in .*x.jsonl, of an earlier run; accepted is 1 as in this run, or another --out"),
         (["--questions", "2"], "questions is 3 in"),
+        (["--passages", "3"], "passages is None in"),
         (["--policies", "off", "identical"], r"policies.identical is None in"),
         (["--policy", "own=identical"], "policies.own is None in"),
         (["--dtype", "float64"], "dtype is 'float32' in"),
@@ -209,11 +210,18 @@ def test_a_bad_policy_is_refused(text: str, message: str, capsys: pytest.Capture
 
 
 def test_sizes_of_text_need_a_scenario_on_text(folder: str) -> None:
-    for line in (["--groups", "2"], ["--questions", "2", "--scenarios", "edited"]):
-        with pytest.raises(
-            ValueError, match=r"--(groups|questions) is 2; accepted is nothing without .*text_reordered"
-        ):
+    lines = (["--groups", "2"], ["--questions", "2", "--scenarios", "edited"], ["--passages", "2"])
+    for line in (*lines, ["--passages", "2", "--scenarios", "musique"]):
+        with pytest.raises(ValueError, match=r"--\w+ is 2; accepted is nothing without .*text_reordered"):
             command.prepare(parsed("--model", "no/such/model", *line))
+    with pytest.raises(ValueError, match="passages is 7; accepted is a whole number from 2 to 6"):
+        command.prepare(parsed("--model", "no/such/model", *TEXT, "--passages", "7"))
+
+
+def test_prompts_have_as_many_paragraphs_as_asked_for(folder: str) -> None:
+    study, _ = command.prepare(parsed("--model", folder, *TEXT, "--passages", "3"))
+    (scenario,) = study.scenarios
+    assert {len(case.target.documents) for case in scenario.cases} == {3}
 
 
 def test_text_is_judged_by_gold_answers_on_a_page_of_its_own(tmp_path: Path, folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 
 import pytest
 
@@ -20,10 +21,14 @@ from semsharekv_integrations.lab.texts import (
 )
 
 GROUPS, QUESTIONS = 12, 4
+SIZES = (3, SIZE, 30)
+DIGEST = "0e8f42e69c46c60f"  # of 25 groups of every scenario, as they were first drawn
 
 
-def cases_of(name: str, groups: int = GROUPS, questions: int = QUESTIONS, seed: int = 0) -> list[Case]:
-    return list(make_text_cases(name, groups, questions, seed))
+def cases_of(
+    name: str, groups: int = GROUPS, questions: int = QUESTIONS, seed: int = 0, size: int = SIZE
+) -> list[Case]:
+    return list(make_text_cases(name, groups, questions, seed, size=size))
 
 
 def question_of(query: Query) -> str:
@@ -70,24 +75,33 @@ def test_cases_of_a_group_share_their_references_and_but_for_edits_their_documen
             ) or name == "text_edited"
 
 
-def test_groups_have_their_paragraphs_to_themselves_until_all_were_drawn() -> None:
-    size = len(read_passages()) // SIZE
-    cases = cases_of("text_reordered", size + 1, 1)
-    drawn = [key for case in cases[:size] for key in case.references[0].documents]
+def test_measured_cases_are_drawn_again_as_they_were() -> None:
+    """Figures that were published, and runs that go on, are about these."""
+    found = repr([cases_of(name, 25, 8) for name in TEXTS])
+    assert blake2b(found.encode(), digest_size=8).hexdigest() == DIGEST
+    assert cases_of(MULTI_HOP, 3, size=30) == cases_of(MULTI_HOP, 3), "its passages are its own"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_groups_have_their_paragraphs_to_themselves_until_all_were_drawn(size: int) -> None:
+    groups = len(read_passages()) // size
+    cases = cases_of("text_reordered", groups + 1, 1, size=size)
+    drawn = [key for case in cases[:groups] for key in case.references[0].documents]
     assert len(set(drawn)) == len(drawn) == len(read_passages())
-    assert set(cases[size].references[0].documents) <= set(drawn)
+    assert set(cases[groups].references[0].documents) <= set(drawn)
 
 
-def test_targets_resemble_what_is_stored_as_their_names_say() -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_targets_resemble_what_is_stored_as_their_names_say(size: int) -> None:
     for name in SETTINGS:
-        for case in cases_of(name):
+        for case in cases_of(name, size=size):
             stored, target = case.references[0].documents, case.target.documents
             shared, same = set(stored) & set(target), list(stored) == list(target)
             equal = sum(one == other for one, other in pairs_of(case))
             system = case.target.prompt[0]["content"]
-            assert (system != SYSTEM) == (name == "text_system") and len(stored) == len(target) == SIZE
-            counts = {"text_shared": SIZE // 2, "text_unlike": 0}
-            assert len(shared) == counts.get(name, SIZE)
+            assert (system != SYSTEM) == (name == "text_system") and len(stored) == len(target) == size
+            counts = {"text_shared": size // 2, "text_unlike": 0}
+            assert len(shared) == counts.get(name, size)
             assert same == (name in ("text_system", "text_edited", "text_reworded", "text_next_turn"))
             assert equal == len(shared) - (name == "text_edited") or name == "text_reworded"
             roles = [message["role"] for message in case.target.prompt]
@@ -166,3 +180,10 @@ def test_normalized_text_has_no_case_punctuation_or_articles() -> None:
 def test_an_unknown_scenario_is_refused() -> None:
     with pytest.raises(ValueError, match="scenario is 'text_x'; accepted is one of text_reordered"):
         cases_of("text_x")
+
+
+@pytest.mark.parametrize("size", [1, 61])
+def test_so_many_paragraphs_that_a_scenario_lacks_others_are_refused(size: int) -> None:
+    assert cases_of("text_unlike", 2, 1, size=60)
+    with pytest.raises(ValueError, match=f"passages is {size}; accepted is a whole number from 2 to 60"):
+        cases_of("text_reordered", size=size)
