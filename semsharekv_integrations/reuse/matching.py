@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MOST_COVERED = 0.5  # share of a segment in identical runs above which it needs no fuzzy match
 LONGEST_EXACT_TOKENS = 1024  # up to which comparing all tokens is exact and faster than hashing them
-MOST_CANDIDATES = 8  # latest stored prompts that mode ``paper`` compares a prompt with
+MOST_CANDIDATES = 8  # stored prompts of a namespace that mode ``paper`` measures by hash
 _EMBEDDING_ROPE_BASE, _EMBEDDING_HEAD = 10_000.0, 64  # for models that turn no keys
 PAPER_BITS = 64
 PAPER_DISTANCE_SCALE = 30.0
@@ -106,7 +106,7 @@ class FuzzyMatcher:
         candidates = [
             (compute_paper_similarity(measure_hamming_distance(target, self._embed(reference.token_ids))), reference)
             for name in self._store.list_readable(namespace)
-            for reference in self._store.references(name)[-MOST_CANDIDATES:]
+            for reference in choose_candidates(rendered.token_ids, self._store.references(name))
         ]
         similarity, found = max(candidates, key=lambda pair: pair[0], default=(0.0, None))
         if found is None or similarity < (self._rules.min_similarity or 0.0):
@@ -144,6 +144,17 @@ def list_segments(rendered: Rendered) -> list[Segment]:
     """Return the documents of a prompt, and its passages that overlap none of them, in order."""
     free = [p for p in rendered.passages if not any(p.start < d.stop and d.start < p.stop for d in rendered.segments)]
     return sorted([*rendered.segments, *free], key=lambda segment: segment.start)
+
+
+def choose_candidates(token_ids: TokenIds, references: Sequence[Reference]) -> Sequence[Reference]:
+    """Return the references that hold most of a prompt's tokens, at most ``MOST_CANDIDATES``; all if there are no more.
+
+    The paper measures every stored prompt. A token that a reference holds is at distance 0 from it.
+    """
+    if len(references) <= MOST_CANDIDATES:
+        return references
+    held = [np.isin(token_ids, reference.token_ids, kind="table").mean() for reference in references]
+    return [references[place] for place in np.argsort(held, kind="stable")[-MOST_CANDIDATES:]]
 
 
 class TokenMatches(NamedTuple):

@@ -154,6 +154,15 @@ def test_documents_behind_a_changed_line_are_found(renderer: PromptRenderer, mod
     assert plan.question[-1] and plan.must[-1]
 
 
+def test_the_papers_reference_is_the_most_alike_of_all_stored_prompts_however_old(renderer: PromptRenderer) -> None:
+    fixture = Fixture(renderer, "paper", **EAGER)
+    kept = fixture.keep(fixture.prompt("Another line than before ."))
+    for number in range(20):
+        fixture.keep(renderer.render(f"Read this .\n\n{number} flags were raised in Osteck by {number} sailors .", {}))
+    plan = fixture.plan(fixture.prompt("Read this .", ("fire", "flood")))
+    assert [borrowing.reference.id for borrowing in plan.borrowings] == [kept.id]
+
+
 @pytest.mark.parametrize("mode", ["exact", *APPROXIMATE])
 def test_other_namespaces_are_not_read(renderer: PromptRenderer, mode: str) -> None:
     fixture = Fixture(renderer, mode, **(EAGER if mode != "exact" else {}))
