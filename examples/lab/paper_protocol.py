@@ -9,6 +9,7 @@ for that of the same dialogues, changed: ``rewritten`` has turns in other words,
 Takes what ``semsharekv bench`` takes, and goes on behind the journal beside ``--out`` as that does. ``--dialogues`` is
 a JSON list of objects with ``dialogue`` and ``summaries``, ``--rewritten`` what ``rewrite.py dialogues`` made of it.
 ROUGE-L is to people's summaries, the mean over them (the best one beside it), and to a full prefill's own summary.
+``paper_protocol.py tables paper.json ...`` prints what runs wrote as one table each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -29,11 +30,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from methods import CorruptingBench, make_corruptions
+from semsharekv_integrations import ReuseConfig
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.bench import Study
 from semsharekv_integrations.lab.figures import FIGURES, Figure, Outcome, Pair, estimate_mean
-from semsharekv_integrations.lab.policies import Subject
+from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Policy, Subject
+from semsharekv_integrations.lab.report import make_headline
 from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
 from semsharekv_integrations.reuse.matching import compute_paper_similarity, measure_hamming_distance
 from semsharekv_integrations.terminal import HelpFormatter
@@ -43,6 +47,12 @@ from summaries import score_rouge_l
 KINDS = ("rewritten", "removed", "replaced")
 REQUEST = "Summarize the conversations above in a few short sentences."
 NEW_TOKENS, CASES, TOKENS = 40, 10, (512,)
+_BLIND = ReuseConfig(mode="paper", max_deviation=UNGUARDED)
+PROTOCOL = {
+    **POLICIES,
+    "zeroed": Policy("As paper, over stored KV of zeros (an ablation of the paper).", _BLIND),
+    "random": Policy("As paper, over stored KV of noise with its mean and spread (likewise).", _BLIND),
+}
 BETWEEN = "\n\n"  # dialogues of a prompt, and people's summaries in an outcome
 SHOWN = (
     "agreement",
@@ -57,6 +67,20 @@ SHOWN = (
     "kv_kept_ratio",
     "kv_bytes",
     "decode_tokens_per_s",
+)
+
+
+IN_TABLES = (
+    "rouge_l",
+    "rouge_l_points",
+    "best_rouge_l",
+    "rouge_l_to_full",
+    "compute_ratio",
+    "ttft_ratio",
+    "kv_kept_ratio",
+    "prompt_tokens",
+    "paper_similarity",
+    "changed",
 )
 
 
@@ -218,7 +242,7 @@ def make_scenarios(args: argparse.Namespace, subject: Subject) -> Iterator[Scena
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse ``arguments``, by default those of this process."""
     parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
-    command.add_arguments(parser)
+    command.add_arguments(parser, PROTOCOL)
     parser.description = __doc__
     parser.set_defaults(program=f"python {Path(sys.argv[0]).as_posix()}")
     parser.add_argument("--dialogues", type=Path, required=True, metavar="FILE.json")
@@ -235,16 +259,45 @@ def _parse_share(text: str) -> float:
     return float(text)
 
 
+def make_tables(paths: Sequence[Path]) -> str:
+    """What runs wrote, as Markdown: a headline and a table for each."""
+    parts = []
+    for path in paths:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shown = [figure for figure in FOUND if figure.name in IN_TABLES]
+        titles = ["scenario", "policy", "n", *(figure.title for figure in shown)]
+        lines = [
+            [row["scenario"], row["policy"], str(row["cases"]), *(_show(row["figures"], figure) for figure in shown)]
+            for row in found["rows"]
+            if row["cases"]
+        ]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines))
+        parts.append(f"{make_headline(found)}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _show(figures: Mapping[str, Sequence[float]], figure: Figure) -> str:
+    if figure.name not in figures:
+        return "-"
+    value, low, high = (f"{number * figure.scale:{figure.form}}" for number in figures[figure.name])
+    return f"{value} [{low}, {high}]" if low != high else value
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the arguments ask for."""
+    """Measure what the arguments ask for, or print tables."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["tables"]:
+        print(make_tables([Path(name) for name in given[1:]]))
+        return
     args = parse_arguments(arguments)
-    study, subject = command.prepare(args, with_scenarios=False)
+    study, subject = command.prepare(args, PROTOCOL, with_scenarios=False)
     args.data = args.rewritten  # so that a journal over other rewritings is not gone on with
     scenarios = list(make_scenarios(args, subject))
     found: Study = replace(
         study, title="The paper's protocol", scenarios=scenarios, figures=FOUND, watch=make_watch(subject)
     )
-    command.run_study(found, subject, args)
+    corrupt = make_corruptions(found.configs, args.seed)
+    command.run_study(found, subject, args, partial(CorruptingBench, corrupt=corrupt))
 
 
 if __name__ == "__main__":

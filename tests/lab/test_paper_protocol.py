@@ -83,7 +83,9 @@ def test_only_dialogues_that_were_rewritten_are_read_with_their_tags(tmp_path: P
     assert read_dialogues(said, parts) == [Dialogue(("#A#: one 1", "#B#: two 1"), {0: "#A#: uno"}, ("S 1 .",))]
 
 
-def test_summaries_are_scored_to_every_person_and_to_a_full_prefill(folder: str, tmp_path: Path) -> None:
+def test_summaries_are_scored_to_every_person_and_to_a_full_prefill(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said, parts, out = (tmp_path / name for name in ("dialogues.json", "rewritten.json", "out.md"))
     said.write_text(json.dumps([{"dialogue": "\n".join(d.turns), "summaries": d.summaries} for d in DIALOGUES]))
     rows = [
@@ -93,12 +95,15 @@ def test_summaries_are_scored_to_every_person_and_to_a_full_prefill(folder: str,
     ]
     parts.write_text(json.dumps({"parts": rows}))
     where = ["--dialogues", str(said), "--rewritten", str(parts), "--model", folder, "--out", str(out)]
-    how = ["--tokens", "300", "--cases", "2", "--max-new-tokens", "3", "--policies", "off", "paper"]
+    how = ["--tokens", "300", "--cases", "2", "--max-new-tokens", "3", "--policies", "off", "paper", "zeroed"]
     paper_protocol.main([*where, *how, "--policy", "whole=paper,retention_ratio=1.0,max_deviation=1e9"])
     found = {row["policy"]: row["figures"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
-    assert set(found) == {"off", "paper", "whole"}
+    assert set(found) == {"off", "paper", "zeroed", "whole"}
     for figures in found.values():
         assert 0 <= figures["rouge_l"][0] <= figures["best_rouge_l"][0] <= 1
         assert 0 < figures["changed"][0] < 0.5 < figures["paper_similarity"][0] <= 1
     assert found["off"]["rouge_l_to_full"][0] == 1 and found["paper"]["compute_ratio"][0] < 1
     assert found["paper"]["kv_kept_ratio"][0] < found["whole"]["kv_kept_ratio"][0] == 1
+    paper_protocol.main(["tables", str(out.with_suffix(".json"))])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines if line.startswith("| rewritten 100% of 300")] == list(found)
