@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,6 +130,11 @@ def read_shipped() -> list[Part]:
     ]
 
 
+def read_rest() -> dict[str, str]:
+    """The other sentences of the shipped paragraphs."""
+    return {p.id: " ".join(p.sentences[place] for place in sorted(p.reworded)) for p in read_passages()}
+
+
 def read_turns(path: Path, most: int) -> list[Part]:
     """The turns of the first ``most`` dialogues of a file; they are named by number, from 0 on."""
     found = json.loads(path.read_text(encoding="utf-8"))[:most]
@@ -141,14 +146,17 @@ def read_turns(path: Path, most: int) -> list[Part]:
     ]
 
 
-def fit_lengths(texts: Mapping[str, Sequence[tuple[int, int]]], most: float = MOST_LONGER) -> dict[str, set[int]]:
+def fit_lengths(
+    texts: Mapping[str, Sequence[tuple[int, int]]], rest: Mapping[str, int], most: float = MOST_LONGER
+) -> dict[str, set[int]]:
     """Which parts of each text keep their source, so that no text is more than ``most`` longer or shorter.
 
-    ``texts`` holds for each part of a text how many tokens it had, and has now.
+    ``texts`` holds for each part of a text how many tokens it had, and has now; ``rest`` how many tokens a text has
+    outside of these parts, where it has any.
     """
     kept: dict[str, set[int]] = {}
     for name, parts in texts.items():
-        total, kept[name] = sum(before for before, _ in parts), set()
+        total, kept[name] = rest.get(name, 0) + sum(before for before, _ in parts), set()
         changes = {place: after - before for place, (before, after) in enumerate(parts)}
         while abs(off := sum(changes.values())) > most * total:
             worst = max(changes, key=lambda place: changes[place] * (1 if off > 0 else -1))
@@ -296,8 +304,16 @@ def _read_line(line: str) -> Any:
         return None
 
 
-def collect(parts: Sequence[Part], tries: Iterable[Mapping[str, Any]], count_tokens: Any) -> dict[str, Any]:
-    """Every part with its rewriting, or None where it keeps its source; and how often which rule was broken."""
+def collect(
+    parts: Sequence[Part],
+    tries: Iterable[Mapping[str, Any]],
+    count_tokens: Callable[[str], int],
+    rest: Mapping[str, str],
+) -> dict[str, Any]:
+    """Every part with its rewriting, or None where it keeps its source; and how often which rule was broken.
+
+    ``rest`` is what else stands in a text.
+    """
     tries = list(tries)
     found = {each["key"]: each for each in tries if each["fault"] is None}
     by_text: dict[str, list[Part]] = {}
@@ -307,7 +323,7 @@ def collect(parts: Sequence[Part], tries: Iterable[Mapping[str, Any]], count_tok
         name: [(count_tokens(p.source), count_tokens(found.get(p.key, {"said": p.source})["said"])) for p in own]
         for name, own in by_text.items()
     }
-    kept = fit_lengths(lengths)
+    kept = fit_lengths(lengths, {name: count_tokens(text) for name, text in rest.items()})
     dropped = {by_text[name][place].key for name, places in kept.items() for place in places}
     rows = [
         {
@@ -355,7 +371,8 @@ def main() -> None:
     book = NameBook([*(part.source for part in parts), *(text for p in read_passages() for text in p.sentences)])
     rewriter = Rewriter(args.model)
     long = [part for part in parts if len(part.source.split()) >= FEWEST_WORDS]
-    found = collect(parts, run_rounds(rewriter, long, book, args), rewriter.count_tokens)
+    rest = read_rest() if args.what == "xquad" else {}
+    found = collect(parts, run_rounds(rewriter, long, book, args), rewriter.count_tokens, rest)
     about = {"model": Path(args.model).name, "seed": args.seed, "tries": args.tries, "batch": args.batch}
     args.out.write_text(json.dumps({**about, **found}, indent=1, ensure_ascii=False), encoding="utf-8")
     print(json.dumps(found["counts"]))

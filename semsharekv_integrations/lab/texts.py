@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from itertools import islice
@@ -48,12 +48,14 @@ class Passage:
         sentences: joined by blanks they are the text.
         reworded: some sentences in other words, by index.
         questions: about this passage.
+        reworded_here: more of them, which ``text_reworded`` does not draw from.
     """
 
     id: str
     sentences: tuple[str, ...]
     reworded: Mapping[int, str]
     questions: tuple[Question, ...]
+    reworded_here: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -75,11 +77,16 @@ def read_passages() -> tuple[Passage, ...]:
         Passage(
             f"paragraph {number}",
             tuple(found["sentences"]),
-            MappingProxyType({int(index): text for index, text in found["reworded"].items()}),
+            _read_rewordings(found["reworded"]),
             tuple(Question(asked["question"], tuple(asked["answers"])) for asked in found["questions"]),
+            _read_rewordings(found["reworded_here"]),
         )
         for number, found in enumerate(_read("xquad"), 1)
     )
+
+
+def _read_rewordings(found: Mapping[str, str]) -> Mapping[int, str]:
+    return MappingProxyType({int(index): text for index, text in found.items()})
 
 
 @cache
@@ -197,10 +204,32 @@ def _reword(group: Group) -> Iterator[Case]:
     known = [(passage.id, index) for passage in group.own for index in sorted(passage.reworded)]
     most = sum(len(passage.sentences) for passage in group.own) // 2
     chosen = set(group.rng.sample(known, min(most, len(known))))
+    yield from _ask_reworded(
+        group, {p.id: {index: p.reworded[index] for index in p.reworded if (p.id, index) in chosen} for p in group.own}
+    )
+
+
+def _reword_all(group: Group) -> Iterator[Case]:
+    """Every sentence in other words, each in its place."""
+    yield from _ask_reworded(group, {passage.id: passage.reworded for passage in group.own})
+
+
+def keep_reworded(passages: Sequence[Passage]) -> list[Passage]:
+    """Passages without the sentences that have no other words; only those of which two sentences or more are left."""
+    kept = []
+    for passage in passages:
+        other = {**passage.reworded_here, **passage.reworded}
+        if len(other) > 1:
+            sentences = tuple(passage.sentences[index] for index in sorted(other))
+            reworded = dict(enumerate(other[index] for index in sorted(other)))
+            kept.append(replace(passage, sentences=sentences, reworded=reworded, reworded_here={}))
+    return kept
+
+
+def _ask_reworded(group: Group, rewordings: Mapping[str, Mapping[int, str]]) -> Iterator[Case]:
     texts = {
         passage.id: " ".join(
-            passage.reworded[index] if (passage.id, index) in chosen else sentence
-            for index, sentence in enumerate(passage.sentences)
+            rewordings[passage.id].get(index, sentence) for index, sentence in enumerate(passage.sentences)
         )
         for passage in group.own
     }
@@ -243,6 +272,7 @@ SETTINGS: Mapping[str, Callable[[Group], Iterator[Case]]] = MappingProxyType(
         "text_reworded": _reword,
         "text_next_turn": _continue,
         "text_unlike": _replace_all,
+        "text_reworded_all": _reword_all,
     }
 )
 MULTI_HOP = "musique"  # ten long passages in another order, over 5,000 tokens, one question each
@@ -267,6 +297,7 @@ def make_text_cases(
         yield from _ask_multi_hop(groups, seed)
         return
     passages = read_passages() if passages is None else passages
+    passages = keep_reworded(passages) if name == "text_reworded_all" else passages
     check_size(size, passages)
     for number in range(groups):
         drawn = SETTINGS[name](_draw_group(name, number, seed, passages, size))

@@ -44,10 +44,11 @@ def test_a_contracted_negation_is_the_same_as_a_written_one() -> None:
 
 def test_texts_keep_their_length_and_only_what_changes_it_most_stays_as_it_was() -> None:
     parts = [(10, 11), (10, 18), (10, 9), (10, 12)]
-    assert fit_lengths({"long": parts, "right": [(10, 11), (10, 9)]}) == {"long": {1}, "right": set()}
-    assert fit_lengths({"short": [(10, 2), (10, 10), (10, 9)]}) == {"short": {0}}
+    assert fit_lengths({"long": parts, "right": [(10, 11), (10, 9)]}, {}) == {"long": {1}, "right": set()}
+    assert fit_lengths({"short": [(10, 2), (10, 10), (10, 9)]}, {}) == {"short": {0}}
+    assert fit_lengths({"short": [(10, 2), (10, 10), (10, 9)]}, {"short": 70}) == {"short": set()}
     for most in (0.0, 0.05, 0.3):
-        kept = fit_lengths({"text": parts}, most)["text"]
+        kept = fit_lengths({"text": parts}, {}, most)["text"]
         after = sum(before if place in kept else now for place, (before, now) in enumerate(parts))
         assert abs(after - 40) <= most * 40
 
@@ -82,7 +83,7 @@ def test_a_later_run_goes_on_behind_an_earlier_one_and_tries_again_what_did_not_
     args.tries = 3
     tries = list(run_rounds(second, parts, BOOK, args))
     assert len(tries) == 10 and len(first.asked) == 5 and len(second.asked) == 1 + 5
-    found = rewrite.collect(parts, tries, len)
+    found = rewrite.collect(parts, tries, len, {})
     assert found["counts"]["rewritten"] == 5 and all(row["round"] == 1 for row in found["parts"])
     assert list(run_rounds(Echo(), parts, BOOK, args)) == tries
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import blake2b
 
 import pytest
@@ -15,6 +17,7 @@ from semsharekv_integrations.lab.texts import (
     SIZE,
     SYSTEM,
     TEXTS,
+    keep_reworded,
     make_text_cases,
     read_items,
     read_passages,
@@ -77,7 +80,7 @@ def test_cases_of_a_group_share_their_references_and_but_for_edits_their_documen
 
 def test_measured_cases_are_drawn_again_as_they_were() -> None:
     """Figures that were published, and runs that go on, are about these."""
-    found = repr([cases_of(name, 25, 8) for name in TEXTS])
+    found = repr([cases_of(name, 25, 8) for name in TEXTS if name != "text_reworded_all"])
     assert blake2b(found.encode(), digest_size=8).hexdigest() == DIGEST
     assert cases_of(MULTI_HOP, 3, size=30) == cases_of(MULTI_HOP, 3), "its passages are its own"
 
@@ -102,8 +105,9 @@ def test_targets_resemble_what_is_stored_as_their_names_say(size: int) -> None:
             assert (system != SYSTEM) == (name == "text_system") and len(stored) == len(target) == size
             counts = {"text_shared": size // 2, "text_unlike": 0}
             assert len(shared) == counts.get(name, size)
-            assert same == (name in ("text_system", "text_edited", "text_reworded", "text_next_turn"))
-            assert equal == len(shared) - (name == "text_edited") or name == "text_reworded"
+            is_reworded = name in ("text_reworded", "text_reworded_all")
+            assert same == (is_reworded or name in ("text_system", "text_edited", "text_next_turn"))
+            assert equal == len(shared) - (name == "text_edited") or is_reworded
             roles = [message["role"] for message in case.target.prompt]
             assert roles == ["system", "user", *(["assistant", "user"] if name == "text_next_turn" else [])]
             if name == "text_next_turn":
@@ -187,3 +191,28 @@ def test_so_many_paragraphs_that_a_scenario_lacks_others_are_refused(size: int) 
     assert cases_of("text_unlike", 2, 1, size=60)
     with pytest.raises(ValueError, match=f"passages is {size}; accepted is a whole number from 2 to 60"):
         cases_of("text_reordered", size=size)
+
+
+def test_later_rewordings_have_the_numbers_of_their_sentences_and_half_are_drawn_from_the_earlier_ones_alone() -> None:
+    passages = read_passages()
+    for passage in passages:
+        assert not passage.reworded.keys() & passage.reworded_here.keys()
+        for index, text in passage.reworded_here.items():
+            source = passage.sentences[index]
+            assert text != source and sorted(re.findall(r"\d+", text)) == sorted(re.findall(r"\d+", source))
+    without = [replace(passage, reworded_here={}) for passage in passages]
+    assert list(make_text_cases("text_reworded", 6, 4, 0, without)) == cases_of("text_reworded", 6)
+
+
+def test_where_every_sentence_is_reworded_none_stays_as_it_was() -> None:
+    kept = {passage.id: passage for passage in keep_reworded(read_passages())}
+    whole = {passage.id: passage for passage in read_passages()}
+    assert len(kept) > 100
+    for passage in kept.values():
+        assert list(passage.reworded) == list(range(len(passage.sentences))) and len(passage.sentences) > 1
+        places = [whole[passage.id].sentences.index(sentence) for sentence in passage.sentences]
+        assert places == sorted(places)
+    for case in cases_of("text_reworded_all"):
+        for key, text in case.target.documents.items():
+            assert text == " ".join(kept[key].reworded.values())
+            assert case.references[0].documents[key] == kept[key].text
