@@ -20,15 +20,23 @@ begin start commence | buy purchase | defeat beat | permit allow | need require 
 build construct erect | occur happen | finish complete | choose select | rise increase climb |
 fall decrease drop decline | remain stay | conduct perform | injure wound | reveal disclose | prohibit forbid ban |
 repair fix | gather collect | anticipate expect | predict forecast | seem appear | assist help | try attempt |
-display show | reduce lower | halt stop | fire dismiss | acquire obtain | respond reply answer | recall remember |
-alter modify | depict portray | supervise oversee | terminate end | inform tell
+demonstrate display show | reduce lower | halt stop cease | fire dismiss | acquire obtain | respond reply answer |
+recall remember | alter modify | depict portray | supervise oversee | terminate end | inform tell | provide supply |
+reside live | depend rely | enlarge expand | connect link | vanish disappear | arise emerge | persuade convince |
+postpone delay | argue contend | believe think | emphasize stress | comprehend understand | surround encircle |
+produce generate | enhance improve
 """
 _IRREGULAR = """
 begin began begun beginning | buy bought | beat beat beaten | build built | choose chose chosen choosing |
 rise rose risen | fall fell fallen | forbid forbade forbidden forbidding | show showed shown | drop dropped dropping |
-ban banned banning | permit permitted permitting | stop stopped stopping | tell told |
-oversee oversaw overseen overseeing | occur occurred occurring
+ban banned banning | permit permitted permitting | stop stopped stopping | tell told | think thought |
+understand understood | oversee oversaw overseen overseeing | arise arose arisen | occur occurred occurring
 """
+_PARTICIPLES = {
+    "led_to": "leading_to", "made": "making", "gave": "giving", "took": "taking", "became": "becoming",
+    "won": "winning", "brought": "bringing", "held": "holding", "left": "leaving", "put": "putting", "ran": "running",
+    "met": "meeting", "lost": "losing", "kept": "keeping", "lead_to": "leading_to", "set": "setting",
+}  # fmt: skip
 _WORDS = """
 film movie | car automobile | physician doctor | attorney lawyer | kid child | kids children | cars automobiles |
 films movies | doctors physicians | lawyers attorneys | nation country | nations countries | company firm |
@@ -50,7 +58,8 @@ infants babies | mom mother | dad father | airplane plane aeroplane | bike bicyc
 apartment flat | garbage trash rubbish | aid assistance | ability capability | significance importance |
 strange odd weird | appropriate suitable | adequate sufficient | obvious evident | previous prior |
 native indigenous | obsolete outdated | widely broadly extensively | largely mostly | recently lately |
-slightly somewhat | aboard onboard
+slightly somewhat | aboard onboard | considerable substantial | considerably substantially | worldwide global |
+versus vs
 """
 _SPELLINGS = """
 color colour | colors colours | honor honour | honors honours | honored honoured | favor favour | favored favoured |
@@ -63,13 +72,13 @@ canceled cancelled | gases gasses | aluminum aluminium | skeptical sceptical | j
 january jan | february feb | august aug | september sept sep | october oct | november nov | december dec |
 % percent pct | dollar dollars $ | euro euros eur € | cent cents ¢ | £ gbp |
 km kilometers kilometres kilometer kilometre | kg kilograms kilogram | cm centimeters centimetres |
-mm millimeters millimetres | billion bn
+mm millimeters millimetres | billion bn | ft feet | mi miles | hrs hours | yrs years | min minutes
 """
 _PHRASES = """
 % = per cent | several = a number of | =afew = a few | many = a lot of = lots of = a large number of |
 famous = well known | before = prior to | after = subsequent to = following the = following a = following an |
-because of = due to = owing to = as a result of = on account of |
-to = in order to = so as to | and = as well as = and also = but also | along with = together with |
+because of = due to = owing to = as a result of = on account of | to = in order to = so as to |
+and = as well as = and also = but also | along with = together with |
 consist of = consists of = comprises = is made up of = is composed of = are composed of = are made up of = comprise |
 consisting of = comprising = made up of = composed of = comprised of | lead to = result in = leads to = results in |
 led to = resulted in | leading to = resulting in | occur = take place = takes place | occurred = took place |
@@ -99,8 +108,14 @@ majority = most of = a majority of = the majority of | =over = more than = in ex
 =atleast = at least = no less than = no fewer than = not less than = a minimum of |
 =atmost = at most = no more than = not more than = a maximum of | =total = a total of | =themost = the most |
 =thefew = the few | =theone = the one | 1/3 = a third of = one third of | 1/4 = a quarter of = one quarter of |
-world wide = worldwide | health care = healthcare | ceo = chief executive officer | cfo = chief financial officer |
-vice president = vp | cellphone = cell phone = mobile phone | year over year = year on year |
+because = due to the fact that | although = despite the fact that = in spite of the fact that |
+various = a variety of | use = make use of | used = made use of | ended = came to an end |
+additionally = in addition | however = in contrast = by contrast = on the other hand | indeed = in fact |
+hence = as a result = for this reason | year old = years old | world war ii = wwii = ww2 | world war i = wwi |
+square km = sq km = square kilometers | ° c = degrees celsius | ° f = degrees fahrenheit | start of = beginning of |
+near = in close proximity to | =too = as well | health care = healthcare | ceo = chief executive officer |
+cfo = chief financial officer | vice president = vp | cellphone = cell phone = mobile phone |
+year over year = year on year |
 have no = do not have any = do not have a = do not have an = has no = does not have any = does not have a |
 had no = did not have any = did not have a = did not have an
 """
@@ -120,6 +135,8 @@ MOVES: Mapping[str, str] = MappingProxyType({"up": "rise.past", "down": "fall.pa
 LIGHT = _split("a an the also that which who whom =total additionally furthermore moreover besides")
 # Likewise, but only where they open a sentence or stand between commas.
 LINKS = _split("and but however then meanwhile hence nevertheless nonetheless so moreover accordingly yet indeed")
+CLOSERS = _split("too =too")  # likewise, at the end of what a comma or the sentence ends
+DETERMINERS = _split("the a an his her its their our my this these those")
 LATE_LINKS = _split("however then meanwhile hence")  # which may stand behind the first word, too
 AUXILIARIES = _split("is are was were be been being has have had do does did will can may must would could")
 NO_ADVERBS = _split("only family italy july reply supply ally rally fly assembly monopoly")  # in -ly
@@ -133,10 +150,17 @@ OPENERS = DAYS | _split(
     "alongside given like once where"
 )
 # Where a clause holds one of these, what stood before it may belong to a part of it alone.
-JOINTS = _split(
+_JOINTS = _split(
     "and or that which who whom whose because when while if after before since until although though unless whether "
-    "where once as said says say told tells announced reported claimed added believes believed thinks thought to "
-    "denied admitted confirmed"
+    "where once as to "
+    # verbs that a clause may follow
+    "said says say told tells announced announces reported reports claimed claims added adds believed believes thought "
+    "thinks denied denies admitted admits confirmed confirms argued argues suggested suggests hoped hopes feared fears "
+    "knew knows known warned warns insisted insists noted notes explained explains promised promises concluded "
+    "concludes found finds learned learns expected expects predicted predicts revealed reveals showed shows shown "
+    "demonstrated demonstrates estimated estimates wrote writes saw sees heard hears felt feels considered considers "
+    "decided decides agreed agrees declared declares stated states remembered remembers recalled recalls informed "
+    "proposed proposes doubted doubts"
 )
 SAYING = _split("said says")
 
@@ -188,6 +212,23 @@ def _collect_phrases() -> dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]
     return found
 
 
+def find_participle(word: str) -> str | None:
+    """Return the present participle of a verb in the third person or the past, or None if it may be none."""
+    if word in _PARTICIPLES:
+        return _PARTICIPLES[word]
+    stem, _, form = word.rpartition(".")
+    if stem:
+        return f"{stem}.ing" if form in ("base", "past") else None
+    for ending in ("ies", "ied"):
+        if word.endswith(ending):
+            return word.removesuffix(ending) + "ying"
+    for ending, least in (("ed", 5), ("es", 5), ("s", 4)):
+        if word.endswith(ending) and len(word) >= least and not word.endswith(("ss", "us", "is")):
+            return word.removesuffix(ending).removesuffix("e") + "ing"
+    return None
+
+
 WORDS: Mapping[str, str] = MappingProxyType(_collect_words())  # a word -> what it means
 # by first word: phrases, longest first, each with what it means
 PHRASES: Mapping[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = MappingProxyType(_collect_phrases())
+JOINTS = _JOINTS | {WORDS.get(word, word) for word in _JOINTS}

@@ -25,6 +25,7 @@ _CODE = re.compile(r"[{}<>=|\\^~_@*]|\w\(")
 _NOTE = re.compile(r"\s*\[(?:\d+|citation needed|note \d+|[a-z])\]", re.IGNORECASE)
 _BEING = frozenset(("is", "was"))
 _DENIALS = NEGATIONS | {"all", "anything", "everything", "little", "few"}  # before "but": not A, but B
+_DEFINITE = frozenset(("the", "=themost"))
 _RELATIVES = frozenset(("which", "that", "who"))
 
 
@@ -59,18 +60,23 @@ def find_forms(sentence: str) -> Forms:
 
 def _arrange(words: list[str]) -> frozenset[Form]:
     """Return the forms of all orders in which the words say the same."""
-    orders = [words, *_join_contrast(words)]
+    orders = [words, *_join_contrast(words), *_turn_equation(words), *_join_participle(words)]
     orders += [moved for order in list(orders) for moved in (*_move_opener(order), *_move_saying(order))]
     return frozenset(map(_finish, orders))
 
 
 def _shorten(words: list[str]) -> list[str]:
+    """Leave out "which was", "Mr", the "now" of "is now", the "located" of "is located in", and a last "either"."""
+    padded = [COMMA, *words, COMMA]
     return [
         word
-        for place, word in enumerate(words)
+        for before, word, after in zip(padded, words, padded[2:], strict=False)
         if word != "mr"
-        and not (word in _BEING and place > 1 and words[place - 1] in _RELATIVES)
-        and not (word in _RELATIVES and place and words[place + 1 : place + 2] and words[place + 1] in _BEING)
+        and not (word in _BEING and before in _RELATIVES)
+        and not (word in _RELATIVES and after in _BEING)
+        and not (word == "currently" and {before, after} & synonyms.AUXILIARIES)
+        and not (word == "located" and before in _BEING and after in synonyms.OPENERS)
+        and not (word == "either" and after == COMMA)
     ]
 
 
@@ -82,6 +88,7 @@ def _finish(words: Sequence[str]) -> Form:
         stands_apart = before == COMMA and (after == COMMA or word == "then")
         is_link = word in synonyms.LINKS and (not kept or stands_apart)
         is_link = is_link or (word in synonyms.LATE_LINKS and len(kept) == 1)
+        is_link = is_link or (word in synonyms.CLOSERS and after == COMMA)
         if word != COMMA and word not in synonyms.LIGHT and not is_link:
             kept.append(word)
     return tuple(_sort_adverbs(kept))
@@ -114,6 +121,24 @@ def _join_contrast(words: list[str]) -> Iterator[list[str]]:
                 yield [*words[:place], "and", *words[place + 1 :]]
 
 
+def _turn_equation(words: list[str]) -> Iterator[list[str]]:
+    """Yield "the B is the A" for "the A is the B", where the sentence says nothing else."""
+    verbs = [place for place, word in enumerate(words) if word in synonyms.AUXILIARIES]
+    if len(verbs) == 1 and words[verbs[0]] in _BEING and not (synonyms.JOINTS | NEGATIONS | {COMMA}) & set(words):
+        left, right = words[: verbs[0]], words[verbs[0] + 1 :]
+        if left[:1] and right[:1] and {left[0], right[0]} <= _DEFINITE:
+            yield [*right, words[verbs[0]], *left]
+
+
+def _join_participle(words: list[str]) -> Iterator[list[str]]:
+    """Yield ", leading to B" for ", which led to B" and ", which leads to B"."""
+    for place in range(1, len(words) - 2):
+        if words[place - 1] == COMMA and words[place] == "which":
+            participle = synonyms.find_participle(words[place + 1])
+            if participle:
+                yield [*words[:place], participle, *words[place + 2 :]]
+
+
 def _move_opener(words: list[str]) -> Iterator[list[str]]:
     """Yield the sentence with the phrase or clause that opens it at its end."""
     first = next((place for place, word in enumerate(words) if word != COMMA and word not in synonyms.LINKS), 0)
@@ -121,7 +146,7 @@ def _move_opener(words: list[str]) -> Iterator[list[str]]:
         return
     for comma in _find_commas(words):
         rest = words[comma + 1 :]
-        if comma > first and rest and not synonyms.JOINTS & set(rest):
+        if comma > first and _is_one_clause(rest):
             yield [*rest, COMMA, *words[first:comma]]
 
 
@@ -136,6 +161,20 @@ def _move_saying(words: list[str]) -> Iterator[list[str]]:
                     yield [*chunk[1:], chunk[0], *words[:comma], *words[stop:]]
                 elif chunk[-1] in synonyms.SAYING and chunk[0] not in synonyms.JOINTS:
                     yield [*chunk, *words[:comma], *words[stop:]]
+
+
+def _is_one_clause(words: Sequence[str]) -> bool:
+    """Return whether what is said of a part of the words is said of all: they hold no second verb, as far as is known.
+
+    The "to" and "as" of a noun are none of a verb.
+    """
+    after = dict(enumerate(words[1:]))
+    joints = (place for place, word in enumerate(words) if word in synonyms.JOINTS)
+    return bool(words) and all(
+        words[place] in ("to", "as")
+        and (after.get(place, "") in synonyms.DETERMINERS or after.get(place, "")[:1].isdigit())
+        for place in joints
+    )
 
 
 def _find_commas(words: Sequence[str]) -> list[int]:

@@ -89,6 +89,11 @@ def test_the_judgement_is_symmetric_and_every_sentence_says_what_it_says(one: st
         ("However, heat is also lost.", "Heat is lost."),
         ("The U.S. Army", "the US army"),
         ("After the war, prices fell.", "Prices fell after the war."),
+        ("In 1990, he moved to the city.", "He moved to the city in 1990."),
+        ("It came late, which led to a war.", "It came late, leading to a war."),
+        ("The most useful tool is the lamp.", "The lamp is the most useful tool."),
+        ("It is located in Rome now.", "It is in Rome now."),
+        ("Despite the fact that he won, he wept.", "He won, but he wept."),
     ],
 )
 def test_other_words_for_the_same(asked: str, stored: str) -> None:
@@ -124,6 +129,8 @@ def test_other_words_for_the_same(asked: str, stored: str) -> None:
         ("x = 5", "x  =  6"),
         ("Only he came.", "He only came."),
         ("In 1990, he said that the war began.", "He said that the war began in 1990."),
+        ("On Monday, she believed that he died.", "She believed that he died on Monday."),
+        ("On Monday, he plans to leave.", "He plans to leave on Monday."),
         ("In Rome, Ann slept and Bob sang.", "Ann slept and Bob sang in Rome."),
         ("The blades, which are fixed, turn.", "The blades, which were fixed, turn."),
         ("Ann, a friend of Bob, said it rained.", "Bob, a friend of Ann, said it rained."),
