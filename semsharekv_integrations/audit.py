@@ -52,7 +52,7 @@ class Auditor:
         return result
 
     def suspends(self, namespace: str) -> bool:
-        """Whether reuse is off for ``namespace``: its window of audits is full, and too few of them agreed."""
+        """Return whether reuse is off for ``namespace``: its window of audits is full, and too few of them agreed."""
         with self._lock:
             latest = self._latest.get(_digest(namespace), ())
             return len(latest) == self.config.window and sum(latest) < self.config.min_agreement * len(latest)

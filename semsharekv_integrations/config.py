@@ -147,7 +147,8 @@ class ReuseConfig:
     def resolve(self, *, supported: bool = True) -> ReuseConfig:
         """Return a config with the mode's value for every None, and ``auto`` replaced by ``preferred_mode``.
 
-        If the model does not support it, ``auto`` becomes ``exact``, and only ``min_prefix_tokens`` is kept.
+        If the model does not support that mode (``supported`` is False), ``auto`` becomes ``exact``, and only
+        ``min_prefix_tokens`` is kept.
         """
         if self.mode == "auto" and not supported:
             return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)

@@ -165,7 +165,7 @@ class SemShareEngine(ModelHolder):
         return read_async(self._scheduler, begin, shows)
 
     def _run(self, request: Request, since: Since, runtime: Runtime) -> Generator[GenerationChunk, None, None]:
-        """Run one call through all phases, timed; yield its chunks. One that is left while decoding keeps its KV."""
+        """Run one call through all phases, timed; yield its chunks. A call left while decoding keeps its KV."""
         call = Call(request, since)
         call.count_wait(get_current_job())
         known = self._memory.resolve_documents(call)
@@ -189,7 +189,7 @@ class SemShareEngine(ModelHolder):
         yield GenerationChunk("", generation)
 
     def _remember(self, call: Call, runtime: Runtime) -> None:
-        """Add the call to the counts, and store its exact KV, in a session the rest too, unless it was forgotten."""
+        """Add the call to the counts. Store its exact KV and, in a session, the rest too, unless it was forgotten."""
         with call.watch.phase("remember"):
             reused = int(call.reused.sum())
             counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))

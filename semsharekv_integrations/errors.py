@@ -90,19 +90,19 @@ def check_lifetime(name: str, ttl_s: object) -> None:
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Whether ``value`` is an integer, no bool, and at least ``least``."""
+    """Return whether ``value`` is an integer, no bool, and at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite float, or an integer that a float can hold; a bool is neither."""
+    """Return whether ``value`` is a finite float, or an integer that a float can hold; a bool is neither."""
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 2**1000  # which a float can hold
     return isinstance(value, float) and isfinite(value)
 
 
 def is_path(value: object) -> bool:
-    """Whether ``value`` is a non-empty string or path without a null character. Does not look for the file."""
+    """Return whether ``value`` is a non-empty string or path without a null character. Does not look for the file."""
     return isinstance(value, str | PathLike) and bool(str(value)) and "\0" not in str(value)
 
 
@@ -132,7 +132,7 @@ def _is_list(value: object) -> bool:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8: it has no lone surrogates."""
+    """Return whether ``text`` can be written as UTF-8: it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -141,12 +141,12 @@ def is_utf8(text: str) -> bool:
 
 
 def is_name(value: object) -> bool:
-    """Whether ``value`` is a string that is not empty and can be written as UTF-8."""
+    """Return whether ``value`` is a string that is not empty and can be written as UTF-8."""
     return isinstance(value, str) and bool(value) and is_utf8(value)
 
 
 def is_json(value: object) -> bool:
-    """Whether ``value`` can be written as JSON, which has no NaN or infinity, and that as UTF-8."""
+    """Return whether ``value`` can be written as JSON, which has no NaN or infinity, and that as UTF-8."""
     try:
         return is_utf8(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
@@ -159,5 +159,5 @@ def make_plain(text: str) -> str:
 
 
 def is_share(value: object) -> bool:
-    """Whether ``value`` is a number from 0 to 1."""
+    """Return whether ``value`` is a number from 0 to 1."""
     return is_number(value) and 0 <= value <= 1  # type: ignore[operator]

@@ -177,7 +177,7 @@ class Memory:
         return order
 
     def keep(self, call: Call, runtime: Runtime) -> bool:
-        """Note the texts of named documents, and store the call's exact KV, in a session the approximate too.
+        """Note the texts of named documents, and store the call's exact KV and, in a session, the approximate too.
 
         Return False if the store lacks some of it, or if, because part was forgotten meanwhile, nothing was kept.
         """
@@ -295,14 +295,14 @@ class Memory:
         return all(stored)
 
     def _is_forgotten(self, call: Call, runtime: Runtime) -> bool:
-        """Whether something of the call was forgotten since it began. The caller holds the lock."""
+        """Return whether something of the call was forgotten since it began. The caller holds the lock."""
         request = call.request
         names = {*call.document_spans, *call.plan.find_document_spans(), *request.documents}
         asked = (request.namespace, request.session, names, call.token_ids, runtime.renderer.decode)
         return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
 
     def _is_in_one_of(self, text: str, references: Sequence[Reference]) -> bool:
-        """Whether the tokens of ``text`` stand in one of the ``references``. False before the model is loaded."""
+        """Return whether the tokens of ``text`` stand in one of ``references``; False before the model is loaded."""
         if self._runtime is None or not references:
             return False
         renderer = self._runtime.renderer
@@ -314,7 +314,7 @@ class Memory:
         tokens = [rendered.token_ids[s.start : s.stop] for s in rendered.segments if s.document_id == key]
 
         def is_current(reference: Reference) -> bool:
-            """Whether to keep ``reference``: it has the document's tokens, or no place for it and not ``unplaced``."""
+            """Return whether it stays: it has the document's tokens, or no place for it and not ``unplaced``."""
             start = reference.document_starts.get(key, UNPLACED)
             if start == UNPLACED or not tokens:
                 return not unplaced
@@ -326,5 +326,5 @@ class Memory:
 
 
 def _is_unnamed(key: str, text: str) -> bool:
-    """Whether a document was given without an id: its key is the digest of its text."""
+    """Return whether a document was given without an id: its key is the digest of its text."""
     return key == make_document_id(text)

@@ -162,12 +162,12 @@ class GenerationChunk:
 
 
 def is_told(chunk: GenerationChunk) -> bool:
-    """Whether a reader of the answer's pieces is told of ``chunk``: it is not empty."""
+    """Return whether a reader of the answer's pieces is told of ``chunk``: it is not empty."""
     return not chunk.is_empty
 
 
 def is_last(chunk: GenerationChunk) -> bool:
-    """Whether ``chunk`` carries the whole generation."""
+    """Return whether ``chunk`` carries the whole generation."""
     return chunk.generation is not None
 
 

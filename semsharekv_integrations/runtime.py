@@ -229,7 +229,7 @@ class Runtime:
         call.mode, call.kv_bytes = self.mode, KVBytes(num_bytes, num_bytes)
 
     def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
-        """Fill in the answer; yield a chunk a token, maybe empty, to cancel at, then what stop strings held back.
+        """Fill in the answer; yield one chunk for each token, maybe empty, then what was held back for stop strings.
 
         Retention shortens the cache behind the first token, which does not need it. Without retention the cache of
         ``call.outcome`` holds KV of prompt and answer afterwards, except the last token.

@@ -46,7 +46,7 @@ class Arrangement(NamedTuple):
 def find_given_order(token_ids: TokenIds, arrangements: Sequence[Arrangement]) -> TokenIds | None:
     """Return a prompt's tokens [T] in the given order of the first arrangement that it has; None if it has none.
 
-    Nor is there one to return if that arrangement is the given order itself.
+    Also returns None if that arrangement is the given order itself.
     """
     for arrangement in arrangements:
         found = arrangement.find_given(token_ids)

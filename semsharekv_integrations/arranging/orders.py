@@ -18,7 +18,7 @@ from semsharekv_integrations.kv import Reference, Span, TokenIds, count_common_t
 from semsharekv_integrations.store.forgetting import EDGE_TOKENS, TextOf
 
 BETWEEN_TOKENS = 32  # at most so many stand between two documents that follow each other, such as a title
-_NEAR = 2  # by so many tokens a place may be off, as the ends of a text are cut otherwise beside another
+_NEAR = 2  # by so many tokens a place may be off, as a text beside another has other tokens at its ends
 _SEPARATOR_TOKENS = 8  # behind a document, the beginning of another is looked for in so many
 _ANCHOR_TOKENS = 8  # so many are looked for in all prompts at once
 
@@ -88,7 +88,7 @@ class _Candidate(NamedTuple):
         """Return the order of the texts of ``row``, then of the others of ``count`` as they were given."""
         first = [place.text for place in row]
         order = [*first, *sorted(set(range(count)) - set(first))]
-        minus = head_tokens + 1 - row[-1].stop if row else 0  # the last one's end may be cut otherwise
+        minus = head_tokens + 1 - row[-1].stop if row else 0  # the last one's end may be tokenized otherwise
         return cls(minus, order, row, head_tokens, prompt)
 
     @property
@@ -130,20 +130,20 @@ def find_order(
 
 
 def _cut_row(row: Sequence[Place], most: int) -> list[Place]:
-    """Return the row up to where more than ``most`` tokens stand between two texts: likely another one, unnamed."""
+    """Return the row up to the first gap of more than ``most`` tokens, in which another text likely stands."""
     gaps = [after.start - place.stop for place, after in pairwise(row)]
     return list(row[: 1 + next((index for index, gap in enumerate(gaps) if gap > most), len(gaps))])
 
 
 def _bound_gap(prompts: Sequence[_Prompt]) -> int:
-    """Return how many tokens at most stand between two documents, to judge by where the fewest do in the prompts."""
+    """Return a bound on the tokens between two documents, judged by the smallest gap in the prompts."""
     ordered = [sorted(prompt.places) for prompt in prompts]
     gaps = [after.start - place.stop for places in ordered for place, after in pairwise(places)]
     return 2 * min((max(0, gap) for gap in gaps if gap >= -_NEAR), default=BETWEEN_TOKENS) + EDGE_TOKENS
 
 
 def _judge_given(texts: Sequence[Text], prompt: _Prompt, head_tokens: int, row: Sequence[Place]) -> _Candidate:
-    """Return the given order with the most that it could reuse of ``prompt``: texts, and the beginning of the next."""
+    """Return the given order as a candidate with the most that it could reuse: texts, and some of the next one."""
     kept = [place for _, place in takewhile(lambda pair: pair[0] == pair[1].text, enumerate(row))]
     at = kept[-1].stop if kept else head_tokens
     most = at - head_tokens
@@ -159,7 +159,10 @@ def _judge_given(texts: Sequence[Text], prompt: _Prompt, head_tokens: int, row: 
 
 
 def _verify(candidate: _Candidate, texts: Sequence[Text], before: TokenIds | None, text_of: TextOf) -> _Candidate:
-    """Return the candidate as far as its texts, and ``before``, stand there word for word."""
+    """Return the candidate without its texts from the first on that does not stand there word for word.
+
+    It loses all if ``before`` does not stand there so.
+    """
     _, _, row, head_tokens, prompt = candidate
     ids = prompt.token_ids
 
@@ -187,7 +190,7 @@ def _drop_spaces(text: str) -> str:
 
 
 def _match_heads(prompts: Sequence[_Prompt], before: TokenIds | None) -> Iterator[tuple[int, list[_Prompt]]]:
-    """Yield how many tokens each head has, and the prompts that begin with it, but for its last token perhaps."""
+    """Yield each head's number of tokens, and the prompts that begin with it; its last token may differ there."""
     heads = [before] if before is not None else _find_heads(prompts)
     keys = [_make_key(head) for head in heads]
     found: list[list[_Prompt]] = [[] for _ in heads]
@@ -200,7 +203,7 @@ def _match_heads(prompts: Sequence[_Prompt], before: TokenIds | None) -> Iterato
 
 
 def _find_heads(prompts: Sequence[_Prompt]) -> list[TokenIds]:
-    """Return what stands before the first document of the prompts, sorted, without what begins with a shorter one."""
+    """Return what stands before each prompt's first document, sorted; leaves out what begins with a shorter one."""
     found = [p.token_ids[: p.head_tokens] for p in prompts if p.places and not p.is_bare]
     heads: list[TokenIds] = []
     for head in sorted(found, key=lambda head: (_make_key(head), len(head))):
@@ -214,7 +217,7 @@ def _make_key(head: TokenIds) -> bytes:
 
 
 def _find_prompts(texts: Sequence[Text], references: Sequence[Reference]) -> list[_Prompt]:
-    """Return the references with the places of ``texts``, found by the tokens that their ends leave."""
+    """Return the references with the places of ``texts``, found by what ``strip_ends`` leaves of their tokens."""
     if not references:
         return []
     places: list[list[Place]] = [[] for _ in references]
@@ -234,7 +237,7 @@ def _find_prompts(texts: Sequence[Text], references: Sequence[Reference]) -> lis
 
 
 def strip_ends(form: TokenIds) -> tuple[int, TokenIds]:
-    """Return how many tokens each end of a text loses, as they may be cut otherwise in a prompt, and what is left."""
+    """Return how many tokens each end of a text loses, as it may be tokenized otherwise in a prompt, and the rest."""
     edge = min(EDGE_TOKENS, len(form) // 4)
     return edge, form[edge : len(form) - edge]
 
@@ -250,7 +253,7 @@ def find_all(token_ids: TokenIds, wanted: TokenIds) -> list[int]:
 
 
 def _list_others(reference: Reference, places: Sequence[Place]) -> list[Span]:
-    """Return where the documents stand that the reference names, but for those that are, or lie in, ``places``."""
+    """Return the places of documents that the reference names, but for those that are, or lie in, ``places``."""
     return [
         span
         for span in reference.spans.values()

@@ -91,7 +91,10 @@ class Conversation:
 
 
 def run_chat(conversation: Conversation, console: Console, *, as_json: bool) -> None:
-    """Answer each line of input, or do its command, until the input ends or the user leaves; errors are only shown."""
+    """Answer each line of input, or do its command, until the input ends or the user leaves; errors are only shown.
+
+    With ``as_json`` it prints one line of JSON for each of them, and no prompt.
+    """
     if not as_json:
         console.print(f"[bold]{conversation.engine.name}[/] · mode {conversation.engine.mode} · {HELP}")
     for text in _read_turns(console, as_json=as_json):
@@ -125,7 +128,7 @@ def _read_turns(console: Console, *, as_json: bool) -> Iterator[str]:
 
 
 def _read_line(console: Console, *, as_json: bool) -> str:
-    """Read a line with its end, or an empty string at the end of the input. A terminal gets a prompt."""
+    """Read a line with its end, "" at the end of the input. A terminal gets a prompt, unless ``as_json``."""
     if as_json or not sys.stdin.isatty():
         return sys.stdin.readline()
     return f"{console.input('[bold cyan]you[/] ')}\n"

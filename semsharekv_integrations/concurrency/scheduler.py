@@ -2,7 +2,8 @@
 
 A call is a ``Job``: a generator that the threads of a ``Scheduler`` compute, while callers only read what comes of it.
 So a signal, such as Ctrl-C, or the garbage collector can stop a caller at any point, but no computation half-way. To
-leave a job, they only put it into a queue, which takes no lock. Jobs beyond the bound wait in line, not computed.
+leave a job, that is to give it up unread, they only put it into a queue, which takes no lock; a thread then ends it.
+Jobs beyond the bound wait in line, not computed.
 
 Each idle thread waits for its own bell, not on a shared queue. There, another thread may take the job first, and
 ``SimpleQueue.get`` of Python 3.11 then goes on to wait without its timeout.
@@ -159,7 +160,10 @@ class Scheduler:
 
     @contextmanager
     def group_jobs(self) -> Iterator[None]:
-        """Expect more jobs while the block runs. An error in it that is no ``Exception`` leaves all jobs it made."""
+        """Keep ``has_concurrent_calls`` true while the block runs, as it may make more jobs.
+
+        Ctrl-C, or another error that is no ``Exception``, ends the block and leaves all jobs that it made.
+        """
         group: deque[Job[Any]] = deque()
         former = GROUP.set(group)
         try:
@@ -184,7 +188,7 @@ class Scheduler:
             self._starting = starting  # only now, as an interruption may come in between
 
     def leave(self, job: Job[Any]) -> None:
-        """Mark a job as left, for a thread to end it; do nothing if it has ended. Takes no lock and never waits."""
+        """Give up a job: have a thread end it. Do nothing if it has ended. Takes no lock and never waits."""
         if job.has_ended or job.is_left:
             return
         job.is_left = True
@@ -275,7 +279,7 @@ class Scheduler:
             return ready[0]
 
     def _take_ready(self) -> list[Job[Any]]:
-        """Read the mail, end jobs left in line, begin one, hire threads; return jobs to go on that no thread drives."""
+        """Read the mail, end jobs left in line, begin one, hire threads; return jobs to go on that have no thread."""
         new: list[Job[Any]] = []
         while self._mail:
             job = self._mail.popleft()

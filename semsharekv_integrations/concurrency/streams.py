@@ -24,7 +24,7 @@ class Stream(Generator[T, None, None]):
     Args:
         scheduler: serves the job.
         begin: makes the job's items.
-        shows: which of them come out.
+        shows: whether an item comes out. The others are only computed.
     """
 
     _job: Job[T] | None = None  # also of one whose making was interrupted
@@ -105,7 +105,10 @@ class Stream(Generator[T, None, None]):
 async def read_async(
     scheduler: Scheduler, begin: Callable[[], Generator[T, None, None]], shows: Callable[[T], bool]
 ) -> AsyncGenerator[T, None]:
-    """Yield a job's items without blocking the loop; raise its error. The job runs ahead; closing this leaves it."""
+    """Yield the items of a job without blocking the event loop; raise the job's error. Arguments are as for ``Stream``.
+
+    The job does not wait for its reader. Closing this generator leaves the job.
+    """
     if scheduler.serves_here:
         for item in Stream(scheduler, begin, shows):
             yield item
@@ -168,7 +171,7 @@ def run_each(call: Callable[[Item], T], items: Sequence[Item], max_threads: int)
 def read_all(
     begin: Iterable[Callable[[], Stream[T]]], hear: Callable[[T], object] = lambda item: None
 ) -> list[list[T] | Exception]:
-    """Run streams at the same time; return for each, in order, the list of its items or the ``Exception`` it raised.
+    """Run the streams that ``begin`` makes at the same time; return for each, in order, its items or its ``Exception``.
 
     ``hear`` gets each item of the first. A failure does not stop the others; Ctrl-C closes them all and is raised.
     """

@@ -86,7 +86,7 @@ class Forked(Protocol):
     """An object that is told in a child process that it was forked, before any other thread is there."""
 
     def go_on_in_child(self) -> None:
-        """Give up what belongs to the parent, and make locks that may be held anew."""
+        """Give up what belongs to the parent. Replace every lock that another of its threads may hold."""
 
 
 _locks: WeakSet[Lock] = WeakSet()
@@ -140,7 +140,7 @@ def _first_taken(locks: list[Lock]) -> Lock | None:
 
 
 def _release() -> None:
-    """After a fork: release every lock that ``_take_locks`` acquired, and forget those it did not."""
+    """After a fork: release every lock that ``_take_locks`` acquired, and empty the list of those that it could not."""
     while _held:
         _held.pop().release()
     _not_held.clear()
@@ -148,7 +148,7 @@ def _release() -> None:
 
 
 def _renew_in_child() -> None:
-    """After a fork, in the child: make locks that others held anew, release ours, and tell the objects to be told."""
+    """After a fork, in the child: reset locks of other threads, release ours, and call each ``go_on_in_child``."""
     for lock in [*_not_held, *_free]:
         renew = getattr(lock, "_at_fork_reinit", None)
         if renew is not None and not _is_own(lock):
@@ -159,7 +159,7 @@ def _renew_in_child() -> None:
 
 
 def _is_own(lock: Lock) -> bool:
-    """Whether the running thread, which goes on in the child, holds ``lock``. False if the lock cannot say."""
+    """Return whether the running thread, which goes on in the child, holds ``lock``. False if the lock cannot say."""
     is_owned = getattr(lock, "_is_owned", None)
     return is_owned is not None and is_owned()
 

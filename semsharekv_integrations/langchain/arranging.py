@@ -116,8 +116,9 @@ def arrange_messages(
 def _find_row(content: str, texts: Sequence[str]) -> _Row | None:
     """Return the row of documents in ``content``; None unless two or more stand there, once each and in a row.
 
-    They are in a row if the same stands between any two, or one empty line with a title or an end beside it, all titles
-    beginning alike. ``texts`` are sorted, the longest first.
+    They are in a row if the same text stands between any two neighbours. Or one empty line stands there, perhaps with
+    an end of the document before it and a title of the next behind it; titles must then begin with the same character.
+    ``texts`` are sorted, the longest first.
     """
     spans: list[tuple[int, int]] = []
     for text in texts:

@@ -150,8 +150,8 @@ def apply_config(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict
 class LocalModel(SamplingFields, BaseLanguageModel):
     """A local transformers model, given by name (weights are loaded at the first call) or as a shared engine.
 
-    To be mixed in before LangChain's own class, since its entry points carry a call's configuration on: as in the base
-    class, but ``configurable`` may name ``thread_id`` and ``namespace``.
+    Mix it in before LangChain's own class: its entry points do as those, but also read ``thread_id`` and ``namespace``
+    from the ``configurable`` of a call's configuration.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -224,7 +224,10 @@ class LocalModel(SamplingFields, BaseLanguageModel):
     def batch(
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
-        """Return answers in order, sharing KV. When all have ended, raise the first error, or return errors too."""
+        """Return the answers in order; the calls share KV.
+
+        When all have ended, raise the first error or, with ``return_exceptions``, return each error in its place.
+        """
         with self.engine.sharing():
             done = Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
         return done if return_exceptions else raise_first_error(done)

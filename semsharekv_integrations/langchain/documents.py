@@ -171,7 +171,7 @@ class DocumentTracker(BaseCallbackHandler):
                 self._forget(run_id)
 
     def _remember(self, run_id: UUID, documents: Iterable[Document], *, alone: bool = False) -> None:
-        """Note texts for the run's tree, if ``alone`` also for no run; drop the oldest above ``max_documents``."""
+        """Note texts for the run's tree and, if ``alone``, outside of runs; drop the oldest above the bound."""
         texts = {text: key for key, text in map(name_document, documents)}
         if not texts:
             return

@@ -121,7 +121,7 @@ def _make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any] | None
 
 
 def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return an AI message's ``tool_calls``, else ``calls``; of a result, the call's id; {} if there is nothing."""
+    """Return an AI message's ``tool_calls``, or else ``calls``; a result's call id and name; {} if there is nothing."""
     if isinstance(message, FunctionMessage):
         return {"tool_call_id": frameworks.make_function_id(message.name), "name": message.name}
     if isinstance(message, ToolMessage):
@@ -133,7 +133,7 @@ def _read_tool_fields(message: BaseMessage, calls: list[dict[str, Any]]) -> dict
 
 
 def _read_function_call(message: AIMessage) -> list[dict[str, Any]]:
-    """Return the old ``function_call`` as a list of one; [] if there is none, or other calls, or no JSON arguments."""
+    """Return the old ``function_call`` as a list of one; [] if it is missing, malformed, or beside other calls."""
     function = message.additional_kwargs.get("function_call")
     if _has_calls(message) or not isinstance(function, Mapping) or not function.get("name"):
         return []
@@ -213,7 +213,7 @@ def raise_overflow() -> AbstractContextManager[None]:
 def stream_pieces(
     chunks: Generator[GenerationChunk, None, None], make_piece: Callable[[GenerationChunk], Any], run_manager: Any
 ) -> Iterator[Any]:
-    """Yield LangChain's piece of each chunk after telling ``run_manager``; closing the iterator cancels the call."""
+    """Yield what ``make_piece`` makes of each chunk, after telling ``run_manager``. Closing this cancels the call."""
     with raise_overflow(), closing(chunks):
         for chunk in chunks:
             piece = make_piece(chunk)

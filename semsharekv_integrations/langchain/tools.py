@@ -97,7 +97,10 @@ class ToolCallChunks:
         self.count = 0
 
     def read(self, chunk: GenerationChunk) -> tuple[str, list[ToolCallChunk]]:
-        """Return text with the answer tool's arguments, and other calls, counted (unless parallel, the first)."""
+        """Return text and calls of a chunk. The arguments of a call of the answer tool become text; others are counted.
+
+        Unless calls may be parallel, only the answer's first counts.
+        """
         text, calls = chunk.text, []
         for call in chunk.tool_calls:
             if not (self._is_first or self._may_be_several):
@@ -112,9 +115,10 @@ class ToolCallChunks:
 
 
 class _RequireComplete:
-    """Raises ``OutputParserException`` for an answer that the token limit cut, which may parse as something shorter."""
+    """Has a parser refuse an answer that the token limit cut, as it may parse as something shorter."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        """Return what the parser returns; ``OutputParserException`` for a chat answer that was cut."""
         first = result[0]
         message = first.message if isinstance(first, ChatGeneration) else None
         if message is not None and message.response_metadata.get("finish_reason") == "length":

@@ -201,7 +201,10 @@ class EngineLLM(_Fields, FunctionCallingLLM):
         tool_required: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return ``chat``'s arguments; ``tool_choice`` beats ``tool_required``; a forced call needs tools."""
+        """Return the arguments for ``chat``; ``ValueError`` if a call is forced, but there are no tools.
+
+        ``tool_choice`` counts more than ``tool_required``. ``verbose`` has no effect.
+        """
         if isinstance(user_msg, str):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
         messages = [*(chat_history or ()), *([user_msg] if user_msg else ())]

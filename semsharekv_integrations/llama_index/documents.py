@@ -61,7 +61,7 @@ class NodeNotes:
             return copied
 
     def add(self, namespace: str, nodes: Iterable[BaseNode | NodeWithScore]) -> None:
-        """Note nodes; above ``MOST_NOTED_NODES`` in all namespaces, drop those noted longest ago, in any of them."""
+        """Note nodes. If all namespaces have more than ``MOST_NOTED_NODES`` together, drop those noted longest ago."""
         texts = [NodeText.read(node) for node in nodes]
         with self._lock:
             for text in texts:

@@ -194,7 +194,10 @@ class SemShareKVLLM(EngineLLM):
     def structured_predict(
         self, output_cls: type[Model], prompt: BasePromptTemplate, llm_kwargs: Options = None, **prompt_args: Any
     ) -> Model:
-        """Return an object of ``output_cls``, whose JSON schema decoding is held to (or, by mode, a tool call's)."""
+        """Return an object of ``output_cls``. Decoding is held to its JSON schema.
+
+        Depending on ``pydantic_program_mode``, the object is the answer, or the arguments of a forced tool call.
+        """
         prompt, llm_kwargs = self._add_schema(output_cls, prompt, llm_kwargs)
         return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 

@@ -93,7 +93,7 @@ def _read_block(field: str, block: Any, *, cites: bool) -> str | None:
 
 
 def _read_document(block: DocumentBlock) -> str | None:
-    """Return a document's own text; None if it brings no data, or no UTF-8 text. Fetches nothing, opens no file."""
+    """Return a block's text; None without data, a ``text/`` type or valid UTF-8. Fetches nothing, opens no file."""
     if block.data is None or not str(block.document_mimetype).startswith("text/"):
         return None
     try:
@@ -116,7 +116,10 @@ def _read_tool_fields(message: ChatMessage) -> dict[str, Any]:
 
 
 def _read_history_calls(message: ChatMessage) -> list[ToolCall]:
-    """Return a message's calls, without those whose arguments are no JSON object, as cut answers may have them."""
+    """Return the calls as in ``_list_calls``, or else the old ``function_call``; ``ValueError`` as there.
+
+    Leaves out calls whose arguments are no JSON object, as cut answers may have them.
+    """
     given, function = _list_calls(message), message.additional_kwargs.get("function_call")
     if isinstance(function, Mapping) and function.get("name") and not given:
         given = [(frameworks.make_function_id(function["name"]), function["name"], function.get("arguments"))]
@@ -135,7 +138,10 @@ def read_calls(message: ChatMessage) -> list[ToolCall]:
 
 
 def _list_calls(message: ChatMessage) -> list[tuple[str, str, Any]]:
-    """Return id, name and unparsed arguments of each call, from blocks or else from ``additional_kwargs``."""
+    """Return id, name and unparsed arguments of each call, from blocks or else from ``additional_kwargs``.
+
+    Raises ``ValueError`` for a call there that is not in OpenAI's form.
+    """
     blocks: list[Any] = [block for block in message.blocks if isinstance(block, TOOL_CALL_BLOCK)]
     if blocks:
         return [(block.tool_call_id or "", block.tool_name, block.tool_kwargs) for block in blocks]

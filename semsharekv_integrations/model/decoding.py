@@ -61,7 +61,7 @@ class Decoder:
     def decode(
         self, prefill: Prefill, see: Callable[[Tensor], None] | None = None
     ) -> Generator[tuple[int, bool], None, None]:
-        """Yield each new token, and True with the last one only. Closing the generator, or an error, ends the call.
+        """Yield each new token and whether it is the last one. Closing the generator, or an error, ends the call.
 
         ``see`` gets the model's logits [B, V] before each token is chosen. After the first, ``cache`` may be replaced.
         """

@@ -204,7 +204,10 @@ def _can_reach_hub() -> bool:
 
 
 def shorten_reason(reason: object, most: int = 300) -> str:
-    """Return ``reason`` in one line of some ``most`` characters; an error's class comes first if its text needs it."""
+    """Return ``reason`` in one line of about ``most`` characters, in our words where its own would mislead.
+
+    An error's class comes first, unless it is an ``OSError`` or ``ValueError`` with a text.
+    """
     text = " ".join(str(reason).split())
     if isinstance(reason, UnpicklingError):  # whose text says how to run what the file may hold
         return "a pickle file is damaged or holds more than tensors"

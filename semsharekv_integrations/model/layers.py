@@ -75,7 +75,7 @@ def require_no_prompt_learning(model: PreTrainedModel) -> None:
 
 
 def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, mode: str) -> None:
-    """Raise ``UnsupportedModelError`` for layer types, rope or attention that rule out moving or computing some KV."""
+    """Raise ``UnsupportedModelError`` if layer types, rope or attention rule out ``mode``, which moves stored KV."""
     name = type(model).__name__
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     accepted = " and ".join(sorted(_LAYER_TYPES))

@@ -196,7 +196,7 @@ class _Selection:
         return self._must | (self._priority < self.plan.shares[layer])
 
     def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
-        """Return the rows ``layer`` computes. The measured one writes fresh KV and judges it, raising as ``_judge``."""
+        """Return the rows ``layer`` computes. At ``measured_layer``, write fresh KV and judge it as ``_judge`` does."""
         if layer < self.plan.full_layers or self.fell_back:
             return rows
         if layer == self.plan.measured_layer:
@@ -210,7 +210,11 @@ class _Selection:
         return rows[self.select(layer)[rows]]
 
     def _judge(self, deviations: Tensor, rows: Tensor) -> None:
-        """Set ``deviation``; if too high, ``fell_back`` too. With full layers rank, else raise if too high."""
+        """Set ``deviation`` and, if it is too high, ``fell_back``. Behind full layers, rank the tokens by it too.
+
+        Raises:
+            _GivenUp: if it is too high and there are no full layers, so that some rows have no hidden states.
+        """
         measured = rows[self._borrowed[rows]]
         if len(measured):
             self.deviation = float(deviations[measured].mean())

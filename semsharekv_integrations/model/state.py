@@ -349,7 +349,10 @@ def _changes_with_length(module: nn.Module, name: str) -> bool:
 
 
 def _tell(value: Any, in_this_process: bool, depth: int) -> str:
-    """Return a text that is equal for equal plain values; anything else, or too deep, is told by class or name."""
+    """Return a text that is equal for equal plain values; for others, and below ``depth`` levels, a class or name.
+
+    ``in_this_process`` adds what says nothing elsewhere: devices, and the identity of functions.
+    """
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum):
         return repr(value)
     if isinstance(value, torch.device):

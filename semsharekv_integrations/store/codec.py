@@ -60,7 +60,10 @@ class PackedKV:
     @classmethod
     @raise_memory_errors()
     def pack(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
-        """Pack ``layers`` from token ``start`` on: in 8 bits if ``bits`` is 8; else copied, or uncopied from 0 on."""
+        """Pack the tokens of ``layers`` from ``start`` on, rounded if ``bits`` is 8.
+
+        Unrounded, they are copied, so that what stands before them can be freed; from 0 on they share memory.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(layers):
             for name, tensor in zip((_KEYS, _VALUES), layer, strict=True):
@@ -105,7 +108,7 @@ class PackedKV:
         return self._change(lambda tensor: self._pin(tensor.to(device, copy=True)))
 
     def move_to(self, device: torch.device) -> PackedKV:
-        """Return this KV on ``device``, copied only if it is elsewhere or to be pinned, which is as in ``copy_to``."""
+        """Return this KV on ``device``, copied only if it lies elsewhere, or if it is pinned as in ``copy_to``."""
         return self._change(lambda tensor: self._pin(tensor.to(device)))
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -119,6 +122,7 @@ class PackedKV:
 
     @raise_memory_errors()
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
+        """Return KV of which each tensor is what ``change`` makes of this one's."""
         return PackedKV({name: change(tensor) for name, tensor in self.tensors.items()}, self.dtype, self.device)
 
     def _unpack(self, name: str) -> torch.Tensor:

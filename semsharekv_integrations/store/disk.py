@@ -28,8 +28,8 @@ _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
 class DiskTier:
     """Keeps the KV of nodes in files; without a directory, nothing. Not thread-safe: the store's lock guards it.
 
-    ``tier`` counts the bytes of each node, and chooses what goes first. ``give_up`` drops a node (or one behind it)
-    that no other tier holds. Increments ``counts`` for every trouble.
+    ``tier`` counts the bytes of each node, and chooses what goes first. ``give_up`` drops a node that no
+    other tier holds or, if nodes stand behind it, one of these. Increments ``counts`` for every trouble.
     """
 
     def __init__(self, tier: Tier, counts: Counter[str], give_up: Callable[[Node], None]) -> None:
@@ -149,7 +149,7 @@ class DiskTier:
             self._directory.files.remove(most=MOST_REMOVED)
 
     def scrub(self, *, whole: bool) -> bool:
-        """Run ``KVDirectory.scrub``. Return False if it fails (counted and logged), or if changes are still owed."""
+        """Run ``KVDirectory.scrub(whole)``. Return False if it fails (counted and logged) or changes are still owed."""
         try:
             if self._directory is not None:
                 self._directory.scrub(whole=whole)
@@ -257,7 +257,7 @@ class DiskTier:
     def _write(
         self, nodes: Sequence[Node], join: Callable[[], Mapping[str, torch.Tensor]], namespace: str
     ) -> int | None:
-        """Write the joined KV of ``nodes`` to a new file and commit; return the file's bytes.
+        """Write the KV of ``nodes``, as ``join`` returns it, to one new file and commit; return the file's bytes.
 
         Returns None if either fails; this is counted and logged, and the nodes stay where they were.
         """

@@ -75,7 +75,7 @@ class Entries:
         wall_clock: Callable[[], float],
         min_run_tokens: int | None,
     ) -> None:
-        """Make a store without entries; only ``open`` uses a directory."""
+        """Make a store without entries; only ``open`` uses a directory. For the clocks see ``KVStore``."""
         self.lock = hold_at_forks(threading.Lock())  # for those who call
         self.tiers = Tiers(config, self._lose)
         self.namespaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
@@ -131,7 +131,7 @@ class Entries:
         return [entry for name in names for entry in self.namespaces[name]]
 
     def list_names(self, namespace: str, state: str | None = None) -> list[SpaceName]:
-        """Return the keys that ``namespace`` may have in ``namespaces``: for one state of the model, or all (None)."""
+        """Return the keys of ``namespaces`` that belong to ``namespace``, in one state of the model or all (None)."""
         return [namespace, *self._later.get(namespace, ())] if state is None else [make_space_name(namespace, state)]
 
     def find(self, reference_id: str, namespaces: Sequence[str], state: str | None) -> Entry | None:
@@ -320,7 +320,10 @@ class Entries:
                 self.remove(entry)
 
     def _lose(self, node: Node) -> None:
-        """Remove the entries that end with ``node``. If they alone needed a reused beginning, it becomes an entry."""
+        """Remove the entries that end with ``node``.
+
+        If the node before was reused, and nothing else needs it, an entry that ends there takes their place.
+        """
         before = node.parent
         for entry in [self.by_key[key] for key in node.entries]:
             if before is not None and before.hits and not before.entries and len(before.children) == 1:

@@ -85,7 +85,10 @@ class Tier:
         return missing <= 0
 
     def choose_victim(self, protected: Collection[Node], novel_bytes: int) -> Node | None:
-        """Return the node to evict next, never a pinned or ``protected`` one, or None, before ``novel_bytes`` come."""
+        """Return the node to evict next, never a pinned or ``protected`` one; None if there is no other.
+
+        ``novel_bytes`` are those of a node that was never reused and now wants in; 0 if a reused one does.
+        """
         novel = next((node for node in self._novel if not node.pins and node not in protected), None)
         crowded = self._novel_bytes + novel_bytes > NOVEL_SHARE * self.max_bytes
         if novel is not None and (crowded or self._eviction == "lru"):

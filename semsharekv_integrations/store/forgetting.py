@@ -15,7 +15,7 @@ from semsharekv_integrations.kv import UNPLACED, TokenIds
 from semsharekv_integrations.store.namespace import Entry
 
 SHORTEST_TOKENS = 8  # a shorter document may stand anywhere by chance: only its name counts
-EDGE_TOKENS = 4  # at each end that may be cut otherwise, depending on what stands beside them
+EDGE_TOKENS = 4  # at each end that may be tokenized otherwise, depending on what stands beside them
 
 TextOf = Callable[[TokenIds], str]
 
@@ -25,8 +25,8 @@ def entries_with(
 ) -> list[Entry]:
     """Return those of ``entries``, all of one namespace, that carry the document's name, or have its tokens.
 
-    ``tokens`` are more forms of its text than the entries with its name have. Without ``text_of``, an entry that cuts
-    the document's ends otherwise is found by its name alone.
+    ``tokens`` are forms of its text, beside those that the entries with its name have. Without ``text_of``, an entry
+    that tokenizes the document's ends otherwise is found by its name alone.
     """
     carrying = {entry.key for entry in entries if document_id in entry.reference.document_starts}
     forms = forms_of(document_id, entries, tokens)
@@ -38,7 +38,10 @@ def entries_with(
 
 
 def forms_of(document_id: str, entries: Iterable[Entry], tokens: Iterable[TokenIds] = ()) -> list[TokenIds]:
-    """Return a document's distinct forms: ``tokens`` and where ordinary entries hold it whole; no short ones."""
+    """Return a document's distinct forms: the tokens of its text, as prompts have it. Leaves out short ones.
+
+    They are ``tokens``, and those at its places in ordinary entries that hold it whole.
+    """
     found = list(tokens)
     for reference in (e.reference for e in entries if document_id in e.reference.document_starts):
         span = reference.spans[document_id]
@@ -48,7 +51,7 @@ def forms_of(document_id: str, entries: Iterable[Entry], tokens: Iterable[TokenI
 
 
 def has_form(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> bool:
-    """Return whether ``token_ids`` contain ``form``; with ``text_of``, its ends may be cut otherwise for its text."""
+    """Return whether ``token_ids`` contain ``form``; with ``text_of``, also its text with other tokens at the ends."""
     edge = 0 if text_of is None else min(EDGE_TOKENS, len(form) // 4)
     inner, haystack, width = form[edge : len(form) - edge].tobytes(), token_ids.tobytes(), token_ids.itemsize
     at = haystack.find(inner)

@@ -58,8 +58,8 @@ class KVStore:
     """References by namespace. Thread-safe: every method holds one lock. A forked child has a copy, in memory alone.
 
     ``clock`` has seconds that only grow; ``wall_clock`` seconds since the epoch, for what outlives the process, which
-    may jump. ``min_run_tokens``, at least 1, is the shortest run that ``find_runs`` finds. None if that is never called
-    saves about 20 bytes for each stored token; the byte bounds do not count these.
+    may jump. ``min_run_tokens``, at least 1, is the shortest run that ``find_runs`` finds. None, for
+    a store where that is never called, saves about 20 bytes a token, which the byte bounds do not count.
     """
 
     def __init__(
@@ -162,9 +162,10 @@ class KVStore:
     def find_runs(self, token_ids: TokenIds, namespace: str, *, start: int, stop: int) -> list[Run]:
         """Return stretches of ``token_ids[start:stop]`` that stand anywhere in ordinary entries of ``namespace``.
 
-        In order, without overlap, each at least ``min_run_tokens`` long and as long as its entry agrees. Each window of
-        ``min_run_tokens`` in a readable entry starts inside a run. Looks for gaps in the shared namespace. Counts as a
-        use of the entries. Asserts that the store was made with ``min_run_tokens``.
+        They come in order, without overlap. Each has at least ``min_run_tokens`` tokens, and goes on for as long as its
+        entry agrees. Any ``min_run_tokens`` tokens in a row that a readable entry has too start inside a run. What
+        ``namespace`` lacks is looked for in the shared one. Counts as a use of the entries. Asserts that the store was made with
+        ``min_run_tokens``.
         """
         with _Work(self._entries):
             runs: list[Run] = []

@@ -84,7 +84,8 @@ class Match(NamedTuple):
 class Namespace:
     """Entries of one namespace: ordinary ones by reference id, tainted ones by session.
 
-    Without ``min_run_tokens``, the length of the shortest run, runs cannot be asked for.
+    Without ``min_run_tokens``, the length of the shortest run, runs cannot be asked for. ``on_split`` is that of
+    ``RadixTree``.
     """
 
     def __init__(self, min_run_tokens: int | None, on_split: Callable[[Node, Node], None]) -> None:

@@ -109,7 +109,7 @@ def unpack_reference(
 
 
 def require_writable(reference: Reference) -> None:
-    """Raise ``ValueError`` unless a reference's labels can be written: others would fail a whole transaction."""
+    """Raise ``ValueError`` if a reference's labels cannot be written: they would make a whole transaction fail."""
     names = [reference.namespace, *reference.document_starts, *(segment.document_id for segment in reference.segments)]
     for name in names if reference.session is None else [*names, reference.session]:
         require(isinstance(name, str) and is_utf8(name), "a name in a reference", name, f"a string{IN_UTF8}")

@@ -126,8 +126,8 @@ class RunIndex:
         """Return runs of a prompt [T], verified, in order, without overlap, each at least ``min_run_tokens`` long.
 
         A run goes on for as long as its source agrees. Every window of the prompt that occurs in a sequence starts
-        inside a run. Of several occurrences the longest is taken, among the latest few and those beside which the run
-        before would continue.
+        inside a run. It looks at the latest few occurrences, and at those where the run before would continue, and
+        takes the longest.
         """
         hashes = window_hashes(token_ids, self.min_run_tokens)
         distinct, which = np.unique(hashes, return_inverse=True)  # ordered: searching is several times as fast

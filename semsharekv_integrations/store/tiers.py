@@ -32,7 +32,10 @@ class Unreadable(Exception):
 
 
 class Tiers:
-    """Keeps the KV of nodes. Not thread-safe. ``lose`` drops the entries that end with a leaf without KV."""
+    """Keeps the KV of nodes. Not thread-safe.
+
+    ``lose`` is called with a leaf that no tier can keep, and drops the entries that end with it.
+    """
 
     def __init__(self, config: StoreConfig, lose: Callable[[Node], None]) -> None:
         """Make empty tiers; the disk tier keeps nothing until a directory is attached."""
@@ -63,8 +66,8 @@ class Tiers:
 
         Raises:
             UnavailableFileError: if a file cannot be read now; nothing is lost.
-            Unreadable: at the first node that is damaged, vanished, rounded though this store keeps KV as it is, or
-                has no room after it could not be promoted.
+            Unreadable: at the first node that is damaged or vanished; or rounded, though this store keeps KV as it
+                is; or that could not be promoted and then had no room any more where it was.
         """
         pieces = [self._raise(node, protected) for node in path]
         for node in path:
@@ -112,7 +115,10 @@ class Tiers:
         self.disk.check(nodes, written)
 
     def _make_room(self, tier: Tier, num_bytes: int, protected: Collection[Node], *, novel: bool = True) -> bool:
-        """Demote nodes of ``tier`` until ``num_bytes`` fit. Return False, and demote none, if they cannot fit."""
+        """Demote nodes of ``tier`` until ``num_bytes`` fit. Return False, and demote none, if they cannot fit.
+
+        ``novel`` tells that the bytes are of a node that was never reused, which displaces others like it first.
+        """
         if not tier.can_hold(num_bytes, protected):
             return False
         while tier.num_bytes + num_bytes > tier.max_bytes:
@@ -122,7 +128,7 @@ class Tiers:
         return True
 
     def _demote(self, tier: Tier, node: Node, protected: Collection[Node]) -> None:
-        """Move ``node`` to a lower memory tier, or leave it to the disk; else lose it, its last child first."""
+        """Move ``node`` to a lower memory tier, or leave it to the disk. If neither works, call ``_give_up``."""
         assert node.held is not None
         packed, novel = node.held, node.hits == 0
         for lower in self.memory[self.memory.index(tier) + 1 :]:
@@ -142,7 +148,7 @@ class Tiers:
             self._give_up(node)
 
     def _give_up(self, node: Node) -> None:
-        """Lose ``node`` or, if it has children, one node without any behind it; count its entries as evicted."""
+        """Lose ``node`` or, if nodes stand behind it, one leaf of these; count the entries lost as evicted."""
         while node.children:
             node = next(iter(node.children.values()))
         self.counts["evicted"] += len(node.entries)

@@ -158,7 +158,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Cuts off a text before the first of the strings ``stop`` that is complete."""
+    """Cuts off a text before the first of the strings ``stop`` that is complete; takes no more text after that."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stopped = False
@@ -166,7 +166,10 @@ class StopStrings:
         self._held = ""  # may be the start of a stop string
 
     def push(self, text: str, *, final: bool = False) -> str:
-        """Return the text before a stop string; set ``stopped`` at one. Hold what may begin one, unless ``final``."""
+        """Take more text and return what is certain: the text before a stop string, at which this sets ``stopped``.
+
+        Hold back what may begin a stop string, unless ``final``: no more text comes.
+        """
         self._held += text
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:

@@ -108,6 +108,7 @@ class ChatTemplate:
         return None
 
     def _apply(self, messages: Messages, options: Mapping[str, Any], *, open_end: bool) -> str:
+        """Return the messages as text; ``open_end`` leaves a last answer open, else the model's turn is opened."""
         ends = {"add_generation_prompt": not open_end, "continue_final_message": open_end}
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **ends, **options))
 

@@ -83,7 +83,7 @@ class ConstraintProcessor(LogitsProcessor):
         self._constraint = constraint
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores, -inf where not allowed. If nothing allowed has a finite score, all of it gets 0."""
+        """Return the scores, -inf where not allowed. If no allowed one is finite, all allowed ones are 0."""
         allowed = self._constraint.find_allowed(scores.shape[-1])
         if allowed is None:
             return scores
@@ -149,7 +149,10 @@ class GrammarFactory:
     def _match_calls(
         self, tool_format: ToolFormat, tools: Sequence[Tool], write: Callable[[CallGrammar], str]
     ) -> LLMatcher:
-        """Make a matcher of calls. Warns where schemas, one or all together, are too much: any object then passes."""
+        """Make a matcher of calls, of the grammar that ``write`` returns.
+
+        Warns if it cannot hold calls to a tool's schema, or to all of them together: any object then passes.
+        """
         wrapped = self._wrap()
         special = {
             text: id_ for text, id_ in self._tokenizer.get_added_vocab().items() if wrapped.is_special_token(id_)

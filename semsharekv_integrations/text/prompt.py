@@ -121,7 +121,7 @@ class PromptRenderer:
     ) -> dict[str, int]:
         """Return, by id, how many tokens surely come before each document of the prompt whose place cannot be told.
 
-        It stands in a message that the template changed, or the tokenizer does not tell where tokens start.
+        That is so where the template changed its message, or where the tokenizer does not tell where tokens start.
         """
         found = {}
         for key, content in ((key, content.strip()) for key, content in documents.items()):
@@ -130,7 +130,7 @@ class PromptRenderer:
                 continue
             before = text[:at] if at >= 0 else _find_text_before(text, messages, content)
             if before is not None:
-                found[key] = max(0, self._count(before) - 2)  # some are cut otherwise within the whole text
+                found[key] = max(0, self._count(before) - 2)  # some are tokenized otherwise within the whole text
         return found
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
@@ -240,7 +240,7 @@ def _find_question(text: str, starts: list[int], messages: Sequence[Message]) ->
 
 
 def _find_text(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
-    """Return (start, stop), in characters, of the first ``content``, ``loosely``: any spacing; start is -1 if none."""
+    """Return start, -1 if there is none, and stop of the first ``content``; if ``loosely``, its spacing may differ."""
     at = text.find(content)
     if at >= 0 or not loosely:
         return at, at + len(content)
@@ -274,7 +274,10 @@ def require_room(num_tokens: int, window: int | None, *, counted: str = "") -> N
 
 
 def require_room_for_text(text: str, window: int | None, count: Callable[[str], int]) -> None:
-    """Raise ``ContextWindowError`` if a text, counted in pieces, is surely too long; one that passes may be, too."""
+    """Raise ``ContextWindowError`` if a text is surely too long. One that passes may still be.
+
+    ``count`` returns the number of tokens of a piece of it.
+    """
     if window is None or len(text) <= _USUAL_TOKEN_CHARS * window:
         return
     found = 0

@@ -45,7 +45,11 @@ class AnswerPart(NamedTuple):
 
 
 class ToolCallParser:
-    """Splits one answer, as it grows, into visible text and calls of the tools with these ``names``."""
+    """Splits one answer, as it grows, into visible text and calls of the tools with these ``names``.
+
+    In its methods, ``final`` says that no more text comes; ``bare``, that JSON stands without an opening; ``fenced``,
+    that it stands in a code fence.
+    """
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str]) -> None:
         self._format = tool_format
@@ -152,7 +156,10 @@ class ToolCallParser:
     def _read_bare_calls(
         self, calls: list[ToolCall], behind: str, *, fenced: bool, final: bool
     ) -> list[ToolCall] | None:
-        """Remove and return ``calls`` and those right behind; empty if text shows none is meant, None if uncertain."""
+        """Remove and return ``calls`` and those right behind; None while that is uncertain.
+
+        Returns [] if text stands before and behind them: in a format with an opening, no call is meant then.
+        """
         while next_one := re.match(rf"[{_BETWEEN_CALLS},]*(?=[\[{{])", behind):
             try:
                 value, stop = _DECODER.raw_decode(behind, next_one.end())
@@ -189,7 +196,7 @@ class ToolCallParser:
         return [call for call in found if call] if all(found) else []
 
     def _convert_entry(self, entry: Any, *, bare: bool) -> ToolCall | None:
-        """Return the call in ``entry``; None for an unknown tool, arguments that are no object, or none if ``bare``."""
+        """Return the call in ``entry``; None for an unknown tool or bad arguments, or if ``bare`` for none at all."""
         entry = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(entry, dict):
             return None
@@ -273,7 +280,10 @@ def _shorten_id(call_id: object) -> str:
 def flatten_messages(
     messages: Sequence[dict[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat
 ) -> list[dict[str, Any]]:
-    """Return checked messages with calls, results and all ``tools`` as text, for a template that knows no tools."""
+    """Return checked messages with calls, results and all ``tools`` as text, for a template that knows no tools.
+
+    A result becomes a user message, joined with the user messages beside it. The system message describes the tools.
+    """
     plain: list[dict[str, Any]] = []
     for before, message in zip([None, *messages], messages, strict=False):
         turn = _flatten_message(message, tool_format)

@@ -113,7 +113,10 @@ class _Probe:
         return None
 
     def _learn_from(self, calls: list[dict[str, Any]], asked: str, reply: str) -> ToolFormat | None:
-        """Return the format by what two ``calls`` and an answer (``reply``) come out as; None if no shape is found."""
+        """Return the format by what two ``calls`` come out as; None if no shape is found.
+
+        ``asked`` is a question, rendered for the model to answer; ``reply`` the question with a plain answer.
+        """
         one = self._render([_ASK, _make_turn(calls[0])])
         place = None if one is None else _find_json(one, _NAMES[0])
         if one is None or place is None:
@@ -142,7 +145,7 @@ class _Probe:
         )
 
     def _cut_end(self, rest: str, reply: str) -> str:
-        """Return ``rest``, which stands behind a call's JSON, up to the end of the turn."""
+        """Return ``rest``, which stands behind a call's JSON, up to the end of the turn, which ``reply`` shows."""
         end = reply[reply.index(_REPLY["content"]) + len(_REPLY["content"]) :].strip()
         at = rest.find(end) if end else -1
         special = [place for token in self._tokenizer.all_special_tokens if (place := rest.find(token)) >= 0]
