@@ -163,9 +163,9 @@ class KVStore:
         """Return stretches of ``token_ids[start:stop]`` that stand anywhere in ordinary entries of ``namespace``.
 
         They come in order, without overlap. Each has at least ``min_run_tokens`` tokens, and goes on for as long as its
-        entry agrees. Any ``min_run_tokens`` tokens in a row that a readable entry has too start inside a run. What
-        ``namespace`` lacks is looked for in the shared one. Counts as a use of the entries. Asserts that the store was made with
-        ``min_run_tokens``.
+        entry agrees. Any ``min_run_tokens`` tokens in a row that a readable entry has too start inside a run. Looks in
+        the shared namespace for what ``namespace`` lacks. Counts as a use of the entries. Asserts that the store was
+        made with ``min_run_tokens``.
         """
         with _Work(self._entries):
             runs: list[Run] = []
