@@ -351,7 +351,10 @@ class EngineConfig:
 
 
 def check_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
-    """Return ``stop`` if it is a tuple of stop strings within the bounds, else raise ``ValueError``."""
+    """Return ``stop`` if it is a tuple of stop strings within the bounds, else raise ``ValueError``.
+
+    ``or_else`` names in the error what else the caller accepts, as ``None, or ``.
+    """
     require(isinstance(stop, tuple), "stop", stop, f"{or_else}a tuple of strings")
     strings = cast(tuple[str, ...], stop)
     few = len(strings) <= MOST_STOP_STRINGS

@@ -146,7 +146,10 @@ class Memory:
         self._runtime = runtime
 
     def resolve_documents(self, call: Call) -> dict[str, str]:
-        """Drop texts that are gone; return the others by id. The call's unnamed documents get ids of their texts."""
+        """Set the call's ``arrangements``. Return the texts known to it by id, after dropping those that are gone.
+
+        A document that the call gave without an id takes that of the same known text, if there is one.
+        """
         with call.watch.phase("render"):
             self.settle()
             request = call.request

@@ -107,7 +107,10 @@ def _wrap_line(line: str, width: int) -> list[str]:
 
 
 class WordWrap:
-    """Writes text that comes in pieces, from ``column`` on; breaks lines of ``width`` columns between words."""
+    """Hands text that comes in pieces to ``write``, with lines broken between words after ``width`` columns.
+
+    The first piece stands at ``column`` of its line.
+    """
 
     def __init__(self, write: Callable[[str], object], width: int, column: int = 0) -> None:
         self._write = write

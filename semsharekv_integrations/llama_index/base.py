@@ -240,7 +240,7 @@ def _drop_none(config: Any) -> Any:
 
 
 def _read_options(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a call sets to non-None, tools in OpenAI's form; ``ValueError`` for unknown names."""
+    """Return what a call sets to non-None, in our names, tools in OpenAI's form; ``ValueError`` for unknown names."""
     unknown = sorted(call.keys() - {*_CALL_OPTIONS, *_ELSEWHERE})
     require(not unknown, "keyword arguments", unknown, ", ".join(_CALL_OPTIONS))
     given = {name: value for name, value in call.items() if value is not None and name not in _ELSEWHERE}

@@ -110,6 +110,7 @@ class SentenceEmbedder:
     Such models read the first tokens only (256 for all-MiniLM-L6-v2) and ignore what follows.
 
     Args:
+        decode: returns the text of token ids.
         threshold: see ``Embedder``; the default is calibrated for all-MiniLM-L6-v2.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
     """

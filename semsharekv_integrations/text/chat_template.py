@@ -96,9 +96,9 @@ class ChatTemplate:
         return partial
 
     def _render_behind_mark(self, forms: Iterable[Messages], options: Mapping[str, Any]) -> str | None:
-        """Return the text of the first form that works with its last answer unchanged behind its turn's mark, or None.
+        """Return the first form that works, as text, with its last answer put unchanged behind the mark of its turn.
 
-        For templates that change an answer, as those that strip reasoning from it, so that it cannot be left open.
+        Returns None if none works. This serves templates that change an answer, such as those that strip its reasoning.
         """
         for messages in filter(_is_open, forms):
             with suppress(*TEMPLATE_ERRORS):

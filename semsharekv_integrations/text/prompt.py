@@ -142,6 +142,7 @@ class PromptRenderer:
         return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]] if fast else []
 
     def _decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
+        """Return the text of token ids, without special tokens unless ``keep_special``."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special))
 
 
