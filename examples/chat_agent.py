@@ -21,8 +21,7 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import MemorySaver
 
 from reuse_table import REFERENCE_MODEL, ReuseTable, model_arguments, run
-from semsharekv_integrations import SemShareEngine
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import SemShareEngine, world
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVMiddleware
 
 NEWS = world.make_documents(Random(5), 8)

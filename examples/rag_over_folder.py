@@ -23,7 +23,7 @@ from llama_index.core.schema import NodeWithScore
 from sentence_transformers import SentenceTransformer
 
 from reuse_table import ReuseTable, model_arguments, run
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 from semsharekv_integrations.llama_index import SemShareKVLLM, SemShareKVPostprocessor, SemShareKVWarmer
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine, SemShareError
+from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine, SemShareError, world
 from semsharekv_integrations.config import MODE_SETTINGS
-from semsharekv_integrations.lab import world
 
 REFERENCE_MODEL = "semsharekv/reference"
 COLUMNS = ("", "prompt", "prefix", "identical", "similar", "computed", "TTFT", "in full", "documents")

@@ -17,8 +17,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
 from reuse_table import ReuseTable, model_arguments, run
-from semsharekv_integrations import SemShareEngine
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import SemShareEngine, world
 from semsharekv_integrations.langchain import ChatSemShareKV
 
 Articles = Mapping[str, str]  # texts by id

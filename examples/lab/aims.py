@@ -1,4 +1,4 @@
-"""Hold what ``semsharekv bench --lengths ... --out FILE.md`` measured against the aims for speed and memory.
+"""Hold what ``lengths.py --out FILE.md`` measured against the aims for speed and memory.
 
     PYTHONPATH=. python examples/lab/aims.py results/speed.json
 
@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drawn import NEGATIVE_CONTROL
+from lengths import split_name
 from plots import read_rows
 from semsharekv_integrations.lab.figures import Row
 from semsharekv_integrations.lab.policies import FULL, RETAINED
-from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL
 
 AIM_LENGTH = 5_000  # tokens: aims are held against the longest prompts measured up to here
 SPEED_AIMS: Mapping[str, float] = {  # least times faster to the first token than a full prefill, by scenario
@@ -52,7 +53,8 @@ class Verdict:
 
 def find_aim_length(rows: Iterable[Row]) -> int | None:
     """The longest length up to ``AIM_LENGTH`` at which something was measured, or None."""
-    return max((row.length for row in rows if row.rounds and row.length and row.length <= AIM_LENGTH), default=None)
+    found = [split_name(row.scenario)[1] for row in rows if row.cases]
+    return max((length for length in found if length and length <= AIM_LENGTH), default=None)
 
 
 def judge(rows: Sequence[Row], policies: Iterable[str]) -> list[Verdict]:
@@ -66,19 +68,20 @@ def judge(rows: Sequence[Row], policies: Iterable[str]) -> list[Verdict]:
     found = []
     for row in rows:
         ratio, kept = row["ttft_ratio"], row["kv_kept_ratio"]
-        if row.length is None or row.length != length or row.policy not in wanted or ratio is None:
+        scenario, at = split_name(row.scenario)
+        if at is None or at != length or row.policy not in wanted or ratio is None:
             continue
-        if row.scenario in SPEED_AIMS:
-            aim = SPEED_AIMS[row.scenario]
-            words = f"{row.scenario}: first token {aim:g} times faster than off"
+        if scenario in SPEED_AIMS:
+            aim = SPEED_AIMS[scenario]
+            words = f"{scenario}: first token {aim:g} times faster than off"
             found.append(Verdict(words, row.policy, length, f"{ratio.value:.2f} times", ratio.value >= aim))
-        if row.scenario == NEGATIVE_CONTROL:
+        if scenario == NEGATIVE_CONTROL:
             overhead = 1 / ratio.value - 1
             words = f"{NEGATIVE_CONTROL}: overhead at most {MAX_OVERHEAD:.0%} of off"
             found.append(Verdict(words, row.policy, length, f"{overhead:+.1%}", overhead <= MAX_OVERHEAD))
         if row.policy == RETAINED and kept is not None:
             saved = 1 - kept.value
-            words = f"{row.scenario}: {MIN_SAVED_KV:.0%} less KV kept"
+            words = f"{scenario}: {MIN_SAVED_KV:.0%} less KV kept"
             met = round(saved, 2) >= MIN_SAVED_KV  # kept are whole tokens
             found.append(Verdict(words, row.policy, length, f"{saved:.1%} less", met))
     return found

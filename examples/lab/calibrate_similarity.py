@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from probes import measure_lsh_recall
+from semsharekv_integrations import world
 from semsharekv_integrations.kv import TokenIds
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.world import Document
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 from semsharekv_integrations.reuse.matching import (
     compute_paper_similarity,
@@ -34,6 +33,7 @@ from semsharekv_integrations.reuse.matching import (
     rotate_embeddings,
 )
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SentenceEmbedder
+from semsharekv_integrations.world import Document
 
 Similarities = NDArray[np.float64]
 Measure = Callable[[Sequence[str], Sequence[str]], Similarities]

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, world
 from semsharekv_integrations.kv import TokenIds
-from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel, resolve
 from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 

@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
-from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.figures import find_quartiles
-from semsharekv_integrations.lab.policies import PRESETS, REFERENCE, load_subject
+from lengths import find_quartiles
+from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine, world
 from semsharekv_integrations.lab.report import describe_machine, describe_origin, write_whole
+from shapes import PRESETS, REFERENCE, load_preset
 
 PROMPTS = 16
 COLUMNS = ("calls in one pass", "tokens a second", "times as fast", "answers", "prompt tokens reused")
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=6)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    subject = load_subject(args.preset, device="cpu", dtype="float32", seed=args.seed)
+    subject = load_preset(args.preset, device="cpu", dtype="float32", seed=args.seed)
     model = SemShareEngine(subject.model, subject.tokenizer, EngineConfig(reuse=ReuseConfig(mode="off")))
     rows = table(args, model)
     sizes = " ".join(map(str, args.sizes))

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
+from lengths import find_quartiles
 from semsharekv_integrations import StoreConfig
 from semsharekv_integrations.config import EVICTIONS, Eviction
 from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
-from semsharekv_integrations.lab.figures import Estimate, find_quartiles
+from semsharekv_integrations.lab.figures import Estimate
 from semsharekv_integrations.lab.report import describe_machine, describe_origin, write_whole
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel

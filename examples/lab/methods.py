@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python examples/lab/methods.py --scenarios reordered edited --cases 150 --out methods.md
 
-Takes what ``semsharekv bench`` takes, and these policies too. A method of the field is its rule for what is computed
+Takes what ``drawn.py`` takes, and these policies too. A method of the field is its rule for what is computed
 again, on the runs that this engine finds, re-rotated as this engine does it; none of them is the authors' own code.
 An ablation follows the same plan as ``identical``, over KV that says nothing. What it still gets right, the tokens
 computed in the call got right by themselves.
@@ -17,13 +17,16 @@ from functools import partial
 
 import torch
 
+import drawn
 from arguments import parse_arguments
 from semsharekv_integrations import ReuseConfig
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.kv import LayerKV, Reference
-from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.bench import Bench, Study
-from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Policy, Subject
+from semsharekv_integrations.lab.policies import POLICIES, Policy, Subject
+from semsharekv_integrations.lab.running import run_study
+from semsharekv_integrations.lab.texts import TEXTS
+from shapes import UNGUARDED
 
 Corrupt = Callable[[Reference], Reference]
 
@@ -114,11 +117,11 @@ def randomize_kv(reference: Reference, rng: torch.Generator) -> Reference:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the policies asked for, by default all."""
-    args = parse_arguments(__doc__ or "", arguments, METHODS)
+    args = parse_arguments(__doc__ or "", arguments, METHODS, (*drawn.DRAWN, *TEXTS), drawn.add_arguments)
     args.policies = args.policies or list(METHODS)
-    study, subject = command.prepare(args, METHODS)
+    study, subject = drawn.prepare(args, METHODS)
     corrupt = make_corruptions(study.configs, args.seed)
-    command.run_study(study, subject, args, partial(CorruptingBench, corrupt=corrupt))
+    run_study(study, subject, args, partial(CorruptingBench, corrupt=corrupt))
 
 
 if __name__ == "__main__":

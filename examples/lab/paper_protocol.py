@@ -30,18 +30,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from drawn import count_fired
 from methods import CorruptingBench, make_corruptions
 from semsharekv_integrations import ReuseConfig
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.bench import Study
 from semsharekv_integrations.lab.figures import FIGURES, Figure, Outcome, Pair, estimate_mean
-from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Policy, Subject
+from semsharekv_integrations.lab.policies import POLICIES, Policy, Subject
 from semsharekv_integrations.lab.report import make_headline
+from semsharekv_integrations.lab.running import run_study
 from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
 from semsharekv_integrations.reuse.matching import compute_paper_similarity, measure_hamming_distance
 from semsharekv_integrations.terminal import HelpFormatter
 from semsharekv_integrations.text.prompt import PromptRenderer
+from shapes import UNGUARDED
 from summaries import score_rouge_l
 
 KINDS = ("rewritten", "removed", "replaced")
@@ -217,7 +220,7 @@ def make_watch(subject: Subject) -> Callable[..., Any]:
         return {"similarity": compute_paper_similarity(distance), "changed": 1 - same}
 
     @contextmanager
-    def watch(case: Case, policy: str, turn: int) -> Iterator[dict[str, float]]:
+    def watch(case: Case, policy: str, index: int) -> Iterator[dict[str, float]]:
         texts = [query.prompt[0]["content"] for query in (*case.references, case.target)]
         yield compare(*texts)
 
@@ -228,15 +231,20 @@ def make_scenarios(args: argparse.Namespace, subject: Subject) -> Iterator[Scena
     """One for each kind, share and length; shorter prompts first."""
     dialogues = read_dialogues(args.dialogues, args.rewritten)
     require(len(dialogues) > 0, "--rewritten", str(args.rewritten), "a file with rewritten turns of --dialogues")
-    count = args.cases or CASES
     for length in sorted(args.tokens):
         for kind in args.kinds:
             for share in args.shares:
                 cases = make_cases(
-                    kind, share, length, count, args.seed, dialogues, lambda text: len(subject.tokenizer.encode(text))
+                    kind,
+                    share,
+                    length,
+                    args.cases,
+                    args.seed,
+                    dialogues,
+                    lambda text: len(subject.tokenizer.encode(text)),
                 )
                 name = name_scenario(kind, share, length)
-                yield Scenario(name, cases, count, max_new_tokens=args.max_new_tokens or NEW_TOKENS)
+                yield Scenario(name, cases, args.cases, max_new_tokens=args.max_new_tokens or NEW_TOKENS)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -245,6 +253,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     command.add_arguments(parser, PROTOCOL)
     parser.description = __doc__
     parser.set_defaults(program=f"python {Path(sys.argv[0]).as_posix()}")
+    parser.add_argument("--cases", type=command.parse_count, default=CASES, metavar="N", help=f"of each ({CASES})")
     parser.add_argument("--dialogues", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--rewritten", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N", help="most of a prompt's text")
@@ -290,14 +299,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(make_tables([Path(name) for name in given[1:]]))
         return
     args = parse_arguments(arguments)
-    study, subject = command.prepare(args, PROTOCOL, with_scenarios=False)
+    study, subject = command.prepare(args, PROTOCOL, find=lambda args, subject: [])
     args.data = args.rewritten  # so that a journal over other rewritings is not gone on with
     scenarios = list(make_scenarios(args, subject))
     found: Study = replace(
-        study, title="The paper's protocol", scenarios=scenarios, figures=FOUND, watch=make_watch(subject)
+        study,
+        title="The paper's protocol",
+        scenarios=scenarios,
+        figures=tuple(map(count_fired, FOUND)),
+        watch=make_watch(subject),
     )
     corrupt = make_corruptions(found.configs, args.seed)
-    command.run_study(found, subject, args, partial(CorruptingBench, corrupt=corrupt))
+    run_study(found, subject, args, partial(CorruptingBench, corrupt=corrupt))
 
 
 if __name__ == "__main__":

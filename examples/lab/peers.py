@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python examples/lab/peers.py --lengths 512 2048 --scenarios next_turn reordered --out peers.md
 
-Takes what ``semsharekv bench`` takes. A peer reuses nothing and is timed around a call for a single token. Those that
+Takes what ``lengths.py`` takes. A peer reuses nothing and is timed around a call for a single token. Those that
 are not installed (langchain-huggingface, llama-index-llms-huggingface) are named and left out.
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 
 from transformers import pipeline
 
-from arguments import parse_arguments
+import lengths
 from semsharekv_integrations import EngineConfig, Generation, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
-from semsharekv_integrations.lab import command
 from semsharekv_integrations.lab.bench import Bench, Study
 from semsharekv_integrations.lab.policies import Subject
-from semsharekv_integrations.lab.world import Message
+from semsharekv_integrations.lab.running import run_study
 from semsharekv_integrations.report import ReuseReport
+from semsharekv_integrations.world import Message
 
 Prompt = str | list[Message]
 
@@ -142,9 +142,9 @@ class PeerBench(Bench):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the policies asked for and the peers."""
-    args = parse_arguments(__doc__ or "", arguments)
-    study, subject = command.prepare(args)
-    command.run_study(study, subject, args, PeerBench)
+    args = lengths.parse(__doc__ or "", arguments)
+    study, subject = lengths.prepare(args)
+    run_study(study, subject, args, PeerBench)
 
 
 if __name__ == "__main__":

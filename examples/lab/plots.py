@@ -1,4 +1,4 @@
-"""Plots of what ``semsharekv bench --out FILE.md`` or a sweep measured; written beside its JSON, not shown.
+"""Plots of what ``drawn.py --out FILE.md``, ``lengths.py`` or a sweep measured; written beside its JSON, not shown.
 
     PYTHONPATH=. python examples/lab/plots.py results/reuse.json
 
@@ -24,9 +24,10 @@ import matplotlib
 from matplotlib import pyplot, transforms
 from matplotlib.figure import Figure as Picture
 
-from semsharekv_integrations.lab.figures import CONTROLS, Estimate, Row
+from drawn import CONTROLS, NEGATIVE_CONTROL
+from lengths import split_name
+from semsharekv_integrations.lab.figures import Estimate, Row
 from semsharekv_integrations.lab.policies import FULL, POLICIES
-from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL
 
 matplotlib.use("Agg")
 MOST_COLUMNS = 3
@@ -170,7 +171,7 @@ def _draw_baseline(plot: Any, rows: Sequence[Row], axis: Axis, figure: str) -> N
 
 def draw_speed(rows: Sequence[Row], title: str, beside: Path) -> list[Path]:
     """Write both plots beside ``beside``, under its name; those for which there is nothing to draw are left out."""
-    measured = [row for row in rows if row.length and row["ttft_ratio"] is not None and row.policy != FULL]
+    measured = [row for row in rows if _read_length(row) and row["ttft_ratio"] is not None and row.policy != FULL]
     drawn = []
     if measured:
         drawn.append(_save(_draw_speedups(measured, title), beside, "speedup"))
@@ -190,14 +191,15 @@ def _save(figure: Any, beside: Path, name: str) -> Path:
 
 def _draw_speedups(rows: Sequence[Row], title: str) -> Any:
     """One panel for each scenario, one line for each policy, with its quartiles."""
-    scenarios = list(dict.fromkeys(row.scenario for row in rows))
+    scenarios = list(dict.fromkeys(split_name(row.scenario)[0] for row in rows))
     columns = min(SPEED_COLUMNS, len(scenarios))
     height = -(-len(scenarios) // columns)
     figure, grid = pyplot.subplots(
         height, columns, figsize=(3.4 * columns, 3 * height), squeeze=False, sharey=True, layout="constrained"
     )
     for panel, scenario in zip(grid.flat, scenarios, strict=False):
-        _draw_speedup_panel(panel, [row for row in rows if row.scenario == scenario], _choose_styles(rows))
+        shown = [row for row in rows if split_name(row.scenario)[0] == scenario]
+        _draw_speedup_panel(panel, shown, _choose_styles(rows))
         panel.set_title(scenario)
     for panel in list(grid.flat)[len(scenarios) :]:
         panel.set_visible(False)
@@ -209,13 +211,13 @@ def _draw_speedups(rows: Sequence[Row], title: str) -> Any:
 
 def _draw_speedup_panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
     for policy in dict.fromkeys(row.policy for row in rows):
-        points = sorted((row for row in rows if row.policy == policy), key=lambda row: row.length)
+        points = sorted((row for row in rows if row.policy == policy), key=_read_length)
         spreads = [row.figures["ttft_ratio"] for row in points]
         tokens = [row.figures["prompt_tokens"].value for row in points]
         values = [spread.value for spread in spreads]
         reach = [[s.value - s.low for s in spreads], [s.high - s.value for s in spreads]]
         panel.errorbar(tokens, values, yerr=reach, label=policy, capsize=2, markersize=4, **styles[policy])
-    lengths = sorted({row.length for row in rows})
+    lengths = sorted(set(map(_read_length, rows)))
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
     panel.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
@@ -227,13 +229,17 @@ def _draw_speedup_panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[
     panel.set_xlabel("prompt tokens")
 
 
+def _read_length(row: Row) -> int:
+    return split_name(row.scenario)[1] or 0
+
+
 def _draw_shares(rows: Sequence[Row], title: str) -> Any:
     """Every row as a point: what it computed against what it took. On the diagonal there is no overhead."""
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
     policies, colours = _choose_styles(rows), pyplot.get_cmap("tab10")
-    for number, scenario in enumerate(dict.fromkeys(row.scenario for row in rows)):
+    for number, scenario in enumerate(dict.fromkeys(split_name(row.scenario)[0] for row in rows)):
         for policy, style in policies.items():
-            points = [row for row in rows if row.scenario == scenario and row.policy == policy]
+            points = [row for row in rows if split_name(row.scenario)[0] == scenario and row.policy == policy]
             x = [row.figures["compute_ratio"].value for row in points]
             y = [1 / row.figures["ttft_ratio"].value for row in points]
             axes.scatter(x, y, color=colours(number), marker=style["marker"], alpha=0.8, s=34)
@@ -274,7 +280,7 @@ def main(paths: Sequence[str] | None = None) -> None:
     """Draw each file."""
     for path in map(Path, sys.argv[1:] if paths is None else paths):
         title, rows = read_rows(path)
-        drawn = draw_answers([row for row in rows if row.length is None], title, BY_COMPUTE, path)
+        drawn = draw_answers([row for row in rows if not _read_length(row)], title, BY_COMPUTE, path)
         print(*drawn, *draw_speed(rows, title, path), sep="\n")
 
 

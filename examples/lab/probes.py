@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lengths import UNTIMED
 from semsharekv_integrations import EngineConfig
 from semsharekv_integrations.kv import TokenIds
-from semsharekv_integrations.lab.figures import UNTIMED, Figure, estimate_mean
+from semsharekv_integrations.lab.figures import Figure, estimate_mean
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.model.adapter import ModelAdapter
@@ -29,10 +30,8 @@ from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, find_nearest_tokens, rotate_embeddings
 from semsharekv_integrations.reuse.similarity import PooledEmbedder
 
-SIMILARITY = Figure("similarity", "similarity", ".2f", lambda p: p.own.extra.get("similarity"), over=lambda o: True)
-RECALL = Figure(
-    "lsh_recall", "LSH recall", ".3f", lambda p: p.own.extra.get("lsh_recall"), estimate_mean, over=lambda o: True
-)
+SIMILARITY = Figure("similarity", "similarity", ".2f", lambda p: p.own.extra.get("similarity"))
+RECALL = Figure("lsh_recall", "LSH recall", ".3f", lambda p: p.own.extra.get("lsh_recall"), estimate_mean)
 _EQUAL_COSINE = 1e-5  # cosines this close are the same, up to rounding
 _PROCESS = Path("/proc/self")
 _RESET_PEAK = "5"  # what Linux takes in clear_refs

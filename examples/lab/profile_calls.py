@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python examples/lab/profile_calls.py --lengths 4096 --threads 1 --out profile.md
 
-Takes what ``semsharekv bench`` takes, and writes two tables more into ``--out``, of the longest prompts. Layers are
+Takes what ``lengths.py`` takes, and writes two tables more into ``--out``, of the longest prompts. Layers are
 timed by hooks until the first new token; rows are tokens that leave a layer, summed over layers and passes, and
 outside the layers is all the rest of TTFT. Peak growth is by how much a call's peak exceeds what was in use before it
 (on CUDA what PyTorch's allocator gave out; on a Linux CPU resident memory), and is measured in the untimed round.
@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
-from arguments import parse_arguments
+import lengths
+from lengths import UNTIMED, split_name
 from probes import CallProbe, LayerUse
-from semsharekv_integrations.lab import command
-from semsharekv_integrations.lab.figures import UNTIMED, Outcome
+from semsharekv_integrations.lab.figures import Outcome
 from semsharekv_integrations.lab.policies import FULL
+from semsharekv_integrations.lab.running import run_study
+from semsharekv_integrations.lab.scenarios import Case
 
 LAYER_COLUMNS = (
     *("scenario", "policy", "rows of off's", "time of off's", "all layers, ms", "first layer, ms", "median layer, ms"),
@@ -38,14 +42,14 @@ def group_calls(outcomes: Iterable[Outcome]) -> Groups:
 
 def phases_of(outcomes: Iterable[Outcome]) -> dict[str, float]:
     """Median seconds by phase over timed rounds, in the order in which phases first come."""
-    timed = [outcome.report.phases_s for outcome in outcomes if outcome.round != UNTIMED]
+    timed = [outcome.report.phases_s for outcome in outcomes if outcome.case != UNTIMED]
     names = dict.fromkeys(name for phases in timed for name in phases)
     return {name: median(phases.get(name, 0.0) for phases in timed) for name in names}
 
 
 def layers_of(outcomes: Iterable[Outcome]) -> tuple[list[float], list[float]]:
     """Median seconds, and rows, of each decoder layer over timed rounds; empty if there was no clock."""
-    timed = [outcome.extra.get("layers", ()) for outcome in outcomes if outcome.round != UNTIMED]
+    timed = [outcome.extra.get("layers", ()) for outcome in outcomes if outcome.case != UNTIMED]
     by_layer = [[LayerUse(*use) for use in uses] for uses in zip(*timed, strict=True)]  # plain from a journal
     return (
         [median(use.seconds for use in uses) for uses in by_layer],
@@ -72,7 +76,7 @@ def _show_layers(key: tuple[str, str], groups: Groups) -> list[str]:
     peak = next((f"{o.extra['peak_bytes'] / 1e6:.1f}" for o in groups[key] if "peak_bytes" in o.extra), "-")
     if not seconds or not sum(full_rows):
         return [*key, *["-"] * (len(LAYER_COLUMNS) - len(key) - 1), peak]
-    ttft = median(outcome.report.ttft_s for outcome in groups[key] if outcome.round != UNTIMED)
+    ttft = median(outcome.report.ttft_s for outcome in groups[key] if outcome.case != UNTIMED)
     times = (sum(seconds), seconds[0], median(seconds), seconds[-1], ttft - sum(seconds))
     shares = (sum(rows) / sum(full_rows), sum(seconds) / sum(full_s))
     return [*key, *(f"{share:.3f}" for share in shares), *map(_show_ms, times), peak]
@@ -88,11 +92,21 @@ def _make_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure with the probe around every call."""
-    args = parse_arguments(__doc__ or "", arguments)
-    study, subject = command.prepare(args)
-    results = command.run_study(replace(study, watch=CallProbe(subject).watch), subject, args)
-    longest = max((outcome.length or 0 for outcome in results.outcomes), default=0)
-    groups = group_calls(outcome for outcome in results.outcomes if (outcome.length or 0) == longest)
+    args = lengths.parse(__doc__ or "", arguments)
+    study, subject = lengths.prepare(args)
+    rounds, probe = lengths.count_rounds(args), CallProbe(subject)
+
+    def watch(case: Case, policy: str, index: int) -> AbstractContextManager[dict[str, Any]]:
+        return probe.watch(case, policy, index % rounds)
+
+    outcomes = run_study(replace(study, watch=watch), subject, args).outcomes
+    longest = max((split_name(outcome.scenario)[1] or 0 for outcome in outcomes), default=0)
+    groups = group_calls(
+        replace(outcome, scenario=name, case=outcome.case % rounds)
+        for outcome in outcomes
+        for name, length in [split_name(outcome.scenario)]
+        if (length or 0) == longest
+    )
     tables = f"## Phases\n\n{make_phase_table(groups)}\n\n## Decoder layers\n\n{make_layer_table(groups)}\n"
     if args.out:
         with args.out.open("a", encoding="utf-8") as file:

@@ -29,15 +29,15 @@ import torch
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.lab.answers import is_answer, measure_f1
-from semsharekv_integrations.lab.bench import EXTRA_TOKENS
 from semsharekv_integrations.lab.figures import compute_mcnemar, estimate_mean
 from semsharekv_integrations.lab.policies import UNBOUNDED
 from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.lab.texts import make_text_cases
-from semsharekv_integrations.lab.world import Message
 from semsharekv_integrations.reuse.selection import score_documents
 from semsharekv_integrations.reuse.sentences import say_the_same, split_sentences
+from semsharekv_integrations.world import Message
 
+EXTRA_TOKENS = 4  # of an answer at most, beyond those of the right one
 ASKED, ACCEPTED, SPARED, STORED = WORDINGS = ("asked", "accepted", "accepted, best spared", "stored")
 Texts = Mapping[str, str]  # of documents, by id
 
@@ -136,10 +136,10 @@ def measure(answers: Answers, cases: Sequence[Case], wordings: Sequence[str]) ->
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a table: each wording beside the asked one, with 95% intervals over groups."""
-    groups = {index: row["group"] for index, row in enumerate(rows)}
+    groups = [row["group"] for row in rows]
     share = sum(row["accepted"] for row in rows) / sum(row["reworded"] for row in rows)
     lines = [
-        f"n = {len(rows)} in {len(set(groups.values()))} groups; {share:.3f} of the reworded sentences are accepted.",
+        f"n = {len(rows)} in {len(set(groups))} groups; {share:.3f} of the reworded sentences are accepted.",
         "",
         "| what the model reads | prompts changed | gold | difference in points | won, lost | McNemar's p | F1 to gold "
         "| texts equal | F1 to the asked wording's |",
@@ -148,9 +148,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     changed = {ASKED: 0, ACCEPTED: sum(row["accepted"] > 0 for row in rows), STORED: len(rows)}
     changed[SPARED] = sum(row["accepted"] > row["best"] for row in rows)
     for name in rows[0]["said"]:
-        points = {index: [100.0 * (row["hit"][name] - row["hit"][ASKED])] for index, row in enumerate(rows)}
-        gains = [point for point, *_ in points.values()]
-        value, low, high = estimate_mean(points, 0, groups)
+        gains = [100.0 * (row["hit"][name] - row["hit"][ASKED]) for row in rows]
+        value, low, high = estimate_mean(gains, groups)
         pairs = [(row["said"][name], row["said"][ASKED]) for row in rows]
         cells = [
             name,
@@ -158,7 +157,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{fmean(row['hit'][name] for row in rows):.3f}",
             f"{value:+.1f} [{low:+.1f}, {high:+.1f}]",
             f"{sum(gain > 0 for gain in gains)}, {sum(gain < 0 for gain in gains)}",
-            f"{compute_mcnemar(points, 0).value:.3f}",
+            f"{compute_mcnemar(gains).value:.3f}",
             f"{fmean(row['f1'][name] for row in rows):.3f}",
             f"{fmean(own == asked for own, asked in pairs):.3f}",
             f"{fmean(measure_f1(own, [asked]) for own, asked in pairs):.3f}",

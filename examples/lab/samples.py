@@ -12,7 +12,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 
 CONTEXT_WEIGHT = 0.1
 MAX_POSITION_GAP = 1500

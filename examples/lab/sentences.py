@@ -12,10 +12,11 @@ from random import Random
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from drawn import Scene, ask_about_scene, maybe_shuffle
+from semsharekv_integrations import world
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.scenarios import Case, Scene, ask_about_scene, maybe_shuffle
-from semsharekv_integrations.lab.world import Document, Layout
+from semsharekv_integrations.lab.scenarios import Case
+from semsharekv_integrations.world import Document, Layout
 
 Change = Literal["removed", "replaced"]
 CHANGES: tuple[Change, ...] = get_args(Change)

@@ -122,8 +122,7 @@ def summarize(streams: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "arranged_tokens": sum(c["arranged_tokens"] for c in calls) / len(calls),
         }
     differences = [b["hit"] - a["hit"] for a, b in pairs]
-    groups = {case: case // QUESTIONS for case in range(len(pairs))}
-    estimate = estimate_mean({case: [value] for case, value in enumerate(differences)}, 0, groups)
+    estimate = estimate_mean(differences, [case // QUESTIONS for case in range(len(pairs))])
     found["gold_difference"] = list(estimate)
     found["won_lost"] = [differences.count(sign) for sign in (1, -1)]
     found["ttft_ratio"] = median(b["ttft_s"] / a["ttft_s"] for a, b in pairs)

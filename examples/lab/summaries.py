@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python examples/lab/summaries.py --cases 100 --policies exact identical semantic --out summaries.md
 
-Takes what ``semsharekv bench`` takes. ROUGE-L is that of Google's ``rouge-score``: F1 of the longest common
+Takes what ``drawn.py`` takes. ROUGE-L is that of Google's ``rouge-score``: F1 of the longest common
 subsequence of stemmed words. It sees words in common, not whether a number is the right one.
 """
 
@@ -15,25 +15,27 @@ from random import Random
 
 from rouge_score.rouge_scorer import RougeScorer
 
+import drawn
 from arguments import parse_arguments
-from semsharekv_integrations.lab import command, world
-from semsharekv_integrations.lab.figures import FIGURES, Figure, estimate_mean
-from semsharekv_integrations.lab.scenarios import (
+from drawn import (
     DEFAULT_LAYOUTS,
     SCENES,
-    Case,
-    Query,
-    Scenario,
     Template,
     draw_template,
     make_apart,
     make_query,
     map_texts,
 )
-from semsharekv_integrations.lab.world import Document, Layout
+from semsharekv_integrations import world
+from semsharekv_integrations.lab import command
+from semsharekv_integrations.lab.figures import Figure, estimate_mean
+from semsharekv_integrations.lab.running import run_study
+from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
+from semsharekv_integrations.world import Document, Layout
 
 NAME = "summaries"
 SUMMARIZED = (2, 3)  # documents of a summary; of more the reference model gets next to none right
+SUMMARY_TOKENS = 250  # as many as the longest right one has
 _SCENES = ("reordered", "shared", "reworded", "edited")
 _SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -96,13 +98,13 @@ def _make_query(rng: Random, template: Template, documents: Sequence[Document]) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure summaries under the policies asked for."""
-    args = parse_arguments(__doc__ or "", arguments)
-    study, subject = command.prepare(args, with_scenarios=False)
-    count = args.cases or command.CASES
-    cases = summary_cases(count, args.seed, command.choose_layouts(args, subject))
-    scenario = Scenario(NAME, cases, count, max_new_tokens=args.max_new_tokens)
-    figures = (*FIGURES, *ROUGE)
-    command.run_study(replace(study, title="Summaries", scenarios=[scenario], figures=figures), subject, args)
+    args = parse_arguments(__doc__ or "", arguments, more=drawn.add_arguments)
+    study, subject = command.prepare(args, find=lambda args, subject: [])
+    study, count = drawn.judge_drawn(study, subject), args.cases or drawn.CASES
+    cases = summary_cases(count, args.seed, drawn.choose_layouts(args, subject))
+    scenario = Scenario(NAME, cases, count, args.max_new_tokens or SUMMARY_TOKENS)
+    figures = (*study.figures, *ROUGE)
+    run_study(replace(study, title="Summaries", scenarios=[scenario], figures=figures), subject, args)
 
 
 if __name__ == "__main__":

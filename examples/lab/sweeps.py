@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python examples/lab/sweeps.py budget --cases 100 --documents 6 30 --threads 1 --out budget.md
 
-Takes what ``semsharekv bench`` takes but for scenarios and policies, and draws plots beside the tables.
+Takes what ``drawn.py`` takes but for scenarios and policies, and draws plots beside the tables.
 
 ``sentences``, ``similarity`` and ``retention`` are SemShareKV's sensitivity tests (arXiv 2509.24832) with facts in
 place of ROUGE-L. ``budget`` asks which signal makes the most of a recomputed token, ``lsh`` how many bits it takes.
@@ -18,28 +18,30 @@ from math import floor
 from random import Random
 from typing import Any
 
+import drawn
 from arguments import parse_arguments
-from methods import RAW
-from plots import Axis, draw_answers, read_compute
-from probes import RECALL, SIMILARITY, RecallProbe, SimilarityProbe
-from semsharekv_integrations import EngineConfig, ReuseConfig
-from semsharekv_integrations.lab import command, world
-from semsharekv_integrations.lab.bench import Study
-from semsharekv_integrations.lab.figures import FIGURES, Outcome, Row, summarize
-from semsharekv_integrations.lab.policies import POLICIES, UNGUARDED, Policy, Subject, make_configs
-from semsharekv_integrations.lab.scenarios import (
+from drawn import (
     DEFAULT_DOCUMENTS,
     DEFAULT_LAYOUTS,
+    DRAWN_FIGURES,
     NEGATIVE_CONTROL,
-    Case,
-    Query,
-    Scenario,
     Scene,
     ask_about_scene,
     make_cases,
 )
-from semsharekv_integrations.lab.world import Layout
+from methods import RAW
+from plots import Axis, draw_answers, read_compute
+from probes import RECALL, SIMILARITY, RecallProbe, SimilarityProbe
+from semsharekv_integrations import EngineConfig, ReuseConfig, world
+from semsharekv_integrations.lab import command
+from semsharekv_integrations.lab.bench import Study
+from semsharekv_integrations.lab.figures import Outcome, Row, summarize
+from semsharekv_integrations.lab.policies import POLICIES, Policy, Subject, make_configs
+from semsharekv_integrations.lab.running import run_study
+from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
+from semsharekv_integrations.world import Layout
 from sentences import CHANGES, name_group, sentence_cases
+from shapes import UNGUARDED
 
 CONTROL_POLICIES = ("off", "rerun", "exact")
 QUICK_CASES, DEFAULT_CASES = 3, 200
@@ -126,7 +128,7 @@ def sweep_sentences(options: Options, subject: Subject) -> tuple[Study, Axis]:
         [*scenarios, draw_scenario(options, NEGATIVE_CONTROL)],
         make_controls() | make_configs(("identical", "semantic"), options.settings),
         watch=SimilarityProbe(subject).watch,
-        figures=(*FIGURES, SIMILARITY),
+        figures=(*DRAWN_FIGURES, SIMILARITY),
     )
     return study, Axis(
         "sentences changed (%)",
@@ -187,7 +189,7 @@ def sweep_retention(options: Options, subject: Subject) -> tuple[Study, Axis]:
         return ratio.value if ratio and row.policy in names else None
 
     scenarios = [draw_scenario(options, name) for name in ("reordered", NEGATIVE_CONTROL)]
-    return Study("KV kept for decoding", scenarios, add_controls(options, kept)), Axis(
+    return Study("KV kept for decoding", scenarios, add_controls(options, kept), figures=DRAWN_FIGURES), Axis(
         "KV kept (share of bytes, median)", place, lambda row: _name_spread(names[row.policy][1])
     )
 
@@ -202,7 +204,8 @@ def sweep_budget(options: Options, subject: Subject) -> tuple[Study, Axis]:
     named = {name: reuse for signal in signals.values() for name, reuse in signal.items()}
     signal_of = {name: signal for signal, configs in signals.items() for name in configs}
     scenarios = [draw_scenario(options, name) for name in ("reordered", NEGATIVE_CONTROL)]
-    return Study("Quality against compute, by signal", scenarios, add_controls(options, named)), Axis(
+    title, configs = "Quality against compute, by signal", add_controls(options, named)
+    return Study(title, scenarios, configs, figures=DRAWN_FIGURES), Axis(
         "compute ratio (median)",
         lambda row: read_compute(row) if row.policy in signal_of else None,
         lambda row: signal_of.get(row.policy, row.policy),
@@ -241,7 +244,7 @@ def sweep_lsh(options: Options, subject: Subject) -> tuple[Study, Axis]:
         [Scenario(_name_long(alike), long_cases(long, alike=alike), long.num_cases) for alike in (True, False)],
         configs,
         watch=RecallProbe(subject, configs).watch,
-        figures=(*FIGURES, RECALL),
+        figures=(*DRAWN_FIGURES, RECALL),
     )
     return study, Axis(
         "hash bits", lambda row: bits_of.get(row.policy) or None, lambda row: "semantic", is_logarithmic=True
@@ -288,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     names = [name for name in given[:1] if name in SWEEPS]
     about = "\n".join(f"    {name}\n      {(make.__doc__ or '').strip()}" for name, make in SWEEPS.items())
-    args = parse_arguments(f"{__doc__}\n\n{about}", given[1:] if names else ["--help"])
+    args = parse_arguments(f"{__doc__}\n\n{about}", given[1:] if names else ["--help"], more=drawn.add_arguments)
     options = Options(
         args.cases,
         args.seed,
@@ -297,11 +300,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dict(args.set),
         args.quick,
     )
-    plain, subject = command.prepare(args, with_scenarios=False)
+    plain, subject = command.prepare(args, find=lambda args, subject: [])
     study, axis = SWEEPS[names[0]](options, subject)
     about_policies = {name: POLICIES[name].about for name in study.configs if name in POLICIES}
-    study = replace(study, judging=plain.judging, about=about_policies)
-    results = command.run_study(study, subject, args)
+    study = replace(study, judging=drawn.judge_drawn(plain, subject).judging, about=about_policies)
+    results = run_study(study, subject, args)
     if args.out:
         rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
         print("Plots:", *draw_answers(rows, study.title, axis, args.out))

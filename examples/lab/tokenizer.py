@@ -7,7 +7,7 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 
 VOCAB_SIZE = 2048
 MAX_CONTEXT_TOKENS = 8192

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from samples import NO_SUBJECT, Row, RowMaker
-from semsharekv_integrations.lab.world import TOWNS
+from semsharekv_integrations.world import TOWNS
 from tokenizer import MAX_CONTEXT_TOKENS
 from tokenizer import build as build_tokenizer
 

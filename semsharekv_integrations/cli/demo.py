@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from platformdirs import user_cache_path
 
 from semsharekv_integrations.errors import SemShareError, require
-from semsharekv_integrations.lab.world import TOWNS
 from semsharekv_integrations.terminal import DEFAULT_MODEL, MAX_COLUMNS, add_engine_arguments, load_engine
+from semsharekv_integrations.world import TOWNS
 
 if TYPE_CHECKING:
     from semsharekv_integrations.cli.demo_calls import Call, Demo

@@ -15,9 +15,9 @@ from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
+from semsharekv_integrations import world
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.lab import world
 from semsharekv_integrations.report import ReuseReport
 
 _ANSWER_TOKENS = 24

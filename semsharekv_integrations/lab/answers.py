@@ -6,14 +6,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
-from semsharekv_integrations.lab.world import share_right
+from semsharekv_integrations.world import share_right
 
 # ``exact`` asks for the words of the answer, its lines in any order; ``mentions`` for all of its facts, each as whole
 # words in any case, since other models were not trained on the answer's words; ``gold`` for one of the gold answers
 Judging = Literal["exact", "mentions", "gold"]
-JUDGINGS: tuple[Judging, ...] = get_args(Judging)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

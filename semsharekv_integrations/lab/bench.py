@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,14 +28,12 @@ from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.kv import Reference
 from semsharekv_integrations.lab.answers import Judging, is_answer, measure_f1
 from semsharekv_integrations.lab.figures import FIGURES, Failure, Figure, Outcome
-from semsharekv_integrations.lab.policies import CHUNKS, FLOORS, FULL, ORDER, UNBOUNDED, Subject, drop_guard
+from semsharekv_integrations.lab.policies import CHUNKS, FLOORS, FULL, ORDER, UNBOUNDED, Subject
 from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
 from semsharekv_integrations.lab.traces import Draft, TracedEngine, measure_divergence
 
 NAMESPACE = "bench"
 EVERY_POLICY = "all"
-EXTRA_TOKENS = 4  # generated at most beyond those of the right answer
-FREE_TOKENS = 64  # generated at most where the answer may be in any words, or is not known
 _FULL_CONFIG = EngineConfig(reuse=ReuseConfig(mode="off"))
 _FILLER = EngineConfig(reuse=ReuseConfig(mode="exact", min_prefix_tokens=2**31), store=UNBOUNDED)  # computes in full
 _FAILURES = (SemShareError, MemoryError, RuntimeError)
@@ -52,9 +50,9 @@ class Study:
     title: str
     scenarios: Sequence[Scenario]
     configs: Mapping[str, EngineConfig]  # engine settings by policy
-    judging: Judging = "exact"  # how answers are judged, where a scenario does not say
-    # wraps one call in one round, and yields a dict for what it measures, the outcome's `extra`
-    watch: Watch = lambda case, policy, turn: nullcontext({})
+    judging: Judging = "mentions"  # how answers are judged, where a scenario does not say
+    # wraps one call, given its case, policy and the case's index; yields a dict for what it measures, `extra`
+    watch: Watch = lambda case, policy, index: nullcontext({})
     figures: Sequence[Figure] = FIGURES  # what the rows of the report hold
     # moves outcomes to other scenarios before they are counted
     regroup: Callable[[Sequence[Outcome]], list[Outcome]] = list
@@ -68,10 +66,6 @@ class Results:
     outcomes: list[Outcome] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def fail(self, scenario: Scenario, policy: str, reason: str) -> None:
-        """Record once what was not measured."""
-        self.add(Results(failures=[Failure(scenario.name, scenario.length, policy, reason)]))
-
     def add(self, found: Results) -> None:
         """Take in what was found besides, each failure once."""
         self.outcomes += found.outcomes
@@ -82,7 +76,7 @@ class Bench:
     """One engine for each policy of a study, all on the same weights.
 
     The bench adds a full prefill named ``off`` if there is none. ``missing`` holds the policies that the model does not
-    allow, with the reasons. On random weights there is no deviation guard, and no answer is right or wrong.
+    allow, with the reasons.
     """
 
     def __init__(self, subject: Subject, study: Study) -> None:
@@ -97,7 +91,7 @@ class Bench:
         require(configs[FULL].reuse.mode == "off", f"configs[{FULL!r}].reuse.mode", configs[FULL].reuse.mode, "'off'")
         for name, config in configs.items():
             try:
-                self.engines[name] = self._start_engine(drop_guard(config) if subject.is_random else config)
+                self.engines[name] = self._start_engine(config)
             except SemShareError as error:
                 self.missing[name] = str(error)
 
@@ -115,81 +109,46 @@ class Bench:
         engine.clear()
         return engine
 
-    def count_calls(self, scenario: Scenario) -> int:
-        """How many calls ``measure`` makes at most."""
-        return scenario.total * len(scenario.rounds) * len(self.engines)
-
     def measure(
-        self,
-        scenario: Scenario,
-        results: Results,
-        advance: Callable[[], None] = lambda: None,
-        wants: Wants = lambda index, case: True,
-        keep: Callable[[int | None, Results], None] = lambda index, found: None,
-    ) -> None:
-        """Run every case under every policy in every round, in an order drawn for each round.
+        self, scenario: Scenario, wants: Wants = lambda index, case: True
+    ) -> Iterator[tuple[int | None, Results]]:
+        """Run every case that ``wants`` wants under every policy, and yield its index with what it gave.
 
-        ``results`` receives outcomes and failures; ``advance`` is called for every call, done or failed. Cases that
-        ``wants`` does not want are left out; ``keep`` is told what each of the others gave, and what failed for all.
+        First, under None, comes what fails for all cases.
         """
-        unmeasured = Results()
-        for name, reason in self.missing.items():
-            unmeasured.fail(scenario, name, reason)
+        failures = [Failure(scenario.name, name, reason) for name, reason in self.missing.items()]
         if scenario.problem:
-            unmeasured.fail(scenario, EVERY_POLICY, scenario.problem)
-        results.add(unmeasured)
-        keep(None, unmeasured)
+            failures.append(Failure(scenario.name, EVERY_POLICY, scenario.problem))
+        yield None, Results(failures=failures)
         for index, case in enumerate(scenario.cases):
             if wants(index, case):
-                found = Results()
-                self._measure_case(scenario, index, case, found, advance)
-                results.add(found)
-                keep(index, found)
+                yield index, self._measure_case(scenario, index, case)
 
-    def _measure_case(
-        self, scenario: Scenario, index: int, case: Case, results: Results, advance: Callable[[], None]
-    ) -> None:
+    def _measure_case(self, scenario: Scenario, index: int, case: Case) -> Results:
+        """Make the calls in a drawn order, but a group's full prefill first: along its answer the others are read."""
         try:
             references = self._get_references(case)
         except _FAILURES as error:
-            results.fail(scenario, EVERY_POLICY, _explain(error))
-            return
-        failed, room = set[str](), scenario.max_new_tokens or self.count_room(case)
-        group = case.place[0] if case.place else None
-        for turn in scenario.rounds:
-            blank = Outcome(scenario.name, scenario.length, "", index, turn, expected=case.answer, group=group)
-            rng = Random(f"{scenario.name} {scenario.length} {index} {turn}")
-            order = rng.sample(list(self.engines), len(self.engines))
-            if case.place:
-                order.sort(key=lambda name: name != FULL)  # whose answer the others are compared along
-            said: dict[str, Outcome] = {}
-            draft: Draft | None = None
-            for name in order:
-                advance()
-                if name in failed or not _has_call(name, case):
-                    continue
-                try:
-                    said[name], traced = self._call(replace(blank, policy=name), case, references, room, draft)
-                except _FAILURES as error:
-                    failed.add(name)
-                    results.fail(scenario, name, _explain(error))
-                else:
-                    draft = traced if name == FULL else draft
-            judging = scenario.judging or self.study.judging
-            found = [said[name] for name in self.engines if name in said]
-            results.outcomes += [self._judge(own, said.get(FULL), case, judging) for own in found]
-
-    def _judge(self, own: Outcome, full: Outcome | None, case: Case, judging: Judging) -> Outcome:
-        """``own`` beside the full prefill's answer and the right one. Random weights are never right or wrong."""
-        agrees = None if full is None else own.text.strip() == full.text.strip()
-        own = replace(own, agrees=agrees)
-        if case.place and full is not None:
-            own = replace(own, full_f1=measure_f1(own.text, [full.text]))
-        if self.subject.is_random:
-            return own
-        stale = is_answer(own.text, case.stale, case.stale_values, judging)
-        own = replace(own, right=is_answer(own.text, case.answer, case.values, judging), stale=stale)
-        return replace(own, f1=measure_f1(own.text, case.values)) if case.place else own
+            return Results(failures=[Failure(scenario.name, EVERY_POLICY, _explain(error))])
+        results, room = Results(), scenario.max_new_tokens
+        blank = Outcome(scenario.name, "", index, expected=case.answer, group=case.place[0] if case.place else None)
+        order = Random(f"{scenario.name} {index}").sample(list(self.engines), len(self.engines))
+        order.sort(key=lambda name: case.place is not None and name != FULL)
+        said: dict[str, Outcome] = {}
+        draft: Draft | None = None
+        for name in order:
+            if not _has_call(name, case):
+                continue
+            try:
+                said[name], traced = self._call(replace(blank, policy=name), case, references, room, draft)
+            except _FAILURES as error:
+                results.failures.append(Failure(scenario.name, name, _explain(error)))
+            else:
+                draft = traced if name == FULL else draft
+        judging = scenario.judging or self.study.judging
+        found = [said[name] for name in self.engines if name in said]
+        results.outcomes += [_judge(own, said.get(FULL), case, judging) for own in found]
+        return results
 
     def _get_references(self, case: Case) -> list[Reference]:
         """The KV of the case's references; that of the case before if it has the same."""
@@ -228,7 +187,7 @@ class Bench:
             if self.engines[name].config.reuse.mode != "off":
                 store_s = self.store_references(name, references)
             gc.disable()  # so that no call pays for another one's garbage
-            with self.study.watch(case, name, outcome.round) as extra:
+            with self.study.watch(case, name, outcome.case) as extra:
                 generation = engine.generate(
                     target.prompt, documents=target.documents, namespace=NAMESPACE, max_new_tokens=room
                 )
@@ -261,12 +220,19 @@ class Bench:
             require(stored, "store.max_bytes", engine.config.store.max_bytes, f"{reference.num_bytes} or more")
         return time.perf_counter() - began
 
-    def count_room(self, case: Case) -> int:
-        """How many tokens an answer may have."""
-        if case.answer is None:
-            return FREE_TOKENS
-        answer_tokens = len(self.subject.tokenizer.encode(case.answer, add_special_tokens=False))
-        return max(answer_tokens + EXTRA_TOKENS, FREE_TOKENS if self.study.judging == "mentions" else 0)
+
+def _judge(own: Outcome, full: Outcome | None, case: Case, judging: Judging) -> Outcome:
+    """``own`` beside the full prefill's answer and the right one."""
+    own = replace(
+        own,
+        agrees=None if full is None else own.text.strip() == full.text.strip(),
+        right=is_answer(own.text, case.answer, case.values, judging),
+        stale=is_answer(own.text, case.stale, case.stale_values, judging),
+    )
+    if case.place is None:
+        return own
+    f1 = measure_f1(own.text, case.values) if case.values else None
+    return replace(own, f1=f1, full_f1=None if full is None else measure_f1(own.text, [full.text]))
 
 
 def _has_call(policy: str, case: Case) -> bool:

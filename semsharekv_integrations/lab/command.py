@@ -1,36 +1,27 @@
 """``semsharekv bench``: is the answer still right, and how much time and memory did reuse save?
 
     semsharekv bench --quick
-      a first look, in under two minutes
-    semsharekv bench --scenarios reordered edited --cases 200 --out reuse.md
-      prompts of the synthetic news world, drawn
-    semsharekv bench --lengths 2048 8192 --preset qwen-0.5b
-      prompts at these lengths, each asked several times
-    semsharekv bench --model path-or-hub-id --data questions.jsonl
-      own documents and questions, on any model
-
-  semsharekv bench --model folder --scenarios text_reordered --groups 40 --questions 16 --policies off exact order \
+      a first look on the built-in model, in under two minutes
+    semsharekv bench --model folder --scenarios text_reordered --groups 40 --questions 16 --policies off exact order \
       --policy wide=identical,boundary_tokens=16 --processes 2 --out reordered.md
-    questions over real text, on a real model, in two processes
+      questions over real text, in two processes
+    semsharekv bench --model path-or-hub-id --data questions.jsonl
+      own documents and questions
 
-Every scenario is measured under every policy, in one run on one model, beside a full prefill. Some prompts are drawn,
-others have a length, and others are real text, in groups of questions over the same documents; --lengths leaves out
-all but those at a length, --cases or --documents without it those, and real text is measured if it is named.
+Every scenario is measured under every policy, in one run on one model, beside a full prefill. Cases come in groups of
+questions over the same documents. The text is real, but for the built-in model, which reads made-up news. An answer is
+right if it holds a gold one.
 
 With --out the tables go to a Markdown file, and every outcome to a .json beside it, written anew now and then. A .jsonl
 beside them gets each case as soon as it is done: the same command goes on where an earlier one stopped, also if it asks
 for more cases.
-
-Answers on own data, and those of models other than the built-in one, are right if they mention the right facts, in any
-words; those of the built-in model must be right word for word, as it was trained. On real text an answer is right if it
-holds a gold one.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,82 +31,73 @@ from rich.console import Console
 
 from semsharekv_integrations.config import MODES, AuditConfig, ReuseConfig
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import dataset, scenarios, world
-from semsharekv_integrations.lab.answers import JUDGINGS
+from semsharekv_integrations.lab import dataset
+from semsharekv_integrations.lab.answers import Judging
 from semsharekv_integrations.lab.bench import Study
-from semsharekv_integrations.lab.policies import (
-    FULL,
-    POLICIES,
-    PRESETS,
-    REFERENCE,
-    SETTINGS,
-    UNBOUNDED,
-    Policy,
-    Subject,
-    load_subject,
-    make_configs,
-)
+from semsharekv_integrations.lab.policies import FULL, POLICIES, SETTINGS, UNBOUNDED, Policy, Subject, make_configs
+from semsharekv_integrations.lab.policies import load_subject as load_model
 from semsharekv_integrations.lab.running import run_study
-from semsharekv_integrations.lab.scenarios import DRAWN, NEGATIVE_CONTROL, Scenario
-from semsharekv_integrations.lab.sized import SIZED, make_sized_case
-from semsharekv_integrations.lab.texts import MULTI_HOP, SIZE, TEXTS, check_size, make_text_cases
+from semsharekv_integrations.lab.scenarios import Case, Scenario
+from semsharekv_integrations.lab.texts import (
+    CHANGES,
+    MULTI_HOP,
+    SIZE,
+    TEXTS,
+    check_size,
+    complete,
+    make_news,
+    make_text_cases,
+    read_passages,
+)
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress_bars
-from semsharekv_integrations.text.prompt import PromptRenderer
 
-SCENARIOS = tuple(dict.fromkeys([*DRAWN, *SIZED]))  # measured if none is named
-FAMILIES = {"reworded": tuple(name for name in SIZED if name.startswith("reworded"))}  # of prompts at a length
 DEFAULT_POLICIES = (FULL, "exact", "identical", "semantic", "retained")
-CASES, REPEATS, LENGTHS = 50, 5, (512, 1024, 2048, 4096, 8192, 16384)
-QUICK_CASES, QUICK_REPEATS, QUICK_LENGTHS, QUICK_DOCUMENTS = 3, 2, (512, 2048), (4, 8)
-QUICK_SCENARIOS = ("reordered", "edited", "turns", "next_turn", NEGATIVE_CONTROL)
 QUICK_POLICIES = DEFAULT_POLICIES[:-1]
-GROUPS, QUESTIONS, TEXT_TOKENS = 20, 8, 24  # on real text: tokens of an answer, its end included
-NEW_TOKENS = 16  # of an answer to a prompt at a length: as many as its longest right one
+QUICK_SCENARIOS = ("text_reordered", "text_edited", "text_next_turn", "text_unlike")
+GROUPS, QUESTIONS, QUICK_GROUPS, QUICK_QUESTIONS = 20, 8, 2, 4
+TEXT_TOKENS, OWN_TOKENS = 24, 64  # of an answer, its end included
+
+FindScenarios = Callable[[argparse.Namespace, Subject], list[Scenario]]
+LoadSubject = Callable[[argparse.Namespace], Subject]
 
 
-def add_arguments(parser: argparse.ArgumentParser, policies: Mapping[str, Policy] = POLICIES) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    policies: Mapping[str, Policy] = POLICIES,
+    scenarios: Sequence[str] = TEXTS,
+) -> None:
     """Give ``parser`` the arguments of this command, and this module's text for its help."""
     parser.description = __doc__
     parser.epilog = f"--data: {dataset.__doc__}"
     parser.set_defaults(program="semsharekv")
-    names = f"drawn: {', '.join(DRAWN)}; at a length: {', '.join(SIZED)} (default: all of these); "
-    names += f"real text: {', '.join(TEXTS)}"
+    names = f"of {', '.join(scenarios)} (default: all but {MULTI_HOP})"
     about = " ".join(f"{name}: {policy.about}" for name, policy in policies.items()).replace("%", "%%")
-    few, many = scenarios.DEFAULT_DOCUMENTS
+    own = "a policy of your own: a mode, and fields of ReuseConfig; can be given again"
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--quick", action="store_true", help="few scenarios, few and short prompts, few rounds")
-    what.add_argument("--scenarios", "--workloads", nargs="+", choices=(*SCENARIOS, *TEXTS), metavar="NAME", help=names)
+    what.add_argument("--quick", action="store_true", help=f"few prompts of {', '.join(QUICK_SCENARIOS)}")
+    what.add_argument("--scenarios", "--workloads", nargs="+", choices=scenarios, metavar="NAME", help=names)
     what.add_argument("--data", type=Path, metavar="FILE.jsonl", help="own documents and questions, see below")
     what.add_argument("--policies", nargs="+", choices=policies, metavar="NAME", help=about)
-    own = "a policy of your own: a mode, and fields of ReuseConfig; can be given again"
     what.add_argument(
         "--policy", type=_parse_policy, action="append", default=[], metavar="NAME=MODE[,KEY=VALUE...]", help=own
     )
     what.add_argument("--set", type=_parse_setting, nargs="+", default=[], metavar="KEY=VALUE", help="of ReuseConfig")
     what.add_argument("--kl", action="store_true", help="also how far the distributions of first tokens are apart")
-    what.add_argument("--judging", choices=JUDGINGS, help="whether a right answer is exact or mentions the facts")
     size = parser.add_argument_group("how much")
-    documents = f"of a drawn prompt (default: {few} {many})"
-    layouts = f"where documents stand in a drawn prompt: {', '.join(world.LAYOUTS)}"
-    size.add_argument("--cases", type=_parse_count, metavar="N", help=f"of each scenario ({CASES}; at a length 1)")
-    size.add_argument("--documents", type=_parse_count, nargs=2, metavar=("FROM", "TO"), help=documents)
-    size.add_argument("--layouts", nargs="+", choices=world.LAYOUTS, metavar="NAME", help=layouts)
-    size.add_argument("--lengths", type=_parse_count, nargs="+", metavar="N", help="tokens (default: 512 to 16384)")
-    size.add_argument("--repeats", type=_parse_count, metavar="N", help=f"timed rounds at a length ({REPEATS})")
-    size.add_argument("--groups", type=_parse_count, metavar="N", help=f"of questions on real text ({GROUPS})")
-    size.add_argument("--questions", type=_parse_count, metavar="N", help=f"in a group, at most ({QUESTIONS})")
-    passages = f"paragraphs in a prompt of real text ({SIZE}); 30 are about 5,000 tokens"
-    size.add_argument("--passages", type=_parse_count, metavar="N", help=passages)
-    size.add_argument("--max-new-tokens", "--new-tokens", type=_parse_count, metavar="N", help="of an answer")
+    for name, said in (
+        ("--groups", f"of questions ({GROUPS}); of own data at most so many lines"),
+        ("--questions", f"in a group, at most ({QUESTIONS})"),
+        ("--passages", f"paragraphs in a prompt ({SIZE}); 30 of real text are about 5,000 tokens"),
+    ):
+        size.add_argument(name, type=parse_count, metavar="N", help=said)
+    size.add_argument("--max-new-tokens", "--new-tokens", type=parse_count, metavar="N", help="of an answer")
     model = parser.add_argument_group("model")
-    which = model.add_mutually_exclusive_group()
-    which.add_argument("--model", help="folder or hub id (default: the built-in reference model)")
-    which.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"of {', '.join(PRESETS)} (random weights)")
+    model.add_argument("--model", help="folder or hub id (default: the built-in reference model)")
     model.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
     model.add_argument("--dtype", default="auto", help="torch dtype, or auto (default)")
-    model.add_argument("--threads", type=_parse_count, metavar="N", help="of PyTorch (default: its own choice)")
+    model.add_argument("--threads", type=parse_count, metavar="N", help="of PyTorch (default: its own choice)")
     processes = "that share the cases, with one thread each unless --threads says otherwise; needs --out"
-    model.add_argument("--processes", type=_parse_count, default=1, metavar="N", help=processes)
+    model.add_argument("--processes", type=parse_count, default=1, metavar="N", help=processes)
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="where the tables go (default: printed only)")
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of tables")
@@ -131,17 +113,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def find_scenarios(args: argparse.Namespace, subject: Subject) -> list[Scenario]:
+    """The scenarios asked for: on own data, on the news for the built-in model, else on real text."""
+    made = _ask_about_own(args) if args.data else _ask_about_text(args, subject)
+    found = {name: list(cases) for name, cases in made.items()}
+    if not subject.tokenizer.chat_template:
+        found = {name: [complete(case) for case in cases] for name, cases in found.items()}
+    judging: Judging = "mentions" if args.data else "gold"
+    room = args.max_new_tokens or (OWN_TOKENS if args.data else TEXT_TOKENS)
+    return [Scenario(name, cases, len(cases), room, judging) for name, cases in found.items() if cases]
+
+
+def _ask_about_own(args: argparse.Namespace) -> dict[str, Iterator[Case]]:
+    examples = dataset.read_examples(args.data)[: args.groups]
+    return {name: dataset.make_own_cases(name, examples, args.seed) for name in (dataset.DATA, dataset.UNLIKE)}
+
+
+def _ask_about_text(args: argparse.Namespace, subject: Subject) -> dict[str, Iterator[Case]]:
+    groups, questions = (QUICK_GROUPS, QUICK_QUESTIONS) if args.quick else (GROUPS, QUESTIONS)
+    sizes = args.groups or groups, args.questions or questions, args.seed
+    passages = make_news() if subject.name == REFERENCE_MODEL else read_passages()
+    names = args.scenarios or (QUICK_SCENARIOS if args.quick else CHANGES)
+    return {name: make_text_cases(name, *sizes, passages, args.passages or SIZE) for name in TEXTS if name in names}
+
+
+def load_subject(args: argparse.Namespace) -> Subject:
+    """The model asked for."""
+    return load_model(args.model, args.device, args.dtype)
+
+
 def prepare(
-    args: argparse.Namespace, policies: Mapping[str, Policy] = POLICIES, *, with_scenarios: bool = True
+    args: argparse.Namespace,
+    policies: Mapping[str, Policy] = POLICIES,
+    find: FindScenarios = find_scenarios,
+    load: LoadSubject = load_subject,
 ) -> tuple[Study, Subject]:
     """What the arguments ask for, and the model it is measured on."""
     _check(args)
-    drawn, sized = _choose_scenarios(args) if with_scenarios else ([], [])
-    texts = [name for name in TEXTS if with_scenarios and name in (args.scenarios or ())]
-    if with_scenarios:
-        _check_text_sizes(args, texts)
     policies = _add_own(policies, args.policy)
-    examples = dataset.read_examples(args.data) if args.data else []
     usual = () if args.policy else QUICK_POLICIES if args.quick else DEFAULT_POLICIES
     chosen = list(dict.fromkeys([FULL, *(args.policies or usual), *dict(args.policy)]))
     configs = make_configs(chosen, dict(args.set), policies)
@@ -152,21 +161,11 @@ def prepare(
     if args.threads:
         torch.set_num_threads(args.threads)
     with Console(stderr=True).status("Loading the model"):
-        subject = load_subject(args.model or args.preset or REFERENCE, args.device, args.dtype, args.seed)
-    lengths = sorted(set(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS)))
-    found = [_draw_scenario(args, subject, name) for name in drawn]
-    found += [_size_scenario(args, subject, name, length) for length in lengths for name in sized]
-    found += [_ask_about_text(args, subject, name) for name in texts]
-    most = args.cases or (QUICK_CASES if args.quick else None)
-    for name in (dataset.DATA, NEGATIVE_CONTROL):
-        cases = list(dataset.make_own_cases(name, examples, args.seed, choose_layouts(args, subject)))[:most]
-        found += [Scenario(name, cases, len(cases), max_new_tokens=args.max_new_tokens)] if cases else []
-    is_exact = subject.name == REFERENCE_MODEL and not args.data
+        subject = load(args)
     study = Study(
         "Answers under reuse, on own data" if args.data else "Answers and speed under reuse",
-        found,
+        find(args, subject),
         configs,
-        judging=args.judging or ("exact" if is_exact else "mentions"),
         about={name: policies[name].about for name in chosen},
     )
     return study, subject
@@ -175,68 +174,16 @@ def prepare(
 def _check(args: argparse.Namespace) -> None:
     """Refuse what does not go together, before anything is loaded."""
     require(args.out is None or args.out.suffix == ".md", "--out", str(args.out), "a file name ending in .md")
-    for name in ("scenarios", "lengths"):
-        if args.data and getattr(args, name):
-            raise ValueError(f"--{name} and --data are given; accepted is one of them")
-
-
-def _check_text_sizes(args: argparse.Namespace, texts: Sequence[str]) -> None:
-    drawn = [name for name in TEXTS if name != MULTI_HOP]
-    for name, known in (("groups", TEXTS), ("questions", TEXTS), ("passages", drawn)):
-        size = getattr(args, name)
-        is_used = size is None or not set(known).isdisjoint(texts)
+    if args.data and args.scenarios:
+        raise ValueError("--scenarios and --data are given; accepted is one of them")
+    for name, known in (("questions", TEXTS), ("passages", CHANGES)):
+        size, names = getattr(args, name), args.scenarios or (() if args.data else CHANGES)
+        is_used = size is None or not set(known).isdisjoint(names)
         require(is_used, f"--{name}", size, f"nothing without --scenarios of {', '.join(known)}")
     if args.passages is not None:
         check_size(args.passages)
-
-
-def _choose_scenarios(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Names of drawn ones, and of those at a length."""
     if args.data:
-        return [], []
-    names = args.scenarios or (QUICK_SCENARIOS if args.quick else SCENARIOS)
-    names = [name for name in names if name not in TEXTS]
-    known_drawn = () if args.lengths else DRAWN
-    known_sized = () if not args.lengths and (args.cases or args.documents) else SIZED
-    families = FAMILIES if args.lengths else {}
-    for name in names if args.scenarios else ():
-        if name not in (*known_drawn, *known_sized, *families):
-            accepted = ", ".join(dict.fromkeys([*known_drawn, *known_sized]))
-            raise ValueError(f"--scenarios is {name}; accepted for prompts of these sizes is {accepted}")
-    asked = {*names, *(part for name in names for part in families.get(name, ()))}
-    return [name for name in known_drawn if name in asked], [name for name in known_sized if name in asked]
-
-
-def _draw_scenario(args: argparse.Namespace, subject: Subject, name: str) -> Scenario:
-    count = args.cases or (QUICK_CASES if args.quick else CASES)
-    few, many = args.documents or (QUICK_DOCUMENTS if args.quick else scenarios.DEFAULT_DOCUMENTS)
-    cases = scenarios.make_cases(name, count, args.seed, (few, many), choose_layouts(args, subject))
-    return Scenario(name, cases, count, max_new_tokens=args.max_new_tokens)
-
-
-def _size_scenario(args: argparse.Namespace, subject: Subject, name: str, length: int) -> Scenario:
-    """Cases of seeds that follow on each other; none beyond the context window."""
-    window = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if window is not None and length > window:
-        return Scenario(name, (), 0, length, problem=f"beyond the model's context window of {window} tokens")
-    if not subject.tokenizer.chat_template:
-        return Scenario(name, (), 0, length, problem="the model has no chat template")
-    renderer, new_tokens = PromptRenderer(subject.tokenizer), args.max_new_tokens or NEW_TOKENS
-    room = length if window is None else min(length, window - new_tokens)
-    cases = [
-        make_sized_case(name, room, args.seed + index, lambda prompt: len(renderer.render(prompt, {}).token_ids))
-        for index in range(args.cases or 1)
-    ]
-    repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
-    return Scenario(name, cases, len(cases), length, range(repeats + 1), new_tokens)
-
-
-def _ask_about_text(args: argparse.Namespace, subject: Subject, name: str) -> Scenario:
-    if not subject.tokenizer.chat_template:
-        return Scenario(name, (), 0, problem="the model has no chat template")
-    groups, questions, passages = args.groups or GROUPS, args.questions or QUESTIONS, args.passages or SIZE
-    cases = list(make_text_cases(name, groups, questions, args.seed, size=passages))
-    return Scenario(name, cases, len(cases), max_new_tokens=args.max_new_tokens or TEXT_TOKENS, judging="gold")
+        dataset.read_examples(args.data)
 
 
 def _add_own(policies: Mapping[str, Policy], own: Sequence[tuple[str, Policy]]) -> Mapping[str, Policy]:
@@ -248,12 +195,8 @@ def _add_own(policies: Mapping[str, Policy], own: Sequence[tuple[str, Policy]]) 
     return found
 
 
-def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[world.Layout]:
-    """Those asked for, else all usual ones of a model that knows messages, else plain text."""
-    return args.layouts or (scenarios.DEFAULT_LAYOUTS if subject.tokenizer.chat_template else ("completion",))
-
-
-def _parse_count(text: str) -> int:
+def parse_count(text: str) -> int:
+    """The whole number that a command line names, 1 or more."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r}; accepted is a whole number, 1 or more")
     return int(text)

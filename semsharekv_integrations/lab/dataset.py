@@ -9,11 +9,12 @@ The file has one JSON object on each line (blank lines are skipped):
 
 Each line becomes a case of scenario ``data``, behind a prompt on the stored documents that asked for their summary;
 and, as the negative control ``unlike``, behind the stored documents of another line that has no text in common with it.
+An answer is right if it mentions what it should, in any case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -21,11 +22,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from semsharekv_integrations.errors import require, show_value
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.scenarios import Case, make_query, shuffle
-from semsharekv_integrations.lab.world import Document, Layout
+from semsharekv_integrations.lab.scenarios import Case, shuffle
+from semsharekv_integrations.lab.texts import ask
 
-DATA = "data"
+DATA, UNLIKE = "data", "unlike"
+STORED_REQUEST = "Summarize the documents."
 ACCEPTED = {  # by field
     "documents": "an object of one or more texts by id, none of them blank",
     "question": "a string that is not blank",
@@ -76,30 +77,25 @@ def _read_example(where: str, line: str) -> Example:
     return example
 
 
-def make_own_cases(name: str, examples: Sequence[Example], seed: int, layouts: Sequence[Layout]) -> Iterator[Case]:
+def make_own_cases(name: str, examples: Sequence[Example], seed: int) -> Iterator[Case]:
     """One case for each example; of the negative control if there is another one that shares no text with it."""
     for index, example in enumerate(examples):
         rng = Random(f"{name} {seed} {index}")
-        others = [other for other in examples if not other.texts & example.texts] if name != DATA else [example]
-        if others:
-            yield _make_case(rng, name, example, others[0] if name == DATA else rng.choice(others), layouts)
+        others = [other for other in examples if not other.texts & example.texts]
+        if name == DATA or others:
+            yield _make_case(rng, name, example, example if name == DATA else rng.choice(others), index)
 
 
-def _make_case(rng: Random, name: str, example: Example, earlier: Example, layouts: Sequence[Layout]) -> Case:
-    """Both prompts in the same template, as an application has one."""
-    stored: Sequence[Document] = _make_documents(earlier.stored or earlier.documents)
+def _make_case(rng: Random, name: str, example: Example, earlier: Example, index: int) -> Case:
+    stored, target = earlier.stored or earlier.documents, example.documents
     if earlier.stored is None:
-        stored = shuffle(rng, stored)
-    used = rng.choice(layouts), rng.randrange(len(world.SYSTEM_WRAPS))
+        stored = {key: stored[key] for key in shuffle(rng, list(stored))}
     return Case(
         name,
-        (make_query(used, stored, world.SUMMARY_REQUESTS[0]),),
-        make_query(used, _make_documents(example.documents), example.question),
+        (ask(stored, STORED_REQUEST),),
+        ask(target, example.question),
         example.answer,
         values=() if example.answer is None else (example.answer,),
+        place=(index, 0),
+        in_order=ask(stored, example.question) if stored.items() == target.items() else None,
     )
-
-
-def _make_documents(texts: Mapping[str, str]) -> list[Document]:
-    """Documents of the lab that are nothing but a text, its braces escaped."""
-    return [Document(key, {}, text.replace("{", "{{").replace("}", "}}"), ()) for key, text in texts.items()]

@@ -9,31 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, median
-from types import MappingProxyType
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.config import Mode
 from semsharekv_integrations.lab.policies import EXACT, FLOORS, FULL
 from semsharekv_integrations.report import ReuseReport
 
-CONTROLS: tuple[Mode, ...] = ("off", "exact")  # modes that reuse nothing off the prefix
-UNTIMED = 0  # the round into which one-time costs fall
 NUM_RESAMPLES = 2000
 _BESIDE_NAN: Mapping[Callable[..., Any], Callable[..., Any]] = {np.mean: np.nanmean, np.median: np.nanmedian}  # slow
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One call: a case under one policy, in one round."""
+    """One call: a case under one policy."""
 
     scenario: str
-    length: int | None  # tokens that the prompt was asked to have, or None if it was drawn
     policy: str
     case: int  # index within the scenario
-    round: int  # from 1 on; 0 is not timed
     report: ReuseReport = field(default_factory=lambda: ReuseReport("off", 0))
     text: str = ""
     expected: str | None = None  # the right answer, or None if it is not known
@@ -44,7 +38,7 @@ class Outcome:
     store_s: float | None = None  # seconds that it took to put the references into the store
     store_bytes: int | None = None  # in the store after the call
     extra: Mapping[str, Any] = field(default_factory=dict)  # what a probe measured besides, by name
-    group: int | None = None  # of the cases about the same real texts; None for what was drawn or has a length
+    group: int | None = None  # of the cases about the same documents; None where each has its own
     f1: float | None = None  # of `text` to the nearest right answer, in words
     full_f1: float | None = None  # of `text` to what a full prefill gives
     kl: tuple[float, ...] = ()  # at each token of a full prefill's answer, full to own, in nats
@@ -54,12 +48,6 @@ class Outcome:
     def fired(self) -> bool:
         """Whether KV was reused off the exact prefix."""
         return self.report.identical_tokens + self.report.fuzzy_tokens > 0
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether figures are over it: of drawn prompts where reuse fired or the policy is a control, else always."""
-        is_drawn = self.length is None and self.group is None
-        return not is_drawn or self.fired or self.report.mode in CONTROLS
 
     @property
     def has_costs(self) -> bool:
@@ -79,13 +67,12 @@ class Failure:
     """What was not measured, and why; ``policy`` is ``all`` if that holds for every one."""
 
     scenario: str
-    length: int | None
     policy: str
     reason: str
 
 
 class Pair(NamedTuple):
-    """A call, and those of a full prefill and of exact reuse on its case in its round, unless they failed."""
+    """A call, and those of a full prefill and of exact reuse on its case, unless they failed."""
 
     own: Outcome
     full: Outcome | None
@@ -93,26 +80,26 @@ class Pair(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value and what it lies between: its 95% interval over cases or, of a single case, quartiles over rounds."""
+    """A value and its 95% interval over cases."""
 
     value: float
     low: float
     high: float
 
 
-Values = Mapping[int, Sequence[float]]  # by case, one for each round
-Groups = Mapping[int, int]  # by case; one that is not in it is a group of its own
+Groups = Sequence[int] | None  # the group of each value; None where each is a group of its own
+Statistic = Callable[[Sequence[float], Groups], Estimate]  # of one value for each case
 
 
-def estimate_share(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
-    """Of cases, each of which counts once, with Wilson's 95% interval; of a single case, which says little, without.
+def estimate_share(values: Sequence[float], groups: Groups = None) -> Estimate:
+    """Share of cases with Wilson's 95% interval; of a single case, which says little, without.
 
     Cases in groups are not independent: their interval is that of a bootstrap.
     """
     if groups:
-        return estimate_mean(values, seed, groups)
+        return estimate_mean(values, groups)
     z, asked = 1.96, len(values)
-    right = sum(found[0] for found in values.values()) / asked
+    right = sum(values) / asked
     if asked == 1:
         return Estimate(right, right, right)
     centre = right + z * z / (2 * asked)
@@ -121,47 +108,32 @@ def estimate_share(values: Values, seed: int, groups: Groups = MappingProxyType(
     return Estimate(right, max(min(low, right), 0.0), min(max(high, right), 1.0))  # rounding may put it outside
 
 
-def estimate_mean(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
-    """Over cases, each of which counts once, with the 95% interval of a bootstrap over groups."""
-    return bootstrap([found[0] for found in values.values()], np.mean, seed, _list_groups(values, groups))
+def estimate_mean(values: Sequence[float], groups: Groups = None) -> Estimate:
+    """Mean with the 95% interval of a bootstrap over groups."""
+    return bootstrap(values, np.mean, groups)
 
 
-def estimate_median(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
-    """Median over cases with the 95% interval of a bootstrap; of a single case over rounds, with quartiles."""
-    if len(values) > 1:
-        medians = [median(found) for found in values.values()]
-        return bootstrap(medians, np.median, seed, _list_groups(values, groups))
-    return find_quartiles(next(iter(values.values())))
+def estimate_median(values: Sequence[float], groups: Groups = None) -> Estimate:
+    """Median with the 95% interval of a bootstrap over groups."""
+    return bootstrap(values, np.median, groups)
 
 
-def _list_groups(values: Values, groups: Groups) -> list[int] | None:
-    return [groups[case] for case in values] if groups else None
-
-
-def estimate_worst_share(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
+def estimate_worst_share(values: Sequence[float], groups: Groups = None) -> Estimate:
     """What share of the whole the worst tenth of the cases makes; without an interval."""
-    found = sorted((float(first) for first, *_ in values.values()), reverse=True)
+    found = sorted(values, reverse=True)
     worst, whole = sum(found[: math.ceil(len(found) / 10)]), sum(found)
     return Estimate(*(worst / whole if whole else 0.0,) * 3)
 
 
-def compute_mcnemar(values: Values, seed: int, groups: Groups = MappingProxyType({})) -> Estimate:
+def compute_mcnemar(values: Sequence[float], groups: Groups = None) -> Estimate:
     """McNemar's exact p, two-sided, of paired differences: how likely as uneven a split is if none is better."""
-    signs = [math.copysign(1, first) for first, *_ in values.values() if first]
+    signs = [math.copysign(1, value) for value in values if value]
     fewer, all_pairs = min(signs.count(1), signs.count(-1)), len(signs)
     tail = sum(math.comb(all_pairs, number) for number in range(fewer + 1)) / 2**all_pairs
     return Estimate(*(min(1.0, 2 * tail),) * 3)
 
 
-def find_quartiles(values: Sequence[float]) -> Estimate:
-    """Median and quartiles of one value or more."""
-    low, value, high = np.percentile(values, (25, 50, 75))
-    return Estimate(float(value), float(low), float(high))
-
-
-def bootstrap(
-    values: Sequence[float], figure: Callable[..., np.ndarray], seed: int = 0, groups: Sequence[int] | None = None
-) -> Estimate:
+def bootstrap(values: Sequence[float], figure: Callable[..., np.ndarray], groups: Groups = None) -> Estimate:
     """A figure of one value or more with the 95% interval of a bootstrap; a single point where no value differs.
 
     What is drawn again is whole groups, of which ``groups`` names one for each value; default: each value by itself.
@@ -175,7 +147,7 @@ def bootstrap(
     padded = np.full((len(places), max(map(len, places.values()))), np.nan)
     for row, found in zip(padded, places.values(), strict=True):
         row[: len(found)] = sample[found]
-    drawn = np.random.default_rng(seed).integers(len(padded), size=(NUM_RESAMPLES, len(padded)))
+    drawn = np.random.default_rng(0).integers(len(padded), size=(NUM_RESAMPLES, len(padded)))
     over = _BESIDE_NAN.get(figure, figure) if np.isnan(padded).any() else figure
     low, high = np.percentile(over(padded[drawn].reshape(NUM_RESAMPLES, -1), axis=1), (2.5, 97.5))
     return Estimate(float(figure(sample)), float(low), float(high))
@@ -188,8 +160,7 @@ class Figure(NamedTuple):
     title: str  # above its column
     form: str  # how it is written
     read: Callable[[Pair], float | None]  # its value for a call; None where it has none
-    statistic: Callable[[Values, int, Groups], Estimate] = estimate_median  # of these values over the timed calls
-    over: Callable[[Outcome], bool] = lambda outcome: outcome.is_counted  # which calls; default: those that count
+    statistic: Statistic = estimate_median  # of these values
     scale: float = 1.0  # of the figure as it is written
     short: str = ""  # above its column on a terminal; nothing for a figure that is not shown there
 
@@ -201,8 +172,8 @@ def _compare_right(pair: Pair) -> float | None:
     return 100.0 * (pair.own.right - pair.full.right)
 
 
-def _compare_grouped(pair: Pair) -> float | None:
-    return None if pair.own.group is None or pair.own.policy == FULL else _compare_right(pair)
+def _compare_to_full(pair: Pair) -> float | None:
+    return None if pair.own.policy == FULL else _compare_right(pair)
 
 
 def _read_kl(reduce: Callable[[Sequence[float]], float]) -> Callable[[Pair], float | None]:
@@ -214,11 +185,7 @@ def _read_cost(name: str) -> Callable[[Pair], float | None]:
 
 
 def _read_fired(pair: Pair) -> bool | None:
-    return pair.own.report.reused_tokens > 0 if pair.own.group is not None and pair.own.has_costs else None
-
-
-def _read_full_stale(pair: Pair) -> bool | None:
-    return None if pair.full is None else pair.full.stale
+    return pair.own.report.reused_tokens > 0 if pair.own.has_costs else None
 
 
 def _read_divergence(pair: Pair) -> float | None:
@@ -233,41 +200,26 @@ def _divide_ttft(other: Outcome | None, own: Outcome) -> float | None:
     return other.report.ttft_s / own.report.ttft_s
 
 
-def _is_rest(outcome: Outcome) -> bool:
-    return not outcome.is_counted
-
-
-def _measure_overhead(pair: Pair) -> float | None:
-    ratio, compute = _divide_ttft(pair.full, pair.own), pair.own.report.compute_ratio
-    return 1 / ratio / compute if ratio and compute else None
-
-
 FIGURES = (
     Figure("accuracy", "accuracy", ".3f", lambda p: p.own.right, estimate_share, short="right"),
-    Figure("full_accuracy", "full prefill's", ".3f", lambda p: p.full.right if p.full else None, estimate_share),
     Figure("difference_points", "difference in points", "+.1f", _compare_right, estimate_mean, short="points to off"),
-    Figure("mcnemar_p", "McNemar's p", ".3f", _compare_grouped, compute_mcnemar),
+    Figure("mcnemar_p", "McNemar's p", ".3f", _compare_to_full, compute_mcnemar),
     Figure("f1", "F1", ".3f", lambda p: p.own.f1, estimate_mean),
     Figure("full_f1", "F1 to full prefill's", ".3f", lambda p: p.own.full_f1, estimate_mean),
     Figure("agreement", "agreement", ".3f", lambda p: p.own.agrees, estimate_share, short="agrees"),
     Figure("stale_rate", "stale", ".3f", lambda p: p.own.stale, estimate_share, short="stale"),
-    Figure(
-        "full_stale_rate", "full prefill's stale", ".3f", lambda p: p.full.stale if p.full else None, estimate_share
-    ),
     Figure("kl_divergence", "KL", ".2g", _read_divergence),
     Figure("answer_kl", "KL along the answer", ".4f", _read_kl(fmean), estimate_mean, short="KL"),
     Figure("worst_kl", "its worst token", ".3f", _read_kl(max), estimate_mean),
     Figure("worst_kl_share", "share of the worst tenth", ".2f", _read_kl(fmean), estimate_worst_share),
     Figure("top1", "top-1", ".3f", lambda p: p.own.top1, estimate_mean, short="top-1"),
     Figure("fired_share", "reused", ".2f", _read_fired, estimate_share),
-    Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens, short="tokens"),
+    Figure("prompt_tokens", "tokens", ".0f", lambda p: p.own.report.prompt_tokens),
     Figure("reused_tokens", "reused tokens", ".0f", _read_cost("reused_tokens")),
     Figure("compute_ratio", "compute", ".3f", _read_cost("compute_ratio"), short="compute"),
-    Figure("ttft_s", "TTFT, ms", ".1f", _read_cost("ttft_s"), scale=1000, short="TTFT, ms"),
+    Figure("ttft_s", "TTFT, ms", ".1f", _read_cost("ttft_s"), scale=1000),
     Figure("ttft_ratio", "times faster than off", ".2f", lambda p: _divide_ttft(p.full, p.own), short="x off"),
-    Figure("rest_ttft_ratio", "than off, rest", ".2f", lambda p: _divide_ttft(p.full, p.own), over=_is_rest),
-    Figure("exact_ratio", "than exact", ".2f", lambda p: _divide_ttft(p.exact, p.own), short="x exact"),
-    Figure("overhead", "overhead", ".2f", _measure_overhead, short="overhead"),
+    Figure("exact_ratio", "than exact", ".2f", lambda p: _divide_ttft(p.exact, p.own)),
     Figure("kv_kept_ratio", "KV kept", ".3f", lambda p: p.own.report.kv_retained_ratio),
     Figure("kv_bytes", "KV, MB", ".1f", lambda p: p.own.report.kv_bytes, scale=1e-6),
     Figure("store_bytes", "in store, MB", ".1f", lambda p: p.own.store_bytes, scale=1e-6),
@@ -278,68 +230,46 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One policy in one scenario at one length."""
+    """One policy in one scenario."""
 
     scenario: str
-    length: int | None
     policy: str
     cases: int = 0
-    fired: int = 0  # on how many of the cases KV was reused off the exact prefix
-    counted: int = 0  # how many of them the figures are over
-    rounds: int = 0  # timed rounds of each case
+    groups: int = 0  # that they come in; none where each case has its own documents
     # by name, those for which there is something to take them from
     figures: Mapping[str, Estimate] = field(default_factory=dict)
-    note: str = ""  # why it was not measured, or why nothing was reused
-    groups: int = 0  # that they come in; none for what was drawn or has a length
+    note: str = ""  # why it was not measured, or why nothing was ever reused
 
     def __getitem__(self, name: str) -> Estimate | None:
         return self.figures.get(name)
 
 
 def summarize(
-    outcomes: Sequence[Outcome],
-    failures: Sequence[Failure] = (),
-    figures: Sequence[Figure] = FIGURES,
-    seed: int = 0,
+    outcomes: Sequence[Outcome], failures: Sequence[Failure] = (), figures: Sequence[Figure] = FIGURES
 ) -> list[Row]:
-    """One row for each scenario, length and policy, grouped by scenario and ascending in length.
-
-    A failure becomes the note of its row. ``seed`` is that of the bootstraps.
-    """
-    calls: dict[tuple[str, int | None, int, int], dict[str, Outcome]] = {}
+    """One row for each scenario and policy, grouped by scenario. A failure becomes the note of its row."""
+    calls: dict[tuple[str, int], dict[str, Outcome]] = {}
     for o in outcomes:
-        calls.setdefault((o.scenario, o.length, o.case, o.round), {})[o.policy] = o
-    groups: dict[tuple[str, int | None, str], list[Pair]] = {(o.scenario, o.length, o.policy): [] for o in outcomes}
-    for (scenario, length, *_), said in calls.items():
+        calls.setdefault((o.scenario, o.case), {})[o.policy] = o
+    pairs: dict[tuple[str, str], list[Pair]] = {(o.scenario, o.policy): [] for o in outcomes}
+    for (scenario, _), said in calls.items():
         for policy, own in said.items():
-            groups[scenario, length, policy].append(Pair(own, said.get(FULL), said.get(EXACT)))
-    rows = {key: _make_row(Row(*key), pairs, figures, seed) for key, pairs in groups.items()}
+            pairs[scenario, policy].append(Pair(own, said.get(FULL), said.get(EXACT)))
+    rows = {key: _make_row(*key, found, figures) for key, found in pairs.items()}
     for failure in failures:
-        key = (failure.scenario, failure.length, failure.policy)
+        key = (failure.scenario, failure.policy)
         rows[key] = replace(rows.get(key) or Row(*key), note=failure.reason)  # beside what was measured before
     scenarios = list(dict.fromkeys(row.scenario for row in rows.values()))
-    return sorted(rows.values(), key=lambda row: (scenarios.index(row.scenario), row.length or 0))
+    return sorted(rows.values(), key=lambda row: scenarios.index(row.scenario))
 
 
-def _make_row(row: Row, pairs: Sequence[Pair], figures: Sequence[Figure], seed: int) -> Row:
-    timed = [pair for pair in pairs if pair.own.round != UNTIMED]
-    groups = {pair.own.case: pair.own.group for pair in pairs if pair.own.group is not None}
+def _make_row(scenario: str, policy: str, pairs: Sequence[Pair], figures: Sequence[Figure]) -> Row:
+    groups = [pair.own.group for pair in pairs if pair.own.group is not None]
     found = {}
     for figure in figures:
-        values: dict[int, list[float]] = {}
-        for pair in timed:
-            value = figure.read(pair) if figure.over(pair.own) else None
-            if value is not None:
-                values.setdefault(pair.own.case, []).append(float(value))
-        if values:
-            found[figure.name] = figure.statistic(values, seed, groups)
-    return replace(
-        row,
-        cases=len({pair.own.case for pair in pairs}),
-        fired=len({pair.own.case for pair in pairs if pair.own.fired}),
-        counted=len({pair.own.case for pair in timed if pair.own.is_counted}),
-        groups=len(set(groups.values())),
-        rounds=len({pair.own.round for pair in timed}),
-        figures=found,
-        note=(timed[-1].own.report.declined or "") if timed and row.length is not None else "",
-    )
+        read = [(value, pair.own.group) for pair in pairs if (value := figure.read(pair)) is not None]
+        if read:
+            over = [group for _, group in read if group is not None]
+            found[figure.name] = figure.statistic([float(value) for value, _ in read], over or None)
+    reasons = {pair.own.report.declined or "" for pair in pairs}
+    return Row(scenario, policy, len(pairs), len(set(groups)), found, note=reasons.pop() if len(reasons) == 1 else "")

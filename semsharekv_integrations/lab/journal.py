@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from semsharekv_integrations.errors import show_value
 from semsharekv_integrations.lab.figures import Failure, Outcome
 
-Key = tuple[str, int | None, int | None]  # scenario, length and number of the case
+Key = tuple[str, int | None]  # scenario and number of the case
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Entry:
     """What one case gave. ``case`` is None for what failed for all cases of a scenario."""
 
     scenario: str
-    length: int | None
     case: int | None
     seconds: float  # that it took
     outcomes: tuple[Outcome, ...] = ()
@@ -35,7 +34,7 @@ class Entry:
     @property
     def key(self) -> Key:
         """Which case it is about."""
-        return self.scenario, self.length, self.case
+        return self.scenario, self.case
 
 
 _ENTRIES = TypeAdapter(Entry)

@@ -28,30 +28,17 @@ from semsharekv_integrations.terminal import print_table
 NOTHING = "-"
 _DISTRIBUTIONS = ("semsharekv-integrations", "torch", "transformers")
 _OUTPUT_OPTION = "--out"  # left out of a recorded command: it says where the figures went, not what they are
-_NOT_OF_DRAWN = (
-    "prompt_tokens",
-    "ttft_s",
-    "exact_ratio",
-    "overhead",
-)  # on a terminal, which is narrow
-_NOT_OF_SIZED = ("difference_points", "agreement", "stale_rate")
 LEGEND = (
-    "Each figure is beside a full prefill of the same prompts. Of drawn prompts it is over the cases on which reuse "
-    "fired, or over all of them for a control, and `rest` over the others; brackets are 95% intervals over cases, and "
-    "there are none where all gave the same. A single prompt at a length has quartiles over timed rounds in its "
-    "brackets; a first round is not timed. Times, compute, KL and bytes are medians, and ratios are taken within a "
-    "round, in which every policy takes its turn, in an order drawn anew. TTFT: time to first token. Compute: "
-    "token-layers computed over tokens times layers. Overhead: share of off's time over compute; 1 would be none. "
-    "Before each call the store holds the references alone."
-)
-TEXT_LEGEND = (
-    "On real text every case counts. An answer is right if it holds a gold one (as SQuAD normalizes, whole words). "
-    "F1 is SQuAD's, to the gold answers and to the full prefill's answer. Cases come in groups over the same "
-    "documents: brackets are bootstraps over groups, and p is McNemar's exact one. KL and top-1 are along the full "
-    "prefill's own answer, averaged over its tokens; the worst tenth are the cases with the largest KL. Full prefills "
-    "of a group share their documents' KV, exactly, so that times are beside the first of each group alone. Floors, "
-    "which differ though nothing is approximate, are over the first of each group: `chunks` is the same prompt in two "
-    "pieces, `order` the same documents in the stored order."
+    "Each figure is beside a full prefill of the same prompts, and over every case. Brackets are 95% intervals over "
+    "cases, or bootstraps over groups where cases come in groups over the same documents; there are none where all "
+    "gave the same. p is McNemar's exact one. Times, compute, bytes and the KL of first tokens are medians, and ratios "
+    "are taken within a case. TTFT: time to first token. Compute: token-layers computed over tokens times layers. "
+    "An answer is right if it holds a gold one (as SQuAD normalizes, whole words). F1 is SQuAD's, to the gold answers "
+    "and to the full prefill's answer. KL and top-1 are along the full prefill's own answer, averaged over its tokens; "
+    "the worst tenth are the cases with the largest KL. Before each call the store holds the references alone. Full "
+    "prefills of a group share their documents' KV, exactly, so that times are beside the first of each group alone. "
+    "Floors, which differ though nothing is approximate, are over the first of each group: `chunks` is the same prompt "
+    "in two pieces, `order` the same documents in the stored order."
 )
 
 
@@ -133,43 +120,28 @@ def make_json(about: Mapping[str, Any], rows: Sequence[Row], **measured: Any) ->
 
 def make_page(about: Mapping[str, Any], rows: Sequence[Row], figures: Sequence[Figure] = FIGURES) -> str:
     """All figures as Markdown, with where they come from and a line on each policy that has one."""
-    legend = LEGEND if all(row.groups == 0 for row in rows) else f"{LEGEND}\n\n{TEXT_LEGEND}"
-    tables = (f"## {title}\n\n{make_table(shown, figures)}" for title, shown in _split_rows(rows))
+    tables = (f"## {name}\n\n{make_table(shown, figures)}" for name, shown in _split_rows(rows))
     policies = "\n".join(f"- {name}: {said}" for name, said in about["about_policies"].items())
-    return "\n\n".join([f"# {about['title']}", make_headline(about), legend, *tables, policies]).rstrip() + "\n"
+    return "\n\n".join([f"# {about['title']}", make_headline(about), LEGEND, *tables, policies]).rstrip() + "\n"
 
 
 def _split_rows(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Those of drawn prompts, of prompts at a length and of each scenario on real text, under titles, if any."""
-    parts: dict[str, list[Row]] = {"Drawn prompts": [], "Prompts at a length": []}
-    of_text = {row.scenario for row in rows if row.groups}
-    for row in rows:
-        title = "Drawn prompts" if row.length is None else "Prompts at a length"
-        title = f"Real text: {row.scenario}" if row.scenario in of_text else title
-        parts.setdefault(title, []).append(row)
-    return [(title, found) for title, found in parts.items() if found]
+    return [(name, list(found)) for name, found in groupby(rows, lambda row: row.scenario)]
 
 
 def make_table(rows: Sequence[Row], figures: Sequence[Figure] = FIGURES) -> str:
     """The rows as a Markdown table. A column that no row has anything for is left out."""
     columns: dict[str, Callable[[Row], str]] = {
         "scenario": lambda row: row.scenario,
-        "asked": lambda row: str(row.length or NOTHING),
         "policy": lambda row: row.policy,
-        "fired of cases": lambda row: NOTHING if row.groups else _count_cases(row),
-        "n": lambda row: str(row.cases) if row.groups else NOTHING,
+        "n": lambda row: str(row.cases or NOTHING),
         "groups": lambda row: str(row.groups or NOTHING),
-        "rounds": lambda row: str(row.rounds) if row.rounds > 1 else NOTHING,
         **{figure.title: _show_with(figure) for figure in figures},
         "note": lambda row: row.note.replace("|", "/") or NOTHING,
     }
     shown = {title: cells for title, show in columns.items() if set(cells := [show(row) for row in rows]) != {NOTHING}}
     lines = (list(shown), ["---"] * len(shown), *zip(*shown.values(), strict=True))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _count_cases(row: Row) -> str:
-    return f"all {row.cases}" if row.counted == row.cases and not row.fired else f"{row.fired} of {row.cases}"
 
 
 def _show_with(figure: Figure, *, is_short: bool = False) -> Callable[[Row], str]:
@@ -188,34 +160,25 @@ def _show_with(figure: Figure, *, is_short: bool = False) -> Callable[[Row], str
     return show
 
 
-def print_rows(console: Console, rows: Sequence[Row]) -> None:
+def print_rows(console: Console, rows: Sequence[Row], figures: Sequence[Figure] = FIGURES) -> None:
     """The figures that matter most, and what there is to say about them."""
-    for title, shown in _split_rows([row for row in rows if row.rounds]):
-        print_table(console, _make_terminal_table(title, shown))
+    for name, shown in _split_rows([row for row in rows if row.cases]):
+        print_table(console, _make_terminal_table(name, shown, figures))
     places: dict[str, list[str]] = {}
     for row in rows:
-        where = (row.scenario, str(row.length or ""), row.policy)
-        places.setdefault(row.note, []).append(" ".join(filter(None, where)))
+        places.setdefault(row.note, []).append(f"{row.scenario} {row.policy}")
     for note in filter(None, places):
         console.print(f"{note}: {', '.join(places[note])}", style="dim", highlight=False, markup=False)
 
 
-def _make_terminal_table(title: str, rows: Sequence[Row]) -> Table:
-    """A section for each scenario and length; it is always the same reuse that fires at a length."""
-    is_drawn = rows[0].length is None
-    hidden = _NOT_OF_DRAWN if is_drawn else _NOT_OF_SIZED
-    columns: dict[str, Callable[[Row], str]] = {"fired": lambda row: f"{row.fired}/{row.cases}"} if is_drawn else {}
-    if rows[0].groups:
-        columns = {"n": lambda row: str(row.cases)}
-    for figure in FIGURES:
-        if figure.short and figure.name not in hidden and any(row[figure.name] for row in rows):
+def _make_terminal_table(title: str, rows: Sequence[Row], figures: Sequence[Figure]) -> Table:
+    columns: dict[str, Callable[[Row], str]] = {"n": lambda row: str(row.cases)}
+    for figure in figures:
+        if figure.short and any(row[figure.name] for row in rows):
             columns[figure.short] = _show_with(figure, is_short=True)
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    for heading in (*(() if rows[0].groups else ("scenario",)), "policy", *columns):
+    for heading in ("policy", *columns):
         table.add_column(heading, justify="right" if heading in columns else "left", no_wrap=True)
-    for (scenario, _), section in groupby(rows, lambda row: (row.scenario, row.length)):
-        for number, row in enumerate(section):
-            first = () if row.groups else ("" if number else scenario,)
-            table.add_row(*first, row.policy, *(show(row) for show in columns.values()))
-        table.add_section()
+    for row in rows:
+        table.add_row(row.policy, *(show(row) for show in columns.values()))
     return table

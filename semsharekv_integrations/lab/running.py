@@ -9,10 +9,9 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import blake2b
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,10 @@ from semsharekv_integrations.lab.journal import Entry, Journal
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case, Scenario
 
-WRITE_EVERY_S = 300.0  # while a scenario is measured; and behind each one
+WRITE_EVERY_S = 300.0  # while cases are measured; and at the end
 POLL_EVERY_S = 5.0
-_DRAWING = (
-    "documents",
-    "layouts",
-    "passages",
-    "questions",
-    "quick",
-    "kl",
-)  # arguments that cases and figures depend on
+# arguments that cases and figures depend on, of this command and of scripts that take more
+_DRAWING = ("documents", "layouts", "passages", "questions", "quick", "kl", "repeats")
 
 MakeBench = Callable[[Subject, Study], Bench]
 Prepare = Callable[[argparse.Namespace], tuple[Study, Subject]]
@@ -76,15 +69,16 @@ class Run:
     def _make_header(self) -> dict[str, Any]:
         """What outcomes depend on, but for how many cases there are."""
         named = {name: self.about[name] for name in ("title", "model", "dtype", "seed", "judging", "policies")}
-        drawing = {name: getattr(self.args, name) for name in _DRAWING}
+        drawing = {name: getattr(self.args, name, None) for name in _DRAWING}
         data = blake2b(self.args.data.read_bytes()).hexdigest()[:16] if self.args.data else None
-        scenarios = [[s.name, s.length, s.max_new_tokens, len(s.rounds)] for s in self.study.scenarios]
+        # None and 1 are what journals of earlier versions hold of such scenarios: no length, and one round
+        scenarios = [[s.name, None, s.max_new_tokens, 1] for s in self.study.scenarios]
         return {**named, **drawing, "data": data, "scenarios": scenarios}
 
     def summarize(self) -> None:
         """Set ``results`` and ``rows`` to what the journal holds, and write the report if it has a place."""
-        places = {(s.name, s.length): place for place, s in enumerate(self.study.scenarios)}
-        entries = sorted(self.journal.read(), key=lambda entry: places[entry.scenario, entry.length])
+        places = {scenario.name: place for place, scenario in enumerate(self.study.scenarios)}
+        entries = sorted(self.journal.read(), key=lambda entry: places[entry.scenario])
         self.results = Results()
         for entry in entries:
             self.results.add(Results(list(entry.outcomes), list(entry.failures)))
@@ -119,101 +113,81 @@ def run_study(
         console.print(f"{run.journal.path} holds {known} cases already; they are not measured again", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        if args.processes > 1 and prepare is not None:
-            subject.model.to("meta")  # each process has its own
-            _run_processes(run, prepare, progress)
-        else:
-            _run_here(run, make_bench(subject, study), progress)
-    run.summarize()
+        task = progress.add_task("cases", total=sum(scenario.total for scenario in study.scenarios))
+
+        def look_up() -> None:
+            progress.update(task, completed=run.journal.count())
+            run.summarize_sometimes()
+
+        try:
+            if args.processes > 1 and prepare is not None:
+                subject.model.to("meta")  # each process has its own
+                _run_processes(run, prepare, look_up)
+            else:
+                measure_share(make_bench(subject, study), run.journal, look_up)
+        finally:
+            run.summarize()
     if args.json:
         sys.stdout.write(f"{report.make_json(run.about, run.rows)}\n")
         return run.results
-    report.print_rows(Console(), run.rows)
+    report.print_rows(Console(), run.rows, run.study.figures)
     Console().print(f"\n{report.make_headline(run.about)}", highlight=False, markup=False)
     if args.out is not None:
         console.print(f"Written: {args.out}, and every outcome to {args.out.with_suffix('.json')}", markup=False)
     return run.results
 
 
-def _run_here(run: Run, bench: Bench, progress: Progress) -> None:
-    task = progress.add_task("", total=sum(map(bench.count_calls, run.study.scenarios)))
-    share = Share(bench, run.journal, 0, 1)
-    for place, scenario in enumerate(run.study.scenarios):
-        progress.update(task, description=f"{scenario.name} {scenario.length or ''}")
-        share.measure(place, scenario, lambda: progress.advance(task), run.summarize_sometimes)
-        run.summarize()
+def measure_share(
+    bench: Bench, journal: Journal, look_up: Callable[[], None], index: int = 0, processes: int = 1
+) -> None:
+    """Measure what one process does: every ``processes``-th group, as far as the journal does not have it.
+
+    ``look_up`` is called behind each case.
+    """
+    done = {entry.key for entry in journal.read()}
+    for place, scenario in enumerate(bench.study.scenarios):
+
+        def wants(number: int, case: Case, place: int = place, scenario: Scenario = scenario) -> bool:
+            group = case.place[0] if case.place else number
+            return (group + place) % processes == index and (scenario.name, number) not in done
+
+        began = time.perf_counter()
+        for number, found in bench.measure(scenario, wants):
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            entry = Entry(scenario.name, number, seconds, tuple(found.outcomes), tuple(found.failures))
+            if number is not None or (found.failures and index == 0 and entry.key not in done):
+                journal.add(entry)
+                look_up()
 
 
-def _run_processes(run: Run, prepare: Prepare, progress: Progress) -> None:
+def _run_processes(run: Run, prepare: Prepare, look_up: Callable[[], None]) -> None:
     """Measure in several processes; one that fails does not end the others, but the run ends with an error."""
-    count = run.args.processes
-    task = progress.add_task("cases", total=sum(scenario.total for scenario in run.study.scenarios))
     context = multiprocessing.get_context("spawn")
     children = [
-        context.Process(target=_run_share, args=(run.args, prepare, index), daemon=True) for index in range(count)
+        context.Process(target=_run_share, args=(run.args, prepare, index), daemon=True)
+        for index in range(run.args.processes)
     ]
     try:
         for child in children:
             child.start()
-        while any(child.is_alive() for child in children):
-            _wait(children)
-            progress.update(task, completed=run.journal.count())
-            run.summarize_sometimes()
+        while running := [child for child in children if child.is_alive()]:
+            running[0].join(POLL_EVERY_S)
+            look_up()
     finally:
         for child in children:
             child.terminate()
     codes = [child.exitcode for child in children]
     if any(codes):
-        run.summarize()
         raise SemShareError(f"processes ended with exit codes {codes}; run again to go on from {run.journal.path}")
 
 
-def _wait(children: Sequence[BaseProcess]) -> None:
-    for child in children:
-        if child.is_alive():
-            child.join(POLL_EVERY_S)
-            return
-
-
 def _run_share(args: argparse.Namespace, prepare: Prepare, index: int) -> None:
-    """What one of several processes does: every N-th group."""
     study, subject = prepare(args)
-    share = Share(Bench(subject, study), Journal(find_journal(args), None), index, args.processes)
-    for place, scenario in enumerate(study.scenarios):
-        share.measure(place, scenario, lambda: None, _leave_if_orphaned)
+    journal = Journal(find_journal(args), None)
+    measure_share(Bench(subject, study), journal, _leave_if_orphaned, index, args.processes)
 
 
 def _leave_if_orphaned() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         sys.exit(1)
-
-
-class Share:
-    """What one process measures: every ``processes``-th group, as far as the journal does not have it."""
-
-    def __init__(self, bench: Bench, journal: Journal, index: int, processes: int) -> None:
-        self._bench = bench
-        self._journal = journal
-        self._index = index
-        self._processes = processes
-        self._done = {entry.key for entry in journal.read()}
-
-    def measure(self, place: int, scenario: Scenario, advance: Callable[[], None], look_up: Callable[[], None]) -> None:
-        """Measure a scenario, which stands at ``place`` in the study; ``look_up`` is called behind each case."""
-        began = time.perf_counter()
-
-        def wants(number: int, case: Case) -> bool:
-            group = case.place[0] if case.place else number
-            is_own = (group + place) % self._processes == self._index
-            return is_own and (scenario.name, scenario.length, number) not in self._done
-
-        def keep(number: int | None, found: Results) -> None:
-            nonlocal began
-            seconds, began = time.perf_counter() - began, time.perf_counter()
-            entry = Entry(scenario.name, scenario.length, number, seconds, tuple(found.outcomes), tuple(found.failures))
-            if number is not None or (found.failures and self._index == 0 and entry.key not in self._done):
-                self._journal.add(entry)
-                look_up()
-
-        self._bench.measure(scenario, Results(), advance, wants, keep)

@@ -1,4 +1,6 @@
-"""Scenarios on real text: Wikipedia paragraphs (XQuAD) and long passages for multi-hop questions (MuSiQue).
+"""Scenarios on text: Wikipedia paragraphs (XQuAD), long passages for multi-hop questions (MuSiQue), made-up news.
+
+The news is that of the synthetic world, for the built-in model, which was trained on it and reads nothing else.
 
 Cases come in groups. A group's references are one stored prompt over a few paragraphs, with another question; its
 cases ask several questions about the same target, so that they can share the full prefill of its documents. Groups have
@@ -22,12 +24,14 @@ from random import Random
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from semsharekv_integrations import world
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.lab.answers import holds_answer
 from semsharekv_integrations.lab.scenarios import Case, Query, shuffle
 
 SIZE = 6  # paragraphs in a prompt, where nothing else is asked for
 SYSTEM = "Answer the question from the passages. Give the shortest answer that is right."
+NEWS = 120  # reports; as many as there are paragraphs of XQuAD
 OTHER_SYSTEM = "You are a careful assistant. Read the passages, then reply in a few words, from them alone."
 _NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
 
@@ -63,13 +67,6 @@ class Passage:
         return " ".join(self.sentences)
 
 
-class Item(NamedTuple):
-    """A multi-hop question and the passages that it is about."""
-
-    question: Question
-    texts: tuple[str, ...]
-
-
 @cache
 def read_passages() -> tuple[Passage, ...]:
     """The paragraphs of XQuAD that come with the package."""
@@ -90,10 +87,28 @@ def _read_rewordings(found: Mapping[str, str]) -> Mapping[int, str]:
 
 
 @cache
-def read_items() -> tuple[Item, ...]:
-    """Of the questions of MuSiQue that come with the package, those whose answer stands in the passages."""
-    items = [Item(Question(f["question"], tuple(f["answers"])), tuple(f["texts"])) for f in _read("musique")]
-    return tuple(item for item in items if _is_answered(item.question, item.texts))
+def make_news() -> tuple[Passage, ...]:
+    """Reports of the synthetic world, with a question on each fact."""
+    rng = Random("news")
+    return tuple(_make_report(rng, document) for document in world.make_documents(rng, NEWS))
+
+
+def _make_report(rng: Random, document: world.Document) -> Passage:
+    reworded = enumerate(world.reword(rng, document).lines)
+    asked = [(world.ask(rng, document, kind)[0], value) for kind, value in sorted(document.facts.items())]
+    return Passage(
+        document.town,
+        document.lines,
+        MappingProxyType({index: line for index, line in reworded if line != document.lines[index]}),
+        tuple(Question(question, (value,)) for question, value in asked),
+    )
+
+
+@cache
+def read_items() -> tuple[tuple[Question, tuple[str, ...]], ...]:
+    """Questions of MuSiQue that come with the package, each with the passages that it is about and is answered in."""
+    items = ((Question(f["question"], tuple(f["answers"])), tuple(f["texts"])) for f in _read("musique"))
+    return tuple((question, texts) for question, texts in items if _is_answered(question, texts))
 
 
 def _read(name: str) -> Any:
@@ -157,6 +172,17 @@ def ask(
     roles = ("user", "assistant") * len(contents)
     said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
     return Query([{"role": "system", "content": system}, *said], MappingProxyType(dict(texts)))
+
+
+def complete(case: Case) -> Case:
+    """The same with prompts of plain text, for a model that knows no messages."""
+    in_order = case.in_order and _join(case.in_order)
+    return replace(case, references=tuple(map(_join, case.references)), target=_join(case.target), in_order=in_order)
+
+
+def _join(query: Query) -> Query:
+    said = [message["content"] for message in query.prompt if not isinstance(message, str)]
+    return Query("\n\n".join([*said, "Answer:"]), query.documents)
 
 
 def _reorder(group: Group) -> Iterator[Case]:
@@ -263,7 +289,7 @@ def _edit_number(rng: Random, passage: Passage, question: Question) -> tuple[str
     return whole.sub(new, passage.text), Question(question.text, tuple(whole.sub(new, g) for g in question.golds))
 
 
-SETTINGS: Mapping[str, Callable[[Group], Iterator[Case]]] = MappingProxyType(
+CHANGES: Mapping[str, Callable[[Group], Iterator[Case]]] = MappingProxyType(
     {
         "text_reordered": _reorder,
         "text_shared": _renew_half,
@@ -276,7 +302,7 @@ SETTINGS: Mapping[str, Callable[[Group], Iterator[Case]]] = MappingProxyType(
     }
 )
 MULTI_HOP = "musique"  # ten long passages in another order, over 5,000 tokens, one question each
-TEXTS = (*SETTINGS, MULTI_HOP)
+TEXTS = (*CHANGES, MULTI_HOP)
 
 
 def check_size(size: int, passages: Sequence[Passage] | None = None) -> None:
@@ -300,7 +326,7 @@ def make_text_cases(
     passages = keep_reworded(passages) if name == "text_reworded_all" else passages
     check_size(size, passages)
     for number in range(groups):
-        drawn = SETTINGS[name](_draw_group(name, number, seed, passages, size))
+        drawn = CHANGES[name](_draw_group(name, number, seed, passages, size))
         for place, case in enumerate(islice(drawn, questions)):
             yield replace(case, place=(number, place))
 
@@ -315,18 +341,17 @@ def _draw_group(name: str, number: int, seed: int, passages: Sequence[Passage], 
 
 def _ask_multi_hop(groups: int, seed: int) -> Iterator[Case]:
     items = Random(f"{MULTI_HOP} {seed}").sample(read_items(), len(read_items()))
-    for number, item in enumerate(items[:groups]):
+    for number, (question, texts) in enumerate(items[:groups]):
         rng = Random(f"{MULTI_HOP} {seed} {number}")
-        other = rng.choice([another.question.text for another in items if another is not item])
-        stored = {f"passage {index}": text for index, text in enumerate(item.texts, 1)}
-        keys = list(stored)
-        target = ask({key: stored[key] for key in shuffle(rng, keys)}, item.question.text)
+        other = rng.choice([another.text for another, _ in items if another is not question])
+        stored = {f"passage {index}": text for index, text in enumerate(texts, 1)}
+        target = ask({key: stored[key] for key in shuffle(rng, list(stored))}, question.text)
         yield Case(
             MULTI_HOP,
             (ask(stored, other),),
             target,
-            item.question.golds[0],
-            values=item.question.golds,
+            question.golds[0],
+            values=question.golds,
             place=(number, 0),
-            in_order=ask(stored, item.question.text),
+            in_order=ask(stored, question.text),
         )

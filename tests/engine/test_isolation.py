@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 
 import semsharekv_integrations
 from indexed_passages import check_index
-from semsharekv_integrations import SemShareEngine, StoreConfig
+from semsharekv_integrations import SemShareEngine, StoreConfig, world
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
-from semsharekv_integrations.lab import world
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.similarity import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.store import KVStore, radix

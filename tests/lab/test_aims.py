@@ -11,13 +11,14 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import aims
+from lengths import name_scenario
 from semsharekv_integrations.lab.figures import Estimate, Row
 
 
 def row(scenario: str, policy: str, speedup: float, length: int = 4096, **figures: float) -> Row:
     known = {"ttft_ratio": speedup} | figures
     found = {name: Estimate(value, value, value) for name, value in known.items()}
-    return Row(scenario, length, policy, 1, 1, 1, 3, found)
+    return Row(name_scenario(scenario, length), policy, 3, 1, found)
 
 
 @pytest.mark.parametrize(

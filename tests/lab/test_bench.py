@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+import drawn
 from methods import CorruptingBench, make_corruptions
 from semsharekv_integrations import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.lab import bench as lab_bench
-from semsharekv_integrations.lab import scenarios
 from semsharekv_integrations.lab.bench import EVERY_POLICY, Bench, Results, Study
-from semsharekv_integrations.lab.figures import UNTIMED, Failure, Outcome
+from semsharekv_integrations.lab.figures import Failure, Outcome
 from semsharekv_integrations.lab.policies import Subject, make_configs
 from semsharekv_integrations.lab.scenarios import Case, Scenario
-from semsharekv_integrations.lab.sized import make_sized_case
 from semsharekv_integrations.report import Generation, ReuseReport
 from semsharekv_integrations.text.prompt import PromptRenderer
+from shapes import drop_guard
+from sized import make_sized_case
 from tiny_models import make_model
 
 CONTROLS = ("off", "rerun", "exact")
@@ -33,23 +34,29 @@ def subject(tokenizer) -> Subject:
     return Subject("tiny", make_model("llama", len(tokenizer), max_position_embeddings=4096), tokenizer)
 
 
+def unguarded(*names: str) -> dict[str, EngineConfig]:
+    """The deviation of random weights means nothing."""
+    return {name: drop_guard(config) for name, config in make_configs(names).items()}
+
+
 def bench_of(subject: Subject, *names: str, **fields) -> Bench:
     return Bench(subject, Study("", (), make_configs(names), **fields))
 
 
 def case_of(name: str, seed: int = 0) -> Case:
-    return next(scenarios.make_cases(name, 1, seed, (2, 3)))
+    return next(drawn.make_cases(name, 1, seed, (2, 3)))
 
 
-def sized(subject: Subject, name: str, length: int, repeats: int = 2, max_new_tokens: int = 2) -> Scenario:
+def sized(subject: Subject, name: str, length: int, rounds: int = 3, max_new_tokens: int = 2) -> Scenario:
     renderer = PromptRenderer(subject.tokenizer)
     case = make_sized_case(name, length, 3, lambda prompt: len(renderer.render(prompt, {}).token_ids))
-    return Scenario(name, [case], 1, length, range(repeats + 1), max_new_tokens)
+    return Scenario(name, [case] * rounds, rounds, max_new_tokens)
 
 
-def measured(bench: Bench, scenario: Scenario, *advance) -> Results:
+def measured(bench: Bench, scenario: Scenario) -> Results:
     results = Results()
-    bench.measure(scenario, results, *advance)
+    for _, found in bench.measure(scenario):
+        results.add(found)
     return results
 
 
@@ -57,10 +64,10 @@ def outcomes_of(bench: Bench, case: Case) -> list[Outcome]:
     return measured(bench, Scenario(case.scenario, [case], 1)).outcomes
 
 
-@pytest.mark.parametrize("name", scenarios.DRAWN)
+@pytest.mark.parametrize("name", drawn.DRAWN)
 def test_controls_agree_with_a_full_prefill(name: str, subject: Subject) -> None:
-    drawn = Scenario(name, scenarios.make_cases(name, 2, 1, (2, 3)), 2, max_new_tokens=8)
-    outcomes = measured(bench_of(subject, *CONTROLS), drawn).outcomes
+    scenario = Scenario(name, drawn.make_cases(name, 2, 1, (2, 3)), 2, max_new_tokens=8)
+    outcomes = measured(bench_of(subject, *CONTROLS), scenario).outcomes
     assert [(o.case, o.policy) for o in outcomes] == [(case, policy) for case in range(2) for policy in CONTROLS]
     for outcome in outcomes:
         full = outcomes[outcome.case * len(CONTROLS)]
@@ -81,7 +88,7 @@ def test_a_policy_sees_the_references_and_no_other_case(subject: Subject) -> Non
 
 def test_every_reference_is_there_as_a_full_prefill_leaves_it(subject: Subject) -> None:
     bench = bench_of(subject)
-    case = next(c for c in scenarios.make_cases("shared", 20, 0, (2, 3)) if len(c.references) == 2)
+    case = next(c for c in drawn.make_cases("shared", 20, 0, (2, 3)) if len(c.references) == 2)
     found = bench.make_references(case)
     assert len(found) == 2
     for query, reference in zip(case.references, found, strict=True):
@@ -93,10 +100,10 @@ def test_every_reference_is_there_as_a_full_prefill_leaves_it(subject: Subject) 
 @pytest.mark.parametrize("name", ["reordered", "next_turn"])
 def test_every_call_finds_the_references_and_nothing_else(name: str, subject: Subject) -> None:
     """Else the second round would find its own prompt, whole, as an exact prefix."""
-    bench = bench_of(replace(subject, is_random=True), *MODES)
+    bench = Bench(subject, Study("", (), unguarded(*MODES)))
     results = measured(bench, sized(subject, name, 400))
     assert not results.failures
-    assert [(o.round, o.policy) for o in results.outcomes] == [(turn, name) for turn in range(3) for name in MODES]
+    assert [(o.case, o.policy) for o in results.outcomes] == [(turn, name) for turn in range(3) for name in MODES]
     (prompt_tokens,) = {o.report.prompt_tokens for o in results.outcomes}
     reused = {policy: {o.report.reused_tokens for o in results.outcomes if o.policy == policy} for policy in MODES}
     assert reused["off"] == {0} and all(len(counts) == 1 for counts in reused.values())
@@ -106,22 +113,21 @@ def test_every_call_finds_the_references_and_nothing_else(name: str, subject: Su
     assert not any(engine.store.references() for engine in (*bench.engines.values(), bench.filler))
 
 
-def test_rounds_are_told_apart_and_every_call_is_watched(subject: Subject) -> None:
+def test_every_call_is_watched(subject: Subject) -> None:
     watched: list[tuple[str, int]] = []
 
     @contextmanager
-    def watch(case: Case, policy: str, turn: int) -> Iterator[dict[str, int]]:
-        watched.append((policy, turn))
-        yield {"seen": turn}
+    def watch(case: Case, policy: str, index: int) -> Iterator[dict[str, int]]:
+        watched.append((policy, index))
+        yield {"seen": index}
 
-    calls: list[None] = []
-    bench = bench_of(replace(subject, is_random=True), "off", "retained", watch=watch)
+    bench = Bench(subject, Study("", (), unguarded("off", "retained"), watch=watch))
     scenario = sized(subject, "unlike", 300)
-    outcomes = measured(bench, scenario, lambda: calls.append(None)).outcomes
-    assert len(calls) == len(outcomes) == bench.count_calls(scenario) == 2 * 3
-    assert sorted(watched) == [(policy, turn) for policy in ("off", "retained") for turn in (UNTIMED, 1, 2)]
+    scenario = replace(scenario, cases=[replace(case, answer=None) for case in scenario.cases])
+    outcomes = measured(bench, scenario).outcomes
+    assert sorted(watched) == [(policy, index) for policy in ("off", "retained") for index in range(3)]
     for outcome in outcomes:
-        assert outcome.extra == {"seen": outcome.round} and outcome.right is None, "random weights answer nothing"
+        assert outcome.extra == {"seen": outcome.case} and outcome.right is None, "no answer is known"
         if outcome.policy == "off":
             assert outcome.store_bytes is outcome.store_s is None
         else:
@@ -151,7 +157,7 @@ class Scripted:
 
 
 def judged(subject: Subject, case: Case, own: Scripted, full: Scripted) -> Outcome:
-    bench = bench_of(subject)
+    bench = bench_of(subject, judging="exact")
     bench.engines = {"off": full, "x": own}  # type: ignore[dict-item]
     return next(outcome for outcome in outcomes_of(bench, case) if outcome.policy == "x")
 
@@ -182,8 +188,8 @@ def test_answers_are_judged_by_their_words(subject: Subject) -> None:
 def test_reuse_fires_off_the_prefix_alone(report: dict[str, int], fired: bool, reused: int, subject: Subject) -> None:
     outcome = judged(subject, case_of("edited"), Scripted("", **report), Scripted(""))
     assert (outcome.fired, outcome.report.reused_tokens) == (fired, reused)
-    assert outcome.is_counted == fired, "of drawn prompts"
-    assert replace(outcome, length=512).is_counted and replace(outcome, report=ReuseReport("exact", 9)).is_counted
+    assert drawn.is_counted(outcome) == fired
+    assert drawn.is_counted(replace(outcome, report=ReuseReport("exact", 9)))
 
 
 @pytest.mark.parametrize(
@@ -202,14 +208,11 @@ def test_answers_in_any_words_are_judged_by_their_facts(said: str, exact: bool, 
     assert lab_bench.is_answer(said, None, (), "exact") is None
 
 
-def test_an_answer_has_room_to_be_too_long(subject: Subject) -> None:
-    case = case_of("edited")
-    (outcome,) = outcomes_of(bench_of(subject), case)
-    answer_tokens = len(subject.tokenizer.encode(case.answer, add_special_tokens=False))
-    assert 0 < outcome.report.output_tokens <= answer_tokens + lab_bench.EXTRA_TOKENS
-    assert bench_of(subject).count_room(case) == answer_tokens + lab_bench.EXTRA_TOKENS
-    assert bench_of(subject, judging="mentions").count_room(case) == lab_bench.FREE_TOKENS
-    assert bench_of(subject).count_room(replace(case, answer=None)) == lab_bench.FREE_TOKENS
+def test_an_answer_is_as_long_as_its_scenario_allows(subject: Subject) -> None:
+    for room in (3, 5):
+        case = case_of("edited")
+        (outcome,) = measured(bench_of(subject), Scenario("edited", [case], 1, room)).outcomes
+        assert outcome.report.output_tokens == room
 
 
 def test_a_corrupted_policy_runs_on_corrupted_references(subject: Subject) -> None:
@@ -219,7 +222,7 @@ def test_a_corrupted_policy_runs_on_corrupted_references(subject: Subject) -> No
     assert corrupt.keys() == {"zeroed", "random"}
     bench = CorruptingBench(subject, Study("", (), configs), corrupt)
     agreements: dict[str, list[bool]] = {name: [] for name in configs}
-    for case in scenarios.make_cases("reordered", 4, 0, (2, 3)):
+    for case in drawn.make_cases("reordered", 4, 0, (2, 3)):
         _, *others = outcomes_of(bench, replace(case, target=case.references[0]))
         for outcome in others:
             agreements[outcome.policy].append(outcome.agrees)
@@ -253,9 +256,8 @@ def test_a_store_without_room_for_the_references_is_refused(subject: Subject) ->
 def test_a_policy_that_fails_is_named_and_the_others_go_on(error: Exception, reason: str, subject: Subject) -> None:
     bench, broken = bench_of(subject, "off"), Scripted("", error)
     bench.engines["broken"] = broken  # type: ignore[assignment]
-    results = measured(bench, sized(subject, "unlike", 300, repeats=3))
-    assert results.failures == [Failure("unlike", 300, "broken", reason)]
-    assert broken.calls == 2, "it is not asked again about this case"
+    results = measured(bench, sized(subject, "unlike", 300, rounds=4))
+    assert results.failures == [Failure("unlike", "broken", reason)], "once"
     assert sum(outcome.policy == "off" for outcome in results.outcomes) == 4
 
 
@@ -263,19 +265,19 @@ def test_a_bug_is_no_figure(subject: Subject) -> None:
     bench = bench_of(subject)
     bench.engines["broken"] = Scripted("", RuntimeError("shapes differ"))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="shapes differ"):
-        measured(bench, sized(subject, "unlike", 300, repeats=3))
+        measured(bench, sized(subject, "unlike", 300, rounds=4))
 
 
 def test_references_that_cannot_be_made_fail_for_all(subject: Subject) -> None:
     small = make_model("llama", len(subject.tokenizer), max_position_embeddings=256)
-    results = measured(bench_of(replace(subject, model=small), "off"), sized(subject, "unlike", 400, repeats=1))
+    results = measured(bench_of(replace(subject, model=small), "off"), sized(subject, "unlike", 400, rounds=2))
     (failure,) = results.failures
     assert failure.policy == EVERY_POLICY and "context window of 256" in failure.reason and not results.outcomes
 
 
 def test_a_scenario_without_cases_says_why(subject: Subject) -> None:
-    results = measured(bench_of(subject), Scenario("shared", (), 0, 9000, problem="beyond the window"))
-    assert results.failures == [Failure("shared", 9000, EVERY_POLICY, "beyond the window")] and not results.outcomes
+    results = measured(bench_of(subject), Scenario("shared", (), 0, problem="beyond the window"))
+    assert results.failures == [Failure("shared", EVERY_POLICY, "beyond the window")] and not results.outcomes
 
 
 def test_policies_that_a_model_does_not_allow_are_named(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.dataset import DATA, Example, make_own_cases, read_examples
-from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL
+from semsharekv_integrations import world
+from semsharekv_integrations.lab.dataset import DATA, UNLIKE, Example, make_own_cases, read_examples
+from semsharekv_integrations.lab.texts import complete
 
 GOOD: dict[str, Any] = {"documents": {"a": "One {odd} text.", "b": "Another text."}, "question": "What?"}
 
@@ -64,10 +64,12 @@ def text_of(prompt: str | list[world.Message]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
-@pytest.mark.parametrize("layout", ["system", "user", "completion"])
-def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: world.Layout) -> None:
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, is_plain: bool) -> None:
     example = {**GOOD, "answer": "odd"}
-    (case,) = make_own_cases(DATA, read(tmp_path, example), 0, [layout])
+    (case,) = make_own_cases(DATA, read(tmp_path, example), 0)
+    case = complete(case) if is_plain else case
+    assert isinstance(case.target.prompt, str) is is_plain
     (reference,), target = case.references, case.target
     assert dict(target.documents) == GOOD["documents"] == dict(reference.documents)
     assert list(target.documents) != list(reference.documents), "stored in another order"
@@ -76,20 +78,19 @@ def test_prompts_hold_the_texts_as_they_are(tmp_path: Path, layout: world.Layout
         assert places == sorted(places)
     assert "What?" in text_of(target.prompt) and "What?" not in text_of(reference.prompt)
     assert (case.scenario, case.answer, case.values, case.stale) == ("data", "odd", ("odd",), None)
+    assert case.in_order is not None and list(case.in_order.documents) == list(reference.documents)
 
 
 def test_what_was_stored_stands_in_the_reference(tmp_path: Path) -> None:
-    (case,) = make_own_cases(DATA, read(tmp_path, {**GOOD, "stored": {"z": "An old text."}}), 0, ["completion"])
+    (case,) = make_own_cases(DATA, read(tmp_path, {**GOOD, "stored": {"z": "An old text."}}), 0)
     assert dict(case.references[0].documents) == {"z": "An old text."} and case.answer is None and not case.values
 
 
 def test_the_negative_control_shares_no_text(tmp_path: Path) -> None:
     other = {"documents": {"c": "A third text.", "d": "A fourth text."}, "question": "Which?"}
     same = {**GOOD, "question": "Who?"}
-    cases = list(make_own_cases(NEGATIVE_CONTROL, read(tmp_path, GOOD, same, other), 0, ["completion"]))
-    assert [case.scenario for case in cases] == [NEGATIVE_CONTROL] * 3
+    cases = list(make_own_cases(UNLIKE, read(tmp_path, GOOD, same, other), 0))
+    assert [case.scenario for case in cases] == [UNLIKE] * 3
     for case in cases:
         assert not set(case.references[0].documents.values()) & set(case.target.documents.values())
-    assert not list(make_own_cases(NEGATIVE_CONTROL, read(tmp_path, GOOD, same), 0, ["completion"])), (
-        "there is no other one"
-    )
+    assert not list(make_own_cases(UNLIKE, read(tmp_path, GOOD, same), 0)), "there is no other one"

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+import drawn
 import methods
 from methods import METHODS, make_corruptions
 from semsharekv_integrations.kv import Reference, Run
-from semsharekv_integrations.lab import scenarios
 from semsharekv_integrations.lab.bench import Bench, Study
-from semsharekv_integrations.lab.policies import UNGUARDED, Subject
+from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan, decline_if_costly
+from shapes import UNGUARDED
 from tiny_models import make_model
 
 
 @pytest.fixture(scope="module")
 def reference(tokenizer) -> Reference:
     subject = Subject("tiny", make_model("llama", len(tokenizer), max_position_embeddings=4096), tokenizer)
-    case = next(scenarios.make_cases("reordered", 1, 0, (2, 3)))
+    case = next(drawn.make_cases("reordered", 1, 0, (2, 3)))
     (found,) = Bench(subject, Study("", (), {})).make_references(case)
     return found
 

@@ -15,7 +15,7 @@ from semsharekv_integrations.lab.scenarios import Case, Query, Scenario
 from tiny_models import make_model
 
 MESSAGES = [{"role": "user", "content": "What?"}]
-SCENARIO = Scenario("unlike", [Case("unlike", (), Query(MESSAGES, {}), None)], 1, 300, range(2), 2)
+SCENARIO = Scenario("unlike", [Case("unlike", (), Query(MESSAGES, {}), None)] * 2, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,17 @@ def subject(tokenizer) -> Subject:
     return Subject("tiny", make_model("llama", len(tokenizer)), tokenizer)
 
 
+def measured(subject: Subject) -> Results:
+    results = Results()
+    for _, found in PeerBench(subject, Study("", (), {})).measure(SCENARIO):
+        results.add(found)
+    return results
+
+
 def test_missing_peers_are_named(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("langchain_huggingface", "llama_index.llms.huggingface"):
         monkeypatch.setitem(sys.modules, module, None)
-    results = Results()
-    PeerBench(subject, Study("", (), {})).measure(SCENARIO, results)
+    results = measured(subject)
     assert [failure.policy for failure in results.failures] == [*peers.make_peers(subject)]
     assert all(failure.reason.startswith("not installed: l") for failure in results.failures)
 
@@ -35,8 +41,7 @@ def test_missing_peers_are_named(subject: Subject, monkeypatch: pytest.MonkeyPat
 def test_a_peer_is_timed_beside_the_policies(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(peers, "make_peers", lambda _: {"Mine": lambda: Peer("Mine", asked.append)})
-    results = Results()
-    PeerBench(subject, Study("", (), {})).measure(SCENARIO, results)
+    results = measured(subject)
     assert not results.failures and asked == ["Warm up.", MESSAGES, MESSAGES]
     off, mine = summarize(results.outcomes)
     assert mine.policy == "Mine" and mine["ttft_s"].value > 0 and mine["ttft_ratio"] is not None and off["ttft_s"]

@@ -11,17 +11,19 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import plots
+from lengths import name_scenario
 from semsharekv_integrations.lab.figures import Estimate, Row
 
 
 def answered(scenario: str, compute: float, policy: str = "identical") -> Row:
     figures = {"compute_ratio": Estimate(compute, compute, compute), "accuracy": Estimate(0.9, 0.8, 1.0)}
-    return Row(scenario, None, policy, 3, 3, 3, 1, figures)
+    return Row(scenario, policy, 3, 0, figures)
 
 
 def timed(scenario: str, length: int, policy: str, compute: float | None) -> Row:
     known = {"ttft_ratio": 2.0, "prompt_tokens": length - 3} | ({} if compute is None else {"compute_ratio": compute})
-    return Row(scenario, length, policy, 1, 1, 1, 3, {name: Estimate(*(v,) * 3) for name, v in known.items()})
+    figures = {name: Estimate(*(v,) * 3) for name, v in known.items()}
+    return Row(name_scenario(scenario, length), policy, 3, 1, figures)
 
 
 def test_every_point_of_every_panel_is_in_the_picture() -> None:
@@ -46,7 +48,7 @@ def test_a_json_file_is_drawn_beside_itself(tmp_path: Path, capsys: pytest.Captu
         for length in (512, 2048)
         for policy, compute in (("off", 1.0), ("identical", 0.2), ("HuggingFaceLLM", None))
     ]
-    failed = Row("reordered", 9000, "all", note="out of memory")
+    failed = Row(name_scenario("reordered", 9000), "all", note="out of memory")
     path = tmp_path / "speed.json"
     path.write_text(
         json.dumps({"title": "tiny", "rows": [asdict(r) for r in (*rows, failed, answered("edited", 0.2))]})

@@ -9,7 +9,8 @@ import torch
 
 from methods import METHODS
 from semsharekv_integrations.lab import policies
-from semsharekv_integrations.lab.policies import POLICIES, drop_guard, load_subject, make_configs
+from semsharekv_integrations.lab.policies import POLICIES, make_configs
+from shapes import drop_guard, load_preset
 
 
 def test_packed_differs_from_identical_in_how_kv_is_stored_alone() -> None:
@@ -44,11 +45,11 @@ def test_the_guard_is_dropped_where_there_is_one_alone() -> None:
     [("qwen-0.5b", 151_936, 1, 494_032_768), ("llama-8b", 128_256, 2, 8_030_261_248)],
 )
 def test_presets_have_the_sizes_of_the_real_models(name: str, vocab_size: int, copies: int, parameters: int) -> None:
-    found = load_subject(name, "meta", "bfloat16", 0)
+    found = load_preset(name, "meta", "bfloat16", 0)
     config = found.model.config
     cut = copies * (vocab_size - config.vocab_size) * config.hidden_size
     assert sum(p.numel() for p in found.model.parameters()) + cut == parameters
-    assert load_subject(name, "meta", "auto", 0).model.dtype == torch.float32, "on what is no GPU"
-    assert found.is_random and found.model.dtype == torch.bfloat16 and str(config.vocab_size) in found.note
+    assert load_preset(name, "meta", "auto", 0).model.dtype == torch.float32, "on what is no GPU"
+    assert found.model.dtype == torch.bfloat16 and str(config.vocab_size) in found.note
     with pytest.raises(ValueError, match="dtype is 'foo'; accepted is 'auto' or a torch dtype"):
-        load_subject(name, "meta", "foo", 0)
+        load_preset(name, "meta", "foo", 0)

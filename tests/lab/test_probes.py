@@ -46,7 +46,7 @@ def test_peak_memory_is_what_the_call_needed() -> None:
 
 def call(turn: int, policy: str = "off", layers: tuple[LayerUse, ...] = (), **phases_s: float) -> Outcome:
     report = ReuseReport("off", 9, ttft_s=10.0, phases_s=phases_s)
-    return Outcome("reordered", 512, policy, 0, turn, report, extra={"layers": layers})
+    return Outcome("reordered", policy, turn, report, extra={"layers": layers})
 
 
 def test_phases_and_layers_are_medians_over_timed_rounds() -> None:

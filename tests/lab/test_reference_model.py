@@ -8,8 +8,7 @@ from random import Random
 
 import pytest
 
-from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 
 NUM_PROMPTS = 16

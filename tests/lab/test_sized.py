@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from semsharekv_integrations.lab.scenarios import Case
-from semsharekv_integrations.lab.sized import SIZED, make_sized_case
 from semsharekv_integrations.text.prompt import PromptRenderer
+from sized import SIZED, make_sized_case
 
 Builder = Callable[[str, int], Case]
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("rouge_score")
 
 import summaries
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 from semsharekv_integrations.lab.bench import is_answer
 from semsharekv_integrations.lab.figures import Outcome, summarize
 from semsharekv_integrations.lab.scenarios import Query
@@ -64,7 +64,7 @@ def test_rouge_sees_the_words_in_common() -> None:
 def test_rouge_stands_beside_a_full_prefills() -> None:
     one, other = "In Velna, it was 4.", "In Velna, it was 3."
     outcomes = [
-        Outcome(summaries.NAME, None, policy, 0, 1, ReuseReport("exact", 100, ttft_s=1.0), text, one)
+        Outcome(summaries.NAME, policy, 0, ReuseReport("exact", 100, ttft_s=1.0), text, one)
         for policy, text in (("off", one), ("exact", other))
     ]
     _, row = summarize(outcomes, figures=ROUGE)

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 import plots
 import sweeps
 from probes import RecallProbe, SimilarityProbe
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 from semsharekv_integrations.lab.bench import Bench, Results, Study
 from semsharekv_integrations.lab.figures import Estimate, Outcome, Row, summarize
 from semsharekv_integrations.lab.policies import Subject
@@ -24,7 +24,7 @@ from sentences import CHANGES, Change, change_sentences, sentence_cases
 from sweeps import CONTROL_POLICIES, Options
 from tiny_models import make_model
 
-OUTCOME = Outcome("x", None, "off", 0, 1, ReuseReport("off", 100, ttft_s=2.0), "x", "x", True, True)
+OUTCOME = Outcome("x", "off", 0, ReuseReport("off", 100, ttft_s=2.0), "x", "x", True, True)
 SMALL = Options(cases=1, documents=(2, 3), quick=True)
 
 
@@ -101,7 +101,8 @@ def test_every_sweep_has_its_controls_and_runs(name: str, subject: Subject, tmp_
     few = {policy: study.configs[policy] for policy in ("off", list(study.configs)[-1])}
     first = study.scenarios[0]
     results, short = Results(), Scenario(first.name, first.cases, 1, max_new_tokens=2)
-    Bench(subject, replace(study, configs=few)).measure(short, results)
+    for _, found in Bench(subject, replace(study, configs=few)).measure(short):
+        results.add(found)
     rows = summarize(study.regroup(results.outcomes), results.failures, study.figures)
     assert len(rows) == 2 and not results.failures
     assert ("similarity" in rows[0].figures) == (name in ("sentences", "similarity"))

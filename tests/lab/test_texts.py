@@ -12,12 +12,13 @@ import pytest
 from semsharekv_integrations.lab.answers import holds_answer, is_answer, measure_f1, normalize
 from semsharekv_integrations.lab.scenarios import Case, Query
 from semsharekv_integrations.lab.texts import (
+    CHANGES,
     MULTI_HOP,
-    SETTINGS,
     SIZE,
     SYSTEM,
     TEXTS,
     keep_reworded,
+    make_news,
     make_text_cases,
     read_items,
     read_passages,
@@ -63,7 +64,7 @@ def test_a_case_depends_on_scenario_seed_group_and_place_alone(name: str) -> Non
     assert cases_of(name, 2, 2, seed=1) != few
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", CHANGES)
 def test_cases_of_a_group_share_their_references_and_but_for_edits_their_documents(name: str) -> None:
     groups: dict[int, list[Case]] = {}
     for case in cases_of(name):
@@ -96,7 +97,7 @@ def test_groups_have_their_paragraphs_to_themselves_until_all_were_drawn(size: i
 
 @pytest.mark.parametrize("size", SIZES)
 def test_targets_resemble_what_is_stored_as_their_names_say(size: int) -> None:
-    for name in SETTINGS:
+    for name in CHANGES:
         for case in cases_of(name, size=size):
             stored, target = case.references[0].documents, case.target.documents
             shared, same = set(stored) & set(target), list(stored) == list(target)
@@ -216,3 +217,16 @@ def test_where_every_sentence_is_reworded_none_stays_as_it_was() -> None:
         for key, text in case.target.documents.items():
             assert text == " ".join(kept[key].reworded.values())
             assert case.references[0].documents[key] == kept[key].text
+
+
+def test_the_news_has_what_every_scenario_needs() -> None:
+    """Questions on each fact, and sentences in other words that state it still."""
+    for report in make_news():
+        assert len(report.questions) == len({question.text for question in report.questions}) >= 4
+        assert all(holds_answer(report.text, gold) for question in report.questions for gold in question.golds)
+        assert len(report.reworded) > len(report.sentences) / 2
+        reworded = " ".join(report.reworded.get(index, line) for index, line in enumerate(report.sentences))
+        assert all(holds_answer(reworded, gold) for question in report.questions for gold in question.golds)
+    for name in CHANGES:
+        cases = list(make_text_cases(name, 2, 3, 0, make_news()))
+        assert len(cases) == 6 and all(key in text for key, text in cases[0].target.documents.items()), name

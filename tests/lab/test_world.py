@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 
 LAB = Path(__file__).parents[2] / "examples" / "lab"
 SEEDS = range(40)

@@ -8,8 +8,7 @@ from random import Random
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine, world
 from tiny_models import ARCHITECTURES, make_model
 
 NEW_TOKENS = 7

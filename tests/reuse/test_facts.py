@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import world
 from semsharekv_integrations.reuse.facts import find_guarded_tokens, find_unlike_facts
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from indexed_passages import check_index
+from semsharekv_integrations import world
 from semsharekv_integrations.kv import Reference, Segment, TokenIds
-from semsharekv_integrations.lab import world
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, NamedModel
 from semsharekv_integrations.reuse.similarity import (
     Embedder,

@@ -31,8 +31,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langgraph.checkpoint.memory import MemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 
-from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine, world
 from semsharekv_integrations.langchain import ChatSemShareKV, DocumentTracker, SemShareKVMiddleware
 from semsharekv_integrations.model.loading import REFERENCE_MODEL
 

@@ -24,8 +24,7 @@ from llama_index.core.query_engine import RouterQueryEngine
 from llama_index.core.selectors import EmbeddingSingleSelector
 from llama_index.core.tools import QueryEngineTool
 
-from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
-from semsharekv_integrations.lab import world
+from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine, world
 from semsharekv_integrations.llama_index import SemShareKVLLM, SemShareKVPostprocessor, SemShareKVWarmer
 from semsharekv_integrations.model.loading import REFERENCE_MODEL
 

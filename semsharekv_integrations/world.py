@@ -104,7 +104,12 @@ class Document:
     @property
     def text(self) -> str:
         """The document as one paragraph."""
-        return " ".join([self.headline.format(t=self.town), *map(self._render, self.sentences)])
+        return " ".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The headline and the sentences, in their words."""
+        return (self.headline.format(t=self.town), *map(self._render, self.sentences))
 
     def _render(self, sentence: Sentence) -> str:
         value = self.facts[sentence.kind] if sentence.kind else ""

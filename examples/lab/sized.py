@@ -15,10 +15,11 @@ from itertools import cycle
 from random import Random
 from types import MappingProxyType
 
+from drawn import NEGATIVE_CONTROL
+from semsharekv_integrations import world
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import world
-from semsharekv_integrations.lab.scenarios import NEGATIVE_CONTROL, Case, Query
-from semsharekv_integrations.lab.world import Document, Message
+from semsharekv_integrations.lab.scenarios import Case, Query
+from semsharekv_integrations.world import Document, Message
 
 NEXT_TURN = "next_turn"
 KNOWN, FRESH = "known", "fresh"

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from semsharekv_integrations.lab import scenarios, world
+import drawn
+from semsharekv_integrations import world
 from semsharekv_integrations.lab.scenarios import Case, Query
 
 CASES = 25
 SIZES = (2, 5)
 CONTRADICTING = ("edited", "changed", "swapped")
-each_scenario = pytest.mark.parametrize("name", scenarios.DRAWN)
+each_scenario = pytest.mark.parametrize("name", drawn.DRAWN)
 
 
 def cases(name: str, seed: int = 0, sizes: tuple[int, int] = SIZES, num_cases: int = CASES) -> list[Case]:
-    return list(scenarios.make_cases(name, num_cases, seed, sizes))
+    return list(drawn.make_cases(name, num_cases, seed, sizes))
 
 
 def text_of(query: Query) -> str:
@@ -85,9 +86,9 @@ def test_a_case_depends_on_seed_and_index_alone(name: str) -> None:
 def test_the_number_of_documents_keeps_its_range(name: str) -> None:
     assert {len(case.target.documents) for case in cases(name, num_cases=60)} == set(range(2, 6))
     assert {len(case.target.documents) for case in cases(name, sizes=(3, 3))} == {3}
-    for sizes in ((1, 3), (4, 3), (2, scenarios.MAX_DOCUMENTS + 1)):
+    for sizes in ((1, 3), (4, 3), (2, drawn.MAX_DOCUMENTS + 1)):
         with pytest.raises(ValueError, match="num_documents is"):
-            scenarios.make_cases(name, 1, 0, sizes)
+            drawn.make_cases(name, 1, 0, sizes)
 
 
 @each_scenario
@@ -166,7 +167,7 @@ def test_templates_change_for_some_cases_and_stay_for_others() -> None:
     same = [opening(case.references[0]) == opening(case.target) for case in found]
     assert 0.35 < sum(same) / len(same) < 0.8
     assert {isinstance(case.target.prompt, str) for case in found} == {True, False}
-    plain = scenarios.make_cases("changed", 10, 0, SIZES, layouts=["completion"])
+    plain = drawn.make_cases("changed", 10, 0, SIZES, layouts=["completion"])
     assert all(isinstance(q.prompt, str) for case in plain for q in (*case.references, case.target))
 
 
@@ -180,6 +181,6 @@ def test_a_case_names_the_facts_that_its_answers_hold(name: str) -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="scenario is 'rewarded'; accepted is one of reordered"):
-        scenarios.make_cases("rewarded", 1, 0)
+        drawn.make_cases("rewarded", 1, 0)
     with pytest.raises(ValueError, match=r"layouts is \[\]; accepted is one or more"):
-        scenarios.make_cases("shared", 1, 0, layouts=[])
+        drawn.make_cases("shared", 1, 0, layouts=[])
