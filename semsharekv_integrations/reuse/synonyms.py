@@ -131,8 +131,9 @@ BEFORE_AMOUNTS: Mapping[str, str] = MappingProxyType(
 )
 SPANS = _split("minutes hours days weeks months years decades centuries games matches rounds seasons")
 MOVES: Mapping[str, str] = MappingProxyType({"up": "rise.past", "down": "fall.past"})  # behind "was"
-# What may come or go: it says how sentences hang together, or is grammar.
-LIGHT = _split("a an the also that which who whom =total additionally furthermore moreover besides")
+RELATIVES = _split("which that who whom")
+# What may come or go, but for a relative behind a comma: it says how sentences hang together, or is grammar.
+LIGHT = RELATIVES | _split("a an the also =total additionally furthermore moreover besides")
 # Likewise, but only where they open a sentence or stand between commas.
 LINKS = _split("and but however then meanwhile hence nevertheless nonetheless so moreover accordingly yet indeed")
 CLOSERS = _split("too =too")  # likewise, at the end of what a comma or the sentence ends

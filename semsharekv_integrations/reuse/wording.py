@@ -26,7 +26,6 @@ _NOTE = re.compile(r"\s*\[(?:\d+|citation needed|note \d+|[a-z])\]", re.IGNORECA
 _BEING = frozenset(("is", "was"))
 _DENIALS = NEGATIONS | {"all", "anything", "everything", "little", "few"}  # before "but": not A, but B
 _DEFINITE = frozenset(("the", "=themost"))
-_RELATIVES = frozenset(("which", "that", "who"))
 
 
 class Forms(NamedTuple):
@@ -72,8 +71,8 @@ def _shorten(words: list[str]) -> list[str]:
         word
         for before, word, after in zip(padded, words, padded[2:], strict=False)
         if word != "mr"
-        and not (word in _BEING and before in _RELATIVES)
-        and not (word in _RELATIVES and after in _BEING)
+        and not (word in _BEING and before in synonyms.RELATIVES)
+        and not (word in synonyms.RELATIVES and after in _BEING)
         and not (word == "currently" and {before, after} & synonyms.AUXILIARIES)
         and not (word == "located" and before in _BEING and after in synonyms.OPENERS)
         and not (word == "either" and after == COMMA)
@@ -89,7 +88,8 @@ def _finish(words: Sequence[str]) -> Form:
         is_link = word in synonyms.LINKS and (not kept or stands_apart)
         is_link = is_link or (word in synonyms.LATE_LINKS and len(kept) == 1)
         is_link = is_link or (word in synonyms.CLOSERS and after == COMMA)
-        if word != COMMA and word not in synonyms.LIGHT and not is_link:
+        is_light = word in synonyms.LIGHT and not (before == COMMA and place and word in synonyms.RELATIVES)
+        if word != COMMA and not is_light and not is_link:
             kept.append(word)
     return tuple(_sort_adverbs(kept))
 
