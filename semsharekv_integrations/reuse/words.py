@@ -112,7 +112,8 @@ def _expand(word: str) -> Iterator[str]:
 
 
 def _fold_phrases(words: Sequence[str]) -> list[str]:
-    folded, place = [], 0
+    folded: list[str] = []
+    place = 0
     while place < len(words):
         for phrase, meaning in synonyms.PHRASES.get(words[place].lower(), ()):
             if tuple(map(str.lower, words[place : place + len(phrase)])) == phrase:
