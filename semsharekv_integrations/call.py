@@ -6,7 +6,7 @@ Knows nothing about models and stores, which only tell it what they did.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from semsharekv_integrations.report import (
     Generation,
     GenerationChunk,
     ReuseReport,
+    Rewording,
     SourceUse,
     Stopwatch,
     ToolCall,
@@ -86,8 +87,10 @@ class Call:
         given_order: the same with its documents as ``arrange`` was given them, [T], if they stand as it returned them.
             Set by ``Runtime.render``.
         given_prefix_tokens: the exact prefix that the store has of ``given_order``. Set by ``Runtime.plan``.
+        most_tokens: how many the prompt may have as it is read, or None for any number. Set by ``Runtime.render``.
+        wordings: what was asked and what is read instead, if the report is to have it. Set by ``Runtime.plan``.
         reader: turns the answer's tokens into text and tool calls. Set by ``Runtime.render``.
-        plan: which KV is borrowed. Set by ``Runtime.plan``.
+        plan: which KV is borrowed, and what is read in other words. Set by ``Runtime.plan``.
         outcome: the prompt's KV, and what was computed for it. Set by ``Runtime.execute``.
         kv_bytes: of the prompt. Set by ``Runtime.execute`` and ``Runtime.decode``.
         mode: the mode it runs in. Set by ``Runtime.execute``.
@@ -107,6 +110,8 @@ class Call:
     arrangements: Sequence[Arrangement] = ()
     given_order: TokenIds | None = None
     given_prefix_tokens: int = 0
+    most_tokens: int | None = None
+    wordings: tuple[Rewording, ...] = ()
     mode: Mode = "off"
     ttft_s: float = 0.0
     audit: AuditResult | None = None
@@ -118,23 +123,33 @@ class Call:
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
+        """Number of tokens of the prompt as it was asked."""
         return len(self.rendered.token_ids)
 
     @property
+    def read(self) -> Rendered:
+        """The prompt as the model reads it: some of its sentences may be in the words of stored ones."""
+        return self.rendered.substitute(self.plan.substitutions)
+
+    @property
     def reused(self) -> Mask:
-        """Mask [T], true for prompt tokens whose KV was not computed at every layer."""
-        return ~self.outcome.computed
+        """Mask [T] of the prompt's tokens, as it was asked, whose KV was not computed at every layer."""
+        return ~self.outcome.computed[self.plan.places]
 
     @property
     def token_ids(self) -> TokenIds:
-        """Token ids [S] of the prompt and of the answer so far."""
-        return np.concatenate([self.rendered.token_ids, np.array(self.answer.token_ids, dtype=np.int64)])
+        """Token ids [S] of the prompt, as it is read, and of the answer so far."""
+        return np.concatenate([self.plan.token_ids, np.array(self.answer.token_ids, dtype=np.int64)])
 
     @property
     def document_spans(self) -> dict[str, Span]:
         """Documents whose deletion must drop what the store keeps of this call, and where they stand in the prompt."""
-        return self.request.find_document_spans(self.rendered, self.plan.prefix)
+        return self.request.find_document_spans(self.read, self.plan.prefix)
+
+    def list_wordings(self, decode: Callable[[TokenIds], str]) -> None:
+        """Set ``wordings`` from the plan, as text."""
+        asked, made = self.rendered.token_ids, self.plan.substitutions
+        self.wordings = tuple(Rewording(decode(asked[s.start : s.stop]), decode(s.token_ids)) for s in made)
 
     def add_token(self, token_id: int, said: AnswerPart) -> Iterator[GenerationChunk]:
         """Append a token to the answer; the first sets ``ttft_s``. Return the iterator of ``add(said)``."""
@@ -158,7 +173,7 @@ class Call:
     def build_report(self) -> ReuseReport:
         """Return what the call has reused and cost so far; changes nothing. ``execute`` must have run before."""
         plan, outcome, reused = self.plan, self.outcome, self.reused
-        fuzzy = int((plan.fuzzy & reused).sum())
+        fuzzy = int(((plan.fuzzy | plan.substituted)[plan.places] & reused).sum())
         prefix = min(plan.prefix_tokens, outcome.exact_tokens)
         prefilled, retained = self.kv_bytes
         return ReuseReport(
@@ -167,8 +182,10 @@ class Call:
             prefix_tokens=prefix,
             identical_tokens=int(reused.sum()) - fuzzy - prefix,
             fuzzy_tokens=fuzzy,
-            recomputed_tokens=int(outcome.computed.sum()),
-            compute_ratio=min(1.0, outcome.compute_ratio),  # a pass that fell back also did what it was to save
+            recomputed_tokens=int((~reused).sum()),
+            compute_ratio=min(
+                1.0, outcome.compute_ratio * len(plan.token_ids) / len(reused)
+            ),  # a pass that fell back also did what it was to save
             declined=outcome.fell_back or plan.declined,
             deviation=outcome.deviation,
             sources=_count_sources(plan, reused),
@@ -184,15 +201,17 @@ class Call:
             kv_bytes=prefilled,
             kv_retained_bytes=retained,
             kv_retained_ratio=retained / prefilled if prefilled else 1.0,
+            substituted_tokens=int(plan.substituted[plan.places].sum()),
+            substitutions=self.wordings,
             arranged_tokens=0 if self.given_order is None else max(0, prefix - self.given_prefix_tokens),
         )
 
 
 def _count_sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:
     """Return how many tokens took KV from each reference, most first, without those that gave none."""
-    tokens: Counter[str] = Counter()
-    if plan.prefix:
-        tokens[plan.prefix.reference.id] += plan.prefix_tokens
-    for borrowing in plan.borrowings:
-        tokens[borrowing.reference.id] += int(reused[borrowing.targets].sum())
+    sources = [*([plan.prefix.reference.id] if plan.prefix else []), *(b.reference.id for b in plan.borrowings)]
+    owners = np.zeros(len(plan.token_ids), dtype=np.int64)
+    for number, borrowing in enumerate(plan.borrowings, 1 if plan.prefix else 0):
+        owners[borrowing.targets] = number
+    tokens = Counter(sources[number] for number in owners[plan.places][reused].tolist())
     return tuple(SourceUse(key, count) for key, count in tokens.most_common() if count)

@@ -36,24 +36,26 @@ if TYPE_CHECKING:
     ByMode = Annotated[_T, "or None"]  # whoever reads a resolved config has a value
 else:
     ByMode = _T | None  # what pydantic accepts where a framework's class reads a config from a file
-_OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder")  # the first fields
+_OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder", "report_substitutions")  # the first fields
+_OF_SOME_MODES = dict.fromkeys(("fuzzy", "min_token_similarity", "guard_facts", "lsh_bits"), ("paper",))
 
 
 @dataclass(frozen=True)
 class ReuseConfig:
     """What may be borrowed, and how much of it is computed again.
 
-    Every setting but the first three is None for the mode's own value, which stands in ``PRESETS``. The dial is
+    Every setting but the first four is None for the mode's own value, which stands in ``PRESETS``. The dial is
     ``budget``; the others are for experiments.
 
     Attributes:
         mode: ``off`` reuses nothing, ``exact`` the longest stored prefix, ``identical`` also runs of identical tokens
-            anywhere, ``semantic`` also similar tokens of similar texts, ``paper`` as SemShareKV is described. ``auto``
-            is ``exact``; with ``budget`` or a later setting it is ``identical``, if the model allows that.
+            anywhere, ``semantic`` also stored sentences for those that say the same, ``paper`` as SemShareKV is
+            described. ``auto`` is ``exact``; with ``budget`` or a later setting ``identical``, if the model allows it.
         min_prefix_tokens: a shorter common prefix is computed afresh, at least 1; so is one under 5% of the prompt,
             which would cost more than it saves.
         embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
             input embeddings.
+        report_substitutions: whether reports hold the wordings that were read in place of others, in mode ``semantic``.
         budget: share of the borrowed tokens that is computed again, 0 to 1: more is slower, and nearer to a full
             prefill. It goes to first tokens of runs, at most half of it; to documents that share rare words with the
             question, if they fit; and to what the question attends to.
@@ -74,9 +76,9 @@ class ReuseConfig:
         max_deviation: mean deviation (0 is equal, 2 as if it were not there) of borrowed KV above which the prompt is
             prefilled in full; measured behind ``full_layers``, or half way up on the tokens that are computed anyway.
         max_compute_ratio: a plan predicted to compute more than this share of what the exact prefix leaves is declined.
-        fuzzy: whether different tokens and short runs of similar texts are borrowed.
-        min_similarity: least similarity (0 to 1) of a stored text to one in the prompt for fuzzy borrowing; None for
-            what the embedder was calibrated to.
+        fuzzy: whether different tokens are borrowed, in mode ``paper``.
+        min_similarity: least similarity (0 to 1) of a stored passage or sentence to one in the prompt, or in mode
+            ``paper`` of prompts; None for what the embedder was calibrated to.
         min_token_similarity: least cosine (0 to 1) of two tokens' RoPE'd embeddings for the one to be borrowed.
         guard_facts: whether tokens with digits, names and negations are never borrowed from a different token.
         lsh_bits: bits of the locality-sensitive hash that matches tokens of texts longer than 1,024 tokens, or 0 to
@@ -90,6 +92,7 @@ class ReuseConfig:
     mode: ModeSetting = "auto"
     min_prefix_tokens: int = 1
     embedder: str | None = None
+    report_substitutions: bool = False
     budget: float | None = BY_MODE
     min_run_tokens: ByMode[int] = BY_MODE
     boundary_tokens: ByMode[int] = BY_MODE
@@ -119,6 +122,8 @@ class ReuseConfig:
         require(self.embedder is None or named, "reuse.embedder", self.embedder, "None or a path or hub id")
         compares = self.embedder is None or self.mode == "semantic"
         require(compares, "reuse.embedder", self.embedder, "None but in mode 'semantic', which alone compares texts")
+        fits = isinstance(self.report_substitutions, bool) and self.report_substitutions <= (self.mode == "semantic")
+        require(fits, "reuse.report_substitutions", self.report_substitutions, "False, or True in mode 'semantic'")
         shared = self.budget is None or (self.attention_ratio is None and self.mode != "paper")
         require(shared, "reuse.budget", self.budget, "None with attention_ratio, and in mode 'paper'")
         given = self._list_given()
@@ -160,10 +165,6 @@ class ReuseConfig:
             return self
         return replace(self, mode=self.preferred_mode, **{name: getattr(preset, name) for name in open_names})
 
-    def drop_fuzzy(self) -> ReuseConfig:
-        """Return a config that borrows no different tokens, with ``full_layers`` and ``deviation_ratio`` 0."""
-        return replace(self, full_layers=0, deviation_ratio=0.0, fuzzy=False) if self.fuzzy else self
-
     def _list_given(self) -> list[str]:
         """Return the names of the settings of approximate reuse that are not None, sorted."""
         return sorted(field.name for field in fields(self)[len(_OF_EVERY_MODE) :] if self._has(field.name))
@@ -191,6 +192,9 @@ def _check_rules(rules: ReuseConfig) -> None:
     check("None or 0 to 1", lambda value: value is None or is_share(value), "budget", "attention_ratio")
     check("None, or above 0 up to 1", _is_part, "min_similarity", "retention_ratio")
     check("None, 0, or 8 or more", lambda value: value == 0 or is_whole(value, 8), "lsh_bits")
+    for name, modes in {**_OF_SOME_MODES, "min_similarity": ("semantic", "paper")}.items():
+        fits = rules.mode in modes or getattr(rules, name) == getattr(PRESETS.get(cast(Mode, rules.mode), rules), name)
+        require(fits, f"reuse.{name}", getattr(rules, name), f"None but in mode {' or '.join(modes)}")
 
 
 def _is_above_0(value: Any) -> bool:
@@ -218,8 +222,7 @@ PRESETS["identical"] = ReuseConfig(
     rotate_keys=True,
     retention_final_share=1.0,
 )
-_FUZZY: dict[str, Any] = {"fuzzy": True, "full_layers": 1, "deviation_ratio": 0.15, "min_token_similarity": 0.2}
-PRESETS["semantic"] = replace(PRESETS["identical"], mode="semantic", budget=0.15, **_FUZZY)
+PRESETS["semantic"] = replace(PRESETS["identical"], mode="semantic")
 # SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
 # confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most readers
 # think not; turning favours it), how alike a reference must be, how retention is spread over layers. Not settings: the

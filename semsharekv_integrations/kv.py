@@ -99,6 +99,45 @@ class Segment(NamedTuple):
     stop: int
 
 
+class Substitution(NamedTuple):
+    """Tokens ``start`` to ``stop`` (exclusive) of a sequence, in whose place ``token_ids`` [N] stand in another one.
+
+    ``documents`` are the caller's documents that stand in front of these, or hold them, where they were taken from.
+    """
+
+    start: int
+    stop: int
+    token_ids: TokenIds
+    documents: tuple[str, ...] = ()
+
+    @property
+    def growth(self) -> int:
+        """How many tokens longer the other sequence is by it; negative if it is shorter."""
+        return len(self.token_ids) - (self.stop - self.start)
+
+
+def substitute(token_ids: TokenIds, substitutions: Sequence[Substitution]) -> TokenIds:
+    """Return ``token_ids`` [T] with all ``substitutions`` made; they are in order, and none overlap."""
+    if not substitutions:
+        return token_ids
+    parts, last = [], 0
+    for each in substitutions:
+        parts += [token_ids[last : each.start], each.token_ids]
+        last = each.stop
+    return np.concatenate([*parts, token_ids[last:]])
+
+
+def invert(token_ids: TokenIds, substitutions: Sequence[Substitution]) -> tuple[Substitution, ...]:
+    """Return what turns ``substitute(token_ids, substitutions)`` into ``token_ids`` again."""
+    found, growth = [], 0
+    for each in substitutions:
+        start = each.start + growth
+        own = token_ids[each.start : each.stop]
+        found.append(Substitution(start, start + len(each.token_ids), own, each.documents))
+        growth += each.growth
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Reference:
     """KV of a token sequence from position 0, as a stored entry. Never mutated.
@@ -120,6 +159,7 @@ class Reference:
         expires_after_s: seconds after its last use at which it expires, or None.
         state: of the model that made it; empty for the one that the store began with.
         rounded: whether its KV lay in 8 bits, which makes none of it exact, whatever else is said of it.
+        substitutions: turn ``token_ids``, which the model read, into ``asked_ids``. Only a tainted one has any.
     """
 
     id: str
@@ -135,6 +175,12 @@ class Reference:
     expires_after_s: float | None = None
     state: str = ""
     rounded: bool = False
+    substitutions: tuple[Substitution, ...] = ()
+
+    @property
+    def asked_ids(self) -> TokenIds:
+        """The tokens [S] as they were asked, where the model read a stored wording instead."""
+        return substitute(self.token_ids, self.substitutions)
 
     @property
     def space(self) -> SpaceName:
@@ -202,6 +248,33 @@ class Rendered(NamedTuple):
     passages: Sequence[Segment] = ()
     question: tuple[int, int] | None = None
     unplaced: Mapping[str, int] = {}
+
+    def substitute(self, substitutions: Sequence[Substitution]) -> Rendered:
+        """Return the prompt as it is read where ``substitutions``, in order, are made; itself without any.
+
+        A range that begins or ends inside of one holds all of it.
+        """
+        if not substitutions:
+            return self
+
+        def move(start: int, stop: int) -> tuple[int, int]:
+            """Return where the range ``start`` to ``stop`` lies now."""
+            before = sum(each.growth for each in substitutions if each.stop <= start)
+            within = sum(each.growth for each in substitutions if start < each.stop and each.start < stop)
+            first = min([start, *(each.start for each in substitutions if each.start < start < each.stop)])
+            last = max([stop, *(each.stop for each in substitutions if each.start < stop < each.stop)])
+            return first + before, last + before + within
+
+        def move_all(segments: Sequence[Segment]) -> list[Segment]:
+            return [Segment(segment.document_id, *move(segment.start, segment.stop)) for segment in segments]
+
+        return Rendered(
+            substitute(self.token_ids, substitutions),
+            move_all(self.segments),
+            move_all(self.passages),
+            None if self.question is None else move(*self.question),
+            {key: move(before, before)[0] for key, before in self.unplaced.items()},
+        )
 
 
 def count_common_tokens(first: TokenIds, second: TokenIds) -> int:

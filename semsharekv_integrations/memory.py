@@ -19,7 +19,18 @@ from semsharekv_integrations.arranging import Arrangement, Arrangements, Arrange
 from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
-from semsharekv_integrations.kv import UNPLACED, LayerKV, Reference, Rendered, Segment, Span, TokenIds, select_within
+from semsharekv_integrations.kv import (
+    UNPLACED,
+    LayerKV,
+    Reference,
+    Rendered,
+    Segment,
+    Span,
+    Substitution,
+    TokenIds,
+    invert,
+    select_within,
+)
 from semsharekv_integrations.request import Request, make_document_id
 from semsharekv_integrations.reuse.matching import list_segments
 from semsharekv_integrations.reuse.plan import build_prefix_plan
@@ -38,6 +49,7 @@ def make_references(
     documents: Mapping[str, Span],
     session: str | None = None,
     borrowed: Mapping[str, Span] | None = None,
+    substitutions: tuple[Substitution, ...] = (),
 ) -> list[Reference]:
     """Return the references to store, none to two: the exact part and, in a session, the whole if not all is exact.
 
@@ -51,6 +63,7 @@ def make_references(
             like all others that begin alike.
         session: whose conversation it is, or None.
         borrowed: the documents that KV was borrowed from. The exact part ends before they begin.
+        substitutions: turn ``token_ids`` into what was asked; none within the exact part.
     """
     found = []
     exact = min(exact_tokens, len(token_ids))
@@ -66,6 +79,7 @@ def make_references(
     if session is not None and exact < len(token_ids):
         key = reference_id(namespace, token_ids)
         rest = Reference(key, namespace, token_ids, layers, segments=kept, exact_tokens=exact, session=session)
+        rest = replace(rest, substitutions=substitutions)
         found.append(rest.labelled({**(borrowed or {}), **documents}))
     return found
 
@@ -288,11 +302,12 @@ class Memory:
             token_ids,
             layers,
             call.outcome.exact_tokens,
-            tuple(list_segments(call.rendered)),
+            tuple(list_segments(call.read)),
             request.namespace,
             call.document_spans,
             request.session,
             call.plan.find_document_spans(),
+            invert(call.rendered.token_ids, call.plan.substitutions),
         )
         stored = [runtime.store.put(replace(reference, **labels)) for reference in found]
         return all(stored)
@@ -301,8 +316,9 @@ class Memory:
         """Return whether something of the call was forgotten since it began. The caller holds the lock."""
         request = call.request
         names = {*call.document_spans, *call.plan.find_document_spans(), *request.documents}
-        asked = (request.namespace, request.session, names, call.token_ids, runtime.renderer.decode)
-        return any(forgotten.covers(*asked) for forgotten in call.since.forgotten())
+        said = [call.token_ids, call.rendered.token_ids] if call.plan.substitutions else [call.token_ids]
+        scope, decode = (request.namespace, request.session, names), runtime.renderer.decode
+        return any(forgotten.covers(*scope, ids, decode) for forgotten in call.since.forgotten() for ids in said)
 
     def _is_in_one_of(self, text: str, references: Sequence[Reference]) -> bool:
         """Return whether the tokens of ``text`` stand in one of ``references``; False before the model is loaded."""

@@ -32,6 +32,14 @@ class DocumentUse:
 
 
 @dataclass(frozen=True)
+class Rewording:
+    """A sentence of the prompt as it was asked, and the stored one that the model read in its place."""
+
+    asked: str
+    read: str
+
+
+@dataclass(frozen=True)
 class AuditResult:
     """How the first tokens of an answer behind reused KV compare with those behind a full prefill.
 
@@ -52,13 +60,15 @@ class ReuseReport:
 
     Attributes:
         mode: the mode that the call ran in.
-        prompt_tokens: tokens of the prompt, special tokens included.
+        prompt_tokens: tokens of the prompt as it was asked, special tokens included. Where the model read a stored
+            sentence instead, each counts as what stands at the same share of that one.
         prefix_tokens: tokens whose KV was taken from the exact stored prefix.
         identical_tokens: tokens whose KV was taken from runs of identical tokens elsewhere, or from what the same
             session left that is not exact.
-        fuzzy_tokens: tokens whose KV was taken from tokens matched by similarity, the same or different ones.
+        fuzzy_tokens: tokens whose KV was taken from what is alike: stored sentences that were read in place of the
+            prompt's own, or, in mode ``paper``, tokens matched by similarity, the same or different ones.
         recomputed_tokens: tokens whose KV was computed at every layer in this call.
-        compute_ratio: token-layers computed over tokens times layers, 0 to 1.
+        compute_ratio: token-layers computed over tokens of the prompt times layers, 0 to 1.
         deviation: mean deviation of borrowed KV from fresh KV (0 is equal), where it was measured.
         sources: the stored references used.
         documents: the caller's documents found in the prompt.
@@ -73,6 +83,8 @@ class ReuseReport:
         kv_retained_ratio: the latter over the former, 0 to 1.
         arranged_tokens: how many ``prefix_tokens`` are owed to ``arrange``: the prompt would not have them with its
             documents in the order that was given. Where documents begin and end, a token or two may be miscounted.
+        substituted_tokens: how many tokens the model read in a stored wording, computed again or not.
+        substitutions: these wordings, if ``ReuseConfig.report_substitutions`` is on.
     """
 
     mode: Mode
@@ -95,6 +107,8 @@ class ReuseReport:
     kv_retained_bytes: int = 0
     kv_retained_ratio: float = 1.0
     arranged_tokens: int = 0
+    substituted_tokens: int = 0
+    substitutions: tuple[Rewording, ...] = ()
 
     @property
     def reused_tokens(self) -> int:
@@ -104,7 +118,7 @@ class ReuseReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict of plain dicts, lists, numbers, strings and None, fit for JSON."""
         plain = asdict(self)
-        return plain | {"sources": list(plain["sources"]), "documents": list(plain["documents"])}
+        return plain | {name: list(plain[name]) for name in ("sources", "documents", "substitutions")}
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder, Retainer
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
-from semsharekv_integrations.model.selective import SelectivePrefill, prefill_behind_prefix
+from semsharekv_integrations.model.selective import SelectivePrefill, UnservedError, prefill_behind_prefix
 from semsharekv_integrations.model.state import State
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
-from semsharekv_integrations.reuse.planner import Planner, list_texts, mark_question
+from semsharekv_integrations.reuse.planner import Planner, Scope, list_texts, mark_question
+from semsharekv_integrations.reuse.rewording import RewordingFinder
 from semsharekv_integrations.reuse.selection import RELEVANT_SHARE, choose_relevant_tokens, score_documents
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.store import KVStore
@@ -86,9 +87,9 @@ class Runtime:
         shortens = reuse.retention_ratio is not None and reuse.retention_ratio < 1
         self._retainer = Retainer(self.adapter, selective, reuse) if selective and shortens else None
         self.index: SegmentIndex | None = None  # of texts that are matched by similarity
-        matcher = self._make_matcher(reuse, store, selective) if selective and reuse.fuzzy else None
-        limit = self.adapter.stable_positions
-        self.planner = Planner(reuse, store, matcher, self.num_layers, limit)
+        matcher = self._make_matcher(reuse, selective) if selective and reuse.fuzzy else None
+        finder = self._make_finder(reuse) if selective and reuse.mode == "semantic" else None
+        self.planner = Planner(reuse, store, matcher, self.num_layers, self.adapter.stable_positions, finder)
         self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
         self._states.keep(self._state.key, self)
         if isinstance(source, NamedModel):
@@ -125,15 +126,18 @@ class Runtime:
         """Whether the model is in the state that ``follow_model`` found, none seen since; true in mode ``off``."""
         return self.mode == "off" or self.adapter.watch.get_state() == self._state
 
-    def _make_matcher(self, config: ReuseConfig, store: KVStore, selective: SelectivePrefill) -> FuzzyMatcher:
-        """Set ``self.index`` to a new index of texts, and return a matcher that uses it."""
+    def _make_matcher(self, config: ReuseConfig, selective: SelectivePrefill) -> FuzzyMatcher:
+        """Return a matcher of tokens by the model's own embeddings."""
         frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
+        return FuzzyMatcher(self.store, self.adapter.embed, self.renderer.split_pieces, frequencies, config)
+
+    def _make_finder(self, config: ReuseConfig) -> RewordingFinder:
+        """Set ``self.index`` to a new index of texts, and return a finder of wordings that uses it."""
         embedder: Embedder = PooledEmbedder(self.adapter.embedding_matrix)
         if config.embedder is not None:
             embedder = SentenceEmbedder(config.embedder, self.renderer.decode)
-        pieces = self.renderer.split_pieces
         self.index = SegmentIndex(embedder)
-        return FuzzyMatcher(store, self.index, self.adapter.embed, pieces, frequencies, config)
+        return RewordingFinder(self.store, self.index, self.renderer.split_pieces, config.min_similarity)
 
     def fingerprint(self) -> str:
         """Return a digest of the model's state and the vocabulary: stored KV and token ids fit no other."""
@@ -189,7 +193,8 @@ class Runtime:
             )
             self._require_embeddings(call.rendered)
             request.require_documents(call.rendered)
-            call.request = request.fit_window(call.prompt_tokens, window)
+            call.request = request.fit_window(len(call.rendered.token_ids), window)
+            call.most_tokens = None if window is None else window - call.request.sampling.max_new_tokens
             call.reader = self._begin_reader(call.request)
             call.given_order = find_given_order(call.rendered.token_ids, call.arrangements)
 
@@ -216,12 +221,20 @@ class Runtime:
         request = call.request
         if call.given_order is not None:
             call.given_prefix_tokens = self.store.count_prefix_tokens(call.given_order, request.namespace)
-        call.plan = self.planner.plan(call.rendered, request.namespace, request.session, is_suspended, call.watch)
+        scope = Scope(request.namespace, request.session, call.most_tokens)
+        call.plan = self.planner.plan(call.rendered, scope, is_suspended, call.watch)
+        if self.reuse.report_substitutions:
+            call.list_wordings(self.renderer.decode)
 
     def execute(self, call: Call) -> None:
         """Prefill the prompt as its plan says; set the call's ``outcome``, ``mode`` and ``kv_bytes``."""
         if self._selective is not None:
-            call.outcome = self._selective.run(call.plan, call.watch)
+            try:
+                call.outcome = self._selective.run(call.plan, call.watch)
+            except UnservedError as trouble:
+                scope = Scope(call.request.namespace, call.request.session)
+                call.plan, call.wordings = self.planner.plan_as_asked(call.rendered, scope, trouble.reason), ()
+                call.outcome = trouble.charge(self._selective.run(call.plan, call.watch), self.num_layers)
         else:
             with call.watch.phase("forward"):
                 call.outcome = prefill_behind_prefix(self.adapter, call.plan)
@@ -237,7 +250,7 @@ class Runtime:
         prefill, reader, answer = call.outcome.prefill, call.reader, call.answer
         with call.watch.phase("decode"):
             sampling = call.request.sampling
-            decoder = Decoder(self.adapter, call.rendered.token_ids, sampling, self._together, reader.constraint)
+            decoder = Decoder(self.adapter, call.plan.token_ids, sampling, self._together, reader.constraint)
         is_last = False
         with closing(decoder.decode(prefill, partial(answer.record_logits, self._audited_tokens))) as steps:
             while not is_last and not reader.stopped:
@@ -247,7 +260,7 @@ class Runtime:
                 yield from call.add_token(token_id, said)
                 if self._retainer is not None and len(answer.token_ids) == 1 and not is_last:
                     with call.watch.phase("retain"):
-                        decoder.cache = self._shorten(self._retainer, call.rendered, prefill.cache)
+                        decoder.cache = self._shorten(self._retainer, call.read, prefill.cache)
                     call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.measure_kv(decoder.cache))
         rest = reader.finish()
         answer.end(is_whole=reader.stopped or decoder.is_whole(answer.token_ids[-1]))

@@ -89,7 +89,7 @@ class RecallProbe:
 
     def __init__(self, subject: Subject, configs: Mapping[str, EngineConfig]) -> None:
         self._tokenizer = subject.tokenizer
-        self._adapter = ModelAdapter(subject.model, "semantic")
+        self._adapter = ModelAdapter(subject.model, "paper")
         rotations = SelectivePrefill(self._adapter).rotations
         self._frequencies = next(r.inverse_frequencies for r in rotations if r is not None)
         rules = {name: config.reuse.resolve() for name, config in configs.items()}

@@ -237,7 +237,7 @@ def make_budget_policies(options: Options) -> dict[str, dict[str, ReuseConfig]]:
 def sweep_lsh(options: Options, subject: Subject) -> tuple[Study, Axis]:
     """Hash bits against recall and answers, on one long reworded document; 0 bits compare all tokens."""
     bits_of = {f"{bits:g} bits": int(bits) for bits in (0, *options.pick(HASH_BITS))}
-    hashed = {name: ReuseConfig(mode="semantic", lsh_bits=bits) for name, bits in bits_of.items()}
+    hashed = {name: ReuseConfig(mode="paper", lsh_bits=bits) for name, bits in bits_of.items()}
     configs, long = add_controls(options, hashed), replace(options, documents=options.documents or LONG_DOCUMENTS)
     study = Study(
         "Bits of the locality-sensitive hash",
@@ -247,7 +247,7 @@ def sweep_lsh(options: Options, subject: Subject) -> tuple[Study, Axis]:
         figures=(*DRAWN_FIGURES, RECALL),
     )
     return study, Axis(
-        "hash bits", lambda row: bits_of.get(row.policy) or None, lambda row: "semantic", is_logarithmic=True
+        "hash bits", lambda row: bits_of.get(row.policy) or None, lambda row: "paper", is_logarithmic=True
     )
 
 

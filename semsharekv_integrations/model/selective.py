@@ -62,6 +62,11 @@ def prefill_behind_prefix(adapter: ModelAdapter, plan: ReusePlan) -> Outcome:
 
 def _count_exact(plan: ReusePlan, computed: Mask) -> int:
     """Return how many leading tokens rest on nothing approximate; ``sys.maxsize`` if all of them do."""
+    return min(_count_computed_exactly(plan, computed), plan.own_tokens)
+
+
+def _count_computed_exactly(plan: ReusePlan, computed: Mask) -> int:
+    """Return how many leading tokens have the KV of a full prefill of what was read; ``sys.maxsize`` if all have."""
     if plan.prefix and plan.prefix.reference.is_tainted:
         exact = plan.prefix.reference.exact_tokens or 0
         if exact < plan.prefix_tokens:
@@ -89,7 +94,11 @@ class SelectivePrefill:
         self._require_same_logits(probe, here)
 
     def run(self, plan: ReusePlan, watch: Stopwatch | None = None) -> Outcome:
-        """Prefill by ``plan`` and return the outcome; references are never written. ``watch`` gets each part's time."""
+        """Prefill by ``plan`` and return the outcome; references are never written. ``watch`` gets each part's time.
+
+        Raises:
+            UnservedError: if the plan has substitutions and the borrowed KV deviates too much.
+        """
         watch = watch or Stopwatch()
         if not plan.borrowings:
             with watch.phase("forward"):
@@ -126,7 +135,7 @@ class SelectivePrefill:
         return collected
 
     def _forward(self, selection: _Selection) -> Outcome:
-        """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix."""
+        """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix, or raise."""
         adapter, plan, cache = self._adapter, selection.plan, selection.cache
         token_layers = len(plan.token_ids) * self.num_layers
         first = _find_positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, adapter.device)
@@ -138,6 +147,9 @@ class SelectivePrefill:
             with blocked_attention(adapter.config), rows.install():
                 logits = adapter.forward_rows(plan.token_ids, first, cache, rows.first_mask)
         except _GivenUp:
+            if plan.substitutions:
+                spent = looked + rows.row_layers
+                raise UnservedError(str(selection.fell_back), spent, selection.deviation) from None
             whole = prefill_behind_prefix(adapter, plan)
             ratio = whole.compute_ratio + (looked + rows.row_layers) / token_layers
             return whole._replace(compute_ratio=ratio, deviation=selection.deviation, fell_back=selection.fell_back)
@@ -164,7 +176,26 @@ class SelectivePrefill:
 
 
 class _GivenUp(Exception):
-    """The borrowed KV deviates too much, and the rows that were left out have no hidden states to go on with."""
+    """The borrowed KV deviates too much, and what was left out cannot be computed now: rows, or the prompt as asked."""
+
+
+class UnservedError(Exception):
+    """A prompt with substitutions has to be read as it was asked, because borrowed KV deviates too much.
+
+    Attributes:
+        reason: in words.
+        row_layers: how many rows were computed in vain, summed over layers.
+        deviation: of the borrowed KV.
+    """
+
+    def __init__(self, reason: str, row_layers: float, deviation: float | None) -> None:
+        super().__init__(reason)
+        self.reason, self.row_layers, self.deviation = reason, row_layers, deviation
+
+    def charge(self, outcome: Outcome, num_layers: int) -> Outcome:
+        """Return ``outcome``, that of the prompt as it was asked, with what was spent in vain, and why."""
+        ratio = outcome.compute_ratio + self.row_layers / (len(outcome.computed) * num_layers)
+        return outcome._replace(compute_ratio=ratio, deviation=self.deviation, fell_back=self.reason)
 
 
 class _Selection:
@@ -220,7 +251,7 @@ class _Selection:
             self.deviation = float(deviations[measured].mean())
         if self.deviation is not None and self.deviation > self.plan.max_deviation:
             self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
-            if not self.plan.full_layers:
+            if not self.plan.full_layers or self.plan.substitutions:
                 raise _GivenUp
         if self.plan.full_layers:
             self.rank(deviations)

@@ -1,17 +1,15 @@
-"""Fuzzy matches: tokens of a prompt that may take the KV of alike tokens of a stored text.
+"""Fuzzy matches, in mode ``paper``: tokens of a prompt that may take the KV of alike tokens of a stored prompt.
 
-In mode ``semantic`` each document or passage of the prompt has its own reference, the stored passage nearest in
-meaning, or none. In mode ``paper`` the whole prompt has one, as in SemShareKV (arXiv 2509.24832, section 3). Tokens are
-matched by the embeddings of the model's own input layer (the E-cache), rotated by RoPE so that order counts. It departs
-from the paper in two ways. The nearest few by locality sensitive hash are compared once more by exact cosine. Short
-texts are compared in full, which is faster and exact. It knows the tokenizer only as a function from ids to text.
+The whole prompt has one reference, as in SemShareKV (arXiv 2509.24832, section 3). Tokens are matched by the embeddings
+of the model's own input layer (the E-cache), rotated by RoPE so that order counts. It departs from the paper in two
+ways. The nearest few by locality sensitive hash are compared once more by exact cosine. Short texts are compared in
+full, which is faster and exact. It knows the tokenizer only as a function from ids to text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,13 +21,11 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import Mask, Reference, Rendered, Rotation, Segment, TokenIds, rotate
 from semsharekv_integrations.reuse.facts import find_guarded_tokens, find_unlike_facts
 from semsharekv_integrations.reuse.plan import Borrowing
-from semsharekv_integrations.reuse.similarity import SegmentIndex
 from semsharekv_integrations.store import KVStore
 
 if TYPE_CHECKING:
     import faiss
 
-MOST_COVERED = 0.5  # share of a segment in identical runs above which it needs no fuzzy match
 LONGEST_EXACT_TOKENS = 1024  # up to which comparing all tokens is exact and faster than hashing them
 MOST_CANDIDATES = 8  # stored prompts of a namespace that mode ``paper`` measures by hash
 _EMBEDDING_ROPE_BASE, _EMBEDDING_HEAD = 10_000.0, 64  # for models that turn no keys
@@ -50,14 +46,12 @@ class FuzzyMatcher:
     def __init__(
         self,
         store: KVStore,
-        index: SegmentIndex,
         embed: Callable[[TokenIds], torch.Tensor],
         pieces: Callable[[TokenIds], Sequence[str]],
         inverse_frequencies: torch.Tensor | None,
         rules: ReuseConfig,
     ) -> None:
         self._store = store
-        self._index = index
         self._embed = embed
         self._pieces = pieces
         self._frequencies = (
@@ -66,39 +60,6 @@ class FuzzyMatcher:
             else inverse_frequencies
         )
         self._rules = rules.resolve()
-
-    def match_segments(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
-        """Return a borrowing for each mostly open segment with a stored one near enough. Syncs the index first.
-
-        Args:
-            open_tokens: [T] without a source so far; nothing else is matched.
-            namespace: whose entries may be borrowed, beside those of the shared one.
-        """
-        wanted = [s for s in list_segments(rendered) if open_tokens[s.start : s.stop].mean() > 1 - MOST_COVERED]
-        if not wanted:
-            return []
-        texts = [rendered.token_ids[s.start : s.stop] for s in wanted]
-        found = []
-        for name in self._store.list_readable(namespace):
-            self._index.sync(self._store.references(name), name)
-            found.append(self._index.find_nearest(texts, name))
-        least = self._rules.min_similarity
-        threshold = self._index.embedder.threshold if least is None else least
-        fetched: dict[str, Reference | None] = {}
-        borrowings, still_open = [], open_tokens.copy()
-        for segment, matches in zip(wanted, zip(*found, strict=True), strict=True):
-            best = max(chain(*matches), key=lambda match: match.similarity, default=None)
-            if best is None or best.similarity < threshold:
-                continue
-            key = best.reference.id
-            reference = fetched[key] = fetched[key] if key in fetched else self._store.fetch(key, namespace)
-            if reference is None:
-                continue
-            borrowing = self._match_tokens(rendered, segment, reference, best.segment, still_open)
-            if borrowing is not None:
-                still_open[borrowing.targets] = False  # a caller's documents may stand inside of each other
-                borrowings.append(borrowing)
-        return borrowings
 
     def match_prompt(self, rendered: Rendered, open_tokens: Mask, namespace: str) -> list[Borrowing]:
         """Return one borrowing from the stored prompt most alike by LSH distance; none if that is not alike enough."""

@@ -7,16 +7,18 @@ tokens are computed again depends on attention and on deviation, so the plan hol
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semsharekv_integrations.config import ReuseConfig
-from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, TokenIds
+from semsharekv_integrations.kv import Mask, PrefixMatch, Reference, Run, Span, Substitution, TokenIds, substitute
 from semsharekv_integrations.reuse.selection import choose_relevant_tokens, score_documents, spread_shares
 
 # Share of a layer's cost to measure deviation (queries, keys, values alone); an upper estimate.
@@ -55,6 +57,7 @@ class ReusePlan:
         max_deviation: above which the prompt is finished as a full prefill.
         declined: why nothing, or nothing but the prefix, is borrowed; else None.
         rotate_keys: whether borrowed keys are turned to where they stand now.
+        substitutions: turn the prompt as it was asked into ``token_ids``, which the model reads.
     """
 
     token_ids: TokenIds
@@ -71,6 +74,7 @@ class ReusePlan:
     max_deviation: float
     declined: str | None = None
     rotate_keys: bool = True
+    substitutions: tuple[Substitution, ...] = ()
 
     @property
     def prefix_tokens(self) -> int:
@@ -88,7 +92,44 @@ class ReusePlan:
                 behind = borrowing.targets[borrowing.sources >= start]
                 if len(behind):
                     starts[key] = min(int(behind.min()), starts.get(key, int(behind.min())))
+        for span, each in zip(self.substituted_spans, self.substitutions, strict=True):
+            starts |= {key: min(span.start, starts.get(key, span.start)) for key in each.documents}
         return {key: Span(start, start + 1) for key, start in starts.items()}
+
+    @cached_property
+    def substituted_spans(self) -> list[Span]:
+        """Where the substitutions stand in ``token_ids``, in order."""
+        growths = accumulate((each.growth for each in self.substitutions), initial=0)
+        starts = [each.start + growth for each, growth in zip(self.substitutions, growths, strict=False)]
+        return [Span(at, at + len(each.token_ids)) for at, each in zip(starts, self.substitutions, strict=True)]
+
+    @cached_property
+    def substituted(self) -> Mask:
+        """Mask [T] of the tokens that are read in place of others."""
+        return self._mark([(np.arange(*span), True) for span in self.substituted_spans])
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """For each token that was asked, the one of ``token_ids`` that it is read as, or at the same share of it."""
+        shares = [np.arange(each.stop - each.start) / (each.stop - each.start) for each in self.substitutions]
+        stand_ins = [
+            Substitution(*span, span.start + (share * (span.stop - span.start)).astype(np.int64))
+            for span, share in zip(self.substituted_spans, shares, strict=True)
+        ]
+        return substitute(np.arange(len(self.token_ids)), stand_ins)
+
+    @property
+    def own_tokens(self) -> int:
+        """How many first tokens are read as they were asked; ``sys.maxsize`` if all are."""
+        return min((span.start for span in self.substituted_spans), default=sys.maxsize)
+
+    @cached_property
+    def served(self) -> list[Substitution]:
+        """The substitutions whose tokens all have KV to take, not all of it computed anew."""
+        have = self.borrowed.copy()
+        have[: self.prefix_tokens] = True
+        places = zip(self.substituted_spans, self.substitutions, strict=True)
+        return [s for span, s in places if have[slice(*span)].all() and not self.must[slice(*span)].all()]
 
     @cached_property
     def fuzzy(self) -> Mask:
@@ -139,8 +180,9 @@ class ReusePlan:
         """Return one line for logs: counts and the reason to decline, never text."""
         return (
             f"{len(self.token_ids)} tokens: {self.prefix_tokens} prefix, {int((self.borrowed & ~self.fuzzy).sum())} "
-            f"identical, {int(self.fuzzy.sum())} fuzzy, {int(self.must.sum())} computed at every layer, rows by layer "
-            f"{list(self.predicted_rows)}, compute ratio {self.predicted_compute_ratio:.3f}, declined: {self.declined}"
+            f"identical, {int(self.fuzzy.sum())} fuzzy, {int(self.substituted.sum())} substituted, "
+            f"{int(self.must.sum())} computed at every layer, rows by layer {list(self.predicted_rows)}, "
+            f"compute ratio {self.predicted_compute_ratio:.3f}, declined: {self.declined}"
         )
 
     def _mark(self, marks: Sequence[tuple[NDArray[np.int64], Mask | bool]]) -> Mask:

@@ -182,6 +182,14 @@ class SegmentIndex:
             index = self._namespaces.get(namespace)
             return [[] for _ in token_ids] if index is None else index.find_nearest(token_ids, k)
 
+    def measure(self, token_ids: Sequence[TokenIds], others: Sequence[TokenIds], namespace: str) -> Vectors:
+        """Return how alike two series of texts are, [N, M]: cosines, by the embedder fitted to ``namespace``."""
+        with self._lock:
+            index = self._namespaces.get(namespace)
+            embedder = self.embedder if index is None else index.embedder
+            vectors = embedder.embed([*token_ids, *others])
+        return vectors[: len(token_ids)] @ vectors[len(token_ids) :].T
+
     def keep_only(self, namespace: str, reference_ids: Collection[str]) -> None:
         """Drop the references of ``namespace`` with other ids, and the texts that stood in no other reference."""
         with self._lock:
@@ -205,7 +213,7 @@ class _NamespaceIndex:
 
     def __init__(self, embedder: Embedder) -> None:
         self.segments: dict[str, tuple[Segment, ...]] = {}  # by reference id, as they were indexed
-        self._embedder = embedder
+        self.embedder = embedder
         self._references: dict[str, weakref.ref[Reference]] = {}
         self._texts: dict[bytes, _Text] = {}  # by token ids
         self._rows: dict[int, _Text] = {}
@@ -231,7 +239,7 @@ class _NamespaceIndex:
             reference_id, segment = next(reversed(self._rows[row].owners))
             return SegmentMatch(alive[reference_id], segment, similarity)
 
-        similarities, rows = self._vectors.search(self._embedder.embed(token_ids), min(k, len(self._texts)))
+        similarities, rows = self._vectors.search(self.embedder.embed(token_ids), min(k, len(self._texts)))
         return [list(map(match, *found)) for found in zip(rows.tolist(), similarities.tolist(), strict=True)]
 
     def drop(self, reference_ids: Iterable[str]) -> None:
@@ -266,10 +274,10 @@ class _NamespaceIndex:
                     new.append(text)
                 text.owners[key, segment] = None
         if not max(1, self._fitted_texts // 2) <= len(self._texts) < 2 * self._fitted_texts and self._texts:
-            fitted = self._embedder.fit_to([text.token_ids for text in self._texts.values()])
+            fitted = self.embedder.fit_to([text.token_ids for text in self._texts.values()])
             self._fitted_texts = len(self._texts)
-            if fitted is not self._embedder:
-                self._embedder, self._vectors, new = fitted, None, list(self._texts.values())
+            if fitted is not self.embedder:
+                self.embedder, self._vectors, new = fitted, None, list(self._texts.values())
         if new:
             self._add_vectors(new)
 
@@ -277,7 +285,7 @@ class _NamespaceIndex:
         """Embed texts, and add their vectors to the FAISS index, which the first ones make."""
         import faiss
 
-        vectors = self._embedder.embed([text.token_ids for text in texts])
+        vectors = self.embedder.embed([text.token_ids for text in texts])
         if self._vectors is None:
             self._vectors = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
         self._vectors.add_with_ids(vectors, np.array([text.row for text in texts], dtype=np.int64))

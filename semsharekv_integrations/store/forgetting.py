@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.kv import UNPLACED, TokenIds
+from semsharekv_integrations.kv import UNPLACED, Reference, TokenIds
 from semsharekv_integrations.store.namespace import Entry
 
 SHORTEST_TOKENS = 8  # a shorter document may stand anywhere by chance: only its name counts
@@ -33,7 +33,7 @@ def entries_with(
     return [
         entry
         for entry in entries
-        if entry.key in carrying or any(has_form(entry.reference.token_ids, ids, text_of) for ids in forms)
+        if entry.key in carrying or any(_has_form(entry.reference, ids, text_of) for ids in forms)
     ]
 
 
@@ -65,6 +65,12 @@ def has_form(token_ids: TokenIds, form: TokenIds, text_of: TextOf | None) -> boo
                 return True
         at = haystack.find(inner, at + 1)
     return False
+
+
+def _has_form(reference: Reference, form: TokenIds, text_of: TextOf | None) -> bool:
+    """Return whether a reference contains ``form``, as it was read or as it was asked; see ``has_form``."""
+    said = [reference.token_ids, reference.asked_ids] if reference.substitutions else [reference.token_ids]
+    return any(has_form(token_ids, form, text_of) for token_ids in said)
 
 
 class Forgotten(NamedTuple):

@@ -123,12 +123,19 @@ class KVStore:
         return [namespace] if shared in (None, namespace) else [namespace, make_plain(shared)]
 
     def find_prefix(
-        self, token_ids: TokenIds, namespace: str, *, max_tokens: int, session: str | None = None
+        self,
+        token_ids: TokenIds,
+        namespace: str,
+        *,
+        max_tokens: int,
+        session: str | None = None,
+        counts: bool = True,
     ) -> PrefixMatch | None:
         """Return the entry, with KV, that agrees longest with the start of ``token_ids``, and for how many tokens.
 
         Looks in ``namespace``, in the shared namespace, and at the tainted entry of ``session``, which must agree for
-        longer than the others. Counts a hit and a use; or a miss, and returns None, if no readable entry agrees.
+        longer than the others. Counts a hit and a use; or a miss, and returns None, if no readable entry agrees. Not
+        ``counts``: no hit and no miss, as where one prompt is looked up again.
         """
         with _Work(self._entries):
             while True:
@@ -146,11 +153,18 @@ class KVStore:
                         continue
                     if reference is None:
                         break  # and look again among what is left
-                    self._entries.counts["hits"] += 1
+                    self._entries.counts["hits"] += counts
                     return PrefixMatch(reference, match.num_tokens)
                 else:
-                    self._entries.counts["misses"] += 1
+                    self._entries.counts["misses"] += counts
                     return None
+
+    def find_tainted(self, namespace: str, session: str) -> Reference | None:
+        """Return what ``session`` has stored that is not exact, without KV; None if nothing. Counts no use."""
+        with _Work(self._entries):
+            space = self._find_namespace(namespace)
+            entry = space.tainted.get(session) if space is not None else None
+            return None if entry is None else entry.reference
 
     def count_prefix_tokens(self, token_ids: TokenIds, namespace: str) -> int:
         """Return how many first tokens of ``token_ids`` ordinary readable entries have. Counts no use, hit or miss."""

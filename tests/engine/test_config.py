@@ -84,14 +84,24 @@ def borrowing(*prompts: str) -> Callable[[SemShareEngine], tuple[object, ...]]:
 
 moved = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("You are to answer now .", FIRE, FLOOD))
 edited = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("Read it .", FLOOD.replace("hit", "7"), FIRE))
-reworded = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("You are to answer now .", REWORDED))
+similar = borrowing(prompt_of("Read it .", FLOOD, FIRE), prompt_of("You are to answer now .", REWORDED))
 
 
-def reworded_long(engine: SemShareEngine) -> tuple[object, ...]:
+def reworded(engine: SemShareEngine) -> object:
+    """What was read in other words, where any two sentences say the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semsharekv_integrations.reuse.rewording.say_the_same", lambda asked, stored: True)
+        engine.generate(prompt_of("Read it .", FLOOD, FIRE), max_new_tokens=2)
+        prompt = "\n\n".join(["You are to answer now .", REWORDED, FIRE, "Why so ?"])
+        report = engine.generate(prompt, max_new_tokens=2).report
+        return report.substituted_tokens, report.substitutions
+
+
+def similar_long(engine: SemShareEngine) -> tuple[object, ...]:
     """Hashes are for long texts; here every text counts as one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("semsharekv_integrations.reuse.matching.LONGEST_EXACT_TOKENS", 8)
-        return reworded(engine)
+        return similar(engine)
 
 
 def audited(engine: SemShareEngine) -> bool:
@@ -121,7 +131,7 @@ def sampled(**options: Any) -> Callable[[SemShareEngine], tuple[str, list[int]]]
 
 
 def embedder(engine: SemShareEngine) -> str:
-    return type(engine._load().planner._matcher._index.embedder).__name__  # type: ignore[union-attr]
+    return type(engine._load().planner._finder._index.embedder).__name__  # type: ignore[union-attr]
 
 
 def compared_tokens(engine: SemShareEngine) -> int | None:
@@ -132,7 +142,8 @@ def compared_tokens(engine: SemShareEngine) -> int | None:
 
 EAGER = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0, "relevance_ratio": 0.0}
 IDENTICAL, SEMANTIC = {"mode": "identical", **EAGER}, {"mode": "semantic", **EAGER}
-NEAR = {**SEMANTIC, "min_similarity": 0.01, "min_run_tokens": 40}
+PAPER = {"mode": "paper", **EAGER, "min_similarity": 0.01, "retention_ratio": 1.0}
+NEAR = {**SEMANTIC, "min_similarity": 0.01, "min_run_tokens": 20}
 FOLDER = "a folder of the engine's own"
 # For every setting: its value, what shows its effect, and the settings that both engines have beside it.
 EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], Any]] = {
@@ -146,16 +157,17 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "tail_tokens"): (40, moved, IDENTICAL),
     (ReuseConfig, "attention_ratio"): (0.3, moved, {**IDENTICAL, "attention_ratio": None}),
     (ReuseConfig, "relevance_ratio"): (0.5, moved, {**IDENTICAL, "boundary_tokens": 2}),
-    (ReuseConfig, "deviation_ratio"): (0.5, reworded, NEAR),
+    (ReuseConfig, "deviation_ratio"): (0.5, similar, PAPER),
     (ReuseConfig, "final_share"): (0.1, moved, {**IDENTICAL, "attention_ratio": 0.5}),
-    (ReuseConfig, "full_layers"): (2, reworded, NEAR),
-    (ReuseConfig, "max_deviation"): (1e-6, reworded, NEAR),
+    (ReuseConfig, "full_layers"): (2, similar, PAPER),
+    (ReuseConfig, "max_deviation"): (1e-6, similar, PAPER),
     (ReuseConfig, "max_compute_ratio"): (0.01, moved, IDENTICAL),
-    (ReuseConfig, "fuzzy"): (False, reworded, NEAR),
+    (ReuseConfig, "fuzzy"): (False, similar, PAPER),
     (ReuseConfig, "min_similarity"): (0.999, reworded, NEAR),
-    (ReuseConfig, "min_token_similarity"): (0.999, reworded, NEAR),
-    (ReuseConfig, "guard_facts"): (False, reworded, {**NEAR, "min_token_similarity": 0.0}),
-    (ReuseConfig, "lsh_bits"): (8, reworded_long, {**NEAR, "min_token_similarity": 0.3}),
+    (ReuseConfig, "report_substitutions"): (True, reworded, NEAR),
+    (ReuseConfig, "min_token_similarity"): (0.999, similar, PAPER),
+    (ReuseConfig, "guard_facts"): (True, similar, PAPER),
+    (ReuseConfig, "lsh_bits"): (8, similar_long, {**PAPER, "min_token_similarity": 0.3}),
     (ReuseConfig, "rotate_keys"): (False, moved, {**IDENTICAL, "attention_ratio": None}),
     (ReuseConfig, "retention_ratio"): (0.3, moved, IDENTICAL),
     (ReuseConfig, "retention_final_share"): (0.1, moved, {**IDENTICAL, "retention_ratio": 0.5}),
@@ -210,7 +222,7 @@ def test_the_context_window_is_not_dead(make_engine: EngineMaker) -> None:
 
 
 def test_every_rule_is_a_setting() -> None:
-    assert {field.name for field in fields(ReuseConfig)} == {*RULES, "mode", "min_prefix_tokens", "embedder"}
+    assert {field.name for field in fields(ReuseConfig)} == RULES | OF_EVERY_MODE
 
 
 def test_no_setting_was_overlooked() -> None:
@@ -239,6 +251,7 @@ BAD = {
         "mode": ["fast", "", None, 3],
         "min_prefix_tokens": [0, -1, 1.5, "2", None, True],
         "embedder": ["", 3, True],
+        "report_substitutions": [1, "yes", None],
         "budget": SHARES,
         "min_run_tokens": [1, 0, 2.5, "8"],
         "boundary_tokens": [-1, 1.5, "2"],
@@ -294,12 +307,13 @@ BAD = {
     [(config, name, value) for config, named in BAD.items() for name, values in named.items() for value in values],
 )
 def test_bad_values_are_refused_by_name(config: type, name: str, value: object) -> None:
-    others = {} if config is not ReuseConfig or name in ("mode", "min_prefix_tokens", "embedder") else SEMANTIC
+    others = {} if config is not ReuseConfig or name in OF_EVERY_MODE else SEMANTIC
     with pytest.raises(ValueError, match=rf"{name} is .*; accepted is "):
         config(**{**others, name: value})
 
 
-RULES = {field.name for field in fields(ReuseConfig)} - {"mode", "min_prefix_tokens", "embedder"}
+OF_EVERY_MODE = {"mode", "min_prefix_tokens", "embedder", "report_substitutions"}
+RULES = {field.name for field in fields(ReuseConfig)} - OF_EVERY_MODE
 
 
 @pytest.mark.parametrize("mode", ["off", "exact"])
@@ -316,6 +330,12 @@ def test_an_embedder_is_refused_where_no_texts_are_compared(mode: str) -> None:
         ReuseConfig(mode=mode, embedder="some/model")  # type: ignore[arg-type]
 
 
+OF_SOME_MODES: dict[str, tuple[str, ...]] = {
+    "min_similarity": ("semantic", "paper"),
+    **dict.fromkeys(("fuzzy", "min_token_similarity", "guard_facts", "lsh_bits"), ("paper",)),
+}
+
+
 @pytest.mark.parametrize("mode", PRESETS)
 def test_rules_are_those_of_the_mode_with_what_was_given(mode: Mode) -> None:
     assert ReuseConfig(mode=mode).resolve() == PRESETS[mode]
@@ -325,10 +345,13 @@ def test_rules_are_those_of_the_mode_with_what_was_given(mode: Mode) -> None:
             continue  # needs a full layer
         if name == "budget" and mode == "paper":
             continue  # has shares of its own
+        if mode not in OF_SOME_MODES.get(name, MODES) and value != getattr(PRESETS[mode], name):
+            with pytest.raises(ValueError, match=rf"reuse.{name} is .*; accepted is None but in mode .*paper"):
+                ReuseConfig(mode=mode, **{name: value})
+            continue
         rules = ReuseConfig(mode=mode, **{name: value}).resolve()
         changed = {name: value, "budget": None} if name == "attention_ratio" else {name: value}
         assert rules == replace(PRESETS[mode], **changed), name
-    assert ReuseConfig(mode=mode, guard_facts=False, min_token_similarity=0.0).resolve().guard_facts is False
 
 
 def test_a_budget_is_refused_where_it_would_say_nothing() -> None:
@@ -340,13 +363,13 @@ def test_a_budget_is_refused_where_it_would_say_nothing() -> None:
             ReuseConfig(mode=mode, budget=0.2)
 
 
-@pytest.mark.parametrize("needy", [{"deviation_ratio": 0.1}, {"fuzzy": True}])
-def test_rules_that_need_a_full_layer_say_so(needy: dict[str, Any]) -> None:
+@pytest.mark.parametrize("mode", ["identical", "semantic"])
+def test_rules_that_need_a_full_layer_say_so(mode: Mode) -> None:
     with pytest.raises(ValueError, match=r"full_layers is 0; accepted is 1 or more where deviation_ratio"):
-        ReuseConfig(mode="identical", **needy)
+        ReuseConfig(mode=mode, deviation_ratio=0.1)
     with pytest.raises(ValueError, match="full_layers is 0"):
-        ReuseConfig(mode="semantic", full_layers=0)
-    assert ReuseConfig(mode="identical", full_layers=1, **needy).resolve().full_layers == 1
+        ReuseConfig(mode="paper", full_layers=0, deviation_ratio=0.0)
+    assert ReuseConfig(mode=mode, full_layers=1, deviation_ratio=0.1).resolve().full_layers == 1
 
 
 def test_rounded_kv_is_refused_where_answers_are_exact() -> None:

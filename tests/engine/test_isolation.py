@@ -24,6 +24,7 @@ from semsharekv_integrations import SemShareEngine, StoreConfig, world
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import LayerKV, Reference, Segment, TokenIds
 from semsharekv_integrations.report import Stopwatch
+from semsharekv_integrations.reuse.planner import Scope
 from semsharekv_integrations.reuse.similarity import PooledEmbedder, SegmentIndex
 from semsharekv_integrations.store import KVStore, radix
 from semsharekv_integrations.store import namespace as space
@@ -487,8 +488,9 @@ NO_QUERIES |= {"require_gone"}
 ADMINISTRATIVE = {"references", "fetch_all"}
 HOUSEKEEPING = {"collect_left"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {
-    KVStore: {"list_readable", "find_prefix", "count_prefix_tokens", "find_runs", "fetch", "forget", "find_forms"},
-    SegmentIndex: {"sync", "find_nearest", "keep_only"},
+    KVStore: {"list_readable", "find_prefix", "count_prefix_tokens", "find_runs", "fetch", "forget", "find_forms"}
+    | {"find_tainted"},
+    SegmentIndex: {"sync", "find_nearest", "measure", "keep_only"},
 }
 
 
@@ -512,6 +514,7 @@ DOCUMENTS = {
     "vote": "Reporters said that the council will vote on a new school , as the costs have risen since June .",
 }
 REWORDED = DOCUMENTS["flood"].replace("said that many people", "told us that some people").replace("hit", "took")
+SAME = [DOCUMENTS["flood"].replace(" ,", "").replace("that many", "many"), DOCUMENTS["fire"].replace(" ,", "")]
 EAGER: dict[str, Any] = {"max_compute_ratio": 1.0, "max_deviation": 100.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -535,7 +538,7 @@ FIRST = chat("Answer in one line .", joined("flood", "fire", "vote"))
 OTHERS: dict[str, Any] = {  # what each mode can reuse behind FIRST, and no stricter one
     "exact": chat("Answer in one line .", joined("flood", "fire", "vote", question="When ?")),
     "identical": chat("You read the news for us and reply .", joined("vote", "flood", "fire")),
-    "semantic": f"Look at it .\n\n{REWORDED}\n\nWho was affected ?",
+    "semantic": "\n\n".join(["Look at it .", *SAME, "Why so ?"]),
     "paper": f"Look at it .\n\n{REWORDED}\n\nWho was affected ?",
 }
 
@@ -649,7 +652,7 @@ def test_the_work_of_a_plan_does_not_depend_on_what_others_have(make_engine: Eng
         found = []
 
         def plan(parts=parts, rendered=rendered, found=found) -> None:
-            found.append(parts.planner.plan(rendered, "b", "s", False, Stopwatch()))
+            found.append(parts.planner.plan(rendered, Scope("b", "s"), False, Stopwatch()))
 
         plan()  # what is done once, such as embedding what is stored
         work.append(instructions(plan))

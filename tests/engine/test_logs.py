@@ -23,7 +23,7 @@ from semsharekv_integrations.logs import (
     log_call,
     log_trouble,
 )
-from semsharekv_integrations.reuse.planner import Planner
+from semsharekv_integrations.reuse.planner import Planner, Scope
 from tiny_models import EngineMaker
 
 DOCUMENT = "A flood hit the old town of Prorna in May , and the mayor said that many people were affected ."
@@ -129,7 +129,7 @@ def test_every_reason_has_its_kind(make_engine: EngineMaker, monkeypatch) -> Non
     }
     kinds = {kind: classify_declined(report.declined) for kind, report in found.items()}
     planner = Planner(picky, make_engine().store, None, 3, max_tokens=5)
-    kinds["too_long"] = classify_declined(planner.plan(Rendered(np.arange(9), ()), "default", None, False).declined)
+    kinds["too_long"] = classify_declined(planner.plan(Rendered(np.arange(9), ()), Scope("default"), False).declined)
     assert kinds == {kind: kind for kind in DECLINED_KINDS.values()}
     assert classify_declined(second(make_engine(reuse=eager)).declined) is None
     assert classify_declined("no longer lent to tenant-zyxq") == "other"

@@ -296,7 +296,6 @@ def plans(draw: st.DrawFn) -> ReusePlan:
         deviation_ratio=draw(st.floats(0, 1)),
         final_share=draw(st.floats(0, 1)),
         full_layers=full_layers,
-        fuzzy=True,
     )
     return plan_of(runs, matches, rules, prefix_tokens)
 
