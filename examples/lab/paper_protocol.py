@@ -48,7 +48,9 @@ from shapes import UNGUARDED
 from summaries import score_rouge_l
 
 KINDS = ("rewritten", "removed", "replaced")
-REQUEST = "Summarize the conversations above in a few short sentences."
+# Asked for a summary alone, small models go on with the conversation.
+SYSTEM = {"role": "system", "content": "You are a reporter."}
+REQUEST = "Write a short summary of these conversations in the third person. Begin with: In these conversations,"
 NEW_TOKENS, CASES, TOKENS = 40, 10, (512,)
 _BLIND = ReuseConfig(mode="paper", max_deviation=UNGUARDED)
 PROTOCOL = {
@@ -175,7 +177,7 @@ def name_scenario(kind: str, share: float, length: int) -> str:
 def ask(texts: Sequence[Sequence[str]]) -> Query:
     """A request for a summary behind dialogues, which are its documents."""
     documents = {f"dialogue {number}": "\n".join(turns) for number, turns in enumerate(texts, 1)}
-    return Query([{"role": "user", "content": BETWEEN.join([*documents.values(), REQUEST])}], documents)
+    return Query([SYSTEM, {"role": "user", "content": BETWEEN.join([*documents.values(), REQUEST])}], documents)
 
 
 def score_people(outcome: Outcome, reduce: Callable[[list[float]], float]) -> float:
@@ -221,7 +223,7 @@ def make_watch(subject: Subject) -> Callable[..., Any]:
 
     @contextmanager
     def watch(case: Case, policy: str, index: int) -> Iterator[dict[str, float]]:
-        texts = [query.prompt[0]["content"] for query in (*case.references, case.target)]
+        texts = [query.prompt[-1]["content"] for query in (*case.references, case.target)]
         yield compare(*texts)
 
     return watch

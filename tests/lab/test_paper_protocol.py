@@ -63,7 +63,7 @@ def test_cases_of_every_kind_and_share_ask_about_the_same_dialogues() -> None:
         assert [case.answer for case in cases] == [case.answer for case in first]
         for case in cases:
             assert case.target != case.references[0] and len(case.answer.split(BETWEEN)) == 3
-            (message,) = case.target.prompt
+            message = case.target.prompt[-1]
             assert all(text in message["content"] for text in case.target.documents.values())
             assert message["content"].endswith(paper_protocol.REQUEST)
     assert list(make_cases("removed", 0.2, 250, 2, 0, DIALOGUES, count_words)) == drawn["removed", 0.2][:2]
