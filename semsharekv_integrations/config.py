@@ -81,8 +81,7 @@ class ReuseConfig:
             ``paper`` of prompts; None for what the embedder was calibrated to.
         min_token_similarity: least cosine (0 to 1) of two tokens' RoPE'd embeddings for the one to be borrowed.
         guard_facts: whether tokens with digits, names and negations are never borrowed from a different token.
-        lsh_bits: bits of the locality-sensitive hash that matches tokens of texts longer than 1,024 tokens, or 0 to
-            compare them all; shorter texts are always compared in full, which is exact and faster there.
+        lsh_bits: bits of the hash that matches tokens of texts above 1,024 tokens; 0 compares all, as in shorter ones.
         rotate_keys: whether borrowed keys are turned from their stored positions to those in the prompt; without it
             only text that keeps its place is borrowed rightly.
         retention_ratio: share of the prompt's KV kept for decoding, averaged over layers, or None for all of it.
@@ -224,10 +223,8 @@ PRESETS["identical"] = ReuseConfig(
 )
 PRESETS["semantic"] = replace(PRESETS["identical"], mode="semantic")
 # SemShareKV (arXiv 2509.24832). Sure: one reference, RoPE'd matching, a full first layer, decay with depth. Not
-# confirmed against the paper, and therefore settings: how much decays to what, whether keys are turned (most readers
-# think not; turning favours it), how alike a reference must be, how retention is spread over layers. Not settings: the
-# distance behind 0.8 (``paper_similarity``) and which tokens retention keeps (``reuse.selection``). Its attention
-# recovery is read as the reason for the decay, and chooses nothing here.
+# confirmed, and so settings: what decays to what, whether keys are turned, how alike a reference must be, how retention
+# is spread over layers. Its attention recovery is read as the reason for the decay, and chooses nothing here.
 PRESETS["paper"] = replace(
     PRESETS["identical"],
     mode="paper",
