@@ -169,7 +169,7 @@ def test_whatever_ends_the_chat_what_it_holds_is_saved(
         (("chat", "--max-new-tokens", "0"), 2, "max_new_tokens is 0"),
         (("chat", "--temperature", "-1"), 2, "temperature is -1"),
         (("chat", "--save", "no/such/folder/kv"), 2, "no/such/folder/kv"),
-        (("bench", "--model", "no/such/folder", "--lengths", "512"), 2, "no/such/folder"),
+        (("bench", "--model", "no/such/folder", "--groups", "1"), 2, "no/such/folder"),
         (("quality", "--quick", "--model", "no/such/folder"), 2, "no/such/folder"),
         (("quality", "--data", "no/such/file.jsonl"), 1, "no/such/file.jsonl"),
         (("inspect", "no/such/folder"), 2, "no/such/folder"),
@@ -199,13 +199,12 @@ def test_help_fits_80_columns(
 
 
 def test_measurements_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    few = ("--cases", "2", "--documents", "2", "2", "--policies", "identical", "--max-new-tokens", "3")
-    assert run("quality", "--workloads", "reordered", *few, "--layouts", "user") == 0
-    small = ("--lengths", "256", "9000", "--repeats", "1", "--new-tokens", "1", "--policies", "identical", "exact")
-    assert run("bench", *small, "--scenarios", "reordered") == 0
-    captured = capsys.readouterr()
-    assert widest(captured.out) <= 80 and widest(captured.err) <= 80
-    assert "reordered" in captured.out and "9000" in captured.out
+    few = ("--groups", "1", "--questions", "1", "--max-new-tokens", "3", "--policies", "identical", "exact")
+    for name in ("quality", "bench"):
+        assert run(name, *few, "--scenarios", "text_reordered", "text_edited") == 0
+        captured = capsys.readouterr()
+        assert widest(captured.out) <= 80 and widest(captured.err) <= 80
+        assert "text_reordered" in captured.out and "text_edited" in captured.out
 
 
 def test_what_is_stored_is_told_in_80_columns(
