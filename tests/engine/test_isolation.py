@@ -514,12 +514,12 @@ DOCUMENTS = {
     "vote": "Reporters said that the council will vote on a new school , as the costs have risen since June .",
 }
 REWORDED = DOCUMENTS["flood"].replace("said that many people", "told us that some people").replace("hit", "took")
-SAME = [DOCUMENTS["flood"].replace(" ,", "").replace("that many", "many"), DOCUMENTS["fire"].replace(" ,", "")]
+SAME = [DOCUMENTS[name].replace(" ,", "").replace("said that", "said") for name in ("flood", "vote")]
 EAGER: dict[str, Any] = {"max_compute_ratio": 1.0, "max_deviation": 100.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {},
     "identical": {**EAGER, "min_run_tokens": 8, "relevance_ratio": 0.0},
-    "semantic": {**EAGER, "min_run_tokens": 40, "attention_ratio": 0.0, "min_similarity": 0.3},
+    "semantic": {**EAGER, "min_run_tokens": 20, "attention_ratio": 0.0, "min_similarity": 0.3},
     "paper": {**EAGER, "retention_ratio": 1.0, "min_similarity": 0.01, "min_token_similarity": 0.0},
 }
 MODES = tuple(SETTINGS)

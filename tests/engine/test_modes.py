@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods import zero_kv
 from semsharekv_integrations import EngineConfig, ReuseConfig, ReuseReport, SemShareEngine
-from semsharekv_integrations.lab.policies import UNGUARDED
 from semsharekv_integrations.reuse.planner import Scope
+from shapes import UNGUARDED
 from tiny_models import EngineMaker, make_model
 
 NARROW = {"mixtral": {"intermediate_size": 48}}
@@ -215,16 +215,13 @@ def test_warmed_documents_are_found_anywhere(make_engine: EngineMaker) -> None:
     assert used["fire"] == 0 < used["vote"]
 
 
-REWORDED = {
-    "flood": DOCUMENTS["flood"].replace(" ,", "").replace("said that many", "said many"),
-    "fire": DOCUMENTS["fire"].replace(" ,", ""),
-}
+REWORDED = {name: DOCUMENTS[name].replace(" ,", "").replace("said that", "said") for name in ("flood", "vote")}
 
 
 def test_reworded_documents_are_found_by_what_they_say_alone(make_engine: EngineMaker) -> None:
     prompt = "\n\n".join(["Look at it .", *REWORDED.values(), "Why so ?"])
     rules: dict[str, Any] = {
-        "min_run_tokens": 40,
+        "min_run_tokens": 20,
         "attention_ratio": 0.0,
         "max_compute_ratio": 1.0,
         "max_deviation": 100.0,

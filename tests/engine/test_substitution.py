@@ -159,6 +159,16 @@ class TestSession:
         other = self.say(engine, first.text, self.FOLLOW_UP, session="t")
         assert other.report.reused_tokens < second.report.reused_tokens
 
+    def test_it_goes_on_by_what_it_has_read_whatever_is_stored_by_now(
+        self, engine: SemShareEngine, judge: pytest.MonkeyPatch
+    ) -> None:
+        first = call(engine, session="s")
+        judge.setattr("semsharekv_integrations.reuse.rewording.say_the_same", lambda asked, stored: False)
+        second = self.say(engine, first.text, self.FOLLOW_UP)
+        assert second.report.substituted_tokens == first.report.substituted_tokens
+        assert second.report.reused_tokens >= first.report.prompt_tokens - 4
+        assert self.say(engine, first.text, self.FOLLOW_UP, session="t").report.substituted_tokens == 0
+
     def test_it_goes_on_once_more(self, engine: SemShareEngine) -> None:
         first = call(engine, session="s")
         second = self.say(engine, first.text, self.FOLLOW_UP)
@@ -194,6 +204,16 @@ class TestForgetting:
         engine.forget(key)
         assert engine.stats()["store_tainted_entries"] == 0
         assert call(engine, texts, session="s").report.substituted_tokens == 0
+
+    def test_words_that_the_prefix_has_without_the_whole_document_count_too(self, make_engine: EngineMaker) -> None:
+        engine = filled(make_engine, start="Answer in one line .", rules={"min_run_tokens": 200})
+        first, second, _ = news.STORED["flood"]
+        text = " ".join([first, news.OTHER_WORDS[second], "Nothing else is known of it so far ."])
+        texts = {"mine": text, "other": "Schools in the north will open again soon , as their heads said ."}
+        assert call(engine, texts, "Will schools open in the north ?", session="s").report.fuzzy_tokens
+        assert engine.stats()["store_tainted_entries"] == 1
+        engine.forget("flood")
+        assert engine.stats()["store_tainted_entries"] == 0
 
     def test_one_that_was_asked_in_other_words_does_too(self, engine: SemShareEngine) -> None:
         texts = {f"my {name}": text for name, text in news.join_reworded().items()}

@@ -19,11 +19,11 @@ from methods import zero_kv
 from semsharekv_integrations.config import PRESETS, ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
-from semsharekv_integrations.lab.policies import UNGUARDED
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.rows import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, build_prefix_plan
+from shapes import UNGUARDED
 from tiny_models import ARCHITECTURES, make_model
 
 VOCAB, NUM_TOKENS = 99, 48
