@@ -1,18 +1,41 @@
-"""Build a tiny random model of any causal type that transformers has."""
+"""Try every causal type that transformers has, tiny and with random weights: which mode works on which?
+
+    PYTHONPATH=. python examples/lab/survey_models.py --jobs 2 --out docs/models.md
+    PYTHONPATH=. python examples/lab/survey_models.py --only llama mamba2 --out new.md
+
+Each type runs in a process of its own, with bounds on memory and time. What is found is kept beside ``--out`` as JSON
+lines, from which a run that was stopped goes on. The table takes the place of an earlier one at the end of the page.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from datetime import date
 from itertools import cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from semsharekv_integrations.lab.command import parse_count
+from semsharekv_integrations.lab.report import describe_origin, record_command, write_whole
+from semsharekv_integrations.terminal import HelpFormatter
+from survey_checks import CRASHED, MODES, NOT_RUN, Finding, check_model, describe
 
 _TABLE = tomllib.loads(Path(__file__).with_name("survey.toml").read_text(encoding="utf-8"))
 SIZES: Mapping[str, int] = _TABLE["sizes"]
@@ -20,8 +43,19 @@ TYPES: Mapping[str, dict[str, Any]] = _TABLE["types"]
 VOCABULARY = SIZES["vocab_size"]  # tokens, of which the first are special and the last are no text's
 LAYERS = SIZES["num_hidden_layers"]
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-SPREAD = 0.2  # of weights; as models begin, all tokens look alike
+SPREAD = 0.12  # of weights; as models begin, all tokens look alike
+EMBEDDING_SPREAD = 1.0  # as in trained models, where a token's own part of a hidden state outweighs its context's
 SEED = 11
+MEMORY_BYTES = 8 * 1024**3  # of address space that a process may take, most of it for code
+SECONDS = 240  # that a type may take
+HEADING = "## Every causal type of transformers"
+LEGEND = (
+    "Tiny models with random weights, each tried in mode `off` against `generate`, then in `exact` with prompts that "
+    "begin alike and in `identical` with documents in another order, the latter also with everything computed again. "
+    "Prompts have 7 to 130 tokens, windows and chunks 9 to 18. `equal`: the tokens of `generate`. `reused`: the same, "
+    "and the store was used. A type that transformers itself cannot build or run so says why under `off`."
+)
+Row = dict[str, Any]  # of a type: ``type``, ``built`` (a class), ``seconds``, and a finding of each mode
 
 
 def build_tiny_model(model_type: str) -> PreTrainedModel:
@@ -80,3 +114,146 @@ def spread_weights(model: PreTrainedModel) -> None:
             parameter.add_(torch.randn_like(parameter) * SPREAD)
         elif parameter.ndim > 1 and spread < SPREAD:
             parameter.mul_(SPREAD / spread)
+    embeddings = model.get_input_embeddings().weight
+    embeddings.mul_(EMBEDDING_SPREAD / embeddings.std())
+
+
+def survey_type(model_type: str) -> Iterable[tuple[str, Any]]:
+    """What is found for a type, as soon as it is: the class that was built, or why none was, and findings by mode."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    try:
+        model = build_tiny_model(model_type)
+    except Exception as error:
+        yield "off", Finding("off", NOT_RUN, f"not built: {describe(error)}").to_dict()
+        return
+    yield "built", type(model).__name__
+    for finding in check_model(model, VOCABULARY):
+        yield finding.mode, finding.to_dict()
+
+
+def _send_findings(model_type: str, sender: Connection) -> None:
+    """``survey_type`` in a process of its own."""
+    for found in survey_type(model_type):
+        sender.send(found)
+    sender.send(("done", True))
+
+
+def survey_apart(model_type: str) -> Row:
+    """``survey_type`` in a process of its own; what ends the process is told at the mode that was tried."""
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_send_findings, args=(model_type, sender))
+    began, row = time.monotonic(), {"type": model_type, "built": None}
+    process.start()
+    sender.close()  # so that the end of the process is seen
+    why = f"more than {SECONDS} s"
+    try:
+        while "done" not in row and receiver.poll(max(0.0, SECONDS - time.monotonic() + began)):
+            name, value = receiver.recv()
+            row[name] = value
+    except EOFError:
+        process.join()
+        why = f"the process ended with {process.exitcode}"
+    process.kill()
+    process.join()
+    if not row.pop("done", False):
+        mode = next(mode for mode in MODES if mode not in row)
+        row[mode] = Finding(mode, CRASHED, why).to_dict()
+    return row | {"seconds": round(time.monotonic() - began, 1)}
+
+
+_PROCESSES = multiprocessing.get_context("forkserver")  # which loads torch once for all
+
+
+def read_rows(path: Path, origin: Mapping[str, Any]) -> dict[str, Row]:
+    """What an earlier run of the same versions found, by type; begins the file if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines:
+        write_whole(path, f"{json.dumps(origin)}\n")
+        return {}
+    if json.loads(lines[0]) != origin:
+        raise ValueError(f"{path} is of another commit or other versions; accepted is another --out, or to delete it")
+    return {row["type"]: row for row in map(json.loads, lines[1:])}
+
+
+def survey(types: Sequence[str], journal: Path, jobs: int) -> list[Row]:
+    """Every type's row in order, those in the journal as they are there."""
+    described = describe_origin("")
+    origin = {name: described[name] for name in ("commit", "uncommitted_changes", "versions")}
+    rows = read_rows(journal, origin)
+    left = [name for name in types if name not in rows]
+    _PROCESSES.set_forkserver_preload(["semsharekv_integrations.engine", "transformers", "survey_checks"])
+    with ThreadPoolExecutor(jobs) as threads, journal.open("a", encoding="utf-8") as file:
+        for number, row in enumerate(threads.map(survey_apart, left), 1):
+            file.write(f"{json.dumps(row)}\n")
+            file.flush()
+            rows[row["type"]] = row
+            print(f"{number}/{len(left)} {row['type']}: {', '.join(_show_cells(row)[1:])}", flush=True)
+    return [rows[name] for name in types]
+
+
+def make_section(rows: Sequence[Row], command: str) -> str:
+    """The part of the page that is made: where it is from, totals, and a line for each type."""
+    origin = describe_origin(command)
+    versions = ", ".join(
+        f"{name} {number}" for name, number in origin["versions"].items() if name != "semsharekv-integrations"
+    )
+    counted = {mode: Counter(row[mode]["status"] for row in rows if mode in row) for mode in MODES}
+    totals = [
+        f"| `{mode}` | {', '.join(f'{count} {name}' for name, count in found.most_common())} |"
+        for mode, found in counted.items()
+    ]
+    table = [
+        f"| {' | '.join(cells)} |" for cells in ([("type", *MODES), ("---",) * 4] + [_show_cells(row) for row in rows])
+    ]
+    return "\n".join(
+        [
+            HEADING,
+            "",
+            LEGEND,
+            "",
+            f"{len(rows)} types, {date.today().isoformat()}, `{origin['command']}` with {versions}:",
+            "",
+            "| mode | types |",
+            "|---|---|",
+            *totals,
+            "",
+            *table,
+            "",
+        ]
+    )
+
+
+def _show_cells(row: Row) -> tuple[str, ...]:
+    """A type and what each mode gave; a dash for what was not tried."""
+    found = [row.get(mode) for mode in MODES]
+    return row["type"], *(
+        f"{cell['status']}{': ' * bool(cell['why'])}{cell['why']}".replace("|", "/") if cell else "-" for cell in found
+    )
+
+
+def write_section(out: Path, section: str) -> None:
+    """Put the section in place of an earlier one at the end of the page, or behind what is there."""
+    above = out.read_text(encoding="utf-8").partition(HEADING)[0].rstrip() if out.exists() else ""
+    write_whole(out, f"{above}\n\n{section}".lstrip())
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="TYPE", choices=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--jobs", type=parse_count, default=1, metavar="N", help="processes at a time (1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE", help="Markdown page that the table ends")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Survey the types asked for, and write the table."""
+    args = parse(arguments)
+    types = args.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    rows = survey(types, args.out.with_suffix(".jsonl"), args.jobs)
+    write_section(args.out, make_section(rows, record_command("python examples/lab/survey_models.py", arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Compare an engine's answers with transformers' own, mode by mode, on prompts shorter and longer than every window.
+
+Answers are greedy, of words that mean nothing. Tokens that ``generate`` itself holds for as good as equally likely may
+stand for each other, since rounding decides between them; nothing behind them is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine, UnsupportedModelError
+
+MODES = ("off", "exact", "identical")
+LENGTHS = (7, 40, 120)  # words of prompts: windows and chunks are 9 to 18
+SHARED = 5 / 6  # of a prompt, that another begins with
+NEW_TOKENS = 12
+SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")  # the first ids
+RESERVED = 10  # last ids, which stand for images and the like
+ROUNDING = 1e-3  # of the spread of scores
+MOST_CHARS = 240  # of a reason
+REUSED, EQUAL, DIFFERS, REFUSED, CRASHED, FELL_BACK = "reused", "equal", "differs", "refused", "crashed", "fell back"
+NOT_RUN = "could not be run"  # by transformers itself
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of a mode, why if it was not fine, and the tokens reused by prompt."""
+
+    mode: str
+    status: str
+    why: str = ""
+    reused_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What ``generate`` gives: tokens [N] and the scores [N, V] that they were chosen by."""
+
+    tokens: list[int]
+    scores: Tensor
+
+    def find_difference(self, tokens: list[int]) -> int | None:
+        """Where ``tokens`` leave this answer for one that is clearly less likely; None if they do not."""
+        pairs = zip(self.tokens, tokens, strict=False)
+        first = next((index for index, (own, other) in enumerate(pairs) if own != other), None)
+        if first is None:
+            return None if len(tokens) == len(self.tokens) else min(len(tokens), len(self.tokens))
+        scores = self.scores[first]
+        spread = scores[scores.isfinite()].std()
+        gap = scores[self.tokens[first]] - scores[tokens[first]]
+        return None if gap <= ROUNDING * spread else first
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
+    """A tokenizer of so many made-up words."""
+    special = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
+    words = [*SPECIAL_TOKENS, *(f"w{index}" for index in range(len(SPECIAL_TOKENS), vocabulary))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[-1]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def write_prompts(vocabulary: int, seed: int = 5) -> dict[str, str]:
+    """Prompts by name: of each length one, one that begins like it, and one that goes on; documents in two orders."""
+    random = Random(seed)
+
+    def write(words: int) -> list[str]:
+        return [f"w{random.randrange(len(SPECIAL_TOKENS), vocabulary - RESERVED)}" for _ in range(words)]
+
+    prompts = {}
+    for length in LENGTHS:
+        first = write(length)
+        prompts[f"{length} first"] = " ".join(first)
+        prompts[f"{length} branch"] = " ".join([*first[: int(SHARED * length)], *write(length // 4)])
+        prompts[f"{length} longer"] = " ".join([*first, *write(9)])
+    one, two, three = (" ".join(write(LENGTHS[1])) for _ in range(3))
+    asked = " ".join(write(10))
+    prompts["documents"] = f"{one} {two} {three} {asked}"
+    prompts["moved"] = f"{three} {one} {two} {asked}"
+    return prompts
+
+
+def list_documents(prompts: Mapping[str, str]) -> dict[str, str]:
+    """The documents that two of the prompts have, by id."""
+    words = prompts["documents"].split()
+    size = LENGTHS[1]
+    return {f"d{index}": " ".join(words[index * size : (index + 1) * size]) for index in range(3)}
+
+
+def check_model(model: PreTrainedModel, vocabulary: int) -> Iterator[Finding]:
+    """Try every mode; a single finding if transformers cannot run the model."""
+    tokenizer, prompts = make_tokenizer(vocabulary), write_prompts(vocabulary)
+    try:  # before any engine touches the model
+        answers = {name: generate(model, tokenizer, prompt) for name, prompt in prompts.items()}
+        finite = all(answer.scores.isfinite().any(1).all() for answer in answers.values())
+    except Exception as error:
+        yield Finding("off", NOT_RUN, describe(error))
+        return
+    if not finite:
+        yield Finding("off", NOT_RUN, "its scores are no numbers")
+        return
+    for mode in MODES:
+        try:
+            yield _CHECKS[mode](model, tokenizer, prompts, answers)
+        except UnsupportedModelError as error:
+            yield Finding(mode, REFUSED, describe(error))
+        except Exception as error:
+            yield Finding(mode, CRASHED, describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line; the kind is told where it is not ours."""
+    text = " ".join(str(error).split())[:MOST_CHARS]
+    return text if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {text}"
+
+
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Answer:
+    """What transformers answers."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    return Answer(found.sequences[0, ids.shape[1] :].tolist(), torch.cat(found.scores).float())
+
+
+class _Comparison:
+    """Answers of an engine beside those of ``generate``: which differ, and what was reused."""
+
+    def __init__(self, engine: SemShareEngine, prompts: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
+        self._engine, self._prompts, self._answers = engine, prompts, answers
+        self.differences: list[str] = []
+        self.reused_tokens: dict[str, int] = {}
+
+    def ask(self, name: str, *, again: bool = False, **options: Any) -> Generation:
+        """Answer the prompt of that name, and compare."""
+        found = self._engine.generate(self._prompts[name], max_new_tokens=NEW_TOKENS, **options)
+        label = f"{name} again" if again else name
+        self.reused_tokens[label] = found.report.reused_tokens
+        place = self._answers[name].find_difference(found.token_ids)
+        if place is not None:
+            self.differences.append(f"{label} from token {place} on ({found.report.reused_tokens} reused)")
+        return found
+
+
+def _check_off(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, str],
+    answers: Mapping[str, Answer],
+) -> Finding:
+    compared = _Comparison(_make_engine(model, tokenizer, mode="off"), prompts, answers)
+    for length in LENGTHS:
+        compared.ask(f"{length} first")
+    return Finding("off", DIFFERS if compared.differences else EQUAL, "; ".join(compared.differences))
+
+
+def _check_exact(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, str],
+    answers: Mapping[str, Answer],
+) -> Finding:
+    compared = _Comparison(_make_engine(model, tokenizer, mode="exact"), prompts, answers)
+    for length in LENGTHS:
+        for name in ("first", "branch", "longer"):
+            compared.ask(f"{length} {name}")
+        compared.ask(f"{length} first", again=True)
+    reused = compared.reused_tokens
+    if compared.differences:
+        return Finding("exact", DIFFERS, "; ".join(compared.differences), reused)
+    if reused[f"{LENGTHS[-1]} branch"]:
+        return Finding("exact", REUSED, reused_tokens=reused)
+    why = "only behind a whole earlier prompt" if any(reused.values()) else ""
+    return Finding("exact", REUSED if why else EQUAL, why, reused)
+
+
+def _check_identical(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, str],
+    answers: Mapping[str, Answer],
+) -> Finding:
+    """All computed again must give ``generate``'s answer; the mode's own share must reuse."""
+    documents = list_documents(prompts)
+    whole = _make_engine(model, tokenizer, mode="identical", budget=1.0, max_compute_ratio=1.0)
+    compared = _Comparison(whole, prompts, answers)
+    for name in ("documents", "moved"):
+        compared.ask(name, documents=documents)
+    if compared.differences:
+        return Finding("identical", DIFFERS, f"all computed again: {'; '.join(compared.differences)}")
+    usual = _make_engine(model, tokenizer, mode="identical")
+    for name in ("documents", "moved"):
+        report = usual.generate(prompts[name], documents=documents, max_new_tokens=NEW_TOKENS).report
+    reused = {"moved": report.identical_tokens}
+    if report.identical_tokens and report.declined is None:
+        return Finding("identical", REUSED, reused_tokens=reused)
+    return Finding("identical", FELL_BACK, report.declined or "nothing was reused", reused)
+
+
+def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **rules: Any) -> SemShareEngine:
+    return SemShareEngine(model, tokenizer, EngineConfig(reuse=ReuseConfig(**rules)))
+
+
+_CHECKS = {"off": _check_off, "exact": _check_exact, "identical": _check_identical}
