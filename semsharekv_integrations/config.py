@@ -253,18 +253,17 @@ class StoreConfig:
 
     Attributes:
         max_bytes: bound on the KV on the model's device. Default 2 GiB.
-        host_max_bytes: bound on the KV in host memory, to which goes what the device has no room for; pinned memory if
-            the model is on CUDA. Default 0, none.
-        directory: where KV is written as well, so that it outlives the process, or None to write nothing. One process
-            at a time may use it with a model.
+        host_max_bytes: bound on the KV in host memory, for what the device has no room for; pinned if the model is on
+            CUDA. Default 0, none.
+        directory: where KV is written as well, to outlive the process, or None. One process at a time may use it.
         disk_max_bytes: bound on the KV files in ``directory``. Default 16 GiB.
         ttl_s: seconds after its last use at which an entry expires, or None to keep it while there is room.
         kv_bits: 8 to keep KV in about half of the bytes of half precision, rounded, not in mode ``exact``; None to keep
             it as it is.
         eviction: ``value`` to give up first what was never reused, then what saves least compute; ``lru`` for what was
             used least recently.
-        shared_namespace: a namespace that requests of every other one may read as well, or None. Nothing is written to
-            it but by calls that name it.
+        shared_namespace: a namespace that all requests may read as well, or None. Only calls that name it write to it.
+        checkpoint_tokens: tokens between two copies of a recurrent model's state, at most. Default 1,024.
     """
 
     max_bytes: int = 2 * 1024**3
@@ -275,17 +274,18 @@ class StoreConfig:
     kv_bits: int | None = None
     eviction: Eviction = "value"
     shared_namespace: str | None = None
+    checkpoint_tokens: int = 1024
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         check = partial(check_fields, self, "store.")
         check("0 or more bytes", lambda value: is_whole(value, 0), "max_bytes", "host_max_bytes", "disk_max_bytes")
+        check("16 or more tokens", lambda value: is_whole(value, 16), "checkpoint_tokens")
         check_lifetime("store.ttl_s", self.ttl_s)
         check("None or a path", lambda value: value is None or is_path(value), "directory")
         check("None or 8", lambda value: value is None or (is_whole(value, 8) and value == 8), "kv_bits")
         check(" or ".join(map(repr, EVICTIONS)), lambda value: value in EVICTIONS, "eviction")
-        accepted = f"None or a non-empty string{IN_UTF8}"
-        check(accepted, lambda value: value is None or is_name(value), "shared_namespace")
+        check(f"None or a non-empty string{IN_UTF8}", lambda value: value is None or is_name(value), "shared_namespace")
 
 
 @dataclass(frozen=True)

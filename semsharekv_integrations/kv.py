@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import NamedTuple, Protocol, overload
 
 import numpy as np
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 
 TokenIds = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+State = Mapping[str, torch.Tensor]  # what a model's layers keep of all tokens before a place, by name
 SpaceName = str | tuple[str, str]  # a namespace, with a state of the model that is not the first
 UNPLACED = -1  # before all tokens
 
 
 class LayerKV(NamedTuple):
-    """Keys (after RoPE) and values of one layer, both [B, H, S, D]."""
+    """Keys (after RoPE) and values of one layer, both [B, H, S, D]. A layer without KV per token has H and D of 0."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -160,6 +162,7 @@ class Reference:
         state: of the model that made it; empty for the one that the store began with.
         rounded: whether its KV lay in 8 bits, which makes none of it exact, whatever else is said of it.
         substitutions: turn ``token_ids``, which the model read, into ``asked_ids``. Only a tainted one has any.
+        checkpoints: states behind so many of the first tokens, of a model that goes on from such places alone.
     """
 
     id: str
@@ -176,6 +179,7 @@ class Reference:
     state: str = ""
     rounded: bool = False
     substitutions: tuple[Substitution, ...] = ()
+    checkpoints: Mapping[int, State] = field(default_factory=dict)
 
     @property
     def asked_ids(self) -> TokenIds:
@@ -189,8 +193,10 @@ class Reference:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values; 0 without layers."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+        """Bytes of all keys, values and states; 0 without layers."""
+        states = (tensor for state in self.checkpoints.values() for tensor in state.values())
+        kept = chain((tensor for layer in self.layers for tensor in layer), states)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @property
     def spans(self) -> dict[str, Span]:

@@ -26,6 +26,7 @@ from semsharekv_integrations.kv import (
     Rendered,
     Segment,
     Span,
+    State,
     Substitution,
     TokenIds,
     invert,
@@ -50,6 +51,7 @@ def make_references(
     session: str | None = None,
     borrowed: Mapping[str, Span] | None = None,
     substitutions: tuple[Substitution, ...] = (),
+    checkpoints: Mapping[int, State] | None = None,
 ) -> list[Reference]:
     """Return the references to store, none to two: the exact part and, in a session, the whole if not all is exact.
 
@@ -64,6 +66,8 @@ def make_references(
         session: whose conversation it is, or None.
         borrowed: the documents that KV was borrowed from. The exact part ends before they begin.
         substitutions: turn ``token_ids`` into what was asked; none within the exact part.
+        checkpoints: states by the number of tokens before them, of a model that goes on from these alone: the exact
+            part ends at one. None for other models.
     """
     found = []
     exact = min(exact_tokens, len(token_ids))
@@ -71,11 +75,15 @@ def make_references(
     whole = min([exact, *(span.start for span in (borrowed or {}).values())])
     for span in sorted(documents.values(), key=lambda span: -span.start):  # documents may stand inside of each other
         whole = span.start if 0 <= span.start < whole < span.stop else whole
+    if checkpoints is not None:
+        inner = {at for at in checkpoints for span in documents.values() if span.start < at < span.stop}
+        whole = max((at for at in checkpoints.keys() - inner if at <= whole), default=0)
     if whole:
         parts = tuple(_copy_first_tokens(layer, whole) for layer in layers)
         ids, own = token_ids[:whole], tuple(segment for segment in kept if segment.stop <= whole)
         exactly = Reference(reference_id(namespace, ids), namespace, ids, parts, segments=own, session=session)
-        found.append(exactly.labelled(select_within(documents, whole)))
+        states = {at: state for at, state in (checkpoints or {}).items() if at <= whole}
+        found.append(replace(exactly, checkpoints=states).labelled(select_within(documents, whole)))
     if session is not None and exact < len(token_ids):
         key = reference_id(namespace, token_ids)
         rest = Reference(key, namespace, token_ids, layers, segments=kept, exact_tokens=exact, session=session)
@@ -308,6 +316,7 @@ class Memory:
             request.session,
             call.plan.find_document_spans(),
             invert(call.rendered.token_ids, call.plan.substitutions),
+            adapter.read_states(call.outcome.prefill.cache),
         )
         stored = [runtime.store.put(replace(reference, **labels)) for reference in found]
         return all(stored)

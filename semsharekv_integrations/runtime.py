@@ -31,7 +31,7 @@ from semsharekv_integrations.model.state import State
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
-from semsharekv_integrations.reuse.planner import Planner, Scope, list_texts, mark_question
+from semsharekv_integrations.reuse.planner import Planner, Scope, StateRules, list_texts, mark_question
 from semsharekv_integrations.reuse.rewording import RewordingFinder
 from semsharekv_integrations.reuse.selection import RELEVANT_SHARE, choose_relevant_tokens, score_documents
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
@@ -70,9 +70,8 @@ class Runtime:
         self, source: ModelSource, config: EngineConfig, store: KVStore, before: Runtime | None = None
     ) -> None:
         self.tokenizer = source.tokenizer
-        self.adapter = ModelAdapter(
-            source.load(), config.reuse.preferred_mode, before.adapter.watch if before else None
-        )
+        watch = before.adapter.watch if before else None
+        self.adapter = ModelAdapter(source.load(), config.reuse.preferred_mode, watch)
         self._states = before._states if before else _States(self.adapter.watch.get_state().key, config, store)
         self._state = self.adapter.watch.get_state()
         self.store = store = self._states.store_of(self._state)
@@ -89,7 +88,9 @@ class Runtime:
         self.index: SegmentIndex | None = None  # of texts that are matched by similarity
         matcher = self._make_matcher(reuse, selective) if selective and reuse.fuzzy else None
         finder = self._make_finder(reuse) if selective and reuse.mode == "semantic" else None
-        self.planner = Planner(reuse, store, matcher, self.num_layers, self.adapter.stable_positions, finder)
+        way, limit = self.adapter.way, self.adapter.stable_positions
+        states = StateRules(config.store.checkpoint_tokens, way.one_by_one) if way.keeps_states else None
+        self.planner = Planner(reuse, store, matcher, self.num_layers, limit, finder, states)
         self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
         self._states.keep(self._state.key, self)
         if isinstance(source, NamedModel):
@@ -237,9 +238,9 @@ class Runtime:
                 call.outcome = trouble.charge(self._selective.run(call.plan, call.watch), self.num_layers)
         else:
             with call.watch.phase("forward"):
-                call.outcome = prefill_behind_prefix(self.adapter, call.plan)
-        num_bytes = self.adapter.measure_kv(call.outcome.prefill.cache)
-        call.mode, call.kv_bytes = self.mode, KVBytes(num_bytes, num_bytes)
+                places = self.planner.choose_checkpoints(call.rendered, call.plan, call.request.namespace)
+                call.outcome = prefill_behind_prefix(self.adapter, call.plan, places)
+        call.mode, call.kv_bytes = self.mode, KVBytes(*[self.adapter.measure_kv(call.outcome.prefill.cache)] * 2)
 
     def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
         """Fill in the answer; yield one chunk for each token, maybe empty, then what was held back for stop strings.

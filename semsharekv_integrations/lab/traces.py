@@ -47,7 +47,7 @@ class TracedEngine(SemShareEngine):
             return
         draft = list(self.draft or call.answer.token_ids)
         read = np.array(draft[:-1], dtype=np.int64)
-        self.traced = Draft(draft, runtime.adapter.trace_answer(call.outcome.prefill, len(call.plan.token_ids), read))
+        self.traced = Draft(draft, runtime.adapter.trace_answer(call.outcome.prefill, call.plan.token_ids, read))
 
     def compute_first_half(self, prompt: Prompt, namespace: str) -> Reference:
         """Return the KV of the first half of a prompt, computed by itself."""

@@ -9,6 +9,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,8 +24,9 @@ from transformers.cache_utils import DynamicLayer
 from semsharekv_integrations.concurrency.threads import free_in_children
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole, require
-from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, TokenIds, take_first_tokens
+from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, State, TokenIds, take_first_tokens
 from semsharekv_integrations.model.attention import blocked_attention, blocks_of
+from semsharekv_integrations.model.checkpoints import StateCache, list_tensors
 from semsharekv_integrations.model.layers import (
     find_cache_argument,
     find_input_device,
@@ -33,11 +35,11 @@ from semsharekv_integrations.model.layers import (
     read_embeddings,
     require_decoder,
     require_no_prompt_learning,
+    shrink_windows,
 )
 from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
 
-_PREFIX_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_PROBE_TOKENS = 12
+_PROBE_TOKENS, _PROBE_WINDOW = 12, 5  # windows that are as short as this hide nothing from the probe
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
 
 
@@ -46,6 +48,29 @@ class Prefill(NamedTuple):
 
     logits: Tensor
     cache: DynamicCache
+
+
+class Continuation(NamedTuple):
+    """How a model goes on behind stored tokens.
+
+    Attributes:
+        keeps_states: whether its layers keep more than KV per token, so that it goes on from checkpoints alone.
+        in_blocks: whether attention may be computed in blocks.
+        one_by_one: whether a pass behind others takes one token alone.
+    """
+
+    keeps_states: bool = False
+    in_blocks: bool = True
+    one_by_one: bool = False
+
+
+_CONTINUATIONS = (  # the first that gives a full prefill's logits is the model's
+    Continuation(),
+    Continuation(in_blocks=False),
+    Continuation(keeps_states=True),
+    Continuation(keeps_states=True, in_blocks=False),
+    Continuation(keeps_states=True, in_blocks=False, one_by_one=True),
+)
 
 
 class ModelAdapter:
@@ -74,27 +99,49 @@ class ModelAdapter:
         # Whether a pass can be told which slots of a batch are padding, and each row's position
         self.accepts_padding = {"attention_mask", "position_ids"} <= self._accepts
         self._cache_argument = find_cache_argument(type(base))
-        if mode != "off":
-            self._require_prefix_reuse()
+        self.way = Continuation() if mode == "off" else self._find_continuation()
 
-    def prefill(self, token_ids: TokenIds, prefix: PrefixMatch | None = None) -> Prefill:
+    def prefill(
+        self, token_ids: TokenIds, prefix: PrefixMatch | None = None, checkpoints: Sequence[int] = ()
+    ) -> Prefill:
         """Run the tokens [T] that ``prefix`` does not cover, at least one; return last logits and cache of all.
 
-        The reference's tensors are read, never written: the cache's first update makes new ones.
+        The reference's tensors are read, never written: the cache's first update makes new ones. The cache of a model
+        that keeps states has one behind each number of tokens in ``checkpoints``, which ascend.
         """
         start = prefix.num_tokens if prefix else 0
         assert 0 <= start < len(token_ids), "at least one prompt token is computed"
-        cache = make_cache(take_first_tokens(prefix.reference.layers, start)) if prefix else self._make_empty_cache()
+        cache = self._restore(prefix) if prefix else self._make_empty_cache()
+        for stop in checkpoints if isinstance(cache, StateCache) else ():
+            if start < stop < len(token_ids):
+                self.forward(token_ids[start:stop], cache, start)
+                cache.keep_state()
+                start = stop
         return Prefill(self.forward(token_ids[start:], cache, start), cache)
+
+    def _restore(self, prefix: PrefixMatch) -> DynamicCache:
+        """Return a new cache of the tokens of ``prefix``."""
+        layers = take_first_tokens(prefix.reference.layers, prefix.num_tokens)
+        if not self.way.keeps_states:
+            return make_cache(layers)
+        state = prefix.reference.checkpoints[prefix.num_tokens]
+        return StateCache.restore(self.model.config, list(layers), state)
 
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> Tensor:
         """Run ``token_ids`` [N] from position ``start`` on, add KV to ``cache``, return logits [B, V] of the last."""
         positions = torch.arange(start, start + len(token_ids))
         ids = torch.from_numpy(token_ids)[None]
-        if not start:
+        if start and self.way.one_by_one:
+            return self._forward_each(ids, cache, start)[-1:]
+        if not start or not self.way.in_blocks:
             return self._forward(ids, cache, positions)
         with self._lock, blocked_attention(self.config, blocks_of(positions)):
             return self._forward(ids, cache, positions)
+
+    def _forward_each(self, ids: Tensor, cache: DynamicCache, start: int) -> Tensor:
+        """Run ``ids`` [B, N] one after another from position ``start`` on; return the logits [N, V] of one row each."""
+        each = enumerate(ids.split(1, dim=1), start)
+        return torch.cat([self._forward(one, cache, torch.tensor([position])) for position, one in each])
 
     def forward_rows(self, token_ids: TokenIds, rows: Tensor, cache: DynamicCache, mask: Tensor) -> Tensor:
         """Run ``rows`` [N] of a prompt [T] with ``mask`` [B, 1, N, T] and ``cache``; return last logits [B, V]."""
@@ -108,7 +155,7 @@ class ModelAdapter:
         if self.stable_positions and position == getattr(self.config, "original_max_position_embeddings", None):
             fresh = self._make_empty_cache()
             logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
-            cache.layers = fresh.layers
+            vars(cache).update(vars(fresh))
             return logits
         return self._forward(ids[:, -1:], cache, torch.tensor([position]))
 
@@ -129,28 +176,40 @@ class ModelAdapter:
         with self._lock, torch.inference_mode():
             self.watch.glance()
             output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
+        if isinstance(cache, StateCache):
+            cache.num_tokens += ids.shape[1]
         return output.logits[:, -keep:] if keep else output.logits[:, -1]
 
     def _make_empty_cache(self) -> DynamicCache:
-        """Return, in mode ``off``, the cache transformers would use; else one that keeps every token of every layer."""
+        """Return, in mode ``off``, the cache transformers would use; else one that keeps every token, or states."""
+        if self.way.keeps_states:
+            return StateCache(self.model.config)
         return DynamicCache(config=self.model.config) if self.mode == "off" else DynamicCache()
 
     def compute_logits(self, token_ids: TokenIds, answered: TokenIds) -> Tensor:
         """Prefill ``token_ids`` without reuse; return logits [N + 1, V] after them and each of ``answered`` [N]."""
         return self._follow(self.prefill(token_ids), len(token_ids), answered)
 
-    def trace_answer(self, prefill: Prefill, num_tokens: int, answered: TokenIds) -> Tensor:
-        """Return logits [N + 1, V] behind a prompt of ``num_tokens`` and behind each of ``answered`` [N].
+    def trace_answer(self, prefill: Prefill, token_ids: TokenIds, answered: TokenIds) -> Tensor:
+        """Return logits [N + 1, V] behind the prompt ``token_ids`` [T] and behind each of ``answered`` [N].
 
         ``prefill`` is the prompt's, in any mode but ``off``; its cache may hold an answer by now, and stays as it is.
         """
-        cache = make_cache(take_first_tokens(self.read_layers(prefill.cache), num_tokens))
-        return self._follow(Prefill(prefill.logits, cache), num_tokens, answered)
+        end, cache = len(token_ids), prefill.cache
+        kept = Reference("traced", "traced", token_ids, self.read_layers(cache))
+        if isinstance(cache, StateCache):  # which has a checkpoint before the last token, and cannot be cut elsewhere
+            kept = replace(kept, checkpoints=cache.checkpoints)
+            again = self.prefill(token_ids, PrefixMatch(kept, end - 1))
+        else:
+            again = Prefill(prefill.logits, self._restore(PrefixMatch(kept, end)))
+        return self._follow(again, end, answered)
 
     def _follow(self, prefill: Prefill, start: int, answered: TokenIds) -> Tensor:
         """Run ``answered`` [N] from position ``start`` on, add KV to the cache; return logits [N + 1, V]."""
         logits = [prefill.logits]
-        if len(answered):
+        if len(answered) and self.way.one_by_one:
+            logits.append(self._forward_each(torch.from_numpy(answered)[None], prefill.cache, start))
+        elif len(answered):
             positions = torch.arange(start, start + len(answered))
             ids = torch.from_numpy(answered)[None]
             logits.append(self._forward(ids, prefill.cache, positions, keep=len(answered))[0])
@@ -164,14 +223,23 @@ class ModelAdapter:
 
     def read_layers(self, cache: DynamicCache) -> tuple[LayerKV, ...]:
         """Return each layer's keys and values, not copied; ``AssertionError`` if layers differ in number of tokens."""
+        if isinstance(cache, StateCache):
+            return cache.read_kv()
         layers = tuple(LayerKV(layer.keys, layer.values) for layer in cache.layers)
         assert len({tensor.shape[2] for layer in layers for tensor in layer}) == 1, "layers differ in length"
         return layers
 
+    def read_states(self, cache: DynamicCache) -> dict[int, State] | None:
+        """Return the states of ``cache`` at its checkpoints and where it is now; None if the model keeps none."""
+        if not isinstance(cache, StateCache):
+            return None
+        cache.keep_state()
+        return dict(cache.checkpoints)
+
     def measure_kv(self, cache: DynamicCache) -> int:
-        """Return the bytes of all keys and values in ``cache``; recurrent states are not counted."""
-        kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        """Return the bytes of all keys, values and states in ``cache``, not of checkpoints."""
+        kept = (tensor for layer in cache.layers for _, tensor in list_tensors(layer) if tensor.ndim)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def embed(self, token_ids: TokenIds) -> Tensor:
         """Return input embeddings [N, hidden] of ``token_ids``, looked up anew, on ``device`` (the paper's E-cache)."""
@@ -229,24 +297,47 @@ class ModelAdapter:
         tolerance = 2.5e-4 if other.dtype == torch.float32 else 0.1  # share of the logits' spread
         return bool(difference <= tolerance * spread.clamp_min(1e-6))
 
-    def _require_prefix_reuse(self) -> None:
-        """Raise ``UnsupportedModelError`` for unknown layer types, or if a probe on a stored prefix fails."""
-        reason = "gives other logits behind a reused prefix than in a full prefill"
-        found = sorted(set(getattr(self.config, "layer_types", None) or ()) - _PREFIX_LAYER_TYPES)
-        if found:
-            reason = f"has layers of type {', '.join(found)}, which keep no KV per token"
-        if found or not self._continues_from_prefix():
-            raise UnsupportedModelError(f"{type(self.model).__name__} {reason}; use mode='off'")
+    def _find_continuation(self) -> Continuation:
+        """Return how the model goes on from a stored prefix; raise ``UnsupportedModelError`` if it cannot."""
+        reason, failed = "gives other logits behind a reused prefix than in a full prefill", list[Exception]()
+        with self._lock, shrink_windows(self.model, _PROBE_WINDOW):
+            for self.way in _CONTINUATIONS:
+                try:
+                    if self._continues():
+                        return self.way
+                except torch.OutOfMemoryError:
+                    raise
+                except (TypeError, AttributeError, ValueError, RuntimeError, LookupError) as error:
+                    failed.append(error)  # the model does not take such a cache
+        if len(failed) == len(_CONTINUATIONS):
+            reason = f"fails with a cache ({failed[-1]})"
+        raise UnsupportedModelError(f"{type(self.model).__name__} {reason}; use mode='off'")
 
-    def _continues_from_prefix(self) -> bool:
-        """Return True if a probe in two pieces gives the logits of one piece; False too if the cache does not suit."""
-        ids, half = self.probe_ids(), _PROBE_TOKENS // 2
-        try:
-            whole = self.prefill(ids)
-            if len(whole.cache.layers) == 0 or any(not isinstance(layer, DynamicLayer) for layer in whole.cache.layers):
+    def _continues(self) -> bool:
+        """Return True if a probe in two pieces gives the logits of one piece, with another text computed between them.
+
+        So must one token by itself in the cache that transformers would use: else no prefill is like decoding.
+        """
+        ids = self.probe_ids()
+        logits = self.prefill(ids).logits
+        for cut in (_PROBE_TOKENS // 2, _PROBE_TOKENS - 1):
+            cache = self.prefill(ids[:cut]).cache
+            if not cache.layers or not (self.way.keeps_states or _has_kv_alone(cache)):
                 return False
-            first = Reference("probe", "probe", ids[:half], self.read_layers(self.prefill(ids[:half]).cache))
-            logits = self.prefill(ids, PrefixMatch(first, half)).logits
-        except (TypeError, AttributeError, ValueError):  # the model takes no such cache
-            return False
-        return self.is_close(logits, whole.logits)
+            states = self.read_states(cache) or {}
+            stored = Reference("probe", "probe", ids[:cut], self.read_layers(cache), checkpoints=states)
+            self.prefill(ids[::-1].copy())
+            if not self.is_close(self.prefill(ids, PrefixMatch(stored, cut)).logits, logits):
+                return False
+        return self.is_close(self._probe_step(ids), logits)
+
+    def _probe_step(self, ids: TokenIds) -> Tensor:
+        """Return logits [B, V] of the last of ``ids`` [N], computed by itself behind the others."""
+        cache = DynamicCache(config=self.model.config)
+        self.forward(ids[:-1], cache, 0)
+        return self._forward(torch.from_numpy(ids[-1:])[None], cache, torch.tensor([len(ids) - 1]))
+
+
+def _has_kv_alone(cache: DynamicCache) -> bool:
+    """Return whether each layer of ``cache`` keeps the KV of every token, and nothing else."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations.errors import UnsupportedModelError
+from semsharekv_integrations.errors import UnsupportedModelError, is_whole
 from semsharekv_integrations.kv import LayerKV, Rotation, rotate
 
 PROMPT_LEARNING = (
@@ -35,6 +36,7 @@ PROBE_SHIFT = 23  # positions
 HALF_TOLERANCE, FLOAT_TOLERANCE = 0.1, 1e-3  # mean error as a share of the keys' mean magnitude
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")  # the last one from transformers 5.24 on
 _RENAMED_IN = Version("5.24")
 _NO_DECODER = "not a causal language model"
@@ -128,6 +130,25 @@ def list_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
         slides = window is not None and getattr(config, "use_sliding_window", True)
         types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+@contextmanager
+def shrink_windows(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Inside, make the model's attention windows and chunks ``size`` tokens wide, where they are wider.
+
+    So a few tokens tell what lies beyond them. The caller keeps other threads from running the model.
+    """
+    owners = (model.config, model.config.get_text_config(decoder=True), *model.modules())
+    found = [(owner, name) for owner in owners for name in _WINDOWS if name in vars(owner)]
+    before = [(owner, name, vars(owner)[name]) for owner, name in found]
+    try:
+        for owner, name, width in before:
+            if is_whole(width, size):
+                setattr(owner, name, size)
+        yield
+    finally:
+        for owner, name, width in before:
+            setattr(owner, name, width)
 
 
 def find_input_device(model: PreTrainedModel) -> torch.device:

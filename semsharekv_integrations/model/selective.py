@@ -8,6 +8,7 @@ is measured behind the full layers, and a short pass of the question over borrow
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +54,13 @@ class Outcome(NamedTuple):
     fell_back: str | None = None
 
 
-def prefill_behind_prefix(adapter: ModelAdapter, plan: ReusePlan) -> Outcome:
-    """Compute everything behind the prefix of ``plan``, ignoring what else it borrows, and return the outcome."""
+def prefill_behind_prefix(adapter: ModelAdapter, plan: ReusePlan, checkpoints: Sequence[int] = ()) -> Outcome:
+    """Compute everything behind the prefix of ``plan``, ignoring what else it borrows, and return the outcome.
+
+    For ``checkpoints`` see ``ModelAdapter.prefill``.
+    """
     computed = np.arange(len(plan.token_ids)) >= plan.prefix_tokens
-    prefill = adapter.prefill(plan.token_ids, plan.prefix)
+    prefill = adapter.prefill(plan.token_ids, plan.prefix, checkpoints)
     return Outcome(prefill, float(computed.mean()), computed, _count_exact(plan, computed))
 
 
@@ -84,6 +88,12 @@ class SelectivePrefill:
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
+        if adapter.way.keeps_states:
+            name = type(adapter.model).__name__
+            raise UnsupportedModelError(
+                f"{name} keeps more than KV per token, such as a recurrent state, which cannot be moved; use "
+                f"mode='exact', and arrange documents in their stored order"
+            )
         require_reuse_off_prefix(adapter.model, adapter.config, adapter.mode)
         self._adapter = adapter
         self._view = LayerView(find_layers(adapter.model, adapter.config), list_windows(adapter.config))

@@ -32,6 +32,15 @@ from semsharekv_integrations.store import KVStore
 
 LONGEST_QUESTION_TOKENS = 64
 SHORTEST_PREFIX_SHARE = 0.05  # of the prompt: attention behind a prefix needs a mask, which costs more than less saves
+NEAREST_CHECKPOINT = 16  # tokens behind the one before: a state takes the bytes of many tokens
+MOST_SINGLE_SHARE = 1 / 16  # of a prompt, by passes of a token each: a token by itself costs about 10 in a prompt
+
+
+class StateRules(NamedTuple):
+    """Where a model keeps its state: ``every`` so many tokens at least; ``one_by_one`` tokens go on from there."""
+
+    every: int
+    one_by_one: bool
 
 
 class Scope(NamedTuple):
@@ -68,6 +77,7 @@ class Planner:
         matcher: finds alike tokens, for mode ``paper``; None otherwise.
         finder: finds stored wordings, for mode ``semantic``; None otherwise.
         max_tokens: the longest prompt for which stored KV holds; None is any.
+        states: where a model keeps its state, if a prefix can only end there; None if one can end anywhere.
     """
 
     def __init__(
@@ -78,7 +88,9 @@ class Planner:
         num_layers: int,
         max_tokens: int | None,
         finder: RewordingFinder | None = None,
+        states: StateRules | None = None,
     ) -> None:
+        self._states = states
         self._rules = rules.resolve()
         self._store = store
         self._matcher = matcher
@@ -114,6 +126,26 @@ class Planner:
         """Return a plan that takes the prefix of the prompt in its own words, and nothing else, for a reason."""
         prefix, _ = self._find_prefix(rendered, scope, counts=False)
         return build_prefix_plan(rendered.token_ids, prefix, self._num_layers, declined)
+
+    def choose_checkpoints(self, rendered: Rendered, plan: ReusePlan, namespace: str) -> list[int]:
+        """Return behind how many tokens of a prompt [T] the model's state is kept, ascending; none if it has none.
+
+        They lie behind each document, before the first, where the prompt parts from a stored one, every so many tokens,
+        and before the last token, from where the same prompt and the next turn go on.
+        """
+        end, found = len(plan.token_ids) - 1, [plan.prefix_tokens]
+        if self._states is None:
+            return []
+        if self._states.one_by_one:
+            return [end]
+        texts = rendered.segments or rendered.passages
+        borders = {end, *(segment.stop for segment in texts), *(segment.start for segment in texts[:1])}
+        borders.add(self._store.count_prefix_tokens(plan.token_ids, namespace))
+        for border in sorted(border for border in borders if plan.prefix_tokens < border <= end):
+            found += range(found[-1] + self._states.every, border, self._states.every)
+            if border - found[-1] >= NEAREST_CHECKPOINT or border == end:
+                found.append(border)
+        return found[1:]
 
     def _plan_approximate(self, rendered: Rendered, scope: Scope, watch: Stopwatch) -> ReusePlan:
         """Plan with prefix, runs and what else the mode has; with the prefix alone if more saves too little."""
@@ -179,7 +211,12 @@ class Planner:
         """Return the stored prefix that pays, and None; or None, and why there is none."""
         limit = len(rendered.token_ids) - 1
         match = self._store.find_prefix(
-            rendered.token_ids, scope.namespace, max_tokens=limit, session=scope.session, counts=counts
+            rendered.token_ids,
+            scope.namespace,
+            max_tokens=limit,
+            session=scope.session,
+            at_checkpoint=self._states is not None,
+            counts=counts,
         )
         if match is None:
             return None, "no stored prefix"
@@ -187,6 +224,8 @@ class Planner:
             return None, f"longest stored prefix of {match.num_tokens} tokens is under min_prefix_tokens"
         if match.num_tokens < SHORTEST_PREFIX_SHARE * len(rendered.token_ids):
             return None, f"longest stored prefix of {match.num_tokens} tokens is too short to pay"
+        if self._states and self._states.one_by_one and limit - match.num_tokens >= MOST_SINGLE_SHARE * limit:
+            return None, f"stored prefix of {match.num_tokens} tokens leaves too many to compute them one by one"
         return match, None
 
     def _find_earlier(self, rendered: Rendered, scope: Scope) -> list[Substitution]:

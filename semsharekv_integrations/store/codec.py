@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError, is_whole
-from semsharekv_integrations.kv import LayerKV, Reference, TokenIds
+from semsharekv_integrations.kv import LayerKV, Reference, State, TokenIds
 from semsharekv_integrations.logs import log_trouble
-from semsharekv_integrations.store.files import digest_tensors
+from semsharekv_integrations.store.files import STATE_MARK, digest_tensors
 from semsharekv_integrations.store.records import EntryRecord, has_token_ids, is_sound, pack_labels, unpack_reference
 
 FORMAT_VERSION = 2  # of files of references
@@ -47,10 +47,10 @@ def raise_memory_errors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class PackedKV:
-    """The KV of consecutive tokens. Never mutated.
+    """The KV of consecutive tokens, and the states of the model behind some of them. Never mutated.
 
-    The names of its tensors, which all have tokens at dimension 2: ``0.keys`` and ``0.values`` [B, H, N, D] of layer 0
-    and so on, and for 8 bits ``0.keys.scales`` and ``0.values.scales`` [B, H, N, 1].
+    The names of its tensors: ``0.keys`` and ``0.values`` [B, H, N, D] of layer 0 and so on, and for 8 bits
+    ``0.keys.scales`` and ``0.values.scales`` [B, H, N, 1]. Names in a state behind 7 tokens begin with ``7@``.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -59,22 +59,32 @@ class PackedKV:
 
     @classmethod
     @raise_memory_errors()
-    def pack(cls, layers: Sequence[LayerKV], bits: int | None = None, start: int = 0) -> PackedKV:
-        """Pack the tokens of ``layers`` from ``start`` on, rounded if ``bits`` is 8.
+    def pack(
+        cls,
+        layers: Sequence[LayerKV],
+        bits: int | None = None,
+        start: int = 0,
+        checkpoints: Mapping[int, State] | None = None,
+    ) -> PackedKV:
+        """Pack the tokens of ``layers`` from ``start`` on, rounded if ``bits`` is 8, and the states behind them.
 
-        Unrounded, they are copied, so that what stands before them can be freed; from 0 on they share memory.
+        Unrounded, they are copied, so that what stands before them can be freed; from 0 on they share memory. States
+        are never rounded, and share memory.
         """
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(layers):
             for name, tensor in zip((_KEYS, _VALUES), layer, strict=True):
                 part = tensor[:, :, start:].clone() if start and bits is None else tensor[:, :, start:]
                 tensors |= _quantize(f"{index}.{name}", part) if bits == 8 else {f"{index}.{name}": part}
-        return cls(tensors, layers[0].keys.dtype, layers[0].keys.device)
+        for at, state in (checkpoints or {}).items():
+            tensors |= _name_state(at - start, state) if at > start else {}
+        home = next((layer.keys for layer in layers if layer.keys.numel()), layers[0].keys)
+        return cls(tensors, home.dtype, home.device)
 
     @cached_property
     def num_tokens(self) -> int:
         """Number of tokens."""
-        return next(iter(self.tensors.values())).shape[2]
+        return self.tensors[f"0.{_KEYS}"].shape[2]
 
     @cached_property
     def num_bytes(self) -> int:
@@ -95,21 +105,52 @@ class PackedKV:
         """Return keys and values [B, H, N, D] on the model's device; 8 bits are expanded to the model's dtype."""
         return LayerKV(self._unpack(f"{index}.{_KEYS}"), self._unpack(f"{index}.{_VALUES}"))
 
+    @cached_property
+    def checkpoints(self) -> Mapping[int, State]:
+        """The states, by the number of its tokens before each."""
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            at, is_state, rest = name.partition(STATE_MARK)
+            if is_state:
+                found.setdefault(int(at), {})[rest] = tensor
+        return found
+
+    def add_checkpoints(self, checkpoints: Mapping[int, State]) -> PackedKV:
+        """Return this KV with the states of ``checkpoints`` as well, moved to where this KV lies."""
+        home = self.tensors[f"0.{_KEYS}"].device
+        more = {key: part.to(home) for at, state in checkpoints.items() for key, part in _name_state(at, state).items()}
+        return replace(self, tensors={**self.tensors, **more})
+
     def copy_part(self, start: int, stop: int) -> PackedKV:
-        """Return a copy of the tokens from ``start`` to ``stop`` (exclusive), or raise one of ``OUT_OF_MEMORY``."""
-        return self._change(lambda tensor: tensor[:, :, start:stop].clone())
+        """Return a copy of the tokens from ``start`` to ``stop`` (exclusive), or raise one of ``OUT_OF_MEMORY``.
+
+        States behind these tokens are shared, not copied.
+        """
+        return self._take(start, stop, lambda tensor: tensor[:, :, start:stop].clone())
 
     def view_part(self, start: int, stop: int) -> PackedKV:
         """Return the tokens from ``start`` to ``stop`` (exclusive), sharing memory with this KV."""
-        return self._change(lambda tensor: tensor[:, :, start:stop])
+        return self._take(start, stop, lambda tensor: tensor[:, :, start:stop])
 
     def copy_to(self, device: torch.device) -> PackedKV:
         """Return a copy on ``device``, independent of files. One on the CPU is pinned if the model is on CUDA."""
-        return self._change(lambda tensor: self._pin(tensor.to(device, copy=True)))
+        return self._change(lambda tensor: self._pin(tensor.to(device if tensor.ndim else "cpu", copy=True)))
 
     def move_to(self, device: torch.device) -> PackedKV:
         """Return this KV on ``device``, copied only if it lies elsewhere, or if it is pinned as in ``copy_to``."""
-        return self._change(lambda tensor: self._pin(tensor.to(device)))
+        return self._change(lambda tensor: self._pin(tensor.to(device)) if tensor.ndim else tensor)
+
+    @classmethod
+    def join(cls, parts: Sequence[PackedKV]) -> PackedKV:
+        """Return a copy of all ``parts``, at least one, one behind the other."""
+        names = [name for name in parts[0].tensors if STATE_MARK not in name]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts], dim=2) for name in names}
+        start = 0
+        for part in parts:
+            for at, state in part.checkpoints.items():
+                tensors |= _name_state(start + at, state)
+            start += part.num_tokens
+        return replace(parts[0], tensors=tensors)
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a pinned form of a CPU tensor if the model is on CUDA; any other, or if pinning fails, as it is."""
@@ -121,9 +162,17 @@ class PackedKV:
             return tensor
 
     @raise_memory_errors()
+    def _take(self, start: int, stop: int, cut: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
+        """Return the tokens from ``start`` to ``stop`` as ``cut`` makes them, and the states behind these."""
+        tensors = {name: cut(tensor) for name, tensor in self.tensors.items() if STATE_MARK not in name}
+        for at, state in self.checkpoints.items():
+            tensors |= _name_state(at - start, state) if start < at <= stop else {}
+        return replace(self, tensors=tensors)
+
+    @raise_memory_errors()
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
         """Return KV of which each tensor is what ``change`` makes of this one's."""
-        return PackedKV({name: change(tensor) for name, tensor in self.tensors.items()}, self.dtype, self.device)
+        return replace(self, tensors={name: change(tensor) for name, tensor in self.tensors.items()})
 
     def _unpack(self, name: str) -> torch.Tensor:
         """Return a tensor on the model's device; 8-bit numbers times their scales, in the model's dtype."""
@@ -132,6 +181,10 @@ class PackedKV:
         if scales is None:
             return stored
         return (stored.float() * scales.to(self.device, non_blocking=True).float()).to(self.dtype)
+
+
+def _name_state(at: int, state: State) -> dict[str, torch.Tensor]:
+    return {f"{at}{STATE_MARK}{name}": tensor for name, tensor in state.items()}
 
 
 def make_if_room(make: Callable[[], PackedKV]) -> PackedKV | None:
@@ -145,6 +198,8 @@ def make_if_room(make: Callable[[], PackedKV]) -> PackedKV | None:
 
 def _quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return 8-bit numbers [B, H, N, D] as ``name``, and their scales [B, H, N, 1] as ``name.scales``."""
+    if not tensor.shape[-1]:  # no KV per token
+        return {name: tensor}
     largest = tensor.float().abs().amax(dim=-1, keepdim=True)
     scales = (largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (tensor.float() / scales).round().to(torch.int8)
@@ -162,6 +217,10 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
     for n, reference in enumerate(references):
         for index, layer in enumerate(reference.layers):
             tensors[f"{n}.{index}.keys"], tensors[f"{n}.{index}.values"] = (t.contiguous().cpu() for t in layer)
+        for at, state in reference.checkpoints.items():
+            tensors |= {
+                f"{n}.{name}": tensor.cpu().clone() for name, tensor in _name_state(at, state).items()
+            }  # unshared
     entries = [_make_header(reference) for reference in references]
     header = json.dumps({"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": entries})
     metadata = {"semsharekv": header, "digest": digest_tensors(header, sorted(tensors.items()))}
@@ -236,4 +295,10 @@ def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
     )
     if any(tensor.ndim != 4 or tensor.shape[2] != len(token_ids) for layer in layers for tensor in layer):
         raise ValueError(f"entry {n} has KV for another number of tokens than it has ids")
-    return unpack_reference(entry, entry["namespace"], token_ids, layers)
+    checkpoints: dict[int, dict[str, torch.Tensor]] = {}
+    for name in sorted(file.keys()):
+        place, is_state, rest = name.partition(STATE_MARK)
+        entry_number, _, at = place.partition(".")
+        if is_state and entry_number == str(n):
+            checkpoints.setdefault(int(at), {})[rest] = file.get_tensor(name)
+    return replace(unpack_reference(entry, entry["namespace"], token_ids, layers), checkpoints=checkpoints)

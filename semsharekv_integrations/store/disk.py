@@ -17,7 +17,6 @@ from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, raise_memory_errors
 from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
 from semsharekv_integrations.store.eviction import Tier
-from semsharekv_integrations.store.files import TOKEN_DIM
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord
 
@@ -86,7 +85,7 @@ class DiskTier:
         upper.on_disk, lower.on_disk = lower.on_disk, FileRange(file, first + len(upper.token_ids))
         size = self.tier.sizes[lower]
         share = size * len(upper.token_ids) // (len(upper.token_ids) + len(lower.token_ids))
-        self.tier.shrink(lower, size - share)
+        self.tier.resize(lower, size - share)
         self.tier.add(upper, share)
         self._put([upper, lower], namespace)
 
@@ -244,14 +243,13 @@ class DiskTier:
         """Copy ``nodes`` to one new file. Return whether that worked; if not, they stay where they are."""
 
         def join() -> Mapping[str, torch.Tensor]:
-            parts = [self.read(node).tensors for node in nodes]
-            return {name: torch.cat([part[name] for part in parts], dim=TOKEN_DIM) for name in parts[0]}
+            return PackedKV.join([self.read(node) for node in nodes]).tensors
 
         if (num_bytes := self._write(nodes, join, namespace)) is None:
             return False
         num_tokens = sum(len(node.token_ids) for node in nodes)
         for node in nodes:
-            self.tier.shrink(node, num_bytes * len(node.token_ids) // num_tokens)
+            self.tier.resize(node, num_bytes * len(node.token_ids) // num_tokens)
         return True
 
     def _write(

@@ -233,6 +233,11 @@ class Entries:
             entry.reference.labelled(spans),
             token_ids=entry.reference.token_ids[: path[-1].stop],
             layers=PiecedLayers(pieces, pieces[0].num_layers),
+            checkpoints={
+                node.start + at: state
+                for node, piece in zip(path, pieces, strict=True)
+                for at, state in piece.checkpoints.items()
+            },
             rounded=any(piece.is_rounded for piece in pieces),
         )
 

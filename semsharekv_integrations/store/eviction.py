@@ -61,7 +61,7 @@ class Tier:
         self.num_bytes -= num_bytes
         self._drop_rank(node, num_bytes)
 
-    def shrink(self, node: Node, num_bytes: int) -> None:
+    def resize(self, node: Node, num_bytes: int) -> None:
         """Count ``num_bytes`` for ``node`` in place of what it had. No use: its rank stays."""
         freed = self.sizes[node] - num_bytes
         self.sizes[node] = num_bytes

@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"  # what a temporary begins with: ours, and those that safetensors puts beside it
 TOKEN_DIM = 2
+STATE_MARK = "@"  # in the names of tensors that stand for tokens before a place, not for one each
 _NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
 _LENGTH_BYTES = 8  # of the header's length, before the header
 _AT_ONCE_BYTES = 2**20
@@ -72,10 +73,11 @@ class KVFiles:
 
         Raises:
             StoreWriteError: if it cannot be written; this is counted, and nothing is left of it.
-            ValueError: if a tensor has another number of tokens at dimension 2.
+            ValueError: if a tensor, of no state, has another number of tokens at dimension 2.
         """
         for name, tensor in tensors.items():
-            if tensor.ndim <= TOKEN_DIM or tensor.shape[TOKEN_DIM] != num_tokens:
+            fits = tensor.ndim > TOKEN_DIM and tensor.shape[TOKEN_DIM] == num_tokens
+            if not (fits or STATE_MARK in name):
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, without {num_tokens} at dim 2")
         file = uuid.uuid4().hex
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

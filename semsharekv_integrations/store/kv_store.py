@@ -25,9 +25,16 @@ from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.forgetting import entries_with, forms_of
-from semsharekv_integrations.store.namespace import Entry, Namespace, find_gaps, join_labels
+from semsharekv_integrations.store.namespace import Entry, Match, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
+
+
+def cut_to_checkpoint(prefix: PrefixMatch) -> PrefixMatch:
+    """Return ``prefix`` up to its last checkpoint, which leaves no token if it has none."""
+    return prefix._replace(
+        num_tokens=max((at for at in prefix.reference.checkpoints if at <= prefix.num_tokens), default=0)
+    )
 
 
 class _Work:
@@ -129,13 +136,15 @@ class KVStore:
         *,
         max_tokens: int,
         session: str | None = None,
+        at_checkpoint: bool = False,
         counts: bool = True,
     ) -> PrefixMatch | None:
         """Return the entry, with KV, that agrees longest with the start of ``token_ids``, and for how many tokens.
 
         Looks in ``namespace``, in the shared namespace, and at the tainted entry of ``session``, which must agree for
         longer than the others. Counts a hit and a use; or a miss, and returns None, if no readable entry agrees. Not
-        ``counts``: no hit and no miss, as where one prompt is looked up again.
+        ``counts``: no hit and no miss, as where one prompt is looked up again. ``at_checkpoint``: the match ends at the
+        last checkpoint within what agrees; without one there is none.
         """
         with _Work(self._entries):
             while True:
@@ -146,18 +155,28 @@ class KVStore:
                     and (match := space.find_prefix(token_ids, max_tokens, session if name == namespace else None))
                 ]
                 found.sort(key=lambda match: (-match.num_tokens, match.entry.reference.is_tainted))
-                for match in found:
-                    try:
-                        reference = self._entries.load(match.entry, match.path)
-                    except UnavailableFileError:
-                        continue
-                    if reference is None:
-                        break  # and look again among what is left
-                    self._entries.counts["hits"] += counts
-                    return PrefixMatch(reference, match.num_tokens)
-                else:
-                    self._entries.counts["misses"] += counts
-                    return None
+                prefix = self._load_longest(found, at_checkpoint=at_checkpoint)
+                if prefix is None and any(match.entry.key not in self._entries.by_key for match in found):
+                    continue  # and look again among what is left
+                self._entries.counts["misses" if prefix is None else "hits"] += counts
+                return prefix
+
+    def _load_longest(self, found: Sequence[Match], *, at_checkpoint: bool) -> PrefixMatch | None:
+        """Return the longest of ``found``, the longest first, with KV; None if one is damaged, or none can be used."""
+        served: list[PrefixMatch] = []
+        for match in found:
+            try:
+                reference = self._entries.load(match.entry, match.path)
+            except UnavailableFileError:
+                continue
+            if reference is None:
+                return None
+            prefix = PrefixMatch(reference, match.num_tokens)
+            if not at_checkpoint:
+                return prefix
+            served.append(cut_to_checkpoint(prefix))
+        longest = max(served, key=lambda prefix: prefix.num_tokens, default=None)
+        return longest if longest and longest.num_tokens else None
 
     def find_tainted(self, namespace: str, session: str) -> Reference | None:
         """Return what ``session`` has stored that is not exact, without KV; None if nothing. Counts no use."""
@@ -216,6 +235,7 @@ class KVStore:
             pinned = reference.pinned or container.reference.pinned
             container.last_used_s = self._clock()
             self._entries.tiers.touch(container.node.path())
+            self._entries.tiers.add_checkpoints(container.node.path(), reference.checkpoints)
             self._entries.relabel(container, replace(join_labels(container.reference, reference), pinned=pinned))
             return True
 
@@ -306,15 +326,17 @@ class KVStore:
 
     def _put_new(self, space: Namespace, reference: Reference) -> bool:
         """Store ``reference``, which no entry has yet, and absorb entries that are its prefix; False if refused."""
-        layers, reference = reference.layers, replace(reference, layers=())
+        layers, checkpoints = reference.layers, reference.checkpoints
+        reference = replace(reference, layers=(), checkpoints={})
         entry = Entry(reference, space.tree.insert(reference.token_ids), self._clock())
         node = entry.node
         self._entries.add(entry)
         if node.held is None and node.on_disk is None:
-            packed = make_if_room(lambda: PackedKV.pack(layers, self.config.kv_bits, node.start))
+            packed = make_if_room(lambda: PackedKV.pack(layers, self.config.kv_bits, node.start, checkpoints))
             owner = None if reference.state else reference.namespace  # None: not on disk
             if packed is None or not self._entries.tiers.place(node, packed, owner):
                 return self._refuse(entry)
+        self._entries.tiers.add_checkpoints(node.path(), checkpoints)
         absorbed = space.find_contained(entry)
         for other in absorbed:
             reference = join_labels(reference, other.reference)

@@ -7,12 +7,14 @@ tier can keep is lost, with the entries that need it. Every bound holds after ev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError
+from semsharekv_integrations.kv import State
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, make_if_room
 from semsharekv_integrations.store.disk import DISK, DiskTier
@@ -94,9 +96,22 @@ class Tiers:
         if lower.held is not None and tier is not None:
             whole, num_tokens = lower.held, len(upper.token_ids)
             lower.held = _take_part(whole, num_tokens, whole.num_tokens)
-            tier.shrink(lower, lower.held.num_bytes)
+            tier.resize(lower, lower.held.num_bytes)
             self._put_into(tier, upper, _take_part(whole, 0, num_tokens))
         self.disk.split(upper, lower, namespace)
+
+    def add_checkpoints(self, path: Sequence[Node], checkpoints: Mapping[int, State]) -> None:
+        """Give nodes of ``path`` in memory the states, by position, that they lack, as far as there is room."""
+        for node in path:
+            tier, held = self.find_tier(node), node.held
+            if tier is None or held is None:
+                continue
+            places = {at - node.start: state for at, state in checkpoints.items() if node.start < at <= node.stop}
+            missing = {at: state for at, state in places.items() if at not in held.checkpoints}
+            fuller = make_if_room(partial(held.add_checkpoints, missing)) if missing else None
+            if fuller is not None and self._make_room(tier, fuller.num_bytes - held.num_bytes, path):
+                node.held = fuller
+                tier.resize(node, fuller.num_bytes)
 
     def find_tier(self, node: Node) -> Tier | None:
         """Return the memory tier that holds ``node``, or None."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import pytest
 import torch
-from test_parity import FIRST, engine_of, plain_tokens
+from test_parity import FIRST, engine_of
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,35 +19,6 @@ from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
 from tiny_models import SIZES, EngineMaker, make_model
-
-RECURRENT: dict[str, dict[str, Any]] = {
-    "mamba": {},
-    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 9},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "head_dim": 16,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
-}
-
-
-@pytest.mark.parametrize("architecture", RECURRENT)
-def test_recurrent_layers_run_only_in_mode_off(architecture: str, tokenizer) -> None:
-    model = make_model(architecture, len(tokenizer), **RECURRENT[architecture])
-    with pytest.raises(UnsupportedModelError, match=r"(has layers of type|gives other logits).*mode='off'"):
-        engine_of(model, tokenizer, "exact")
-    off = engine_of(model, tokenizer, "off")
-    generation = off.generate(FIRST, max_new_tokens=7)
-    assert generation.token_ids == plain_tokens(model, tokenizer, FIRST)
-    assert generation.report.kv_bytes >= 0
 
 
 @pytest.mark.parametrize("mode", ["off", "exact"])

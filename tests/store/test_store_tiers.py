@@ -148,7 +148,7 @@ def test_a_tier_knows_its_bytes_and_its_victims(eviction) -> None:
         tier.check()
     nodes[0].pins = 1
     assert tier.can_hold(16, ()) and not tier.can_hold(17, ()) and not tier.can_hold(16, nodes[1:2])
-    tier.shrink(nodes[2], 1)
+    tier.resize(nodes[2], 1)
     tier.check()
     assert tier.num_bytes == 17
     gone = []

@@ -1,0 +1,188 @@
+"""Models that keep more than KV per token go on from checkpoints of their state, as if they had read it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_parity import FIRST, NEW_TOKENS, PROMPTS, double, engine_of, plain_tokens
+from transformers import PreTrainedTokenizerBase
+
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig, UnsupportedModelError
+from semsharekv_integrations.model.checkpoints import StateCache
+from semsharekv_integrations.store.codec import PackedKV
+
+DELTA_NET = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 16, "num_heads": 4, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_value_head_dim": 8,
+        "mlp_only_layers": [0, 1, 2],
+        **DELTA_NET,
+    },
+    "falcon_h1": {"head_dim": 16, "mamba_d_ssm": 64, **MAMBA2},
+    "bamba": {"attn_layer_indices": [1], "mamba_expand": 2, **MAMBA2},
+}
+ONE_BY_ONE: dict[str, dict[str, Any]] = {"mamba": {}, "falcon_mamba": {}}
+ALL = STATEFUL | ONE_BY_ONE
+
+
+def make(architecture: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return double(architecture, tokenizer, **ALL[architecture])
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_prompts_that_begin_alike_are_answered_as_without_reuse(architecture: str, tokenizer) -> None:
+    model = make(architecture, tokenizer)
+    off, exact = engine_of(model, tokenizer, "off"), engine_of(model, tokenizer, "exact")
+    reused = {}
+    for name, prompt in PROMPTS.items():
+        named = {"documents": [FIRST]} if FIRST in prompt else {}
+        found = exact.generate(prompt, max_new_tokens=NEW_TOKENS, **named)
+        assert found.token_ids == plain_tokens(model, tokenizer, prompt), name
+        assert found.token_ids == off.generate(prompt, max_new_tokens=NEW_TOKENS).token_ids, name
+        assert found.report.prefix_tokens + found.report.recomputed_tokens == found.report.prompt_tokens
+        reused[name] = found.report.prefix_tokens
+        exact.store.check()
+    assert reused["again"] == len(tokenizer(PROMPTS["again"]).input_ids) - 1
+    if architecture in STATEFUL:
+        document_tokens = len(tokenizer(FIRST).input_ids)
+        assert min(reused["longer"], reused["branch"]) >= document_tokens - 1
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_conversation_goes_on_from_its_last_state(architecture: str, tokenizer) -> None:
+    model = make(architecture, tokenizer)
+    exact = engine_of(model, tokenizer, "exact")
+    text = FIRST * 4
+    for turn in range(3):
+        found = exact.generate(text, max_new_tokens=NEW_TOKENS, session="one")
+        assert found.token_ids == plain_tokens(model, tokenizer, text)
+        assert (found.report.prefix_tokens > 0.9 * found.report.prompt_tokens) == (turn > 0)
+        text += found.text + " And?"
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_a_prefix_ends_at_a_checkpoint_wherever_the_prompts_part(architecture: str, tokenizer) -> None:
+    """Without documents the third prompt reuses where the second parted from the first; the end of a part is exact."""
+    model = make(architecture, tokenizer)
+    config = EngineConfig(reuse=ReuseConfig(mode="exact"), store=StoreConfig(checkpoint_tokens=16))
+    engines = engine_of(model, tokenizer, "exact"), SemShareEngine(model, tokenizer, config)
+    shared = " ".join(FIRST.split()[:40])
+    common = len(tokenizer(shared).input_ids)
+    for engine, at_least in zip(engines, (0, common - 16 - 2), strict=True):
+        prefixes = []
+        for end in ("one", "Two is it", "3 now"):
+            found = engine.generate(f"{shared} {end}", max_new_tokens=NEW_TOKENS)
+            assert found.token_ids == plain_tokens(model, tokenizer, f"{shared} {end}")
+            prefixes.append(found.report.prefix_tokens)
+        assert prefixes[0] == 0 and prefixes[1] >= at_least and prefixes[2] >= common - 2
+        engine.store.check()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_next", "mamba2", "falcon_h1"])
+def test_states_outlive_the_process(architecture: str, tokenizer, tmp_path: Path) -> None:
+    """They lie in the store's directory and in saved files like KV, whole and divided."""
+    model = make(architecture, tokenizer)
+    config = EngineConfig(reuse=ReuseConfig(mode="exact"), store=StoreConfig(directory=tmp_path / "kv"))
+    first = SemShareEngine(model, tokenizer, config)
+    for name in ("first", "branch"):
+        first.generate(PROMPTS[name], documents=[FIRST], max_new_tokens=2)
+    saved = first.save(tmp_path / "file")
+    first.close()
+    again = SemShareEngine(model, tokenizer, config)
+    loaded = engine_of(model, tokenizer, "exact")
+    assert loaded.load(tmp_path / "file") == saved
+    for engine in (again, loaded):
+        found = engine.generate(PROMPTS["longer"], documents=[FIRST], max_new_tokens=NEW_TOKENS)
+        assert found.token_ids == plain_tokens(model, tokenizer, PROMPTS["longer"])
+        assert found.report.prefix_tokens >= len(tokenizer(FIRST).input_ids) - 1
+        engine.store.check()
+    assert again.forget("missing") == 0 and again.clear() > 0
+    again.close()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_next", "lfm2"])
+def test_a_small_store_counts_states_and_stays_within_its_bound(architecture: str, tokenizer) -> None:
+    model = make(architecture, tokenizer)
+    everything = engine_of(model, tokenizer, "exact")
+    for prompt in PROMPTS.values():
+        everything.generate(prompt, documents=[FIRST] if FIRST in prompt else [], max_new_tokens=2)
+    most = everything.store.stats()["bytes"]
+    for share in (0.1, 0.5, 0.9):
+        store = StoreConfig(max_bytes=int(share * most), host_max_bytes=int(0.2 * most))
+        engine = SemShareEngine(model, tokenizer, EngineConfig(reuse=ReuseConfig(mode="exact"), store=store))
+        for prompt in PROMPTS.values():
+            found = engine.generate(prompt, documents=[FIRST] if FIRST in prompt else [], max_new_tokens=2)
+            assert found.token_ids == plain_tokens(model, tokenizer, prompt, max_new_tokens=2)
+            engine.store.check()
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_a_state_is_a_copy(architecture: str, tokenizer) -> None:
+    """What a call computes behind a checkpoint never changes it."""
+    adapter = engine_of(make(architecture, tokenizer), tokenizer, "exact")._load().adapter
+    ids = np.arange(5, 45)
+    cache = adapter.prefill(ids, checkpoints=[10, 30]).cache
+    assert isinstance(cache, StateCache) and list(cache.checkpoints) == [10, 30]
+    before = {name: tensor.clone() for name, tensor in cache.checkpoints[10].items()}
+    restored = StateCache.restore(adapter.model.config, [_cut(kv, 10) for kv in cache.read_kv()], cache.checkpoints[10])
+    logits = adapter.forward(ids[10:], restored, 10)
+    torch.testing.assert_close(logits, adapter.prefill(ids).logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cache.checkpoints[10].items())
+
+
+def _cut(kv: Any, num_tokens: int) -> Any:
+    return type(kv)(*(tensor[:, :, :num_tokens] for tensor in kv))
+
+
+def test_parts_of_packed_kv_have_the_states_behind_their_tokens(tokenizer) -> None:
+    adapter = engine_of(make("qwen3_next", tokenizer), tokenizer, "exact")._load().adapter
+    cache = adapter.prefill(np.arange(5, 45), checkpoints=[10, 20, 30]).cache
+    packed = PackedKV.pack(adapter.read_layers(cache), None, 0, cache.checkpoints)
+    assert list(packed.checkpoints) == [10, 20, 30]
+    parts = [packed.copy_part(0, 20), packed.view_part(20, 40)]
+    assert [list(part.checkpoints) for part in parts] == [[10, 20], [10]]
+    joined = PackedKV.join(parts)
+    assert joined.tensors.keys() == packed.tensors.keys() and joined.num_bytes == packed.num_bytes
+    assert all(torch.equal(tensor, packed.tensors[name]) for name, tensor in joined.tensors.items())
+
+
+@pytest.mark.parametrize("mode", ["identical", "semantic", "paper"])
+def test_a_state_cannot_be_moved(mode: str, tokenizer) -> None:
+    model = make("mamba2", tokenizer)
+    with pytest.raises(UnsupportedModelError, match=r"use mode='exact'.*arrange"):
+        engine_of(model, tokenizer, mode)
+    assert engine_of(model, tokenizer, "auto").generate(FIRST, max_new_tokens=2).report.mode == "exact"
+
+
+def test_state_that_is_kept_in_modules_is_noticed(tokenizer) -> None:
+    """Another text between two pieces would be read as the first one's beginning."""
+    model = double("recurrent_gemma", tokenizer, lru_width=32, attention_window_size=9)
+    with pytest.raises(UnsupportedModelError, match=r"other logits behind a reused prefix.*mode='off'"):
+        engine_of(model, tokenizer, "exact")
+    assert engine_of(model, tokenizer, "off").generate(FIRST, max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("window", [9, 3000])
+def test_a_model_whose_prefill_ignores_its_window_is_noticed(window: int, tokenizer) -> None:
+    """However long the window is: Moshi sees all of a prompt, but of an answer only what its window reaches."""
+    with pytest.raises(UnsupportedModelError, match="other logits behind a reused prefix"):
+        engine_of(double("moshi", tokenizer, sliding_window=window), tokenizer, "exact")
+
+
+@pytest.mark.parametrize("architecture", ["doge", "falcon"])
+def test_models_whose_attention_takes_no_blocks_reuse_prefixes_without(architecture: str, tokenizer) -> None:
+    model = double(architecture, tokenizer, **({"sliding_window": 9} if architecture == "doge" else {}))
+    exact = engine_of(model, tokenizer, "exact")
+    for name, prompt in PROMPTS.items():
+        found = exact.generate(prompt, max_new_tokens=NEW_TOKENS)
+        assert found.token_ids == plain_tokens(model, tokenizer, prompt), name
+        assert (found.report.prefix_tokens > 0) == (name in {"longer", "branch", "again"})
