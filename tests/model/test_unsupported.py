@@ -116,4 +116,4 @@ def test_auto_is_exact_until_a_budget_is_given_that_the_model_allows(make_engine
 
 def test_auto_is_refused_where_not_even_prefixes_can_be_reused(tokenizer) -> None:
     with pytest.raises(UnsupportedModelError, match="mode='off'"):
-        engine_of(make_model("mamba", len(tokenizer)), tokenizer, "auto")
+        engine_of(make_model("moshi", len(tokenizer), sliding_window=9), tokenizer, "auto")
