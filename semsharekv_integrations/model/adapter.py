@@ -35,6 +35,7 @@ from semsharekv_integrations.model.layers import (
     read_embeddings,
     require_decoder,
     require_no_prompt_learning,
+    require_text_alone,
     shrink_windows,
 )
 from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
@@ -94,6 +95,7 @@ class ModelAdapter:
         if not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         find_input_device(model)  # a model without weights is refused here
+        require_text_alone(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         self._accepts = frozenset(inspect.signature(type(base).forward).parameters)
         # Whether a pass can be told which slots of a batch are padding, and each row's position

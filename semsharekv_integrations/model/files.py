@@ -27,6 +27,7 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revisio
 _HOW = ("code_revision", "gguf_file", "trust_remote_code")
 FILE_OPTIONS = frozenset((*_WHERE, *_HOW))
 _CONFIG, _GENERATION, _ADAPTER, _GGUF = "config.json", "generation_config.json", "adapter_config.json", ".gguf"
+_TEMPLATES = ("chat_template.json", "processor_config.json")  # of a processor; a tokenizer reads neither
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "merges.txt"),
@@ -126,6 +127,15 @@ class ModelFiles:
     def has_tokenizer(self) -> bool:
         """Return True if there is a tokenizer file (fetched if need be), or if the model is a GGUF file."""
         return self.is_gguf or any(self.find(name) for name in _TOKENIZER_FILES)
+
+    def read_processor_template(self) -> str | None:
+        """Return the chat template that the files of a processor hold; None if they hold none or are missing."""
+        for found in filter(None, map(self.find, _TEMPLATES)):
+            content = self._read_json(found)
+            template = content.get("chat_template") if isinstance(content, dict) else None
+            if isinstance(template, str):
+                return template
+        return None
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -52,11 +55,35 @@ def require_decoder(config: PreTrainedConfig, name: str) -> None:
         raise UnsupportedModelError(f"{name} is {_NO_DECODER} but an encoder ({_name_kind(config)})")
 
 
-def require_loadable_decoder(config: PreTrainedConfig, name: str) -> None:
-    """As ``require_decoder``; also raise if neither transformers nor the model's own code has a causal model for it."""
+def choose_auto_class(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM | AutoModelForMultimodalLM]:
+    """Return what loads ``config``: the class for causal models if it can, else that for models of images and sounds.
+
+    Raises as ``require_decoder`` does, and if neither knows the configuration, nor the model's own code.
+    """
     require_decoder(config, name)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _has_own_decoder(config):
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _has_own_decoder(config):
+        return AutoModelForCausalLM
+    if not is_multimodal(config):
         raise UnsupportedModelError(f"{name} is {_NO_DECODER} ({_name_kind(config)})")
+    require_decoder(config.get_text_config(decoder=True), name)
+    return AutoModelForMultimodalLM
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Return True if transformers has a model for ``config`` that reads text, and images or sounds beside it."""
+    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
+def require_text_alone(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` if a multimodal model reads no text without images or sounds; it gets a token."""
+    if not is_multimodal(model.config):
+        return
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=find_input_device(model)))
+    except Exception as error:  # whatever its code stumbles over where it expects an image
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UnsupportedModelError(f"{type(model).__name__} takes no text alone ({said})") from None
 
 
 def _has_own_decoder(config: PreTrainedConfig) -> bool:

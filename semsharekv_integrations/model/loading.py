@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -40,7 +39,7 @@ from semsharekv_integrations.model.files import (
     resolve,
     shorten_reason,
 )
-from semsharekv_integrations.model.layers import PROMPT_LEARNING, require_loadable_decoder
+from semsharekv_integrations.model.layers import PROMPT_LEARNING, choose_auto_class, is_multimodal
 from semsharekv_integrations.versions import require_tested_transformers
 
 __all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "get_window", "hide_progress_bars", "resolve"]
@@ -126,7 +125,7 @@ class NamedModel:
         options = self._options | base.options
         with _explain_failure(base, "its configuration cannot be read"):
             config, rest = AutoConfig.from_pretrained(base.path, return_unused_kwargs=True, **options)
-        require_loadable_decoder(config, f"model {self.name!r}")
+        choose_auto_class(config, f"model {self.name!r}")
         return config, {key: value for key, value in rest.items() if key in self._options}
 
     @cached_property
@@ -141,6 +140,8 @@ class NamedModel:
             tokenizer = AutoTokenizer.from_pretrained(files.path, **options)
             if not tokenizer.get_vocab():
                 raise ValueError("it has no vocabulary")
+        if tokenizer.chat_template is None and is_multimodal(config):
+            tokenizer.chat_template = files.read_processor_template()
         return tokenizer
 
     def load(self) -> PreTrainedModel:
@@ -154,7 +155,8 @@ class NamedModel:
         own = {"config": config, "dtype": self._dtype, "adapter_kwargs": base.where, "output_loading_info": True}
         reading = read_gguf_once() if base.is_gguf else nullcontext()
         with _explain_failure(base, "its weights cannot be read"), LOADING, reading:
-            model, found = AutoModelForCausalLM.from_pretrained(base.path, **rest, **base.options, **own, **quantized)
+            auto_class = choose_auto_class(config, f"model {self.name!r}")
+            model, found = auto_class.from_pretrained(base.path, **rest, **base.options, **own, **quantized)
             _require_whole(found["missing_keys"])
             _make_ordinary(model)
         if "device_map" not in self._options:

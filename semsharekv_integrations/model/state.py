@@ -36,7 +36,8 @@ _NAMES = {"_name_or_path", "name_or_path", "architectures", "dtype", "transforme
 _LOADED = {"gradient_checkpointing", "hf_device_map", "prepare_inputs_for_generation", "training", "warnings_issued"}
 _OUTPUT = {"generation_config", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 _ADAPTERS = {"peft_config", "_peft_config", "_active_adapter", "_disable_adapters"}
-_NOT_IN_STATE = frozenset(_NAMES | _LOADED | _OUTPUT | _ADAPTERS)
+_SET_BY_CALLS = {"rope_deltas"}  # by each ``generate`` of a multimodal model; no pass reads it that is told positions
+_NOT_IN_STATE = frozenset(_NAMES | _LOADED | _OUTPUT | _ADAPTERS | _SET_BY_CALLS)
 _MODULE_NAMES = frozenset(vars(nn.Module()))
 _ATTENTION = "_attn_implementation_internal"
 _OWN = "semsharekv"  # attention functions that stand in during a pass
@@ -136,6 +137,15 @@ class StateWatch:
         return known[2]
 
 
+class _Anything:
+    """Equals everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
+
+
 class _Snapshot:
     """What a model looked like; cheap to compare with what it looks like now."""
 
@@ -211,7 +221,7 @@ class Part(NamedTuple):
         source = None if hook is None else hook.weights_map
         for group in (self.module._parameters, self.module._buffers, vars(self.module)):
             for name, tensor in group.items():
-                takes_part = self.only is None or name in self.only
+                takes_part = name not in _SET_BY_CALLS and (self.only is None or name in self.only)
                 if isinstance(tensor, Tensor) and takes_part and not _changes_with_length(self.module, name):
                     elsewhere = source if source is not None and name in source else None
                     yield from ((inner, t, elsewhere) for inner, t in _flatten(f"{self.name}.{name}", tensor))
@@ -288,7 +298,12 @@ def _list_inner(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _freeze(name: str, value: Any) -> Any:
-    """Return a shallow copy of a dict, list or set that may be changed in place; anything else as it is."""
+    """Return a shallow copy of a dict, list or set that may be changed in place; anything else as it is.
+
+    For what calls set anew, return something that equals whatever they set.
+    """
+    if name in _SET_BY_CALLS:
+        return _Anything()
     return copy.copy(value) if type(value) in (dict, list, set) and name not in _MODULE_NAMES else value
 
 

@@ -163,13 +163,26 @@ def _check_message(field: str, message: object) -> dict[str, Any]:
         raise PromptError(f"{field}.tool_calls is there; accepted is it in messages of the assistant alone")
     if content is None and calls:
         content = ""
-    if not isinstance(content, str):
-        raise PromptError(f"{field}.content is {type(content).__name__}; accepted is a string")
+    content = _join_parts(f"{field}.content", content)
     checked = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
     if calls:
         checked["content"] = content.rstrip()  # templates put their own space before calls, as the model did
         checked["tool_calls"] = _check_calls(f"{field}.tool_calls", calls)
     return checked
+
+
+def _join_parts(field: str, content: object) -> str:
+    """Return a message's content as text, its parts joined; raise ``PromptError`` if any of it is not text."""
+    if isinstance(content, str):
+        return content
+    said = type(content).__name__
+    parts = content if isinstance(content, list | tuple) else [None]
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            said += f", and [{index}] {show_value(kind)}" if part is not None else ""
+            raise PromptError(f"{field} is {said}; accepted is a string, or a list of parts of type 'text' alone")
+    return "".join(part["text"] for part in parts)
 
 
 def _check_calls(field: str, calls: object) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from semsharekv_integrations import SemShareEngine
@@ -44,6 +44,47 @@ def make_model(architecture: str, vocab_size: int, **changes: Any) -> PreTrained
     config = CONFIG_MAPPING[architecture](vocab_size=vocab_size, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # the default initialization is so small that all tokens look alike
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+# Multimodal kinds, each with its vision part and what its text part needs beyond SIZES
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (_VISION, {"head_dim": 16, "sliding_window": 9}),
+    "llava": (_VISION | {"model_type": "clip_vision_model"}, {"model_type": "llama"}),
+    "idefics3": (_VISION, {"model_type": "llama"}),
+    "mistral3": (_VISION | {"model_type": "pixtral", "head_dim": 16}, {"model_type": "mistral", "head_dim": 8}),
+    "qwen2_vl": (_QWEN_VISION, _MROPE),
+    "qwen3_vl": (_QWEN_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}, _MROPE | {"head_dim": 8}),
+    "paligemma": (_VISION | {"model_type": "siglip_vision_model"}, {"model_type": "gemma", "head_dim": 8}),
+    "llama4": (
+        _VISION | {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+        {"head_dim": 8, "intermediate_size_mlp": 36, "num_local_experts": 2, "attention_chunk_size": 16},
+    ),
+}
+
+
+def make_multimodal(kind: str, vocab_size: int) -> PreTrainedModel:
+    """A random float32 model of images and text, whose text part has the sizes of ``make_model``."""
+    torch.manual_seed(11)
+    vision, text = MULTIMODAL[kind]
+    sizes = {**SIZES, "bos_token_id": 0, "eos_token_id": 1, "vocab_size": vocab_size, **text}
+    places = {"image_token_id": 5, "image_token_index": 5, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = CONFIG_MAPPING[kind](text_config=sizes, vision_config=dict(vision), **places)
+    model = AutoModelForMultimodalLM.from_config(config).eval()
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
