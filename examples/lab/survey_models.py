@@ -39,6 +39,7 @@ from survey_checks import CRASHED, MODES, NOT_RUN, Finding, check_model, describ
 
 _TABLE = tomllib.loads(Path(__file__).with_name("survey.toml").read_text(encoding="utf-8"))
 SIZES: Mapping[str, int] = _TABLE["sizes"]
+FIXED: Mapping[str, Any] = _TABLE["fixed"]
 TYPES: Mapping[str, dict[str, Any]] = _TABLE["types"]
 VOCABULARY = SIZES["vocab_size"]  # tokens, of which the first are special and the last are no text's
 LAYERS = SIZES["num_hidden_layers"]
@@ -79,7 +80,7 @@ def _shrink(kind: type[PreTrainedConfig], more: Mapping[str, Any]) -> PreTrained
     more = {**TYPES.get(kind.model_type, {}), **more}
     changes: dict[str, Any] = {"is_decoder": True} if kind.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else {}
     for field in fields(kind):  # type: ignore[arg-type]
-        value = usual.get(field.name)
+        value = usual.get(kind.attribute_map.get(field.name, field.name))
         if isinstance(value, PreTrainedConfig):
             changes[field.name] = _shrink(type(value), more.get(field.name, {}))
         elif field.name in more:
@@ -91,14 +92,16 @@ def _shrink(kind: type[PreTrainedConfig], more: Mapping[str, Any]) -> PreTrained
 
 def _shrink_field(name: str, value: object, usual: Mapping[str, Any]) -> dict[str, Any]:
     """What takes the place of a field's usual value, by name; nothing where it stays."""
+    if name in FIXED:
+        return {name: FIXED[name]}
     if name.endswith(("_token_id", "_token_index")):
         return {name: SPECIAL.get(name, VOCABULARY - 1)} if isinstance(value, (int, list)) else {}
     if name == "num_key_value_heads":
         return {name: 4 if "kv_lora_rank" in usual else 2}
-    if name == "tie_word_embeddings":  # else the last token of a prompt is the likeliest next one
-        return {name: False}
     if isinstance(value, list) and len(value) == usual.get("num_hidden_layers"):
         kinds = list(dict.fromkeys(value))  # in the order in which they come
+        if kinds == ["full_attention"] and "sliding_window" in usual:
+            kinds.append("sliding_attention")
         return {name: list(islice(cycle(kinds), max(LAYERS, len(kinds))))}
     if name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return {name: SIZES[name]}
