@@ -88,8 +88,9 @@ def write_prompts(vocabulary: int, seed: int = 5) -> dict[str, str]:
         prompts[f"{length} branch"] = " ".join([*first[: int(SHARED * length)], *write(length // 4)])
         prompts[f"{length} longer"] = " ".join([*first, *write(9)])
     one, two, three = (" ".join(write(LENGTHS[1])) for _ in range(3))
-    asked = " ".join(write(10))
+    asked, otherwise = (" ".join(write(10)) for _ in range(2))
     prompts["documents"] = f"{one} {two} {three} {asked}"
+    prompts["asked otherwise"] = f"{one} {two} {three} {otherwise}"
     prompts["moved"] = f"{three} {one} {two} {asked}"
     return prompts
 
@@ -184,13 +185,17 @@ def _check_exact(
         for name in ("first", "branch", "longer"):
             compared.ask(f"{length} {name}")
         compared.ask(f"{length} first", again=True)
+    for name in ("documents", "asked otherwise"):
+        compared.ask(name, documents=list_documents(prompts))
     reused = compared.reused_tokens
     if compared.differences:
         return Finding("exact", DIFFERS, "; ".join(compared.differences), reused)
     if reused[f"{LENGTHS[-1]} branch"]:
         return Finding("exact", REUSED, reused_tokens=reused)
-    why = "only behind a whole earlier prompt" if any(reused.values()) else ""
-    return Finding("exact", REUSED if why else EQUAL, why, reused)
+    if reused["asked otherwise"]:
+        return Finding("exact", REUSED, "behind documents and whole prompts", reused)
+    whole = any(reused.values())
+    return Finding("exact", REUSED if whole else EQUAL, "behind whole prompts alone" if whole else "", reused)
 
 
 def _check_identical(
