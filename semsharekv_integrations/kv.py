@@ -297,10 +297,12 @@ class Rotation:
     Attributes:
         inverse_frequencies: [R] radians for each position, one for each pair; the other D - 2R dimensions stay.
         interleaved: whether neighbours (0, 1), (2, 3), ... are pairs, instead of the two halves (0, R), (1, R + 1), ...
+        start: the first dimension that turns.
     """
 
     inverse_frequencies: torch.Tensor
     interleaved: bool = False
+    start: int = 0
 
     def angles(self, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine, both [N, R] in float32, for ``shifts`` [N] in positions, which may be negative."""
@@ -308,18 +310,24 @@ class Rotation:
         turned = shifts[:, None].to(torch.float32) * frequencies  # [N, R]
         return turned.cos(), turned.sin()
 
+    def turn(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """As ``rotate``, with cosine and sine from ``angles``, which layers with this very rotation share."""
+        turned = keys.to(torch.promote_types(keys.dtype, torch.float32), copy=True)
+        rotary = turned[..., self.start : self.start + 2 * cos.shape[-1]]  # [B, H, N, 2R]
+        first, second = (rotary[..., 0::2], rotary[..., 1::2]) if self.interleaved else rotary.chunk(2, dim=-1)
+        before = first.clone()
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).addcmul_(before, sin)
+        return turned.to(keys.dtype)
+
+
+class LayerRotation(NamedTuple):
+    """How one layer's keys turn, and its values: of latent attention, what it keeps as values. None for what stays."""
+
+    keys: Rotation | None = None
+    values: Rotation | None = None
+
 
 def rotate(keys: torch.Tensor, shifts: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Return a copy of keys [B, H, N, D], each moved by ``shifts`` [N] positions: computed in float32, same dtype."""
-    return turn(keys, *rotation.angles(shifts), rotation.interleaved)
-
-
-def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """As ``rotate``, with cosine and sine from ``Rotation.angles``, which layers with equal frequencies share."""
-    turned = keys.to(torch.float32, copy=True)
-    rotary = turned[..., : 2 * cos.shape[-1]]  # [B, H, N, 2R]
-    first, second = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else rotary.chunk(2, dim=-1)
-    before = first.clone()
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(before, sin)
-    return turned.to(keys.dtype)
+    """Return a copy of keys [B, H, N, D], each moved by ``shifts`` [N] positions: in float32 at least, same dtype."""
+    return rotation.turn(keys, *rotation.angles(shifts))

@@ -129,7 +129,8 @@ class Runtime:
 
     def _make_matcher(self, config: ReuseConfig, selective: SelectivePrefill) -> FuzzyMatcher:
         """Return a matcher of tokens by the model's own embeddings."""
-        frequencies = next((r.inverse_frequencies for r in selective.rotations if r is not None), None)
+        turning = [part for layer in selective.rotations for part in layer if part is not None]
+        frequencies = turning[0].inverse_frequencies if turning else None
         return FuzzyMatcher(self.store, self.adapter.embed, self.renderer.split_pieces, frequencies, config)
 
     def _make_finder(self, config: ReuseConfig) -> RewordingFinder:

@@ -25,8 +25,8 @@ from semsharekv_integrations.lab.figures import Figure, estimate_mean
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.layers import find_layers
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.model.views import find_layers
 from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, find_nearest_tokens, rotate_embeddings
 from semsharekv_integrations.reuse.similarity import PooledEmbedder
 
@@ -91,7 +91,7 @@ class RecallProbe:
         self._tokenizer = subject.tokenizer
         self._adapter = ModelAdapter(subject.model, "paper")
         rotations = SelectivePrefill(self._adapter).rotations
-        self._frequencies = next(r.inverse_frequencies for r in rotations if r is not None)
+        self._frequencies = next(r.keys.inverse_frequencies for r in rotations if r.keys is not None)
         rules = {name: config.reuse.resolve() for name, config in configs.items()}
         self._bits = {name: of_mode.lsh_bits for name, of_mode in rules.items() if of_mode.fuzzy}
         self._last: tuple[Case | None, dict[str, float]] = None, {}
@@ -240,8 +240,7 @@ class CallProbe:
 
     def __init__(self, subject: Subject) -> None:
         self._device = subject.model.device
-        config = subject.model.config.get_text_config(decoder=True)
-        self._clock = LayerClock(find_layers(subject.model, config), self._device)
+        self._clock = LayerClock(find_layers(subject.model), self._device)
 
     @contextmanager
     def watch(self, case: Case, policy: str, turn: int) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,12 +25,13 @@ from semsharekv_integrations.concurrency.threads import free_in_children
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole, require
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, State, TokenIds, take_first_tokens
-from semsharekv_integrations.model.attention import blocked_attention, blocks_of
+from semsharekv_integrations.model.attention import Block, blocked_attention, blocks_of
 from semsharekv_integrations.model.checkpoints import StateCache, list_tensors
 from semsharekv_integrations.model.layers import (
     find_cache_argument,
     find_input_device,
     find_offload_hook,
+    list_handed_on,
     make_cache,
     read_embeddings,
     require_decoder,
@@ -97,9 +98,11 @@ class ModelAdapter:
         find_input_device(model)  # a model without weights is refused here
         require_text_alone(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
-        self._accepts = frozenset(inspect.signature(type(base).forward).parameters)
+        own = frozenset(inspect.signature(type(base).forward).parameters)
+        self._accepts = own | list_handed_on(base)
+        self.takes_positions = "position_ids" in self._accepts
         # Whether a pass can be told which slots of a batch are padding, and each row's position
-        self.accepts_padding = {"attention_mask", "position_ids"} <= self._accepts
+        self.accepts_padding = {"attention_mask", "position_ids"} <= own
         self._cache_argument = find_cache_argument(type(base))
         self.way = Continuation() if mode == "off" else self._find_continuation()
 
@@ -135,10 +138,14 @@ class ModelAdapter:
         ids = torch.from_numpy(token_ids)[None]
         if start and self.way.one_by_one:
             return self._forward_each(ids, cache, start)[-1:]
-        if not start or not self.way.in_blocks:
+        if not start:
             return self._forward(ids, cache, positions)
-        with self._lock, blocked_attention(self.config, blocks_of(positions)):
+        with self._lock, self.attention(blocks_of(positions)):
             return self._forward(ids, cache, positions)
+
+    def attention(self, blocks: Sequence[Block] = ()) -> AbstractContextManager[None]:
+        """Compute attention by ``blocks`` inside, if the model's may be."""
+        return blocked_attention(self.config, blocks) if self.way.in_blocks else nullcontext()
 
     def _forward_each(self, ids: Tensor, cache: DynamicCache, start: int) -> Tensor:
         """Run ``ids`` [B, N] one after another from position ``start`` on; return the logits [N, V] of one row each."""

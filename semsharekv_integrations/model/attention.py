@@ -7,6 +7,7 @@ every row then meets every key: twice the work of causal attention.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ROWS_PER_BLOCK, MOST_BLOCKS = 64, 8
 _WATCHED, _BLOCKED = "semsharekv_watched", "semsharekv_blocked"
+_SOFTMAXES = {torch.softmax, torch.Tensor.softmax, softmax}
 _collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
 _blocks: ContextVar[Sequence[Block]] = ContextVar("blocks", default=())
 
@@ -68,7 +71,8 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[Tensor]]:
     """Yield a list to which every layer that runs inside appends its attention [heads, T], averaged over the rows.
 
     Meant for a few rows: their weights are materialized. Needs an explicit 4D mask. Biases beyond scale, mask and soft
-    cap (attention sinks, for one) are left out, as the weights only serve as a signal.
+    cap (attention sinks, for one) are left out, as the weights only serve as a signal. Models that compute attention
+    without transformers' interface append nothing; ``watch_operations`` sees theirs.
     """
     collected: list[Tensor] = []
     token = _collected.set(collected)
@@ -80,8 +84,52 @@ def watched_attention(config: PreTrainedConfig) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def watch_operations(num_rows: int, num_keys: int) -> Iterator[list[Tensor]]:
+    """As ``watched_attention``, by the operations that run inside: softmax or attention of so many rows and keys."""
+    with _OperationWatch(num_rows, num_keys) as watch:
+        yield watch.collected
+
+
+class _OperationWatch(TorchFunctionMode):
+    """Appends to ``collected`` the weights [heads, T], averaged over rows, of each attention of [B, heads, N, T]."""
+
+    def __init__(self, num_rows: int, num_keys: int) -> None:
+        super().__init__()
+        self.collected: list[Tensor] = []
+        self._size = (num_rows, num_keys)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and keep the weights if it computes attention."""
+        output = func(*args, **(kwargs or {}))
+        if func in _SOFTMAXES and output.ndim == 4 and output.shape[2:] == self._size:
+            self.collected.append(output[0].float().mean(1))
+        elif func is scaled_dot_product_attention:
+            self.collected.append(_weigh(*args, **(kwargs or {}))[0].mean(1))
+        return output
+
+
+def _weigh(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
+) -> Tensor:
+    """Return the weights [B, heads, N, T] that ``scaled_dot_product_attention`` uses, which gives none away."""
+    key = repeat_kv(key, query.shape[1] // key.shape[1])
+    logits = (query @ key.mT).float() * (scale if scale is not None else query.shape[3] ** -0.5)
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    return logits.softmax(-1)
+
+
+@contextmanager
 def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Set the attention function ``name`` in ``config`` inside; another thread's passes get the same results by it."""
+    """Set the attention function ``name`` in ``config`` inside; another thread's passes get the same results by it.
+
+    No effect on models that compute attention without transformers' interface: Falcon's takes a name for another.
+    """
+    if not _uses_interface(config):
+        yield
+        return
     if name not in AttentionInterface():
         AttentionInterface.register(name, {_WATCHED: _watch, _BLOCKED: _attend_by_blocks}[name])
         AttentionMaskInterface.register(name, sdpa_mask)
@@ -91,6 +139,12 @@ def _switch_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def _uses_interface(config: PreTrainedConfig) -> bool:
+    """Return False if the code of the model of ``config`` is known, and without transformers' attention interface."""
+    code = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    return code is None or hasattr(code, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _attend_by_blocks(

@@ -21,9 +21,10 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
-from semsharekv_integrations.model.layers import list_windows, make_cache
+from semsharekv_integrations.model.layers import make_cache
 from semsharekv_integrations.model.rows import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.model.views import list_windows
 from semsharekv_integrations.reuse.selection import choose_retained_tokens, compute_retained_shares
 from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion, ConstraintProcessor
 
@@ -143,7 +144,7 @@ class Retainer:
         self._selective = selective
         rules = rules.resolve()
         self._shares = compute_retained_shares(
-            selective.num_layers, rules.retention_ratio or 1.0, rules.retention_final_share
+            len(selective.rotations), rules.retention_ratio or 1.0, rules.retention_final_share
         )
 
     def shorten(self, token_ids: TokenIds, question: Mask, relevant: Mask, cache: DynamicCache) -> DynamicCache:

@@ -1,14 +1,9 @@
-"""What a model's configuration, code and modules say: what it is, its layers and embeddings, how its keys turn.
-
-Rotations are found among the model's buffers and proven on real forward passes. A probe runs at two places; a layer's
-rotation is the candidate that carries its keys from one to the other. A model without one (learned positions, changing
-frequencies, rotation of a part that is not the first) is refused for modes that move keys.
-"""
+"""What a model's configuration, code and modules say: what it is, which cache it takes, its embeddings."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,15 +24,14 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole
-from semsharekv_integrations.kv import LayerKV, Rotation, rotate
+from semsharekv_integrations.kv import LayerKV
 
 PROMPT_LEARNING = (
     "a PEFT adapter of prompt learning ({}), whose virtual tokens stand before every pass; accepted are adapters of "
     "the layers, such as LoRA"
 )
-PROBE_SHIFT = 23  # positions
-HALF_TOLERANCE, FLOAT_TOLERANCE = 0.1, 1e-3  # mean error as a share of the keys' mean magnitude
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+INSTEAD = "use mode='exact', with engine.arrange to bring documents into the stored order"
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")  # the last one from transformers 5.24 on
@@ -104,14 +98,14 @@ def require_no_prompt_learning(model: PreTrainedModel) -> None:
 
 
 def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, mode: str) -> None:
-    """Raise ``UnsupportedModelError`` if layer types, rope or attention rule out ``mode``, which moves stored KV."""
+    """Raise ``UnsupportedModelError`` if layer types or attention rule out ``mode``, which moves stored KV."""
     name = type(model).__name__
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    accepted = " and ".join(sorted(_LAYER_TYPES))
     if found:
-        raise UnsupportedModelError(f"{name} has layers of type {', '.join(found)}; mode {mode!r} accepts {accepted}")
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        raise UnsupportedModelError(f"{name} has multimodal rope (mrope_section); use mode='exact'")
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(found)}, whose state is of all tokens before and cannot be moved, "
+            f"and mode {mode!r} moves all layers or none; {INSTEAD}"
+        )
     attention, accepted = config._attn_implementation, " or ".join(map(repr, sorted(_ATTENTION)))
     if attention not in _ATTENTION:
         raise UnsupportedModelError(f"{name} has attn_implementation {attention!r}; mode {mode!r} accepts {accepted}")
@@ -127,6 +121,14 @@ def find_cache_argument(model_class: type[PreTrainedModel]) -> str:
     raise UnsupportedModelError(f"{model_class.__name__} takes no KV cache: none of {', '.join(_CACHE_ARGUMENTS)}")
 
 
+def list_handed_on(model: PreTrainedModel) -> frozenset[str]:
+    """Return what ``forward`` takes among its ``**kwargs`` and, as far as signatures tell, hands to the decoder."""
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values())
+    decoder = model.get_decoder() if takes_any else None
+    taken = inspect.signature(type(decoder).forward).parameters if decoder is not None else ()
+    return frozenset({"position_ids"} & set(taken))
+
+
 def make_cache(layers: Iterable[LayerKV]) -> DynamicCache:
     """Return a new cache that holds these very tensors, not copies. Its updates make new tensors and write to none."""
     cache = DynamicCache()
@@ -139,24 +141,6 @@ def fill_layer(layer: DynamicLayer, kv: LayerKV) -> DynamicLayer:
     layer.lazy_initialization(*kv)
     layer.keys, layer.values = kv
     return layer
-
-
-def find_layers(model: PreTrainedModel, config: PreTrainedConfig) -> Sequence[nn.Module]:
-    """Return the decoder layers: the first module list of their number; ``UnsupportedModelError`` without one."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return list(module)
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
-
-
-def list_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Return for each layer how many positions a token sees, itself included; None if it sees all before it."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        slides = window is not None and getattr(config, "use_sliding_window", True)
-        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 @contextmanager
@@ -206,49 +190,3 @@ def find_offload_hook(module: nn.Module) -> Any:
         if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
             return one
     return None
-
-
-def find_rotations(
-    model: nn.Module, here: Sequence[LayerKV], there: Sequence[LayerKV], shift: int
-) -> tuple[Rotation | None, ...]:
-    """Return each layer's rotation, None where keys do not turn, from a probe's KV and its KV ``shift`` positions on.
-
-    Raises:
-        UnsupportedModelError: if values change with position, or keys in another way than by a rotation.
-    """
-    width = min(layer.keys.shape[3] for layer in here)
-    candidates = [None, *(c for c in _list_candidates(model) if 2 * len(c.inverse_frequencies) <= width)]
-    pairs = enumerate(zip(here, there, strict=True))
-    return tuple(_find_rotation(index, candidates, first, second, shift) for index, (first, second) in pairs)
-
-
-def _find_rotation(
-    index: int, candidates: Sequence[Rotation | None], here: LayerKV, there: LayerKV, shift: int
-) -> Rotation | None:
-    """Return the candidate that brings the keys ``here`` closest to ``there``; raise if it is not close enough."""
-    shifts = torch.full((here.keys.shape[2],), shift, device=here.keys.device)
-    moved = [here.keys if rotation is None else rotate(here.keys, shifts, rotation) for rotation in candidates]
-    errors = [_measure_error(keys, there.keys) for keys in moved]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    tolerance = FLOAT_TOLERANCE if here.keys.dtype == torch.float32 else HALF_TOLERANCE
-    if errors[best] > tolerance or _measure_error(here.values, there.values) > tolerance:
-        raise UnsupportedModelError(
-            f"layer {index}: keys at another position are not the rotated ones (error {errors[best]:.3f} of their "
-            f"magnitude), as with learned positions, ALiBi, MLA or partial rotation; use mode='exact'"
-        )
-    return candidates[best]
-
-
-def _measure_error(moved: Tensor, real: Tensor) -> float:
-    return float((moved.float() - real.float()).abs().mean() / real.float().abs().mean().clamp_min(1e-6))
-
-
-def _list_candidates(model: nn.Module) -> Iterator[Rotation]:
-    """Yield two rotations (plain, interleaved) per set of inverse frequencies, the original set where it changes."""
-    for module in model.modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        for name, frequencies in buffers.items():
-            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
-                original = buffers.get(f"{name.removesuffix('inv_freq')}original_inv_freq")
-                chosen = frequencies if original is None else original
-                yield from (Rotation(chosen.float(), interleaved) for interleaved in (False, True))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +19,14 @@ from torch import Tensor
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
-from semsharekv_integrations.kv import LayerKV, Mask, Reference, Run, TokenIds
+from semsharekv_integrations.kv import Mask, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
-from semsharekv_integrations.model.attention import blocked_attention, watched_attention
-from semsharekv_integrations.model.layers import (
-    PROBE_SHIFT,
-    find_layers,
-    find_rotations,
-    list_windows,
-    make_cache,
-    require_reuse_off_prefix,
-)
-from semsharekv_integrations.model.rows import GatheredCache, LayerView, Measure, RowPass, gather
+from semsharekv_integrations.model.attention import watch_operations, watched_attention
+from semsharekv_integrations.model.layers import INSTEAD, make_cache, require_reuse_off_prefix
+from semsharekv_integrations.model.probing import Probe, probe_model, short_windows, try_views
+from semsharekv_integrations.model.rotations import PROBE_SHIFT
+from semsharekv_integrations.model.rows import GatheredCache, Measure, RowPass, gather
+from semsharekv_integrations.model.views import LayerView, list_windows
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
 from semsharekv_integrations.reuse.selection import Signal, measure_deviation, measure_reading, rank_tokens
@@ -88,20 +86,17 @@ class SelectivePrefill:
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
-        if adapter.way.keeps_states:
-            name = type(adapter.model).__name__
-            raise UnsupportedModelError(
-                f"{name} keeps more than KV per token, such as a recurrent state, which cannot be moved; use "
-                f"mode='exact', and arrange documents in their stored order"
-            )
         require_reuse_off_prefix(adapter.model, adapter.config, adapter.mode)
+        if adapter.way.keeps_states:
+            kept = "keeps more than KV per token, such as a recurrent state, which cannot be moved"
+            raise UnsupportedModelError(f"{type(adapter.model).__name__} {kept}; {INSTEAD}")
         self._adapter = adapter
-        self._view = LayerView(find_layers(adapter.model, adapter.config), list_windows(adapter.config))
-        self.num_layers = len(self._view.modules)
-        probe = adapter.probe_ids()
-        here, there = (adapter.compute_kv(probe, start) for start in (0, PROBE_SHIFT))
-        self.rotations = find_rotations(adapter.model, here, there, PROBE_SHIFT)
-        self._require_same_logits(probe, here)
+        with short_windows(adapter):
+            probe = probe_model(adapter)
+            self._view, self.rotations = probe.view, probe.rotations
+            self.num_layers = len(self._view.modules)
+            self._require_same_logits(probe)
+        self._view = replace(self._view, windows=list_windows(adapter.config))
 
     def run(self, plan: ReusePlan, watch: Stopwatch | None = None) -> Outcome:
         """Prefill by ``plan`` and return the outcome; references are never written. ``watch`` gets each part's time.
@@ -116,7 +111,7 @@ class SelectivePrefill:
         with self._adapter.lock(), torch.inference_mode():
             with watch.phase("gather"):
                 cache = gather(plan, self.rotations)
-            selection = _Selection(plan, cache, self._adapter.device)
+            selection = _Selection(plan, cache, self._adapter.device, self._view.places)
             if plan.attention_tokens:
                 with watch.phase("attend"):
                     selection.attended = self._attend(plan, cache)
@@ -129,7 +124,12 @@ class SelectivePrefill:
         absent = ~(plan.borrowed | plan.question)
         absent[: plan.prefix_tokens] = False
         layers = self.watch_attention(plan.token_ids, plan.question, cache, absent)
-        read = [measure_reading(*pair) for pair in zip(layers, (layer.values for layer in cache.layers), strict=True)]
+        # where values turn, they are the latent keys' positions, and what is read stands in the keys
+        kept = [
+            layer.keys if rotation.values else layer.values
+            for layer, rotation in zip(cache.layers, self.rotations, strict=True)
+        ]
+        read = [measure_reading(*pair) for pair in zip(layers, kept, strict=True)]
         return torch.stack([amounts.to(self._adapter.device) for amounts in read]).mean(0)
 
     def watch_attention(self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask) -> list[Tensor]:
@@ -140,9 +140,13 @@ class SelectivePrefill:
         adapter, rows = self._adapter, _find_positions(question, self._adapter.device)
         hidden = torch.from_numpy(absent).to(rows.device)
         ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, adapter.model.dtype, hidden)
-        with adapter.lock(), watched_attention(adapter.config) as collected, ahead.install():
-            adapter.forward_rows(token_ids, rows, cache, ahead.first_mask)
-        return collected
+        if self._view.by_operations:
+            watch = watch_operations(len(rows), len(token_ids))
+        else:
+            watch = watched_attention(adapter.config)
+        with adapter.lock(), watch as collected, ahead.install():
+            adapter.forward_rows(token_ids, rows, cache, ahead.given_mask)
+        return _assign(collected, self._view.places)
 
     def _forward(self, selection: _Selection) -> Outcome:
         """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix, or raise."""
@@ -154,8 +158,8 @@ class SelectivePrefill:
         rows = RowPass(self._view, cache, first, selection.choose, adapter.model.dtype)
         looked = int(plan.question.sum()) * self.num_layers if plan.attention_tokens else 0
         try:
-            with blocked_attention(adapter.config), rows.install():
-                logits = adapter.forward_rows(plan.token_ids, first, cache, rows.first_mask)
+            with adapter.attention(), rows.install():
+                logits = adapter.forward_rows(plan.token_ids, first, cache, rows.given_mask)
         except _GivenUp:
             if plan.substitutions:
                 spent = looked + rows.row_layers
@@ -170,19 +174,48 @@ class SelectivePrefill:
         exact = _count_exact(plan, computed)
         return Outcome(prefill, ratio, computed, exact, selection.deviation, selection.fell_back)
 
-    def _require_same_logits(self, probe: TokenIds, layers: tuple[LayerKV, ...]) -> None:
-        """Raise ``UnsupportedModelError`` unless a selective pass over exact KV gives a full prefill's logits."""
-        name = type(self._adapter.model).__name__
-        rules = ReuseConfig(mode="identical", full_layers=1, attention_ratio=0.2, deviation_ratio=0.2)
-        run = Run(0, Reference("probe", "probe", probe, layers), 0, len(probe) - 2)
-        question = np.arange(len(probe)) >= len(probe) - 2
-        plan = build_plan(probe, None, [run], [], question, rules, self.num_layers)
-        try:
-            logits = self.run(plan).prefill.logits
-        except (TypeError, AttributeError, ValueError, RuntimeError, LookupError) as error:
-            raise UnsupportedModelError(f"{name} cannot compute some rows alone ({error}); use mode='exact'") from error
-        if not self._adapter.is_close(logits, self._adapter.prefill(probe).logits):
-            raise UnsupportedModelError(f"{name} gives other logits if some rows are computed alone; use mode='exact'")
+    def _require_same_logits(self, probe: Probe) -> None:
+        """Raise ``UnsupportedModelError`` unless selective passes over moved exact KV give a full prefill's logits."""
+        name, wanted = type(self._adapter.model).__name__, self._adapter.prefill(probe.token_ids).logits
+        for full_layers in (0, 1):
+            plan = self._plan_move(probe, full_layers)
+            self._view, outcome = try_views(self._view, partial(self._run_on, plan), name)
+            if not self._adapter.is_close(outcome.prefill.logits, wanted):
+                raise UnsupportedModelError(
+                    f"{name} gives other logits if some rows are computed alone; use mode='exact'"
+                )
+
+    def _run_on(self, plan: ReusePlan, view: LayerView) -> Outcome:
+        """As ``run``, with ``view`` from now on."""
+        self._view = view
+        return self.run(plan)
+
+    def _plan_move(self, probe: Probe, full_layers: int) -> ReusePlan:
+        """Return a plan that moves the probe back to the first place, and computes a few of its tokens, whatever."""
+        rules = ReuseConfig(
+            mode="identical",
+            full_layers=full_layers,
+            attention_ratio=0.2,
+            deviation_ratio=0.2 * full_layers,
+            boundary_tokens=1,
+            max_deviation=sys.float_info.max,
+        )
+        num_tokens = len(probe.token_ids)
+        ids = np.concatenate([np.zeros(PROBE_SHIFT, dtype=np.int64), probe.token_ids])
+        run = Run(0, Reference("probe", "probe", ids, probe.moved), PROBE_SHIFT, num_tokens - 2)
+        question = np.arange(num_tokens) >= num_tokens - 2
+        return build_plan(probe.token_ids, None, [run], [], question, rules, self.num_layers)
+
+
+def _assign(collected: Sequence[Tensor], places: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return for each layer of the cache what was ``collected`` from it, the mean if it attends several times."""
+    times = [max(1, len(each)) for each in places]
+    again, left = divmod(len(collected), sum(times))
+    if left or not again:
+        raise RuntimeError(f"{len(places)} layers show {len(collected)} times what they attend to")
+    means = iter([torch.stack(list(collected[i : i + again])).mean(0) for i in range(0, len(collected), again)])
+    found = [[next(means) for _ in range(num)] for num in times]
+    return [weights for each, own in zip(found, places, strict=True) if own for weights in each]
 
 
 class _GivenUp(Exception):
@@ -211,8 +244,12 @@ class UnservedError(Exception):
 class _Selection:
     """Which tokens each layer of one selective pass computes, and what is known so far to choose them by."""
 
-    def __init__(self, plan: ReusePlan, cache: GatheredCache, device: torch.device) -> None:
+    def __init__(
+        self, plan: ReusePlan, cache: GatheredCache, device: torch.device, places: Sequence[tuple[int, ...]]
+    ) -> None:
         self.plan = plan
+        # the last layer up to the one to measure that keeps keys and values: the last ones may read another's
+        self._measured_layer = max((i for i, own in enumerate(places[: plan.measured_layer + 1]) if own), default=0)
         self.cache = cache
         # borrowed: without boundary tokens, so that deviation tells how good borrowing is
         masks = plan.optional, plan.optional | plan.relevant, plan.must
@@ -237,11 +274,11 @@ class _Selection:
         return self._must | (self._priority < self.plan.shares[layer])
 
     def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
-        """Return the rows ``layer`` computes. At ``measured_layer``, write fresh KV and judge it as ``_judge`` does."""
+        """Return the rows ``layer`` computes. At the measured layer, write fresh KV and judge it as ``_judge`` does."""
         if layer < self.plan.full_layers or self.fell_back:
             return rows
-        if layer == self.plan.measured_layer:
-            fresh, gathered = measure(), self.cache.layers[layer]
+        if layer == self._measured_layer:
+            gathered, fresh = measure()
             deviations = torch.zeros_like(self._must, dtype=torch.float32)
             deviations[rows] = measure_deviation(fresh, gathered.take(rows)).to(rows.device)
             gathered.put(rows, fresh)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import profile_calls
 from probes import LayerClock, LayerUse, watch_peak
 from semsharekv_integrations.lab.figures import Outcome
-from semsharekv_integrations.model.layers import find_layers
+from semsharekv_integrations.model.views import find_layers
 from semsharekv_integrations.report import ReuseReport
 from tiny_models import make_model
 
@@ -22,7 +22,7 @@ def model(tokenizer) -> PreTrainedModel:
 
 
 def test_layers_are_timed_until_decoding_begins(model: PreTrainedModel) -> None:
-    clock = LayerClock(find_layers(model, model.config), model.device)
+    clock = LayerClock(find_layers(model), model.device)
     model(torch.arange(1, 8)[None])
     assert [use.rows for use in clock.read()] == [7] * 3 and all(use.seconds > 0 for use in clock.read())
     model(torch.arange(1, 5)[None])

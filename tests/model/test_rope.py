@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semsharekv_integrations.errors import UnsupportedModelError
-from semsharekv_integrations.kv import Rotation, rotate
+from semsharekv_integrations.kv import LayerKV, Rotation, rotate
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.layers import find_rotations
+from semsharekv_integrations.model.rotations import find_rotations
 from tiny_models import ARCHITECTURES, make_model
 
 VOCAB, SHIFT = 99, 57
@@ -48,10 +48,10 @@ def ids_of(num_tokens: int = 20) -> np.ndarray:
 def test_moved_keys_are_those_of_the_new_place(architecture: str) -> None:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
     here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
-    rotations = find_rotations(adapter.model, here, there, SHIFT)
+    rotations = find_rotations(adapter.model, adapter.config, here, there, SHIFT)
     elsewhere = adapter.compute_kv(ids_of(), 3 * SHIFT)
-    for index, rotation in enumerate(rotations):
-        assert rotation is not None
+    for index, (rotation, of_values) in enumerate(rotations):
+        assert rotation is not None and of_values is None
         assert rotation.interleaved == (architecture in INTERLEAVED)
         moved = rotate(here[index].keys, torch.full((20,), 3 * SHIFT), rotation)
         torch.testing.assert_close(moved, elsewhere[index].keys, atol=1e-4, rtol=1e-3)
@@ -62,7 +62,7 @@ def test_moved_keys_are_those_of_the_new_place(architecture: str) -> None:
 def test_every_rope_type_turns_by_its_own_frequencies(rope: dict[str, Any]) -> None:
     adapter = ModelAdapter(make_model("llama", VOCAB, rope_parameters=rope), "identical")
     here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
-    for index, rotation in enumerate(find_rotations(adapter.model, here, there, SHIFT)):
+    for index, (rotation, _) in enumerate(find_rotations(adapter.model, adapter.config, here, there, SHIFT)):
         assert rotation is not None
         back = rotate(there[index].keys, torch.full((20,), -SHIFT), rotation)
         torch.testing.assert_close(back, here[index].keys, atol=1e-4, rtol=1e-3)
@@ -71,11 +71,11 @@ def test_every_rope_type_turns_by_its_own_frequencies(rope: dict[str, Any]) -> N
 def test_layer_0_is_exact_for_an_identical_token_behind_another_context() -> None:
     adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
     here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
-    rotations = find_rotations(adapter.model, here, there, SHIFT)
-    assert rotations[0] is not None
+    rotation = find_rotations(adapter.model, adapter.config, here, there, SHIFT)[0].keys
+    assert rotation is not None
     changed = np.concatenate([ids_of()[::-1], ids_of()])
     whole = adapter.compute_kv(changed, 0)
-    moved = rotate(here[0].keys, torch.full((20,), 20), rotations[0])
+    moved = rotate(here[0].keys, torch.full((20,), 20), rotation)
     torch.testing.assert_close(moved, whole[0].keys[:, :, 20:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(here[0].values, whole[0].values[:, :, 20:], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(here[1].values, whole[1].values[:, :, 20:], atol=1e-2)
@@ -88,6 +88,24 @@ def test_partial_rotary_leaves_the_other_dimensions() -> None:
     assert torch.equal(moved[..., 4:], keys[..., 4:])
     assert torch.equal(moved[:, :, 0], keys[:, :, 0])
     assert not torch.allclose(moved[:, :, 1:, :4], keys[:, :, 1:, :4])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("start", [0, 6])
+@pytest.mark.parametrize("part", LayerKV._fields)
+def test_what_turns_is_found_wherever_it_stands(part: str, start: int, backwards: bool, interleaved: bool) -> None:
+    """First or last in the head, in halves or neighbours, either way; in keys, or in what latent attention keeps."""
+    model = make_model("llama", VOCAB, head_dim=10)
+    own = model.model.rotary_emb.inv_freq
+    rotation = Rotation(-own if backwards else own, interleaved, start)
+    here = LayerKV(*torch.randn(2, 1, 3, 20, 10 + start, generator=torch.Generator().manual_seed(5)))
+    moved = rotate(getattr(here, part), torch.full((20,), SHIFT), rotation)
+    (found,) = find_rotations(model, model.config, [here], [here._replace(**{part: moved})], SHIFT)
+    turning = getattr(found, part)
+    assert (turning.start, turning.interleaved) == (start, interleaved)
+    torch.testing.assert_close(turning.inverse_frequencies, rotation.inverse_frequencies)
+    assert sum(each is not None for each in found) == 1
 
 
 @given(st.integers(-5000, 5000), st.integers(-5000, 5000), st.booleans())
@@ -115,4 +133,4 @@ def test_learned_positions_are_refused(architecture: str) -> None:
     adapter = ModelAdapter(make_model(architecture, VOCAB), "identical")
     here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
     with pytest.raises(UnsupportedModelError, match="layer 0: keys at another position"):
-        find_rotations(adapter.model, here, there, SHIFT)
+        find_rotations(adapter.model, adapter.config, here, there, SHIFT)
