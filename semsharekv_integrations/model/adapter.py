@@ -30,7 +30,7 @@ from semsharekv_integrations.model.checkpoints import StateCache, list_tensors
 from semsharekv_integrations.model.layers import (
     find_cache_argument,
     find_input_device,
-    find_offload_hook,
+    has_plain_embeddings,
     list_handed_on,
     make_cache,
     read_embeddings,
@@ -96,7 +96,8 @@ class ModelAdapter:
         if not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         find_input_device(model)  # a model without weights is refused here
-        require_text_alone(model)
+        with self._lock:
+            require_text_alone(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         own = frozenset(inspect.signature(type(base).forward).parameters)
         self._accepts = own | list_handed_on(base)
@@ -257,13 +258,20 @@ class ModelAdapter:
 
     @property
     def embedding_matrix(self) -> Tensor:
-        """Return the input embeddings of all tokens [V, hidden]; if they are offloaded, they are read only once."""
-        is_offloaded = find_offload_hook(self.model.get_input_embeddings()) is not None
-        return self._offloaded_matrix if is_offloaded else read_embeddings(self.model)
+        """Return the input embeddings of all tokens [V, hidden]; if they are packed or offloaded, read only once."""
+        return read_embeddings(self.model) if has_plain_embeddings(self.model) else self._unpacked_matrix
 
     @cached_property
-    def _offloaded_matrix(self) -> Tensor:
-        return read_embeddings(self.model)  # once, as every look would read a file
+    def _unpacked_matrix(self) -> Tensor:
+        return read_embeddings(self.model)  # once, as every look would read a file or unpack all of them
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the model computes in: that of its weights, past those in fewer than 16 bits."""
+        if self.model.dtype.itemsize >= 2:
+            return self.model.dtype
+        wide = (w.dtype for w in self.model.parameters() if w.is_floating_point() and w.itemsize >= 2 and w.numel() > 1)
+        return next(wide, torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:

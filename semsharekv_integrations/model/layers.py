@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole
 from semsharekv_integrations.kv import LayerKV
+from semsharekv_integrations.model.packing import is_packed, is_wrapped
 
 PROMPT_LEARNING = (
     "a PEFT adapter of prompt learning ({}), whose virtual tokens stand before every pass; accepted are adapters of "
@@ -168,19 +169,37 @@ def find_input_device(model: PreTrainedModel) -> torch.device:
     hook = find_offload_hook(module)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
-    found: torch.device = module.weight.device
+    found = _find_own_tensor(module).device
     if found.type == "meta":
         raise UnsupportedModelError(f"{type(model).__name__} has no weights: they are on device 'meta'")
     return found
+
+
+def _find_own_tensor(module: nn.Module) -> Tensor:
+    """Return a parameter or buffer of ``module`` itself; ``weight``, which may have to be unpacked, if it has none."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            return tensor
+    return cast(Tensor, module.weight)
+
+
+def has_plain_embeddings(model: PreTrainedModel) -> bool:
+    """Return True if the input embeddings are a tensor in memory: not packed, quantized, adapted or offloaded."""
+    module = model.get_input_embeddings()
+    weight = module._parameters.get("weight")
+    return not (find_offload_hook(module) or weight is None or is_packed(weight) or is_wrapped(weight))
 
 
 def read_embeddings(model: PreTrainedModel) -> Tensor:
     """Return the input embeddings [V, hidden], detached, dequantized if need be; read from disk if offloaded there."""
     module = model.get_input_embeddings()
     hook = find_offload_hook(module)
-    weights: Mapping[str, Tensor] = {"weight": module.weight} if hook is None else hook.weights_map
-    found = weights["weight"].detach()
-    return found.dequantize() if hasattr(found, "__tensor_flatten__") else found
+    found = module._parameters.get("weight") if hook is None else hook.weights_map["weight"]
+    if found is None or is_packed(found):  # the module itself knows how to unpack
+        size = model.config.get_text_config(decoder=True).vocab_size
+        with torch.inference_mode():
+            return cast(Tensor, module(torch.arange(size, device=find_input_device(model)))).clone()
+    return cast(Tensor, found.dequantize()) if is_wrapped(found) else found.detach()
 
 
 def find_offload_hook(module: nn.Module) -> Any:

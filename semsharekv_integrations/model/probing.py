@@ -89,7 +89,7 @@ def _compute_rows(
         cache = GatheredCache([LayerKV(*map(_pad, layer)) for layer in here])
         rows = torch.arange(PROBE_SHIFT, PROBE_SHIFT + len(probe), device=adapter.device)
         hidden = torch.arange(PROBE_SHIFT + len(probe), device=adapter.device) < PROBE_SHIFT
-        ahead = RowPass(view, cache, rows, lambda _, active, __: active, adapter.model.dtype, hidden)
+        ahead = RowPass(view, cache, rows, lambda _, active, __: active, adapter.dtype, hidden)
         ids = torch.cat([torch.zeros(PROBE_SHIFT, dtype=torch.int64), torch.from_numpy(probe)]).numpy()
         with torch.inference_mode(), adapter.attention(), ahead.install():
             adapter.forward_rows(ids, rows, cache, ahead.given_mask)

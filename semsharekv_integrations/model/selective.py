@@ -139,7 +139,7 @@ class SelectivePrefill:
         """
         adapter, rows = self._adapter, _find_positions(question, self._adapter.device)
         hidden = torch.from_numpy(absent).to(rows.device)
-        ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, adapter.model.dtype, hidden)
+        ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, adapter.dtype, hidden)
         if self._view.by_operations:
             watch = watch_operations(len(rows), len(token_ids))
         else:
@@ -155,7 +155,7 @@ class SelectivePrefill:
         first = _find_positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, adapter.device)
         if not plan.full_layers:
             first = selection.select(0).nonzero()[:, 0]
-        rows = RowPass(self._view, cache, first, selection.choose, adapter.model.dtype)
+        rows = RowPass(self._view, cache, first, selection.choose, adapter.dtype)
         looked = int(plan.question.sum()) * self.num_layers if plan.attention_tokens else 0
         try:
             with adapter.attention(), rows.install():

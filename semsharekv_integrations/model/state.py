@@ -30,13 +30,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.model.digest import Samples, compute_digest, read_samples, sample
 from semsharekv_integrations.model.layers import find_offload_hook
+from semsharekv_integrations.model.packing import flatten, read_packing
 
 # Of configurations and modules: what says nothing about hidden states, or what ``Part`` tells
 _NAMES = {"_name_or_path", "name_or_path", "architectures", "dtype", "transformers_version"}
 _LOADED = {"gradient_checkpointing", "hf_device_map", "prepare_inputs_for_generation", "training", "warnings_issued"}
 _OUTPUT = {"generation_config", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 _ADAPTERS = {"peft_config", "_peft_config", "_active_adapter", "_disable_adapters"}
-_SET_BY_CALLS = {"rope_deltas"}  # by each ``generate`` of a multimodal model; no pass reads it that is told positions
+# By each ``generate`` of a multimodal model, which no pass reads that is told positions; by kernels of GPTQ and AWQ
+_SET_BY_CALLS = {"rope_deltas", "temp_dq", "workspace", "q_handle", "q4"}
 _NOT_IN_STATE = frozenset(_NAMES | _LOADED | _OUTPUT | _ADAPTERS | _SET_BY_CALLS)
 _MODULE_NAMES = frozenset(vars(nn.Module()))
 _ATTENTION = "_attn_implementation_internal"
@@ -124,7 +126,7 @@ class StateWatch:
             place = id(source), name
             if place not in self._offloaded:
                 found = source[name.rpartition(".")[2]]
-                self._offloaded[place] = source, b"".join(compute_digest(t) for _, t in _flatten("", found))
+                self._offloaded[place] = source, b"".join(compute_digest(t) for _, t in flatten("", found))
             return self._offloaded[place][1]
         if tensor.device.type == "meta":
             return None
@@ -224,7 +226,8 @@ class Part(NamedTuple):
                 takes_part = name not in _SET_BY_CALLS and (self.only is None or name in self.only)
                 if isinstance(tensor, Tensor) and takes_part and not _changes_with_length(self.module, name):
                     elsewhere = source if source is not None and name in source else None
-                    yield from ((inner, t, elsewhere) for inner, t in _flatten(f"{self.name}.{name}", tensor))
+                    yield from ((inner, t, elsewhere) for inner, t in flatten(f"{self.name}.{name}", tensor))
+        yield from ((f"{self.name}.{name}", tensor, None) for name, tensor in read_packing(self.module).items())
 
     def describe(self, *, in_this_process: bool) -> str:
         """Return a text of class and attributes; ``in_this_process`` adds the identity of functions, and devices."""
@@ -305,16 +308,6 @@ def _freeze(name: str, value: Any) -> Any:
     if name in _SET_BY_CALLS:
         return _Anything()
     return copy.copy(value) if type(value) in (dict, list, set) and name not in _MODULE_NAMES else value
-
-
-def _flatten(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor, or those of each plain part of a tensor subclass; names tell its class and the part."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield name, tensor
-        return
-    names, context = tensor.__tensor_flatten__()
-    for inner in names:
-        yield from _flatten(f"{name}.{type(tensor).__name__}{context!r}.{inner}", getattr(tensor, inner))
 
 
 def _find_configs(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
