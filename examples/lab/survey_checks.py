@@ -6,8 +6,9 @@ stand for each other, since rounding decides between them; nothing behind them i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import permutations
 from random import Random
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from semsharekv_integrations import EngineConfig, Generation, ReuseConfig, SemShareEngine, UnsupportedModelError
+from shapes import UNGUARDED
 
 MODES = ("off", "exact", "identical")
 LENGTHS = (7, 40, 120)  # words of prompts: windows and chunks are 9 to 18
@@ -102,8 +104,24 @@ def list_documents(prompts: Mapping[str, str]) -> dict[str, str]:
     return {f"d{index}": " ".join(words[index * size : (index + 1) * size]) for index in range(3)}
 
 
-def check_model(model: PreTrainedModel, vocabulary: int) -> Iterator[Finding]:
-    """Try every mode; a single finding if transformers cannot run the model."""
+def list_moved(prompts: Mapping[str, str]) -> dict[str, str]:
+    """The same documents in every other order, each with another question."""
+    texts, words = list(list_documents(prompts).values()), prompts["documents"].split()
+    question = words[len(texts) * LENGTHS[1] :]
+    orders = enumerate(permutations(texts))
+    return {
+        f"order {place}": " ".join([*order, *question[place:], *question[:place]]) for place, order in orders if place
+    }
+
+
+def check_model(
+    model: PreTrainedModel, vocabulary: int, single_layers: Iterable[PreTrainedModel] = ()
+) -> Iterator[Finding]:
+    """Try every mode; a single finding if transformers cannot run the model.
+
+    ``single_layers`` are models of the same type with one layer each. A layer's KV depends on a token and its place
+    alone if there is none below, so in these it is the same wherever the token is moved from.
+    """
     tokenizer, prompts = make_tokenizer(vocabulary), write_prompts(vocabulary)
     try:  # before any engine touches the model
         answers = {name: generate(model, tokenizer, prompt) for name, prompt in prompts.items()}
@@ -116,7 +134,9 @@ def check_model(model: PreTrainedModel, vocabulary: int) -> Iterator[Finding]:
         return
     for mode in MODES:
         try:
-            yield _CHECKS[mode](model, tokenizer, prompts, answers)
+            found = _CHECKS[mode](model, tokenizer, prompts, answers)
+            moves = mode == "identical" and found.status != DIFFERS
+            yield _check_moved(found, single_layers, tokenizer, prompts) if moves else found
         except UnsupportedModelError as error:
             yield Finding(mode, REFUSED, describe(error))
         except Exception as error:
@@ -219,6 +239,31 @@ def _check_identical(
     if report.identical_tokens and report.declined is None:
         return Finding("identical", REUSED, reused_tokens=reused)
     return Finding("identical", FELL_BACK, report.declined or "nothing was reused", reused)
+
+
+def _check_moved(
+    found: Finding,
+    single_layers: Iterable[PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, str],
+) -> Finding:
+    """``found``, unless moved KV that nothing is computed again of gives another answer in one of the layers."""
+    compared_layers = 0
+    for model in single_layers:
+        asked = list_moved(prompts)
+        answers = {name: generate(model, tokenizer, prompt) for name, prompt in asked.items()}
+        engine = _make_engine(model, tokenizer, mode="identical", budget=0.0, max_deviation=UNGUARDED)
+        compared = _Comparison(engine, asked, answers)
+        engine.generate(prompts["documents"], documents=list_documents(prompts), max_new_tokens=1)
+        moved = [compared.ask(name, documents=list_documents(prompts)).report.identical_tokens for name in asked]
+        compared_layers += all(moved)
+        if compared.differences:
+            kind = ", ".join(
+                getattr(engine.model.config.get_text_config(decoder=True), "layer_types", None) or ["layer"]
+            )
+            return replace(found, status=DIFFERS, why=f"a single {kind}: {'; '.join(compared.differences)}")
+    unseen = "no single layer could be compared"
+    return found if compared_layers else replace(found, why="; ".join(filter(None, (found.why, unseen))))
 
 
 def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **rules: Any) -> SemShareEngine:

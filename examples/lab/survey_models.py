@@ -17,8 +17,9 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from itertools import cycle, islice
@@ -42,7 +43,8 @@ SIZES: Mapping[str, int] = _TABLE["sizes"]
 FIXED: Mapping[str, Any] = _TABLE["fixed"]
 TYPES: Mapping[str, dict[str, Any]] = _TABLE["types"]
 VOCABULARY = SIZES["vocab_size"]  # tokens, of which the first are special and the last are no text's
-LAYERS = SIZES["num_hidden_layers"]
+LAYER_FIELDS: Sequence[str] = _TABLE["layers"]["names"]
+LAYERS = 4
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SPREAD = 0.12  # of weights; as models begin, all tokens look alike
 EMBEDDING_SPREAD = 1.0  # as in trained models, where a token's own part of a hidden state outweighs its context's
@@ -51,17 +53,21 @@ MEMORY_BYTES = 8 * 1024**3  # of address space that a process may take, most of 
 SECONDS = 240  # that a type may take
 HEADING = "## Every causal type of transformers"
 LEGEND = (
-    "Tiny models with random weights, each tried in mode `off` against `generate`, then in `exact` with prompts that "
-    "begin alike and in `identical` with documents in another order, the latter also with everything computed again. "
-    "Prompts have 7 to 130 tokens, windows and chunks 9 to 18. `equal`: the tokens of `generate`. `reused`: the same, "
-    "and the store was used. A type that transformers itself cannot build or run so says why under `off`."
+    "Tiny models with random weights. Prompts have 7 to 130 tokens, windows and chunks 9 to 18. In `exact` prompts "
+    "begin alike; in `identical` documents stand in another order. `equal`: the tokens of `generate`. `reused`: the "
+    "same, and the store was used. In `identical` they are the same with everything computed again, and in a single "
+    "layer of each kind, where moved KV is exact, with nothing computed again. A type that transformers itself cannot "
+    "build or run says why under `off`."
 )
 Row = dict[str, Any]  # of a type: ``type``, ``built`` (a class), ``seconds``, and a finding of each mode
 
 
-def build_tiny_model(model_type: str) -> PreTrainedModel:
-    """A random float32 model of a causal type of transformers in evaluation mode, the same at every call."""
-    config = build_tiny_config(model_type)
+def build_tiny_model(model_type: str, only_kind: str | None = None) -> PreTrainedModel:
+    """A random float32 model of a causal type of transformers in evaluation mode, the same at every call.
+
+    It has four layers, or with ``only_kind`` a single one of that kind: one of ``layer_types``, or "" without them.
+    """
+    config = build_tiny_config(model_type, only_kind)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # no answer ends early
@@ -69,43 +75,60 @@ def build_tiny_model(model_type: str) -> PreTrainedModel:
     return model
 
 
-def build_tiny_config(model_type: str) -> PreTrainedConfig:
+def build_single_layers(model_type: str) -> Iterator[PreTrainedModel]:
+    """Models of one layer, one of each kind that the type has; nothing for a kind that cannot stand alone."""
+    config = build_tiny_config(model_type).get_text_config(decoder=True)
+    for kind in dict.fromkeys(getattr(config, "layer_types", None) or [""]):
+        with suppress(Exception):  # whatever a type may need of its other layers
+            yield build_tiny_model(model_type, kind)
+
+
+def build_tiny_config(model_type: str, only_kind: str | None = None) -> PreTrainedConfig:
     """The configuration of that type with everything small: windows shorter than prompts, each kind of layer there."""
-    return _shrink(CONFIG_MAPPING[model_type], {})
+    return _Shrinker(only_kind).shrink(CONFIG_MAPPING[model_type], {})
 
 
-def _shrink(kind: type[PreTrainedConfig], more: Mapping[str, Any]) -> PreTrainedConfig:
-    """A configuration of that class; ``more`` are fields that stand above the rules, by name."""
-    usual = vars(kind())
-    more = {**TYPES.get(kind.model_type, {}), **more}
-    changes: dict[str, Any] = {"is_decoder": True} if kind.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else {}
-    for field in fields(kind):  # type: ignore[arg-type]
-        value = usual.get(kind.attribute_map.get(field.name, field.name))
-        if isinstance(value, PreTrainedConfig):
-            changes[field.name] = _shrink(type(value), more.get(field.name, {}))
-        elif field.name in more:
-            changes[field.name] = more[field.name]
-        else:
-            changes |= _shrink_field(field.name, value, usual)
-    return kind(**{**more, **changes})
+class _Shrinker:
+    """Makes configurations small, those within them as well."""
 
+    def __init__(self, only_kind: str | None) -> None:
+        self._only_kind = only_kind
+        self._layers = LAYERS if only_kind is None else 1
 
-def _shrink_field(name: str, value: object, usual: Mapping[str, Any]) -> dict[str, Any]:
-    """What takes the place of a field's usual value, by name; nothing where it stays."""
-    if name in FIXED:
-        return {name: FIXED[name]}
-    if name.endswith(("_token_id", "_token_index")):
-        return {name: SPECIAL.get(name, VOCABULARY - 1)} if isinstance(value, (int, list)) else {}
-    if name == "num_key_value_heads":
-        return {name: 4 if "kv_lora_rank" in usual else 2}
-    if isinstance(value, list) and len(value) == usual.get("num_hidden_layers"):
-        kinds = list(dict.fromkeys(value))  # in the order in which they come
-        if kinds == ["full_attention"] and "sliding_window" in usual:
-            kinds.append("sliding_attention")
-        return {name: list(islice(cycle(kinds), max(LAYERS, len(kinds))))}
-    if name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return {name: SIZES[name]}
-    return {}
+    def shrink(self, kind: type[PreTrainedConfig], more: Mapping[str, Any]) -> PreTrainedConfig:
+        """A configuration of that class; ``more`` are fields that stand above the rules, by name."""
+        usual = vars(kind())
+        more = {**TYPES.get(kind.model_type, {}), **more}
+        changes: dict[str, Any] = {"is_decoder": True} if kind.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else {}
+        for field in fields(kind):  # type: ignore[arg-type]
+            value = usual.get(kind.attribute_map.get(field.name, field.name))
+            if isinstance(value, PreTrainedConfig):
+                changes[field.name] = self.shrink(type(value), more.get(field.name, {}))
+            elif field.name == "layer_types" and self._only_kind:
+                changes[field.name] = [self._only_kind]
+            elif field.name in more:
+                changes[field.name] = more[field.name]
+            else:
+                changes |= self._shrink_field(field.name, value, usual)
+        return kind(**{**more, **changes})
+
+    def _shrink_field(self, name: str, value: object, usual: Mapping[str, Any]) -> dict[str, Any]:
+        """What takes the place of a field's usual value, by name; nothing where it stays."""
+        if name in FIXED:
+            return {name: FIXED[name]}
+        if name.endswith(("_token_id", "_token_index")):
+            return {name: SPECIAL.get(name, VOCABULARY - 1)} if isinstance(value, (int, list)) else {}
+        if name == "num_key_value_heads":
+            return {name: 4 if "kv_lora_rank" in usual else 2}
+        if isinstance(value, list) and len(value) == usual.get("num_hidden_layers"):
+            kinds = list(dict.fromkeys(value))  # in the order in which they come
+            if kinds == ["full_attention"] and "sliding_window" in usual:
+                kinds.append("sliding_attention")
+            number = max(LAYERS, len(kinds)) if self._only_kind is None else 1
+            return {name: list(islice(cycle(kinds), number))}
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            return {}
+        return {name: self._layers if name in LAYER_FIELDS else SIZES.get(name, value)}
 
 
 @torch.no_grad()
@@ -132,7 +155,7 @@ def survey_type(model_type: str) -> Iterable[tuple[str, Any]]:
         yield "off", Finding("off", NOT_RUN, f"not built: {describe(error)}").to_dict()
         return
     yield "built", type(model).__name__
-    for finding in check_model(model, VOCABULARY):
+    for finding in check_model(model, VOCABULARY, build_single_layers(model_type)):
         yield finding.mode, finding.to_dict()
 
 

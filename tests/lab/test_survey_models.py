@@ -27,7 +27,8 @@ KINDS = {
 
 def survey(model_type: str) -> dict[str, Finding]:
     model = survey_models.build_tiny_model(model_type)
-    return {finding.mode: finding for finding in survey_checks.check_model(model, survey_models.VOCABULARY)}
+    layers = survey_models.build_single_layers(model_type)
+    return {found.mode: found for found in survey_checks.check_model(model, survey_models.VOCABULARY, layers)}
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,19 @@ def test_an_engine_that_answers_otherwise_is_noticed(monkeypatch: pytest.MonkeyP
     found = survey("llama")
     assert {mode: finding.status for mode, finding in found.items()} == dict.fromkeys(survey_checks.MODES, DIFFERS)
     assert "7 first" in found["off"].why and "all computed again" in found["identical"].why
+
+
+def test_keys_that_are_not_turned_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where everything is computed again they do no harm; in a single layer they do."""
+    make_engine = survey_checks._make_engine
+
+    def forget_turning(*args, mode: str, **rules):
+        turning = {"rotate_keys": False} if mode == "identical" else {}
+        return make_engine(*args, mode=mode, **turning, **rules)
+
+    monkeypatch.setattr(survey_checks, "_make_engine", forget_turning)
+    found = survey("llama")["identical"]
+    assert found.status == DIFFERS and "a single layer: order" in found.why, found
 
 
 def test_only_rounding_may_change_a_token() -> None:
