@@ -26,8 +26,9 @@ from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole, require
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, State, TokenIds, take_first_tokens
 from semsharekv_integrations.model.attention import Block, blocked_attention, blocks_of
-from semsharekv_integrations.model.checkpoints import StateCache, list_tensors
+from semsharekv_integrations.model.checkpoints import OwnCache, StateCache, list_tensors
 from semsharekv_integrations.model.layers import (
+    CHOSEN,
     find_cache_argument,
     find_input_device,
     has_plain_embeddings,
@@ -42,6 +43,8 @@ from semsharekv_integrations.model.layers import (
 from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
 
 _PROBE_TOKENS, _PROBE_WINDOW = 12, 5  # windows that are as short as this hide nothing from the probe
+_CHOSEN_PROBES, _LONG_PROBE = 4, 48
+_READ_WHOLE = {"cpmant"}  # types whose passes want all tokens again, and leave out those in the cache
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
 
 
@@ -167,6 +170,8 @@ class ModelAdapter:
             logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
             vars(cache).update(vars(fresh))
             return logits
+        if self.config.model_type in _READ_WHOLE:
+            return self._forward(ids, cache, torch.arange(position + 1))
         return self._forward(ids[:, -1:], cache, torch.tensor([position]))
 
     def decode_padded(
@@ -181,17 +186,21 @@ class ModelAdapter:
         """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
         place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
-        inputs[self._cache_argument] = cache
+        inputs[self._cache_argument] = cache.own if isinstance(cache, OwnCache) else cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
             self.watch.glance()
             output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
         if isinstance(cache, StateCache):
             cache.num_tokens += ids.shape[1]
+        if isinstance(cache, OwnCache):
+            cache.own = output[self._cache_argument]
         return output.logits[:, -keep:] if keep else output.logits[:, -1]
 
     def _make_empty_cache(self) -> DynamicCache:
         """Return, in mode ``off``, the cache transformers would use; else one that keeps every token, or states."""
+        if not self.model._supports_default_dynamic_cache():
+            return OwnCache()
         if self.way.keeps_states:
             return StateCache(self.model.config)
         return DynamicCache(config=self.model.config) if self.mode == "off" else DynamicCache()
@@ -316,11 +325,16 @@ class ModelAdapter:
 
     def _find_continuation(self) -> Continuation:
         """Return how the model goes on from a stored prefix; raise ``UnsupportedModelError`` if it cannot."""
+        name = type(self.model).__name__
+        if not self.model._supports_default_dynamic_cache():
+            raise UnsupportedModelError(f"{name} keeps a cache of a class of its own; use mode='off'")
+        if self.config.model_type in _READ_WHOLE:
+            raise UnsupportedModelError(f"{name} takes the whole text in every pass, cached or not; use mode='off'")
         reason, failed = "gives other logits behind a reused prefix than in a full prefill", list[Exception]()
         with self._lock, shrink_windows(self.model, _PROBE_WINDOW):
             for self.way in _CONTINUATIONS:
                 try:
-                    if self._continues():
+                    if all(self._continues(ids) for ids in self._list_probes()):
                         return self.way
                 except torch.OutOfMemoryError:
                     raise
@@ -328,16 +342,21 @@ class ModelAdapter:
                     failed.append(error)  # the model does not take such a cache
         if len(failed) == len(_CONTINUATIONS):
             reason = f"fails with a cache ({failed[-1]})"
-        raise UnsupportedModelError(f"{type(self.model).__name__} {reason}; use mode='off'")
+        raise UnsupportedModelError(f"{name} {reason}; use mode='off'")
 
-    def _continues(self) -> bool:
-        """Return True if a probe in two pieces gives the logits of one piece, with another text computed between them.
+    def _list_probes(self) -> list[TokenIds]:
+        """Return token ids [N] to try; several more where an indexer chooses tokens, as ties are broken by chance."""
+        random = np.random.default_rng(0)
+        more = _CHOSEN_PROBES if hasattr(self.config, CHOSEN) else 0
+        return [self.probe_ids(), *(random.integers(self.config.vocab_size, size=_LONG_PROBE) for _ in range(more))]
+
+    def _continues(self, ids: TokenIds) -> bool:
+        """Return True if ``ids`` [N] in two pieces give the logits of one piece, with another text computed between.
 
         So must one token by itself in the cache that transformers would use: else no prefill is like decoding.
         """
-        ids = self.probe_ids()
         logits = self.prefill(ids).logits
-        for cut in (_PROBE_TOKENS // 2, _PROBE_TOKENS - 1):
+        for cut in (len(ids) // 2, len(ids) - 1):
             cache = self.prefill(ids[:cut]).cache
             if not cache.layers or not (self.way.keeps_states or _has_kv_alone(cache)):
                 return False

@@ -61,6 +61,12 @@ class StateCache(DynamicCache):
         return cache
 
 
+class OwnCache(DynamicCache):
+    """Stands for the cache of a class of its own that a model makes in its first pass; for mode ``off`` alone."""
+
+    own: Any = None
+
+
 def list_tensors(layer: object) -> Iterator[tuple[str, Tensor]]:
     """Yield what a layer of a cache keeps, by name: KV, states, and plain numbers as tensors without dimensions."""
     for name, value in vars(layer).items():
@@ -88,13 +94,14 @@ def _copy_state(layers: Sequence[object]) -> State:
 def _set(layer: Any, name: str, key: Sequence[str], tensor: Tensor) -> None:
     """Set what ``list_tensors`` named so to a copy of ``tensor``; one without dimensions is a plain number again."""
     found = vars(layer)[name]
-    before = found[int(key[0])] if key else found
+    place = next((each for each in found if [str(each)] == key), None) if key else None
+    before = found[place] if key else found
     value: Any = tensor.clone()
     if not tensor.ndim:
         value = bool(tensor) if isinstance(before, bool) else int(tensor)
     elif getattr(layer, "device", None) is None:
         layer.dtype, layer.device = tensor.dtype, tensor.device
     if key:
-        found[int(key[0])] = value
+        found[place] = value
     else:
         setattr(layer, name, value)

@@ -35,6 +35,7 @@ INSTEAD = "use mode='exact', with engine.arrange to bring documents into the sto
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
+CHOSEN = "index_topk"  # where an indexer chooses so many tokens to attend to
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")  # the last one from transformers 5.24 on
 _RENAMED_IN = Version("5.24")
 _NO_DECODER = "not a causal language model"
@@ -146,12 +147,12 @@ def fill_layer(layer: DynamicLayer, kv: LayerKV) -> DynamicLayer:
 
 @contextmanager
 def shrink_windows(model: PreTrainedModel, size: int) -> Iterator[None]:
-    """Inside, make the model's attention windows and chunks ``size`` tokens wide, where they are wider.
+    """Inside, let the model attend to windows and chunks of ``size`` tokens, and choose as many, where it is more.
 
     So a few tokens tell what lies beyond them. The caller keeps other threads from running the model.
     """
     owners = (model.config, model.config.get_text_config(decoder=True), *model.modules())
-    found = [(owner, name) for owner in owners for name in _WINDOWS if name in vars(owner)]
+    found = [(owner, name) for owner in owners for name in (*_WINDOWS, CHOSEN) if name in vars(owner)]
     before = [(owner, name, vars(owner)[name]) for owner, name in found]
     try:
         for owner, name, width in before:
