@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig, UnsupportedModelError
 from semsharekv_integrations.model.checkpoints import StateCache
 from semsharekv_integrations.store.codec import PackedKV
+from tiny_models import make_model
 
 DELTA_NET = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -186,3 +187,28 @@ def test_models_whose_attention_takes_no_blocks_reuse_prefixes_without(architect
         found = exact.generate(prompt, max_new_tokens=NEW_TOKENS)
         assert found.token_ids == plain_tokens(model, tokenizer, prompt), name
         assert (found.report.prefix_tokens > 0) == (name in {"longer", "branch", "again"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("xlstm", {"hidden_size": 128, "embedding_dim": 128}),
+        ("minimax", {"head_dim": 16, "num_local_experts": 2, "intermediate_size": 48, "block_size": 8}),
+    ],
+)
+def test_caches_of_a_models_own_class_serve_mode_off_alone(
+    architecture: str, changes: dict[str, Any], tokenizer
+) -> None:
+    model = make_model(architecture, len(tokenizer), **changes)
+    with pytest.raises(UnsupportedModelError, match=r"keeps a cache of a class of its own; use mode='off'"):
+        engine_of(model, tokenizer, "exact")
+    found = engine_of(model, tokenizer, "off").generate(FIRST, max_new_tokens=NEW_TOKENS)
+    assert found.token_ids == plain_tokens(model, tokenizer, FIRST)
+
+
+def test_a_model_that_takes_the_whole_text_in_every_pass_gets_it(tokenizer) -> None:
+    model = make_model("cpmant", len(tokenizer), dim_head=8, dim_ff=32)
+    with pytest.raises(UnsupportedModelError, match=r"takes the whole text in every pass"):
+        engine_of(model, tokenizer, "exact")
+    found = engine_of(model, tokenizer, "off").generate(FIRST, max_new_tokens=NEW_TOKENS)
+    assert found.token_ids == plain_tokens(model, tokenizer, FIRST)
