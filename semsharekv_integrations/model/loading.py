@@ -166,7 +166,7 @@ class NamedModel:
             with _explain_failure(files, "the adapter's weights cannot be read"), LOADING:
                 options = files.where | self._adapter_options
                 added = model.load_adapter(files.path, adapter_kwargs=options, dtype=model.dtype)
-                _require_whole(added.missing_keys)
+                _require_whole(_read_by_peft(model, files, added.missing_keys))
         return model.eval()
 
 
@@ -251,6 +251,19 @@ def _require_whole(missing: Collection[str]) -> None:
     if missing:
         names = ", ".join(sorted(missing)[:3])
         raise ValueError(f"{len(missing)} of them are in no file: {names}{', ...' if len(missing) > 3 else ''}")
+
+
+def _read_by_peft(model: PreTrainedModel, files: ModelFiles, missing: Collection[str]) -> set[str]:
+    """Read the adapter's files by peft itself if transformers left any ``missing``; return those that still are.
+
+    transformers does not find DoRA's magnitudes, which peft saves under another name than they have in the model.
+    """
+    if not missing:
+        return set()
+    import peft
+
+    weights = peft.load_peft_weights(files.path, device=str(model.device), **files.where)
+    return set(missing) & set(peft.set_peft_model_state_dict(model, weights).missing_keys)
 
 
 def _require_peft(files: ModelFiles) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.model.files import read_gguf_once
 from semsharekv_integrations.model.loading import NamedModel, convert
 
@@ -90,6 +91,19 @@ def test_a_model_of_unpacked_weights_is_an_ordinary_one(path: Path, tmp_path: Pa
     assert all(torch.equal(weight, wider[name]) for name, weight in model.state_dict().items())
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_a_prefix_is_reused_and_the_answer_is_that_of_a_full_prefill(path: Path) -> None:
+    given: list[tuple[Path, dict[str, str]]] = [(path, {}), (path.parent, {"gguf_file": path.name})]
+    for name, options in given:
+        exact, off = (
+            SemShareEngine.from_pretrained(name, EngineConfig(ReuseConfig(mode)), **options)  # type: ignore[arg-type]
+            for mode in ("exact", "off")
+        )
+        exact.generate("abcab" * 9, max_new_tokens=1)
+        found = exact.generate("abcab" * 9 + "bca", max_new_tokens=4)
+        assert found.token_ids == off.generate("abcab" * 9 + "bca", max_new_tokens=4).token_ids
+        assert found.report.prefix_tokens > 9
 
 
 def test_a_conversion_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

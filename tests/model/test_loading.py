@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations import ModelLoadError, SemShareEngine
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
 from semsharekv_integrations.llama_index import SemShareKVLLM as LlamaIndexLLM
 from semsharekv_integrations.model.loading import NamedModel, merge_arguments
@@ -122,6 +123,28 @@ def test_an_adapter_s_own_tokenizer_goes_first(
     longer.save_pretrained(own)
     assert NamedModel(own, None, "auto", {}).tokenizer.get_vocab() == longer.get_vocab()
     assert NamedModel(adapter, None, "auto", {}).tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_parts_of_an_adapter_that_transformers_overlooks_are_loaded(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """DoRA's magnitudes, which are as if untrained without this."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM", init_lora_weights=False)
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).eval()
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if "magnitude" in name:
+                weight.mul_(1.7)
+    trained.save_pretrained(tmp_path)
+    loaded = NamedModel(tmp_path, None, "auto", {}).load()
+    torch.testing.assert_close(logits_of(loaded, tokenizer), logits_of(trained, tokenizer), rtol=1e-4, atol=1e-4)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    lost = next(name for name in weights if "magnitude" in name)
+    save_file(
+        {name: weight for name, weight in weights.items() if name != lost}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ModelLoadError, match="the adapter's weights cannot be read: 1 of them are in no file"):
+        NamedModel(tmp_path, None, "auto", {}).load()
 
 
 def test_an_adapter_in_its_model_s_folder_is_loaded_with_it(
