@@ -25,7 +25,7 @@ from shapes import UNGUARDED
 MODES = ("off", "exact", "identical")
 LENGTHS = (7, 40, 120)  # words of prompts: windows and chunks are 9 to 18
 SHARED = 5 / 6  # of a prompt, that another begins with
-NEW_TOKENS = 12
+NEW_TOKENS = 10
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")  # the first ids
 RESERVED = 10  # last ids, which stand for images and the like
 ROUNDING = 1e-3  # of the spread of scores
