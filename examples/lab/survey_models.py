@@ -126,9 +126,9 @@ class _Shrinker:
                 kinds.append("sliding_attention")
             number = max(LAYERS, len(kinds)) if self._only_kind is None else 1
             return {name: list(islice(cycle(kinds), number))}
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            return {}
-        return {name: self._layers if name in LAYER_FIELDS else SIZES.get(name, value)}
+        small = self._layers if name in LAYER_FIELDS else SIZES.get(name)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return {} if small is None or not is_size else {name: small}
 
 
 @torch.no_grad()
