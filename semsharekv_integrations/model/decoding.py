@@ -134,11 +134,15 @@ class Retainer:
     """
 
     def __init__(self, adapter: ModelAdapter, selective: SelectivePrefill, rules: ReuseConfig) -> None:
-        attention = adapter.config._attn_implementation
+        attention, name = adapter.config._attn_implementation, type(adapter.model).__name__
         if any(window is not None for window in list_windows(adapter.config)) or attention != "sdpa":
             raise UnsupportedModelError(
-                f"{type(adapter.model).__name__} has sliding windows or attn_implementation {attention!r}; "
+                f"{name} has sliding windows or attn_implementation {attention!r}; "
                 f"reuse.retention_ratio needs full attention and 'sdpa'"
+            )
+        if not adapter.takes_positions or selective.counts_tokens:
+            raise UnsupportedModelError(
+                f"{name} counts tokens in its cache to tell how far apart they are; reuse.retention_ratio drops some"
             )
         self._adapter = adapter
         self._selective = selective

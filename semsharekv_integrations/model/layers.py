@@ -32,7 +32,13 @@ PROMPT_LEARNING = (
     "the layers, such as LoRA"
 )
 INSTEAD = "use mode='exact', with engine.arrange to bring documents into the stored order"
-_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "mlp",
+    "moe",
+}  # all but attention keep nothing
 _ATTENTION = {"sdpa", "eager"}  # take an explicit mask for any choice of rows
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
 CHOSEN = "index_topk"  # where an indexer chooses so many tokens to attend to
@@ -105,8 +111,8 @@ def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, m
     found = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if found:
         raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(found)}, whose state is of all tokens before and cannot be moved, "
-            f"and mode {mode!r} moves all layers or none; {INSTEAD}"
+            f"{name} has layers of type {', '.join(found)}, which keep more than KV per token (a state of all tokens, "
+            f"an index of them) and cannot be moved, and mode {mode!r} moves all layers or none; {INSTEAD}"
         )
     attention, accepted = config._attn_implementation, " or ".join(map(repr, sorted(_ATTENTION)))
     if attention not in _ATTENTION:

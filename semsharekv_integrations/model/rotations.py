@@ -37,14 +37,14 @@ def find_rotations(
     Raises:
         UnsupportedModelError: if keys or values change with position, and not by a rotation.
     """
-    known: dict[int, list[Rotation]] = {}  # candidates by head size
+    known: dict[int, list[list[Rotation]]] = {}  # candidates by head size
     found: list[LayerRotation] = []
     for index, pair in enumerate(zip(here, there, strict=True)):
         parts = []
         for name, first, second in zip(LayerKV._fields, *pair, strict=True):
             width = first.shape[3]
             if width not in known:
-                known[width] = list(_list_candidates(model, config, width))
+                known[width] = _list_candidates(model, config, width)
             rotation, error = _find_rotation(known[width], first, second, shift)
             if error > _get_tolerance(first):
                 raise UnsupportedModelError(
@@ -60,15 +60,21 @@ def _get_tolerance(tensor: Tensor) -> float:
 
 
 def _find_rotation(
-    candidates: Sequence[Rotation], here: Tensor, there: Tensor, shift: int
+    candidates: Sequence[Sequence[Rotation]], here: Tensor, there: Tensor, shift: int
 ) -> tuple[Rotation | None, float]:
-    """Return the candidate that brings keys ``here`` closest to ``there``, or None for no turn; and its error."""
+    """Return what brings keys ``here`` closest to ``there``, None for no turn, and its error.
+
+    It is of the first group of ``candidates`` that has one close enough.
+    """
     best: tuple[Rotation | None, float] = None, _measure_error(here, there)
     shifts = torch.full((here.shape[2],), shift, device=here.device)
-    for rotation in candidates if best[1] else ():
-        error = _measure_error(rotate(here, shifts, rotation), there)
-        if error < best[1]:
-            best = rotation, error
+    for rotations in candidates if best[1] else ():
+        for rotation in rotations:
+            error = _measure_error(rotate(here, shifts, rotation), there)
+            if error < best[1]:
+                best = rotation, error
+        if best[1] <= _get_tolerance(here):
+            break
     return best
 
 
@@ -90,21 +96,30 @@ def _is_position_table(name: str, module: nn.Module) -> bool:
     return last in _TABLES or isinstance(getattr(module, "pos_encoding", None), Tensor)
 
 
-def _list_candidates(model: nn.Module, config: PreTrainedConfig, width: int) -> Iterator[Rotation]:
-    """Yield the rotations to try on heads of ``width``: each set of frequencies, place, pairing and direction."""
-    for frequencies in _list_frequencies(model, config, width):
-        starts = {0, width - 2 * len(frequencies)}
-        for sign, start, interleaved in product((1, -1), sorted(starts), (False, True)):
-            yield Rotation(sign * frequencies, interleaved, start)
+def _list_candidates(model: nn.Module, config: PreTrainedConfig, width: int) -> list[list[Rotation]]:
+    """Return the rotations to try on heads of ``width``: by the model's buffers, and by its configuration.
+
+    Scaled frequencies are in buffers alone. Short probes in half precision hardly tell them from those that are not.
+    """
+    groups = (list(_read_buffers(model)), list(_compute_frequencies(config, width)))
+    return [list(_spread(_list_unlike(frequencies), width)) for frequencies in groups]
 
 
-def _list_frequencies(model: nn.Module, config: PreTrainedConfig, width: int) -> list[Tensor]:
-    """Return inverse frequencies [R], up to half of ``width``, each once: the model's buffers, then by formula."""
+def _spread(frequencies: Sequence[Tensor], width: int) -> Iterator[Rotation]:
+    """Yield a rotation of heads of ``width`` by each set that fits in there, at each place, pairing and direction."""
+    for each in frequencies:
+        room = width - 2 * len(each)
+        if room >= 0:
+            for sign, start, interleaved in product((1, -1), sorted({0, room}), (False, True)):
+                yield Rotation(sign * each, interleaved, start)
+
+
+def _list_unlike(frequencies: Sequence[Tensor]) -> list[Tensor]:
+    """Return each set [R] of inverse frequencies once."""
     found: list[Tensor] = []
-    for frequencies in (*_read_buffers(model), *_compute_frequencies(config, width)):
-        fits = 0 < 2 * len(frequencies) <= width
-        if fits and not any(_is_same(frequencies, known) for known in found):
-            found.append(frequencies)
+    for each in frequencies:
+        if len(each) and not any(_is_same(each, known) for known in found):
+            found.append(each)
     return found
 
 

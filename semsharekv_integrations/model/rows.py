@@ -84,8 +84,8 @@ class RowPass:
         """Choose the rows of layer ``index``, note and count them, and return its arguments; None for other passes."""
         if self._measuring or all(value is not self.cache for value in (*args, *kwargs.values())):
             return None
-        states, *others = args
-        given = dict(zip(self.view.parameters[index][1:], others, strict=False), **kwargs)
+        given = self.view.name_arguments(index, args, kwargs)
+        states = given.pop(self.view.parameters[index][0])  # hidden states come first
         rows = self.choose(index, self.rows, partial(self._measure, index, module, states, given))
         current = self._narrow(index, states, given, rows)
         self.rows = rows

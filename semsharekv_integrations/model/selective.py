@@ -98,6 +98,11 @@ class SelectivePrefill:
             self._require_same_logits(probe)
         self._view = replace(self._view, windows=list_windows(adapter.config))
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether biases of attention (ALiBi) go by the number of tokens in the cache."""
+        return self._view.takes_lengths
+
     def run(self, plan: ReusePlan, watch: Stopwatch | None = None) -> Outcome:
         """Prefill by ``plan`` and return the outcome; references are never written. ``watch`` gets each part's time.
 
@@ -146,7 +151,7 @@ class SelectivePrefill:
             watch = watched_attention(adapter.config)
         with adapter.lock(), watch as collected, ahead.install():
             adapter.forward_rows(token_ids, rows, cache, ahead.given_mask)
-        return _assign(collected, self._view.places)
+        return self._view.share_out(collected)
 
     def _forward(self, selection: _Selection) -> Outcome:
         """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix, or raise."""
@@ -205,17 +210,6 @@ class SelectivePrefill:
         run = Run(0, Reference("probe", "probe", ids, probe.moved), PROBE_SHIFT, num_tokens - 2)
         question = np.arange(num_tokens) >= num_tokens - 2
         return build_plan(probe.token_ids, None, [run], [], question, rules, self.num_layers)
-
-
-def _assign(collected: Sequence[Tensor], places: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return for each layer of the cache what was ``collected`` from it, the mean if it attends several times."""
-    times = [max(1, len(each)) for each in places]
-    again, left = divmod(len(collected), sum(times))
-    if left or not again:
-        raise RuntimeError(f"{len(places)} layers show {len(collected)} times what they attend to")
-    means = iter([torch.stack(list(collected[i : i + again])).mean(0) for i in range(0, len(collected), again)])
-    found = [[next(means) for _ in range(num)] for num in times]
-    return [weights for each, own in zip(found, places, strict=True) if own for weights in each]
 
 
 class _GivenUp(Exception):

@@ -53,8 +53,24 @@ class LayerView:
 
     def __post_init__(self) -> None:
         """Read the parameters."""
-        names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in self.modules]
-        object.__setattr__(self, "parameters", names)
+        object.__setattr__(self, "parameters", [_list_parameters(module) for module in self.modules])
+
+    def name_arguments(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return by name what layer ``index`` is called with; ``TypeError`` if it does not say what it takes."""
+        names = self.parameters[index]
+        if len(args) > len(names):
+            raise TypeError(f"{type(self.modules[index]).__name__} does not name what it takes")
+        return dict(zip(names, args, strict=False), **kwargs)
+
+    def share_out(self, collected: Sequence[Tensor]) -> list[Tensor]:
+        """Return for each layer of the cache what was ``collected`` from it, the mean if it attends several times."""
+        times = [max(1, len(each)) for each in self.places]
+        again, left = divmod(len(collected), sum(times))
+        if left or not again:
+            raise RuntimeError(f"{len(times)} layers show {len(collected)} times what they attend to")
+        means = iter([torch.stack(list(collected[i : i + again])).mean(0) for i in range(0, len(collected), again)])
+        found = [[next(means) for _ in range(num)] for num in times]
+        return [each for own, places in zip(found, self.places, strict=True) if places for each in own]
 
 
 class LayerCall(NamedTuple):
@@ -101,8 +117,14 @@ class _Watch:
         after = _count_tokens(_find_cache(args, kwargs))
         before = [*self._before, *[0] * (len(after) - len(self._before))]
         added_to = tuple(index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
-        named = dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args, strict=False), **kwargs)
+        named = dict(zip(_list_parameters(module), args, strict=False), **kwargs)
         self.calls.append(LayerCall(module, named.get(MASK), added_to))
+
+
+def _list_parameters(module: nn.Module) -> list[str]:
+    """Return the names of what ``forward`` takes by position."""
+    taken = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return [parameter.name for parameter in taken if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _find_cache(args: Iterable[Any], kwargs: dict[str, Any]) -> Cache | None:
@@ -192,5 +214,7 @@ def _find_window(config: PreTrainedConfig, kind: str) -> Window | None:
         return None
     size = getattr(config, WINDOWED[kind], None)
     if not size:
-        raise UnsupportedModelError(f"layers of type {kind!r} without {WINDOWED[kind]} in the configuration")
+        raise UnsupportedModelError(
+            f"the configuration has layers of type {kind!r}, but no {WINDOWED[kind]}; use mode='exact'"
+        )
     return Window(size, kind == "chunked_attention")

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
@@ -27,16 +28,17 @@ from tiny_models import make_model
 
 LATENT = ["deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "longcat_flash"]
 PARTIAL = ["gptj", "codegen", "gpt_neox", "phi", "persimmon", "stablelm", "glm4", "nemotron"]
-BIASED = ["bloom", "mpt"]
+BIASED = ["bloom", "mpt", "falcon, biased"]
 WITHOUT = ["smollm3", "cohere2", "llama4_text", "exaone4", "beam"]  # positions in some layers
 BY_LAYER = ["gemma3_text", "modernbert-decoder", "gemma4_text", "gemma3n_text", "gpt_oss", "olmo3"]
-OTHERS = ["falcon", "nanochat", "moss_transcribe_diarize", "mllama", "diffllama", "ernie4_5", "mimo_v2_flash"]
+OTHERS = ["olmo2", "falcon", "nanochat", "moss_transcribe_diarize", "mllama", "diffllama", "ernie4_5", "mimo_v2_flash"]
 SOME = [
     "deepseek_v3",
     "longcat_flash",
     "gptj",
     "bloom",
     "mpt",
+    "falcon, biased",
     "llama4_text",
     "beam",
     "gemma3n_text",
@@ -56,9 +58,16 @@ RULES = ReuseConfig(
 )
 
 
+def build(family: str) -> PreTrainedModel:
+    """A tiny model of that type, or Falcon with biases for distances in the masks that it hands to its layers."""
+    if family == "falcon, biased":
+        return make_model("falcon", 320, alibi=True, num_hidden_layers=4)
+    return build_tiny_model(family)
+
+
 @cache
 def selective_of(family: str) -> tuple[ModelAdapter, SelectivePrefill]:
-    adapter = ModelAdapter(build_tiny_model(family), "identical")
+    adapter = ModelAdapter(build(family), "identical")
     return adapter, SelectivePrefill(adapter)
 
 

@@ -266,6 +266,9 @@ def test_models_that_cannot_are_refused_by_name(tokenizer: PreTrainedTokenizerBa
             UnsupportedModelError, match=rf"{type(model).__name__} has sliding windows.*retention_ratio"
         ):
             SemShareEngine(model, tokenizer, config)
+    biased = make_model("falcon", len(tokenizer), alibi=True)
+    with pytest.raises(UnsupportedModelError, match=r"FalconForCausalLM counts tokens in its cache.*retention_ratio"):
+        SemShareEngine(biased, tokenizer, config)
     eager = make_model("llama", len(tokenizer))
     eager.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModelError, match=r"'eager'.*retention_ratio"):

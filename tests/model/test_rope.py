@@ -108,6 +108,16 @@ def test_what_turns_is_found_wherever_it_stands(part: str, start: int, backwards
     assert sum(each is not None for each in found) == 1
 
 
+def test_scaled_frequencies_are_never_taken_for_those_of_the_formula() -> None:
+    """Where slow pairs alone are scaled, a short probe cannot tell; far away they differ."""
+    model = make_model("llama", VOCAB, rope_parameters={"rope_type": "default", "rope_theta": 1e14}, head_dim=16)
+    model.model.rotary_emb.inv_freq[-1] *= 0.5
+    adapter = ModelAdapter(model, "identical")
+    here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
+    for rotation, _ in find_rotations(model, adapter.config, here, there, SHIFT):
+        assert rotation is not None and torch.equal(rotation.inverse_frequencies, model.model.rotary_emb.inv_freq)
+
+
 @given(st.integers(-5000, 5000), st.integers(-5000, 5000), st.booleans())
 def test_rotations_add_up_and_keep_norms(first: int, second: int, interleaved: bool) -> None:
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.01, 0.0005]), interleaved)
