@@ -263,7 +263,8 @@ def _read_by_peft(model: PreTrainedModel, files: ModelFiles, missing: Collection
     import peft
 
     weights = peft.load_peft_weights(files.path, device=str(model.device), **files.where)
-    return set(missing) & set(peft.set_peft_model_state_dict(model, weights).missing_keys)
+    found: Any = peft.set_peft_model_state_dict(model, weights)
+    return set(missing) & set(found.missing_keys)
 
 
 def _require_peft(files: ModelFiles) -> None:

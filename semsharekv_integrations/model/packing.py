@@ -25,7 +25,7 @@ def is_packed(tensor: Tensor) -> bool:
     return not is_wrapped(tensor) and (not tensor.is_floating_point() or tensor.element_size() < 2)
 
 
-def flatten(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def flatten(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor, or those of each plain part of a tensor subclass; names tell its class and the part."""
     if not is_wrapped(tensor):
         yield name, tensor

@@ -176,7 +176,7 @@ def _join_parts(field: str, content: object) -> str:
     if isinstance(content, str):
         return content
     said = type(content).__name__
-    parts = content if isinstance(content, list | tuple) else [None]
+    parts: Sequence[Any] = content if isinstance(content, list | tuple) else [None]
     for index, part in enumerate(parts):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else part

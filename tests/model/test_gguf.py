@@ -97,7 +97,7 @@ def test_a_prefix_is_reused_and_the_answer_is_that_of_a_full_prefill(path: Path)
     given: list[tuple[Path, dict[str, str]]] = [(path, {}), (path.parent, {"gguf_file": path.name})]
     for name, options in given:
         exact, off = (
-            SemShareEngine.from_pretrained(name, EngineConfig(ReuseConfig(mode)), **options)  # type: ignore[arg-type]
+            SemShareEngine.from_pretrained(name, EngineConfig(ReuseConfig(mode)), **options)
             for mode in ("exact", "off")
         )
         exact.generate("abcab" * 9, max_new_tokens=1)

@@ -135,7 +135,7 @@ def test_parts_of_an_adapter_that_transformers_overlooks_are_loaded(
         for name, weight in trained.named_parameters():
             if "magnitude" in name:
                 weight.mul_(1.7)
-    trained.save_pretrained(tmp_path)
+    trained.save_pretrained(str(tmp_path))
     loaded = NamedModel(tmp_path, None, "auto", {}).load()
     torch.testing.assert_close(logits_of(loaded, tokenizer), logits_of(trained, tokenizer), rtol=1e-4, atol=1e-4)
     weights = load_file(tmp_path / "adapter_model.safetensors")

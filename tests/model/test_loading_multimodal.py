@@ -38,7 +38,7 @@ from tiny_models import MULTIMODAL, make_model, make_multimodal
 
 FIRST = "News from Velmar. The mayor of Velmar is Anna Kelsen. " * 3
 SECOND = f"{FIRST}Who is the mayor?"
-MODES: Any = {mode: EngineConfig(ReuseConfig(mode)) for mode in ("off", "exact")}  # type: ignore[arg-type]
+MODES: Any = {mode: EngineConfig(ReuseConfig(mode)) for mode in ("off", "exact")}
 PARTS_ONLY = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'image' %}<image>"
     "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"

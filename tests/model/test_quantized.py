@@ -113,6 +113,8 @@ class Buffers(nn.Module):
     """As GPTQ and AWQ keep it: no weight but buffers, beside what a kernel needs in this process."""
 
     handles = count()
+    scales: Tensor
+    qweight: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -135,7 +137,12 @@ class Described(nn.Module):
         super().__init__()
         scale = weight.abs().amax(1, keepdim=True) / 7
         self.W_q = nn.Parameter(((weight / scale).round() + 8).to(torch.uint8), requires_grad=False)
-        self.meta = {"nbits": 4, "scale": scale, "zero": {"zero_q": torch.tensor(8.0)}, "shape": weight.shape}
+        self.meta: dict[str, Any] = {
+            "nbits": 4,
+            "scale": scale,
+            "zero": {"zero_q": torch.tensor(8.0)},
+            "shape": weight.shape,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, (self.W_q - self.meta["zero"]["zero_q"]) * self.meta["scale"])
@@ -147,7 +154,7 @@ class Described(nn.Module):
 PACKED: list[Callable[[Tensor], nn.Module]] = [FourBits, EightBits, Buffers, Described]
 
 
-@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.__name__)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.__name__)
 def test_packed_weights_are_told_apart_by_their_scales_too(
     kind: Callable[[Tensor], nn.Module], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
