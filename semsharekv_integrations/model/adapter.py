@@ -44,7 +44,11 @@ from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatc
 
 _PROBE_TOKENS, _PROBE_WINDOW = 12, 5  # windows that are as short as this hide nothing from the probe
 _CHOSEN_PROBES, _LONG_PROBE = 4, 48
-_READ_WHOLE = {"cpmant"}  # types whose passes want all tokens again, and leave out those in the cache
+_KEEP_IN_MODULES, _READ_WHOLE = "recurrent_gemma", "cpmant"  # types
+_OFF_ALONE = {
+    _KEEP_IN_MODULES: "keeps the state of the text that it read last in its modules, and in no cache",
+    _READ_WHOLE: "takes the whole text in every pass, cached or not",
+}
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
 
 
@@ -107,6 +111,7 @@ class ModelAdapter:
         self.takes_positions = "position_ids" in self._accepts
         # Whether a pass can be told which slots of a batch are padding, and each row's position
         self.accepts_padding = {"attention_mask", "position_ids"} <= own
+        self._latest = 0  # id of the cache that ran last
         self._cache_argument = find_cache_argument(type(base))
         self.way = Continuation() if mode == "off" else self._find_continuation()
 
@@ -170,7 +175,7 @@ class ModelAdapter:
             logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
             vars(cache).update(vars(fresh))
             return logits
-        if self.config.model_type in _READ_WHOLE:
+        if self.config.model_type == _READ_WHOLE:
             return self._forward(ids, cache, torch.arange(position + 1))
         return self._forward(ids[:, -1:], cache, torch.tensor([position]))
 
@@ -184,6 +189,7 @@ class ModelAdapter:
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
         """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
+        self._require_in_turn(cache, is_first=not positions.any())
         place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache.own if isinstance(cache, OwnCache) else cache
@@ -196,6 +202,17 @@ class ModelAdapter:
         if isinstance(cache, OwnCache):
             cache.own = output[self._cache_argument]
         return output.logits[:, -keep:] if keep else output.logits[:, -1]
+
+    def _require_in_turn(self, cache: DynamicCache, *, is_first: bool) -> None:
+        """Raise ``RuntimeError`` if the model keeps its state in modules, and other calls ran since ``cache`` did."""
+        if self.config.model_type != _KEEP_IN_MODULES:
+            return
+        if not (is_first or self._latest == id(cache)):
+            name = type(self.model).__name__
+            raise RuntimeError(
+                f"{name} keeps its state in its modules, so calls cannot overlap; run one after the other"
+            )
+        self._latest = id(cache)
 
     def _make_empty_cache(self) -> DynamicCache:
         """Return, in mode ``off``, the cache transformers would use; else one that keeps every token, or states."""
@@ -326,10 +343,11 @@ class ModelAdapter:
     def _find_continuation(self) -> Continuation:
         """Return how the model goes on from a stored prefix; raise ``UnsupportedModelError`` if it cannot."""
         name = type(self.model).__name__
+        why = _OFF_ALONE.get(self.config.model_type)
         if not self.model._supports_default_dynamic_cache():
-            raise UnsupportedModelError(f"{name} keeps a cache of a class of its own; use mode='off'")
-        if self.config.model_type in _READ_WHOLE:
-            raise UnsupportedModelError(f"{name} takes the whole text in every pass, cached or not; use mode='off'")
+            why = "keeps a cache of a class of its own"
+        if why is not None:
+            raise UnsupportedModelError(f"{name} {why}; use mode='off'")
         reason, failed = "gives other logits behind a reused prefix than in a full prefill", list[Exception]()
         with self._lock, shrink_windows(self.model, _PROBE_WINDOW):
             for self.way in _CONTINUATIONS:
@@ -362,14 +380,15 @@ class ModelAdapter:
                 return False
             states = self.read_states(cache) or {}
             stored = Reference("probe", "probe", ids[:cut], self.read_layers(cache), checkpoints=states)
-            self.prefill(ids[::-1].copy())
+            if cut < len(ids) - 1:
+                self.prefill(ids[::-1].copy())
             if not self.is_close(self.prefill(ids, PrefixMatch(stored, cut)).logits, logits):
                 return False
-        return self.is_close(self._probe_step(ids), logits)
+        usual = DynamicCache(config=self.model.config)
+        return _has_kv_alone(usual) or self.is_close(self._probe_step(ids, usual), logits)
 
-    def _probe_step(self, ids: TokenIds) -> Tensor:
-        """Return logits [B, V] of the last of ``ids`` [N], computed by itself behind the others."""
-        cache = DynamicCache(config=self.model.config)
+    def _probe_step(self, ids: TokenIds, cache: DynamicCache) -> Tensor:
+        """Return logits [B, V] of the last of ``ids`` [N], computed by itself behind the others, in an empty cache."""
         self.forward(ids[:-1], cache, 0)
         return self._forward(torch.from_numpy(ids[-1:])[None], cache, torch.tensor([len(ids) - 1]))
 

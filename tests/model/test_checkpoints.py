@@ -165,11 +165,19 @@ def test_a_state_cannot_be_moved(mode: str, tokenizer) -> None:
 
 
 def test_state_that_is_kept_in_modules_is_noticed(tokenizer) -> None:
-    """Another text between two pieces would be read as the first one's beginning."""
+    """Another text between two pieces would be read as the first one's beginning, so this is an error."""
     model = double("recurrent_gemma", tokenizer, lru_width=32, attention_window_size=9)
-    with pytest.raises(UnsupportedModelError, match=r"other logits behind a reused prefix.*mode='off'"):
+    with pytest.raises(UnsupportedModelError, match=r"in its modules, and in no cache; use mode='off'"):
         engine_of(model, tokenizer, "exact")
-    assert engine_of(model, tokenizer, "off").generate(FIRST, max_new_tokens=2).token_ids
+    off = engine_of(model, tokenizer, "off")
+    wanted = off.generate(FIRST, max_new_tokens=NEW_TOKENS).token_ids
+    assert wanted == plain_tokens(model, tokenizer, FIRST)
+    first, second = (off.stream(FIRST, max_new_tokens=NEW_TOKENS) for _ in range(2))
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="in no cache, so calls cannot overlap"):
+        list(first)
+    assert off.generate(FIRST, max_new_tokens=NEW_TOKENS).token_ids == wanted
 
 
 @pytest.mark.parametrize("window", [9, 3000])
