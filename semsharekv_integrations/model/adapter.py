@@ -189,7 +189,7 @@ class ModelAdapter:
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
         """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
-        self._require_in_turn(cache, is_first=not positions.any())
+        self._require_in_turn(cache, is_first=not positions.flatten()[0])
         place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache.own if isinstance(cache, OwnCache) else cache
@@ -208,10 +208,8 @@ class ModelAdapter:
         if self.config.model_type != _KEEP_IN_MODULES:
             return
         if not (is_first or self._latest == id(cache)):
-            name = type(self.model).__name__
-            raise RuntimeError(
-                f"{name} keeps its state in its modules, so calls cannot overlap; run one after the other"
-            )
+            name = f"{type(self.model).__name__} {_OFF_ALONE[_KEEP_IN_MODULES]}"
+            raise RuntimeError(f"{name}, so calls cannot overlap; run one after the other")
         self._latest = id(cache)
 
     def _make_empty_cache(self) -> DynamicCache:
