@@ -111,11 +111,13 @@ def test_what_turns_is_found_wherever_it_stands(part: str, start: int, backwards
 def test_scaled_frequencies_are_never_taken_for_those_of_the_formula() -> None:
     """Where slow pairs alone are scaled, a short probe cannot tell; far away they differ."""
     model = make_model("llama", VOCAB, rope_parameters={"rope_type": "default", "rope_theta": 1e14}, head_dim=16)
-    model.model.rotary_emb.inv_freq[-1] *= 0.5
+    own = model.model.rotary_emb
+    own.inv_freq[-1] *= 0.5
+    own.original_inv_freq[-1] *= 0.5
     adapter = ModelAdapter(model, "identical")
     here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
     for rotation, _ in find_rotations(model, adapter.config, here, there, SHIFT):
-        assert rotation is not None and torch.equal(rotation.inverse_frequencies, model.model.rotary_emb.inv_freq)
+        assert rotation is not None and torch.equal(rotation.inverse_frequencies, own.inv_freq)
 
 
 @given(st.integers(-5000, 5000), st.integers(-5000, 5000), st.booleans())
