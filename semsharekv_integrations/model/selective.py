@@ -242,8 +242,10 @@ class _Selection:
         self, plan: ReusePlan, cache: GatheredCache, device: torch.device, places: Sequence[tuple[int, ...]]
     ) -> None:
         self.plan = plan
-        # the last layer up to the one to measure that keeps keys and values: the last ones may read another's
-        self._measured_layer = max((i for i, own in enumerate(places[: plan.measured_layer + 1]) if own), default=0)
+        # the one to measure, or the last before it that keeps keys and values: the last ones may read another's
+        self._measured_layer = plan.measured_layer
+        while self._measured_layer < len(places) and not places[self._measured_layer]:
+            self._measured_layer -= 1
         self.cache = cache
         # borrowed: without boundary tokens, so that deviation tells how good borrowing is
         masks = plan.optional, plan.optional | plan.relevant, plan.must

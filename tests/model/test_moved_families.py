@@ -271,3 +271,31 @@ def test_layers_that_read_others_kv_are_measured_by_the_last_that_keeps_some() -
     outcome = prefill.run(replace(plan, max_deviation=0.0))
     assert outcome.fell_back is not None
     assert_close(outcome.prefill.logits, adapter.prefill(plan.token_ids).logits)
+
+
+def test_nothing_is_measured_where_the_layer_to_measure_is_beyond_the_last() -> None:
+    adapter = ModelAdapter(make_model("llama", 320, num_hidden_layers=1), "identical")
+    prefill = SelectivePrefill(adapter)
+    plan = moved_plan(adapter, prefill)
+    outcome = prefill.run(plan)
+    assert plan.measured_layer == 1 and outcome.deviation is None
+    assert outcome.compute_ratio <= plan.predicted_compute_ratio
+
+
+def test_normalized_branches_of_random_layers_outweigh_the_tokens_themselves() -> None:
+    """Why OLMo 2 and kin fall back with random weights: it is not the measure, which falls with what context adds."""
+    found = []
+    for scale in (1.0, 0.1):
+        model = build_tiny_model("olmo2")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.post_attention_layernorm.weight.mul_(scale)
+                layer.post_feedforward_layernorm.weight.mul_(scale)
+        adapter = ModelAdapter(model, "identical")
+        prefill = SelectivePrefill(adapter)
+        plan = moved_plan(adapter, prefill)
+        outcome, full = prefill.run(plan), adapter.prefill(plan.token_ids)
+        off = (outcome.prefill.logits - full.logits).square().mean().sqrt() / full.logits.std()
+        found.append((outcome.deviation or 0.0, float(off)))
+    assert found[0][0] > 1.0 > 0.5 > found[1][0]
+    assert found[1][1] < found[0][1] / 2, "so do the answers"
