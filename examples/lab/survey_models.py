@@ -253,10 +253,13 @@ def make_section(rows: Sequence[Row], command: str) -> str:
 
 def _show_cells(row: Row) -> tuple[str, ...]:
     """A type and what each mode gave; a dash for what was not tried."""
-    found = [row.get(mode) for mode in MODES]
-    return row["type"], *(
-        f"{cell['status']}{': ' * bool(cell['why'])}{cell['why']}".replace("|", "/") if cell else "-" for cell in found
-    )
+    return row["type"], *(_show_finding(row[mode], row["built"]) if mode in row else "-" for mode in MODES)
+
+
+def _show_finding(found: Mapping[str, Any], built: str | None) -> str:
+    """What came of a mode, without the class, which the type tells, and without the mode that is there instead."""
+    why = found["why"].partition("; use mode")[0].replace("|", "/").removeprefix(f"{built}").lstrip(": ")
+    return f"{found['status']}: {why}" if why else found["status"]
 
 
 def write_section(out: Path, section: str) -> None:
