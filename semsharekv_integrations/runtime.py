@@ -129,9 +129,8 @@ class Runtime:
 
     def _make_matcher(self, config: ReuseConfig, selective: SelectivePrefill) -> FuzzyMatcher:
         """Return a matcher of tokens by the model's own embeddings."""
-        turning = [part for layer in selective.rotations for part in layer if part is not None]
-        frequencies = turning[0].inverse_frequencies if turning else None
-        return FuzzyMatcher(self.store, self.adapter.embed, self.renderer.split_pieces, frequencies, config)
+        embed, split = self.adapter.embed, self.renderer.split_pieces
+        return FuzzyMatcher(self.store, embed, split, selective.find_frequencies(), config)
 
     def _make_finder(self, config: ReuseConfig) -> RewordingFinder:
         """Set ``self.index`` to a new index of texts, and return a finder of wordings that uses it."""

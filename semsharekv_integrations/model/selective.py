@@ -98,6 +98,11 @@ class SelectivePrefill:
             self._require_same_logits(probe)
         self._view = replace(self._view, windows=list_windows(adapter.config))
 
+    def find_frequencies(self) -> Tensor | None:
+        """Return the inverse frequencies [R] of the first layer that turns keys; None if none does."""
+        turning = (part for layer in self.rotations for part in layer if part is not None)
+        return next((rotation.inverse_frequencies for rotation in turning), None)
+
     @property
     def counts_tokens(self) -> bool:
         """Whether biases of attention (ALiBi) go by the number of tokens in the cache."""
