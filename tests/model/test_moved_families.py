@@ -165,8 +165,8 @@ def test_borrowed_kv_of_another_context_makes_a_difference(family: str) -> None:
     assert not torch.allclose(outcome.prefill.logits, adapter.prefill(plan.token_ids).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gptj", "cohere2", "gemma3_text", "bloom"])
-@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gptj", "cohere2", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("layer", [0, 3])
 def test_one_wrongly_turned_layer_is_noticed(family: str, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     find = probing.find_rotations
 
