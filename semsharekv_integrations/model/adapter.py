@@ -33,6 +33,7 @@ from semsharekv_integrations.model.layers import (
     find_input_device,
     has_plain_embeddings,
     list_handed_on,
+    list_left_out,
     make_cache,
     read_embeddings,
     require_decoder,
@@ -107,7 +108,7 @@ class ModelAdapter:
             require_text_alone(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT adapter
         own = frozenset(inspect.signature(type(base).forward).parameters)
-        self._accepts = own | list_handed_on(base)
+        self._accepts = (own | list_handed_on(base)) - list_left_out(base)
         self.takes_positions = "position_ids" in self._accepts
         # Whether a pass can be told which slots of a batch are padding, and each row's position
         self.accepts_padding = {"attention_mask", "position_ids"} <= own

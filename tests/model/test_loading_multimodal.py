@@ -13,6 +13,7 @@ import torch
 from langchain_core.messages import HumanMessage
 from llama_index.core.llms import ChatMessage, ImageBlock
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForMultimodalLM,
     AutoTokenizer,
     Blip2Config,
@@ -197,3 +198,28 @@ def test_a_model_of_text_has_no_use_for_a_processor(tokenizer: PreTrainedTokeniz
     plain.save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text("{")
     assert NamedModel(tmp_path, None, "auto", {}).tokenizer.chat_template is None
+
+
+def test_a_model_that_counts_positions_in_its_own_way_is_told_none(tokenizer) -> None:
+    """``generate`` leaves them out for Kosmos, whose first token is not at position 0."""
+    config = CONFIG_MAPPING["kosmos-2.5"](latent_query_num=4)
+    text = {"embed_dim": 32, "layers": 2, "ffn_dim": 37, "attention_heads": 4, "vocab_size": len(tokenizer)}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    for part, changes in ((config.text_config, text), (config.vision_config, vision)):
+        for name, value in changes.items():
+            setattr(part, name, value)
+    torch.manual_seed(1)
+    model = AutoModelForMultimodalLM.from_config(config).eval().double()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(8)
+    inputs = tokenizer(FIRST, return_tensors="pt")
+    wanted = model.generate(**inputs, max_new_tokens=7, do_sample=False)[0, inputs.input_ids.shape[1] :].tolist()
+    found = SemShareEngine(model, tokenizer, MODES["off"]).generate(FIRST, max_new_tokens=7)
+    assert found.token_ids == wanted
