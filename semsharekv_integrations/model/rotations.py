@@ -85,7 +85,8 @@ def _measure_error(moved: Tensor, real: Tensor) -> float:
 def _explain(model: PreTrainedModel, found: str) -> str:
     """Return what was ``found``, with the table that positions come from, if there is one."""
     decoder = model.get_decoder() or model
-    tables = [name for name, module in decoder.named_modules() if _is_position_table(name, module)]
+    modules = decoder.named_modules()
+    tables = [name or type(module).__name__ for name, module in modules if _is_position_table(name, module)]
     cause = f"; positions come from a table ({tables[0]})" if tables else ""
     return f"{found} of their magnitude off, at best, from the same ones rotated{cause}; use mode='exact'"
 
