@@ -22,7 +22,7 @@ from semsharekv_integrations import (
 )
 from semsharekv_integrations.config import MODES, PRESETS, Mode
 from semsharekv_integrations.request import GenerateOptions, Request
-from tiny_models import EngineMaker
+from tiny_models import STATEFUL, EngineMaker, make_model
 
 PROMPT = "Report on Prorna in the Daily Courier."
 CONFIGS = (ReuseConfig, StoreConfig, AuditConfig, EngineConfig, SamplingConfig)
@@ -140,6 +140,15 @@ def compared_tokens(engine: SemShareEngine) -> int | None:
     return audit and audit.tokens
 
 
+def checkpoints(engine: SemShareEngine) -> list[int]:
+    """Behind how many tokens a recurrent model keeps its state, in a store with the engine's settings."""
+    tokenizer = engine._load().tokenizer
+    model = make_model("mamba2", len(tokenizer), **STATEFUL["mamba2"])
+    other = SemShareEngine(model, tokenizer, EngineConfig(ReuseConfig("exact"), store=engine.config.store))
+    other.generate(PROMPT * 4, max_new_tokens=1)
+    return [at for reference in other.store.fetch_all() for at in reference.checkpoints]
+
+
 EAGER = {"max_compute_ratio": 1.0, "max_deviation": 100.0, "attention_ratio": 0.0, "relevance_ratio": 0.0}
 IDENTICAL, SEMANTIC = {"mode": "identical", **EAGER}, {"mode": "semantic", **EAGER}
 PAPER = {"mode": "paper", **EAGER, "min_similarity": 0.01, "retention_ratio": 1.0}
@@ -179,6 +188,7 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (StoreConfig, "eviction"): ("lru", reused_after_others, {"max_bytes": 30_000}),
     (StoreConfig, "ttl_s"): (50.0, reused_later, {}),
     (StoreConfig, "shared_namespace"): ("all", reused_from_all, {}),
+    (StoreConfig, "checkpoint_tokens"): (16, checkpoints, {}),
     (AuditConfig, "sample_ratio"): (1.0, audited, {}),
     (AuditConfig, "min_agreement"): (0.2, suspends, {}),
     (AuditConfig, "tokens"): (3, compared_tokens, {"sample_ratio": 1.0}),
@@ -274,6 +284,7 @@ BAD = {
         "retention_final_share": [0, -1, float("nan"), float("inf"), "1"],
     },
     StoreConfig: {
+        "checkpoint_tokens": [15, 0, 16.5, "64", True, None],
         "max_bytes": [-1, 0.5, None],
         "host_max_bytes": [-1, 0.5, None],
         "directory": ["", 3, True],

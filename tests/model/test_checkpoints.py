@@ -14,23 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig, UnsupportedModelError
 from semsharekv_integrations.model.checkpoints import StateCache
 from semsharekv_integrations.store.codec import PackedKV
-from tiny_models import make_model
+from tiny_models import STATEFUL, make_model
 
-DELTA_NET = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
-MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
-STATEFUL: dict[str, dict[str, Any]] = {
-    "mamba2": {"head_dim": 16, "num_heads": 4, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 8},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "head_dim": 16,
-        "linear_value_head_dim": 8,
-        "mlp_only_layers": [0, 1, 2],
-        **DELTA_NET,
-    },
-    "falcon_h1": {"head_dim": 16, "mamba_d_ssm": 64, **MAMBA2},
-    "bamba": {"attn_layer_indices": [1], "mamba_expand": 2, **MAMBA2},
-}
 ONE_BY_ONE: dict[str, dict[str, Any]] = {"mamba": {}, "falcon_mamba": {}}
 ALL = STATEFUL | ONE_BY_ONE
 
