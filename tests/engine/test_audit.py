@@ -18,8 +18,8 @@ def disagree(engine, monkeypatch) -> None:
     adapter = engine._load().adapter
     prefill = adapter.prefill
 
-    def spoilt(ids, prefix=None):
-        result = prefill(ids, prefix)
+    def spoilt(ids, prefix=None, checkpoints=()):
+        result = prefill(ids, prefix, checkpoints)
         return result._replace(logits=-result.logits) if prefix else result
 
     monkeypatch.setattr(adapter, "prefill", spoilt)
