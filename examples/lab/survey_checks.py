@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -132,9 +132,10 @@ def check_model(
     if not finite:
         yield Finding("off", NOT_RUN, "its scores are no numbers")
         return
+    subject = _Subject(model, tokenizer, prompts, answers)
     for mode in MODES:
         try:
-            found = _CHECKS[mode](model, tokenizer, prompts, answers)
+            found = _CHECKS[mode](subject)
             moves = mode == "identical" and found.status != DIFFERS
             yield _check_moved(found, single_layers, tokenizer, prompts) if moves else found
         except UnsupportedModelError as error:
@@ -163,6 +164,19 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     return Answer(found.sequences[0, ids.shape[1] :].tolist(), torch.cat(found.scores).float())
 
 
+class _Subject(NamedTuple):
+    """A model, and what ``generate`` answers to prompts, by name."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Mapping[str, str]
+    answers: Mapping[str, Answer]
+
+    def compare(self, **rules: Any) -> _Comparison:
+        """A comparison of an engine that reuses by ``rules``."""
+        return _Comparison(_make_engine(self.model, self.tokenizer, **rules), self.prompts, self.answers)
+
+
 class _Comparison:
     """Answers of an engine beside those of ``generate``: which differ, and what was reused."""
 
@@ -182,31 +196,21 @@ class _Comparison:
         return found
 
 
-def _check_off(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, str],
-    answers: Mapping[str, Answer],
-) -> Finding:
-    compared = _Comparison(_make_engine(model, tokenizer, mode="off"), prompts, answers)
+def _check_off(subject: _Subject) -> Finding:
+    compared = subject.compare(mode="off")
     for length in LENGTHS:
         compared.ask(f"{length} first")
     return Finding("off", DIFFERS if compared.differences else EQUAL, "; ".join(compared.differences))
 
 
-def _check_exact(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, str],
-    answers: Mapping[str, Answer],
-) -> Finding:
-    compared = _Comparison(_make_engine(model, tokenizer, mode="exact"), prompts, answers)
+def _check_exact(subject: _Subject) -> Finding:
+    compared = subject.compare(mode="exact")
     for length in LENGTHS:
         for name in ("first", "branch", "longer"):
             compared.ask(f"{length} {name}")
         compared.ask(f"{length} first", again=True)
     for name in ("documents", "asked otherwise"):
-        compared.ask(name, documents=list_documents(prompts))
+        compared.ask(name, documents=list_documents(subject.prompts))
     reused = compared.reused_tokens
     if compared.differences:
         return Finding("exact", DIFFERS, "; ".join(compared.differences), reused)
@@ -218,23 +222,17 @@ def _check_exact(
     return Finding("exact", REUSED if whole else EQUAL, "behind whole prompts alone" if whole else "", reused)
 
 
-def _check_identical(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, str],
-    answers: Mapping[str, Answer],
-) -> Finding:
+def _check_identical(subject: _Subject) -> Finding:
     """All computed again must give ``generate``'s answer; the mode's own share must reuse."""
-    documents = list_documents(prompts)
-    whole = _make_engine(model, tokenizer, mode="identical", budget=1.0, max_compute_ratio=1.0)
-    compared = _Comparison(whole, prompts, answers)
+    documents = list_documents(subject.prompts)
+    compared = subject.compare(mode="identical", budget=1.0, max_compute_ratio=1.0)
     for name in ("documents", "moved"):
         compared.ask(name, documents=documents)
     if compared.differences:
         return Finding("identical", DIFFERS, f"all computed again: {'; '.join(compared.differences)}")
-    usual = _make_engine(model, tokenizer, mode="identical")
+    usual = _make_engine(subject.model, subject.tokenizer, mode="identical")
     for name in ("documents", "moved"):
-        report = usual.generate(prompts[name], documents=documents, max_new_tokens=NEW_TOKENS).report
+        report = usual.generate(subject.prompts[name], documents=documents, max_new_tokens=NEW_TOKENS).report
     reused = {"moved": report.identical_tokens}
     if report.identical_tokens and report.declined is None:
         return Finding("identical", REUSED, reused_tokens=reused)

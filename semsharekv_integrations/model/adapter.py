@@ -51,6 +51,7 @@ _OFF_ALONE = {
     _READ_WHOLE: "takes the whole text in every pass, cached or not",
 }
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # one for all engines that share a model
+_LATEST: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()  # id of the cache that it ran with last
 
 
 class Prefill(NamedTuple):
@@ -112,7 +113,6 @@ class ModelAdapter:
         self.takes_positions = "position_ids" in self._accepts
         # Whether a pass can be told which slots of a batch are padding, and each row's position
         self.accepts_padding = {"attention_mask", "position_ids"} <= own
-        self._latest = 0  # id of the cache that ran last
         self._cache_argument = find_cache_argument(type(base))
         self.way = Continuation() if mode == "off" else self._find_continuation()
 
@@ -140,7 +140,7 @@ class ModelAdapter:
         if not self.way.keeps_states:
             return make_cache(layers)
         state = prefix.reference.checkpoints[prefix.num_tokens]
-        return StateCache.restore(self.model.config, list(layers), state)
+        return StateCache.restore(self.model.config, list(layers), state, self.device)
 
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> Tensor:
         """Run ``token_ids`` [N] from position ``start`` on, add KV to ``cache``, return logits [B, V] of the last."""
@@ -190,12 +190,12 @@ class ModelAdapter:
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
         """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
-        self._require_in_turn(cache, is_first=not positions.flatten()[0])
         place = positions.to(self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache.own if isinstance(cache, OwnCache) else cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
+            self._require_in_turn(cache, positions)
             self.watch.glance()
             output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
         if isinstance(cache, StateCache):
@@ -204,14 +204,14 @@ class ModelAdapter:
             cache.own = output[self._cache_argument]
         return output.logits[:, -keep:] if keep else output.logits[:, -1]
 
-    def _require_in_turn(self, cache: DynamicCache, *, is_first: bool) -> None:
+    def _require_in_turn(self, cache: DynamicCache, positions: Tensor) -> None:
         """Raise ``RuntimeError`` if the model keeps its state in modules, and other calls ran since ``cache`` did."""
         if self.config.model_type != _KEEP_IN_MODULES:
             return
-        if not (is_first or self._latest == id(cache)):
+        if positions.flatten()[0] and _LATEST.get(self.model) != id(cache):
             name = f"{type(self.model).__name__} {_OFF_ALONE[_KEEP_IN_MODULES]}"
             raise RuntimeError(f"{name}, so calls cannot overlap; run one after the other")
-        self._latest = id(cache)
+        _LATEST[self.model] = id(cache)
 
     def _make_empty_cache(self) -> DynamicCache:
         """Return, in mode ``off``, the cache transformers would use; else one that keeps every token, or states."""

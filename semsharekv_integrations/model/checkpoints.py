@@ -47,8 +47,13 @@ class StateCache(DynamicCache):
         return LayerKV(*(torch.empty(1, 0, self.num_tokens, 0) for _ in _KV))
 
     @classmethod
-    def restore(cls, config: PreTrainedConfig, layers: Sequence[LayerKV], state: State) -> StateCache:
-        """Return a new cache of the tokens [S] of ``layers``, with ``state`` copied, as it was behind the last one."""
+    def restore(
+        cls, config: PreTrainedConfig, layers: Sequence[LayerKV], state: State, device: torch.device
+    ) -> StateCache:
+        """Return a new cache of the tokens [S] of ``layers``, as it was behind the last one.
+
+        ``state`` is copied to ``device``, wherever the store kept it.
+        """
         cache = cls(config)
         for layer, kv in zip(cache.layers, layers, strict=True):
             if kv.keys.shape[1]:
@@ -57,7 +62,8 @@ class StateCache(DynamicCache):
             cache.num_tokens = kv.keys.shape[2]
         for name, tensor in state.items():
             index, attribute, *key = name.split("/")
-            _set(cache.layers[int(index)], attribute, key, tensor)
+            moved = tensor.to(device, copy=True) if tensor.ndim else tensor
+            _set(cache.layers[int(index)], attribute, key, moved)
         return cache
 
 
@@ -92,11 +98,11 @@ def _copy_state(layers: Sequence[object]) -> State:
 
 
 def _set(layer: Any, name: str, key: Sequence[str], tensor: Tensor) -> None:
-    """Set what ``list_tensors`` named so to a copy of ``tensor``; one without dimensions is a plain number again."""
+    """Set what ``list_tensors`` named so to ``tensor``; one without dimensions is a plain number again."""
     found = vars(layer)[name]
     place = next((each for each in found if [str(each)] == key), None) if key else None
     before = found[place] if key else found
-    value: Any = tensor.clone()
+    value: Any = tensor
     if not tensor.ndim:
         value = bool(tensor) if isinstance(before, bool) else int(tensor)
     elif getattr(layer, "device", None) is None:

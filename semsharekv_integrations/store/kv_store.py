@@ -162,9 +162,11 @@ class KVStore:
                 return prefix
 
     def _load_longest(self, found: Sequence[Match], *, at_checkpoint: bool) -> PrefixMatch | None:
-        """Return the longest of ``found``, the longest first, with KV; None if one is damaged, or none can be used."""
+        """Return the longest of ``found``, which come so, with KV; None if one is damaged, or none can be used."""
         served: list[PrefixMatch] = []
         for match in found:
+            if match.entry.key not in self._entries.by_key:  # what was loaded before it may have pushed it out
+                continue
             try:
                 reference = self._entries.load(match.entry, match.path)
             except UnavailableFileError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,19 @@ import torch
 from test_parity import FIRST, NEW_TOKENS, PROMPTS, double, engine_of, plain_tokens
 from transformers import PreTrainedTokenizerBase
 
-from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig, UnsupportedModelError
-from semsharekv_integrations.model.checkpoints import StateCache
+from semsharekv_integrations import (
+    EngineConfig,
+    ReuseConfig,
+    SemShareEngine,
+    StoreConfig,
+    UnsupportedModelError,
+    world,
+)
+from semsharekv_integrations.kv import Reference
+from semsharekv_integrations.model.checkpoints import StateCache, list_tensors
+from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import PackedKV
+from semsharekv_integrations.store.records import reference_id
 from tiny_models import STATEFUL, make_model
 
 ONE_BY_ONE: dict[str, dict[str, Any]] = {"mamba": {}, "falcon_mamba": {}}
@@ -120,10 +131,20 @@ def test_a_state_is_a_copy(architecture: str, tokenizer) -> None:
     cache = adapter.prefill(ids, checkpoints=[10, 30]).cache
     assert isinstance(cache, StateCache) and list(cache.checkpoints) == [10, 30]
     before = {name: tensor.clone() for name, tensor in cache.checkpoints[10].items()}
-    restored = StateCache.restore(adapter.model.config, [_cut(kv, 10) for kv in cache.read_kv()], cache.checkpoints[10])
+    layers = [_cut(kv, 10) for kv in cache.read_kv()]
+    restored = StateCache.restore(adapter.model.config, layers, cache.checkpoints[10], adapter.device)
     logits = adapter.forward(ids[10:], restored, 10)
     torch.testing.assert_close(logits, adapter.prefill(ids).logits)
     assert all(torch.equal(tensor, before[name]) for name, tensor in cache.checkpoints[10].items())
+
+
+def test_a_state_goes_to_the_device_of_the_model_wherever_it_was_kept(tokenizer) -> None:
+    adapter = engine_of(make("qwen3_next", tokenizer), tokenizer, "exact")._load().adapter
+    cache = adapter.prefill(np.arange(5, 45), checkpoints=[10]).cache
+    layers, meta = [_cut(kv, 10) for kv in cache.read_kv()], torch.device("meta")
+    restored = StateCache.restore(adapter.model.config, layers, cache.checkpoints[10], meta)
+    states = [tensor for layer in restored.layers for name, tensor in list_tensors(layer) if "state" in name]
+    assert {tensor.device.type for tensor in states if tensor.ndim} == {"meta"}
 
 
 def _cut(kv: Any, num_tokens: int) -> Any:
@@ -165,6 +186,15 @@ def test_state_that_is_kept_in_modules_is_noticed(tokenizer) -> None:
     with pytest.raises(RuntimeError, match="in no cache, so calls cannot overlap"):
         list(first)
     assert off.generate(FIRST, max_new_tokens=NEW_TOKENS).token_ids == wanted
+
+
+def test_engines_that_share_such_a_model_cannot_mix_their_calls_either(tokenizer) -> None:
+    model = double("recurrent_gemma", tokenizer, lru_width=32, attention_window_size=9)
+    first, second = (engine_of(model, tokenizer, "off").stream(FIRST, max_new_tokens=NEW_TOKENS) for _ in range(2))
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="in no cache, so calls cannot overlap"):
+        list(first)
 
 
 def test_the_probe_notices_state_that_is_kept_in_modules(tokenizer, monkeypatch) -> None:
@@ -215,3 +245,58 @@ def test_a_model_that_takes_the_whole_text_in_every_pass_gets_it(tokenizer) -> N
         engine_of(model, tokenizer, "exact")
     found = engine_of(model, tokenizer, "off").generate(FIRST, max_new_tokens=NEW_TOKENS)
     assert found.token_ids == plain_tokens(model, tokenizer, FIRST)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_next", "lfm2"])
+def test_what_a_longer_match_pushes_out_is_not_looked_at(architecture: str, tokenizer) -> None:
+    """The namespace's own entry agrees for longer; promoting it takes the room of the shared one, with more states."""
+    model = make(architecture, tokenizer)
+    adapter = engine_of(model, tokenizer, "exact")._load().adapter
+    ids = np.arange(5, 55)
+
+    def make_reference(namespace: str, num_tokens: int, checkpoints: list[int]) -> Reference:
+        cache = adapter.prefill(ids[:num_tokens], checkpoints=checkpoints).cache
+        key = reference_id(namespace, ids[:num_tokens])
+        states = adapter.read_states(cache)
+        return Reference(key, namespace, ids[:num_tokens], adapter.read_layers(cache), checkpoints=states)
+
+    own, shared = make_reference("own", 40, []), make_reference("all", 30, [5, 10, 15, 20, 25])
+    assert own.num_bytes < shared.num_bytes
+    bounds = {"max_bytes": shared.num_bytes, "host_max_bytes": own.num_bytes}
+    store = KVStore(StoreConfig(**bounds, shared_namespace="all"))
+    assert store.put(own) and store.put(shared)
+    found = store.find_prefix(ids, "own", max_tokens=len(ids), at_checkpoint=True)
+    assert found is not None and found.num_tokens == 40 and found.reference.namespace == "own"
+    assert store.stats()["entries"] == store.stats()["evicted"] == 1 and store.stats()["unreadable"] == 0
+    store.check()
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_calls_that_overlap_and_are_left_keep_states_apart(architecture: str, tokenizer) -> None:
+    model = make(architecture, tokenizer)
+    wanted = {name: plain_tokens(model, tokenizer, prompt) for name, prompt in PROMPTS.items()}
+    engine = engine_of(model, tokenizer, "exact")
+    for round_ in range(2):
+        streams = {name: engine.stream(prompt, max_new_tokens=NEW_TOKENS) for name, prompt in PROMPTS.items()}
+        for left in ("branch", "again"):
+            next(streams[left])
+        streams.pop("branch").close()
+        ends = {name: list(stream)[-1].generation for name, stream in streams.items()}
+        assert {name: end.token_ids for name, end in ends.items()} == {name: wanted[name] for name in streams}
+        assert all(end.report.prefix_tokens for end in ends.values()) or round_ == 0
+        engine.store.check()
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_arranged_documents_go_on_from_states(architecture: str, tokenizer) -> None:
+    model = make(architecture, tokenizer)
+    engine = engine_of(model, tokenizer, "exact")
+    texts = {f"d{n}": document.text for n, document in enumerate(world.make_documents(Random(4), 3, extra_facts=1))}
+    prefixes = []
+    for order in (["d0", "d1", "d2"], ["d2", "d1", "d0"]):
+        documents = engine.arrange({key: texts[key] for key in order})
+        prompt = "\n\n".join(["Read this.", *documents.values(), f"And {order[0]}?"])
+        found = engine.generate(prompt, documents=documents, max_new_tokens=NEW_TOKENS)
+        assert found.token_ids == plain_tokens(model, tokenizer, prompt)
+        prefixes.append(found.report.prefix_tokens)
+    assert prefixes[0] == 0 and prefixes[1] >= len(tokenizer("".join(texts.values())).input_ids) - 3
