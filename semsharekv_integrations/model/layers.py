@@ -139,11 +139,15 @@ def list_handed_on(model: PreTrainedModel) -> frozenset[str]:
 
 def list_left_out(model: PreTrainedModel) -> frozenset[str]:
     """Return what ``generate`` leaves out of each pass, because the model counts positions in its own way (Kosmos)."""
-    ids = torch.zeros((1, 2), dtype=torch.int64)
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(2)[None], "is_first_iteration": True}
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=find_input_device(model))
+    given = {
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.ones_like(ids).cumsum(1) - 1,
+        "is_first_iteration": True,
+    }
     try:
         prepared = model.prepare_inputs_for_generation(ids, use_cache=True, **given)
-    except (TypeError, AttributeError, ValueError, LookupError):  # it needs more than text
+    except (TypeError, AttributeError, ValueError, RuntimeError, LookupError):  # it needs more than text
         return frozenset()
     return frozenset({"position_ids"} - prepared.keys())
 

@@ -223,3 +223,13 @@ def test_a_model_that_counts_positions_in_its_own_way_is_told_none(tokenizer) ->
     told = model.generate(ids, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
     adapter = SemShareEngine(model, tokenizer, MODES["off"])._load().adapter
     torch.testing.assert_close(adapter.prefill(ids[0].numpy()).logits, told.logits[0], check_dtype=False)
+
+
+def test_a_model_whose_preparation_wants_more_than_text_is_told_positions(tokenizer, monkeypatch) -> None:
+    model = make_model("llama", len(tokenizer))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no image")
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", fail)
+    assert SemShareEngine(model, tokenizer, MODES["exact"])._load().adapter.takes_positions
