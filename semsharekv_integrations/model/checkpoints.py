@@ -79,7 +79,8 @@ def list_tensors(layer: object) -> Iterator[tuple[str, Tensor]]:
         parts = value if isinstance(value, dict) else {None: value}
         for key, part in parts.items() if not name.startswith("_") else ():
             if isinstance(part, (Tensor, int)):
-                yield name if key is None else f"{name}/{key}", torch.as_tensor(part)
+                tensor = part if isinstance(part, Tensor) else torch.tensor(part)
+                yield name if key is None else f"{name}/{key}", tensor
 
 
 def _grows(layer: object) -> bool:
