@@ -21,8 +21,8 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, Mask, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import SharedDecoding
+from semsharekv_integrations.model.gathering import GatheredCache
 from semsharekv_integrations.model.layers import make_cache
-from semsharekv_integrations.model.rows import GatheredCache
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.model.views import list_windows
 from semsharekv_integrations.reuse.selection import choose_retained_tokens, compute_retained_shares

@@ -18,9 +18,10 @@ from torch import Tensor
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, LayerRotation, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.gathering import GatheredCache
 from semsharekv_integrations.model.layers import shrink_windows
 from semsharekv_integrations.model.rotations import PROBE_SHIFT, find_rotations
-from semsharekv_integrations.model.rows import GatheredCache, RowPass
+from semsharekv_integrations.model.rows import RowPass
 from semsharekv_integrations.model.views import LayerView, list_windows, view_layers, watch_layers
 
 T = TypeVar("T")

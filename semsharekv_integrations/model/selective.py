@@ -22,10 +22,11 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import Mask, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.attention import watch_operations, watched_attention
+from semsharekv_integrations.model.gathering import GatheredCache, gather
 from semsharekv_integrations.model.layers import INSTEAD, make_cache, require_reuse_off_prefix
 from semsharekv_integrations.model.probing import Probe, probe_model, short_windows, try_views
 from semsharekv_integrations.model.rotations import PROBE_SHIFT
-from semsharekv_integrations.model.rows import GatheredCache, Measure, RowPass, gather
+from semsharekv_integrations.model.rows import Measure, RowPass
 from semsharekv_integrations.model.views import LayerView, list_windows
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan

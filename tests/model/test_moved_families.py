@@ -18,8 +18,8 @@ from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import LayerKV, LayerRotation, PrefixMatch, Reference, Rotation, Run, TokenIds
 from semsharekv_integrations.model import probing
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.gathering import gather
 from semsharekv_integrations.model.layers import require_reuse_off_prefix
-from semsharekv_integrations.model.rows import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.model.views import Window, find_layers
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan

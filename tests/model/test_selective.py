@@ -20,7 +20,7 @@ from semsharekv_integrations.config import PRESETS, ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.rows import gather
+from semsharekv_integrations.model.gathering import gather
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.model.views import Window
 from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan, build_plan, build_prefix_plan
