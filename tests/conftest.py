@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
+from simulated_device import explain_absence, pretended
 from tiny_models import EngineMaker, make_model
 
 settings.register_profile(  # a busy machine is no failure; in CI the same examples every time, elsewhere new ones
@@ -40,3 +42,13 @@ def make_engine(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
         return SemShareEngine(model if model is not None else llama, tokenizer, EngineConfig(**config))
 
     return make
+
+
+@pytest.fixture
+def pretended_device() -> Iterator[str]:
+    """The name of a simulated accelerator that is there for this test; see ``simulated_device``."""
+    problem = explain_absence()
+    if problem:
+        pytest.skip(f"no device can be pretended: {problem}")
+    with pretended():
+        yield "cuda:0"
