@@ -223,11 +223,13 @@ def build_plan(
     _mark_first_tokens(must, prefix, runs, rules)
     must |= question
     must[:start] = False
-    relevant = choose_relevant_tokens(
-        score_documents(token_ids, segments, question), segments, borrowed & ~must, rules.relevance_ratio
-    )
-    relevant, attention_tokens = _spend(rules, borrowed, must, question, relevant)
+    room = _find_room(rules, borrowed, must, question)
+    scores = score_documents(token_ids, segments, question)
+    relevant = choose_relevant_tokens(scores, segments, borrowed & ~must, rules.relevance_ratio, room)
     num_optional = 0 if relevant.any() else int((borrowed & ~must).sum())
+    attention_tokens = room - int(relevant.sum())
+    if rules.budget is None:
+        attention_tokens = math.ceil((rules.attention_ratio or 0.0) * num_optional)
     return ReusePlan(
         token_ids,
         prefix,
@@ -281,16 +283,12 @@ def _mark_first_tokens(must: Mask, prefix: PrefixMatch | None, runs: Sequence[Ru
         last = run
 
 
-def _spend(rules: ReuseConfig, borrowed: Mask, must: Mask, question: Mask, relevant: Mask) -> tuple[Mask, int]:
-    """Return which ``relevant`` tokens [T] are computed beside ``must``, and how many tokens attention selects."""
+def _find_room(rules: ReuseConfig, borrowed: Mask, must: Mask, question: Mask) -> int:
+    """Return how many borrowed tokens the budget computes beside ``must`` [T]; ``sys.maxsize`` without a budget."""
     if rules.budget is None:
-        is_found = bool(relevant.any())
-        return relevant, 0 if is_found else math.ceil((rules.attention_ratio or 0.0) * (borrowed & ~must).sum())
+        return sys.maxsize
     outside = borrowed & ~question
-    left = math.ceil(rules.budget * outside.sum()) - int((outside & must).sum())
-    if relevant.sum() > left:
-        relevant = np.zeros_like(must)
-    return relevant, max(0, left - int(relevant.sum()))
+    return max(0, math.ceil(rules.budget * outside.sum()) - int((outside & must).sum()))
 
 
 def _borrow_run(run: Run) -> Borrowing:

@@ -16,6 +16,7 @@ the documents that share rare words with the question stay whole.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from math import log
@@ -119,13 +120,17 @@ def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], qu
 
 
 def choose_relevant_tokens(
-    scores: NDArray[np.float32], segments: Sequence[tuple[int, int]], eligible: Mask, ratio: float
+    scores: NDArray[np.float32],
+    segments: Sequence[tuple[int, int]],
+    eligible: Mask,
+    ratio: float,
+    most: int = sys.maxsize,
 ) -> Mask:
     """Return a mask [T] of the ``eligible`` tokens of the segments with the highest ``scores`` [T].
 
     It takes whole segments, down to ``LEAST_OF_BEST`` of the best score, up to the first that would take more than
-    ``ratio`` (0 to 1) of the eligible tokens. Where ``ratio`` is above 0, the first may take up to ``MOST_OF_ONE``:
-    what is alone with its question cannot be told from the rest.
+    ``ratio`` (0 to 1) of the eligible tokens, or more than ``most`` of them. Where ``ratio`` is above 0, the first may
+    take up to ``MOST_OF_ONE``: what is alone with its question cannot be told from the rest.
     """
     chosen = np.zeros_like(eligible)
     share = max(ratio, MOST_OF_ONE) if ratio > 0 else 0.0
@@ -133,7 +138,7 @@ def choose_relevant_tokens(
     for start, stop in sorted((s for s in segments if scores[s[0]] >= least), key=lambda s: -scores[s[0]]):
         larger = chosen.copy()
         larger[start:stop] |= eligible[start:stop]
-        if larger.sum() > share * eligible.sum():
+        if larger.sum() > min(share * eligible.sum(), most):
             break
         if larger.any():
             chosen, share = larger, ratio

@@ -176,6 +176,17 @@ def test_a_document_is_computed_whole_only_if_the_budget_has_room_for_it() -> No
         assert spent == np.ceil(budget * 40), "whatever it goes to"
 
 
+def test_as_many_documents_are_computed_whole_as_the_budget_has_room_for() -> None:
+    token_ids, question = np.arange(NUM_TOKENS), tail()
+    token_ids[-2:] = token_ids[[5, 25]]  # which makes the first and the third document what the question is about
+    runs, documents = [Run(0, OTHER, 90, 40)], [(0, 10), (10, 20), (20, 30), (30, 40)]
+    for budget, whole in ((0.2, 0), (0.3, 1), (0.4, 1), (0.5, 2), (0.8, 2)):
+        rules = ReuseConfig(mode="identical", budget=budget, relevance_ratio=0.6, boundary_tokens=0)
+        plan = build_plan(token_ids, None, runs, [], question, rules, NUM_LAYERS, documents)
+        assert sum(bool(plan.must[start:stop].all()) for start, stop in documents) == whole
+        assert int((plan.borrowed & plan.must).sum()) + plan.attention_tokens == np.ceil(budget * 40)
+
+
 def test_full_layers_compute_all_that_is_behind_the_prefix() -> None:
     plan = plan_of([Run(25, ONE, 0, 30)], prefix_tokens=20, rules=replace(RULES, full_layers=2))
     assert plan.predicted_rows[:2] == (40, 40) and plan.predicted_rows[2] < 40
