@@ -196,6 +196,7 @@ class SemShareEngine(ModelHolder):
             with self._counting:
                 self._counts.update(dict(zip(COUNTS, counts, strict=True)))
             self._memory.keep(call, runtime)
+            runtime.adapter.settle(call.outcome.prefill.cache)
 
     def warm(
         self,

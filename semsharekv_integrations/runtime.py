@@ -24,16 +24,16 @@ from semsharekv_integrations.errors import PromptError, UnsupportedModelError
 from semsharekv_integrations.kv import Rendered, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding
-from semsharekv_integrations.model.decoding import Decoder, Retainer
+from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
+from semsharekv_integrations.model.retention import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill, UnservedError, prefill_behind_prefix
 from semsharekv_integrations.model.state import State
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
-from semsharekv_integrations.reuse.planner import Planner, Scope, StateRules, list_texts, mark_question
+from semsharekv_integrations.reuse.planner import Planner, Scope, StateRules
 from semsharekv_integrations.reuse.rewording import RewordingFinder
-from semsharekv_integrations.reuse.selection import RELEVANT_SHARE, choose_relevant_tokens, score_documents
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
@@ -41,7 +41,7 @@ from semsharekv_integrations.text.answer_stream import AnswerReader, AnswerReade
 from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _MOST_STATES = 8  # of which a runtime is kept, each with an index of passages
 
@@ -240,7 +240,10 @@ class Runtime:
             with call.watch.phase("forward"):
                 places = self.planner.choose_checkpoints(call.rendered, call.plan, call.request.namespace)
                 call.outcome = prefill_behind_prefix(self.adapter, call.plan, places)
-        call.mode, call.kv_bytes = self.mode, KVBytes(*[self.adapter.measure_kv(call.outcome.prefill.cache)] * 2)
+        cache = call.outcome.prefill.cache
+        with call.watch.phase("forward"):
+            self.adapter.settle(cache)
+        call.mode, call.kv_bytes = self.mode, KVBytes(*[self.adapter.measure_kv(cache)] * 2)
 
     def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
         """Fill in the answer; yield one chunk for each token, maybe empty, then what was held back for stop strings.
@@ -261,10 +264,11 @@ class Runtime:
                 yield from call.add_token(token_id, said)
                 if self._retainer is not None and len(answer.token_ids) == 1 and not is_last:
                     with call.watch.phase("retain"):
-                        decoder.cache = self._shorten(self._retainer, call.read, prefill.cache)
+                        decoder.cache = self._retainer.shorten_for(call.read, prefill.cache)
+                        self.adapter.settle(decoder.cache)
                     call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.measure_kv(decoder.cache))
         rest = reader.finish()
-        answer.end(is_whole=reader.stopped or decoder.is_whole(answer.token_ids[-1]))
+        answer.end(is_whole=reader.stopped or decoder.chooser.is_whole(answer.token_ids[-1]))
         yield from call.add(rest)
 
     def audit(self, call: Call, auditor: Auditor) -> None:
@@ -298,14 +302,6 @@ class Runtime:
         if not request.may_call:
             return self._readers.begin_plain(stop, request.json_schema)
         return self._readers.begin_calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
-
-    def _shorten(self, retainer: Retainer, rendered: Rendered, cache: DynamicCache) -> DynamicCache:
-        """Return a shortened cache: it keeps what the question is about first, then what it attends to."""
-        texts = list_texts(rendered)
-        question = mark_question(rendered, self.reuse.tail_tokens)
-        scores = score_documents(rendered.token_ids, texts, question)
-        relevant = choose_relevant_tokens(scores, texts, np.ones_like(question), RELEVANT_SHARE)
-        return retainer.shorten(rendered.token_ids, question, relevant, cache)
 
 
 class _States:

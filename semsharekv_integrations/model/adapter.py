@@ -14,12 +14,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.concurrency.threads import free_in_children
 from semsharekv_integrations.config import Mode
@@ -27,8 +24,8 @@ from semsharekv_integrations.errors import UnsupportedModelError, is_whole, requ
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, State, TokenIds, take_first_tokens
 from semsharekv_integrations.model.attention import Block, blocked_attention, blocks_of
 from semsharekv_integrations.model.checkpoints import OwnCache, StateCache, list_tensors
+from semsharekv_integrations.model.continuing import Continuation, find_continuation
 from semsharekv_integrations.model.layers import (
-    CHOSEN,
     find_cache_argument,
     find_input_device,
     has_plain_embeddings,
@@ -39,12 +36,10 @@ from semsharekv_integrations.model.layers import (
     require_decoder,
     require_no_prompt_learning,
     require_text_alone,
-    shrink_windows,
 )
 from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
 
-_PROBE_TOKENS, _PROBE_WINDOW = 12, 5  # windows that are as short as this hide nothing from the probe
-_CHOSEN_PROBES, _LONG_PROBE = 4, 48
+_PROBE_TOKENS = 12
 _KEEP_IN_MODULES, _READ_WHOLE = "recurrent_gemma", "cpmant"  # types
 _OFF_ALONE = {
     _KEEP_IN_MODULES: "keeps the state of the text that it read last in its modules, and in no cache",
@@ -59,29 +54,6 @@ class Prefill(NamedTuple):
 
     logits: Tensor
     cache: DynamicCache
-
-
-class Continuation(NamedTuple):
-    """How a model goes on behind stored tokens.
-
-    Attributes:
-        keeps_states: whether its layers keep more than KV per token, so that it goes on from checkpoints alone.
-        in_blocks: whether attention may be computed in blocks.
-        one_by_one: whether a pass behind others takes one token alone.
-    """
-
-    keeps_states: bool = False
-    in_blocks: bool = True
-    one_by_one: bool = False
-
-
-_CONTINUATIONS = (  # the first that gives a full prefill's logits is the model's
-    Continuation(),
-    Continuation(in_blocks=False),
-    Continuation(keeps_states=True),
-    Continuation(keeps_states=True, in_blocks=False),
-    Continuation(keeps_states=True, in_blocks=False, one_by_one=True),
-)
 
 
 class ModelAdapter:
@@ -114,7 +86,7 @@ class ModelAdapter:
         # Whether a pass can be told which slots of a batch are padding, and each row's position
         self.accepts_padding = {"attention_mask", "position_ids"} <= own
         self._cache_argument = find_cache_argument(type(base))
-        self.way = Continuation() if mode == "off" else self._find_continuation()
+        self.way = Continuation() if mode == "off" else find_continuation(self, _OFF_ALONE.get(self.config.model_type))
 
     def prefill(
         self, token_ids: TokenIds, prefix: PrefixMatch | None = None, checkpoints: Sequence[int] = ()
@@ -178,15 +150,12 @@ class ModelAdapter:
             return logits
         if self.config.model_type == _READ_WHOLE:
             return self._forward(ids, cache, torch.arange(position + 1))
-        return self._forward(ids[:, -1:], cache, torch.tensor([position]))
+        return self._forward(ids[:, -1:], cache, torch.arange(position, position + 1, device=self.device))
 
-    def decode_padded(
-        self, ids: Tensor, cache: DynamicCache, positions: Sequence[int], pads: NDArray[np.int64]
-    ) -> Tensor:
+    def decode_padded(self, ids: Tensor, cache: DynamicCache, positions: Tensor, pads: Tensor) -> Tensor:
         """Run ``ids`` [B, 1] at ``positions`` [B], add KV, return logits [B, V]; first ``pads`` [B] slots are empty."""
-        slots = torch.arange(cache.layers[0].keys.shape[2] + 1)
-        mask = (slots >= torch.from_numpy(pads)[:, None]).long().to(self.device)
-        return self._forward(ids, cache, torch.tensor(positions)[:, None], attention_mask=mask)
+        slots = torch.arange(cache.layers[0].keys.shape[2] + 1, device=pads.device)
+        return self._forward(ids, cache, positions[:, None], attention_mask=(slots >= pads[:, None]).long())
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
         """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
@@ -324,6 +293,13 @@ class ModelAdapter:
         limits = (group.get("original_max_position_embeddings") for group in changing)
         return min((limit or self.config.max_position_embeddings for limit in limits), default=None)
 
+    def settle(self, cache: DynamicCache) -> None:
+        """Wait until what was begun on the devices of ``cache`` is done, so that a clock may be read; on CUDA alone."""
+        kept = (tensor for layer in cache.layers for _, tensor in list_tensors(layer))
+        for device in {self.device, *(tensor.device for tensor in kept)}:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+
     def lock(self) -> AbstractContextManager[object]:
         """Return the model's lock. While it is held (``with``), no adapter runs the model in another thread."""
         return self._lock
@@ -338,60 +314,3 @@ class ModelAdapter:
         difference, spread = (one.float() - other.float()).square().mean().sqrt(), other.float().std()
         tolerance = 2.5e-4 if other.dtype == torch.float32 else 0.1  # share of the logits' spread
         return bool(difference <= tolerance * spread.clamp_min(1e-6))
-
-    def _find_continuation(self) -> Continuation:
-        """Return how the model goes on from a stored prefix; raise ``UnsupportedModelError`` if it cannot."""
-        name = type(self.model).__name__
-        why = _OFF_ALONE.get(self.config.model_type)
-        if not self.model._supports_default_dynamic_cache():
-            why = "keeps a cache of a class of its own"
-        if why is not None:
-            raise UnsupportedModelError(f"{name} {why}; use mode='off'")
-        reason, failed = "gives other logits behind a reused prefix than in a full prefill", list[Exception]()
-        with self._lock, shrink_windows(self.model, _PROBE_WINDOW):
-            for self.way in _CONTINUATIONS:
-                try:
-                    if all(self._continues(ids) for ids in self._list_probes()):
-                        return self.way
-                except torch.OutOfMemoryError:
-                    raise
-                except (TypeError, AttributeError, ValueError, RuntimeError, LookupError) as error:
-                    failed.append(error)  # the model does not take such a cache
-        if len(failed) == len(_CONTINUATIONS):
-            reason = f"fails with a cache ({failed[-1]})"
-        raise UnsupportedModelError(f"{name} {reason}; use mode='off'")
-
-    def _list_probes(self) -> list[TokenIds]:
-        """Return token ids [N] to try; several more where an indexer chooses tokens, as ties are broken by chance."""
-        random = np.random.default_rng(0)
-        more = _CHOSEN_PROBES if hasattr(self.config, CHOSEN) else 0
-        return [self.probe_ids(), *(random.integers(self.config.vocab_size, size=_LONG_PROBE) for _ in range(more))]
-
-    def _continues(self, ids: TokenIds) -> bool:
-        """Return True if ``ids`` [N] in two pieces give the logits of one piece, with another text computed between.
-
-        So must one token by itself in the cache that transformers would use: else no prefill is like decoding.
-        """
-        logits = self.prefill(ids).logits
-        for cut in (len(ids) // 2, len(ids) - 1):
-            cache = self.prefill(ids[:cut]).cache
-            if not cache.layers or not (self.way.keeps_states or _has_kv_alone(cache)):
-                return False
-            states = self.read_states(cache) or {}
-            stored = Reference("probe", "probe", ids[:cut], self.read_layers(cache), checkpoints=states)
-            if cut < len(ids) - 1:
-                self.prefill(ids[::-1].copy())
-            if not self.is_close(self.prefill(ids, PrefixMatch(stored, cut)).logits, logits):
-                return False
-        usual = DynamicCache(config=self.model.config)
-        return _has_kv_alone(usual) or self.is_close(self._probe_step(ids, usual), logits)
-
-    def _probe_step(self, ids: TokenIds, cache: DynamicCache) -> Tensor:
-        """Return logits [B, V] of the last of ``ids`` [N], computed by itself behind the others, in an empty cache."""
-        self.forward(ids[:-1], cache, 0)
-        return self._forward(torch.from_numpy(ids[-1:])[None], cache, torch.tensor([len(ids) - 1]))
-
-
-def _has_kv_alone(cache: DynamicCache) -> bool:
-    """Return whether each layer of ``cache`` keeps the KV of every token, and nothing else."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)

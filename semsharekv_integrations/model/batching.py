@@ -8,18 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.concurrency.scheduler import get_current_job
 from semsharekv_integrations.concurrency.threads import tell_of_forks
 from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.continuing import has_kv_alone
 from semsharekv_integrations.model.layers import make_cache
 
 PATIENCE_S = 0.005  # a step waits so long for calls that are still at their last token; a forward pass takes longer
@@ -67,7 +66,8 @@ class SharedDecoding:
         self._rows: list[Row] = []
         self._group: list[Row] = []  # whose KV is in ``_joint``
         self._joint = DynamicCache()  # [B, H, T, D], each row at the end, behind padding
-        self._pads = np.empty(0, dtype=np.int64)  # [B]
+        self._pads: Sequence[int] = ()  # of each row of the group
+        self._places = torch.empty(2, 0)  # these and the rows' next positions, [2, B], where the model is
 
     def join(self) -> Row:
         """Add a call and return its place, to be given to ``step`` and, in the end, to ``leave``."""
@@ -125,7 +125,7 @@ class SharedDecoding:
         if len(self._rows) == 1 or self._max_batch_size == 1 or self._adapter.stable_positions is not None:
             return False
         layers = cache.layers
-        if any(type(layer) is not DynamicLayer for layer in layers) or len({x.keys.shape[2] for x in layers}) != 1:
+        if not has_kv_alone(cache) or len({x.keys.shape[2] for x in layers}) != 1:
             return False
         if self._is_allowed is None:
             self._is_allowed = self._is_same_in_batches()
@@ -165,7 +165,9 @@ class SharedDecoding:
             self._split()
             self._merge(rows)
         last = torch.cat([row.ids[:, -1:] for row in rows])
-        logits = self._adapter.decode_padded(last, self._joint, [row.ids.shape[1] - 1 for row in rows], self._pads)
+        pads, positions = self._places
+        logits = self._adapter.decode_padded(last, self._joint, positions, pads)
+        positions += 1
         for row in rows:
             row.num_stored += 1
         return logits
@@ -174,6 +176,8 @@ class SharedDecoding:
         """Make ``rows`` the group: move their KV into a new joint cache and leave their own caches empty."""
         self._joint, self._pads = merge_caches([row.cache for row in rows])
         self._group = list(rows)
+        positions = [row.ids.shape[1] - 1 for row in rows]
+        self._places = torch.tensor([self._pads, positions], device=self._adapter.device)
         for row in rows:
             row.num_stored = row.cache.layers[0].keys.shape[2]
             for layer in row.cache.layers:  # [B, H, 0, D] of [B, H, T, D]
@@ -187,7 +191,7 @@ class SharedDecoding:
             place = (slice(index, index + 1), slice(None), slice(padding, padding + row.num_stored))
             for own, joint in zip(row.cache.layers, self._joint.layers, strict=True):
                 own.keys, own.values = joint.keys[place].clone(), joint.values[place].clone()
-        self._group, self._joint, self._pads = [], DynamicCache(), np.empty(0, dtype=np.int64)
+        self._group, self._joint, self._pads = [], DynamicCache(), ()
 
     def _is_same_in_batches(self) -> bool:
         """Decode two probes in a batch. Return True if logits are as for each alone, False too if the model refuses."""
@@ -198,20 +202,21 @@ class SharedDecoding:
         alone = [adapter.prefill(ids).logits for ids in probes]
         joint, pads = merge_caches([adapter.prefill(ids[:-1]).cache for ids in probes])
         last = torch.tensor([[ids[-1]] for ids in probes])
+        places = torch.tensor([_PROBE_TOKENS, pads], device=adapter.device)
         try:
-            together = adapter.decode_padded(last, joint, list(_PROBE_TOKENS), pads)
+            together = adapter.decode_padded(last, joint, *places)
         except (TypeError, ValueError, RuntimeError):  # the model takes no such mask
             return False
         return all(adapter.is_close(one[None], other) for one, other in zip(together, alone, strict=True))
 
 
-def merge_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, np.ndarray]:
-    """Return one new cache [B, H, T, D] of copies, each padded on the left to end together, and the padding [B]."""
-    lengths = np.array([cache.layers[0].keys.shape[2] for cache in caches], dtype=np.int64)
-    pads = lengths.max() - lengths
+def merge_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, list[int]]:
+    """Return one new cache [B, H, T, D] of copies, each padded on the left to end together, and the padding of each."""
+    lengths = [cache.layers[0].keys.shape[2] for cache in caches]
+    pads = [max(lengths) - length for length in lengths]
 
     def stack(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([pad(tensor, (0, 0, int(slots), 0)) for tensor, slots in zip(tensors, pads, strict=True)])
+        return torch.cat([pad(tensor, (0, 0, slots, 0)) for tensor, slots in zip(tensors, pads, strict=True)])
 
     with torch.inference_mode():
         joint = make_cache(

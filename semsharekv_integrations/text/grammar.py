@@ -87,9 +87,11 @@ class ConstraintProcessor(LogitsProcessor):
         allowed = self._constraint.find_allowed(scores.shape[-1])
         if allowed is None:
             return scores
+        if scores.is_cuda:
+            allowed = allowed.pin_memory().to(scores.device, non_blocking=True)  # so that the host does not wait
         allowed = allowed.to(scores.device)
         left = scores.masked_fill(~allowed, -torch.inf)
-        return left if torch.isfinite(left).any() else torch.where(allowed, 0.0, left)
+        return torch.where(torch.isfinite(left).any(), left, left.masked_fill(allowed, 0.0))
 
 
 class ConstraintCriterion(StoppingCriteria):

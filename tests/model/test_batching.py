@@ -222,7 +222,7 @@ def test_padding_comes_first(llama, tokenizer) -> None:
     adapter = ModelAdapter(llama, "exact")
     caches = [adapter.prefill(adapter.probe_ids()[:size]).cache for size in (3, 5)]
     joint, pads = merge_caches(caches)
-    assert pads.tolist() == [2, 0]
+    assert pads == [2, 0]
     for layer, short, long in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
         assert not layer.keys[0, :, :2].any() and not layer.values[0, :, :2].any()
         assert layer.keys[:1, :, 2:].equal(short.keys) and layer.values[1:].equal(long.values)

@@ -10,8 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from semsharekv_integrations import ContextWindowError, SamplingConfig
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.batching import SharedDecoding
-from semsharekv_integrations.model.decoding import Decoder
+from semsharekv_integrations.model.choosing import TokenChooser
 from tiny_models import EngineMaker, make_model
 
 PROMPT = "Report on Prorna in the Daily Courier. People affected by it numbered 1204."
@@ -53,9 +52,8 @@ def test_scores_are_those_that_generate_samples_from(llama, tokenizer, options) 
         **inputs, **options, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True
     ).scores[0]
     adapter, ids = ModelAdapter(llama, "off"), inputs.input_ids[0].numpy()
-    decoder = Decoder(adapter, ids, SamplingConfig(seed=1, **options), SharedDecoding(adapter, 1))
-    _, scores = decoder._choose(adapter.prefill(ids).logits)
-    torch.testing.assert_close(scores, wanted)
+    chooser = TokenChooser(adapter, ids, SamplingConfig(seed=1, **options), None)
+    torch.testing.assert_close(chooser.choose(adapter.prefill(ids).logits).scores, wanted)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, UnsupportedModelError
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.decoding import Retainer
+from semsharekv_integrations.model.retention import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.selection import (
@@ -185,7 +185,7 @@ def test_the_document_asked_for_is_kept_whole(make_engine: EngineMaker) -> None:
     parts = engine._load()
     rendered = parts.renderer.render(prompt, documents)
     whole = parts.adapter.prefill(rendered.token_ids)
-    short = parts._shorten(parts._retainer, rendered, whole.cache)
+    short = parts._retainer.shorten_for(rendered, whole.cache)
     (asked,) = [segment for segment in rendered.segments if segment.document_id == "Velmar"]
     for before, after in zip(whole.cache.layers, short.layers, strict=True):
         kept = set(_places(before.keys, after.keys))
