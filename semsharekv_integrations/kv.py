@@ -53,7 +53,7 @@ class PiecedLayers(Sequence[LayerKV]):
     """
 
     def __init__(self, pieces: Sequence[KVPiece], num_layers: int) -> None:
-        self._pieces = pieces
+        self.pieces = pieces
         self._num_layers = num_layers
 
     def __len__(self) -> int:
@@ -68,16 +68,31 @@ class PiecedLayers(Sequence[LayerKV]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         index = range(self._num_layers)[index]  # which knows its bounds
-        parts = [piece.layer(index) for piece in self._pieces]
+        parts = [piece.layer(index) for piece in self.pieces]
         return parts[0] if len(parts) == 1 else LayerKV(*(torch.cat(both, dim=2) for both in zip(*parts, strict=True)))
 
     def covering(self, num_tokens: int) -> PiecedLayers:
         """Return the layers of the whole pieces that hold the first ``num_tokens`` tokens, 1 to all. Copies nothing."""
         needed, have = 0, 0
         while have < num_tokens:
-            have += self._pieces[needed].num_tokens
+            have += self.pieces[needed].num_tokens
             needed += 1
-        return PiecedLayers(self._pieces[:needed], self._num_layers)
+        return PiecedLayers(self.pieces[:needed], self._num_layers)
+
+
+class _OnePiece(NamedTuple):
+    """``KVPiece`` of layers that lie in one piece."""
+
+    layers: Sequence[LayerKV]
+    num_tokens: int
+
+    def layer(self, index: int) -> LayerKV:
+        return self.layers[index]
+
+
+def list_pieces(layers: Sequence[LayerKV], num_tokens: int) -> Sequence[KVPiece]:
+    """Return the pieces that ``layers``, of ``num_tokens`` tokens, lie in."""
+    return layers.pieces if isinstance(layers, PiecedLayers) else [_OnePiece(layers, num_tokens)]
 
 
 def take_first_tokens(layers: Sequence[LayerKV], num_tokens: int) -> Iterator[LayerKV]:
@@ -303,22 +318,45 @@ class Rotation:
     inverse_frequencies: torch.Tensor
     interleaved: bool = False
     start: int = 0
+    _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def angles(self, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine, both [N, R] in float32, for ``shifts`` [N] in positions, which may be negative."""
-        frequencies = self.inverse_frequencies.to(shifts.device, torch.float32)
+        frequencies = self._on_device.get(shifts.device)
+        if frequencies is None:  # a copy for each device: the host would wait for each further one
+            frequencies = self._on_device[shifts.device] = self.inverse_frequencies.to(shifts.device, torch.float32)
         turned = shifts[:, None].to(torch.float32) * frequencies  # [N, R]
         return turned.cos(), turned.sin()
 
-    def turn(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """As ``rotate``, with cosine and sine from ``angles``, which layers with this very rotation share."""
-        turned = keys.to(torch.promote_types(keys.dtype, torch.float32), copy=True)
-        rotary = turned[..., self.start : self.start + 2 * cos.shape[-1]]  # [B, H, N, 2R]
-        first, second = (rotary[..., 0::2], rotary[..., 1::2]) if self.interleaved else rotary.chunk(2, dim=-1)
-        before = first.clone()
-        first.mul_(cos).addcmul_(second, sin, value=-1)
-        second.mul_(cos).addcmul_(before, sin)
-        return turned.to(keys.dtype)
+    def turn(
+        self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As ``rotate``, with ``cos`` and ``sin`` from ``angles``, [N, R] or for all tokens alike [1, R].
+
+        Writes to ``out``, of the shape and dtype of ``keys``, if given; it may be ``keys`` itself, but not overlap it.
+        """
+        out = torch.empty_like(keys) if out is None else out
+        stop = self.start + 2 * cos.shape[-1]
+        if out is not keys:
+            for rest in (slice(0, self.start), slice(stop, None)):
+                if out[..., rest].numel():
+                    out[..., rest] = keys[..., rest]
+        (first, second), places = (self._pair(tensor[..., self.start : stop]) for tensor in (keys, out))
+        in_place = out is not keys and keys.dtype == torch.promote_types(keys.dtype, torch.float32)
+        turned = [  # [..., N, R]
+            torch.mul(one, cos, out=place if in_place else None).addcmul_(other, sin, value=sign)
+            for one, other, sign, place in ((first, second, -1, places[0]), (second, first, 1, places[1]))
+        ]
+        for place, half in zip(() if in_place else places, turned, strict=False):
+            place.copy_(half)
+        return out
+
+    def _pair(self, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of the first and the second numbers [..., R] of all pairs in ``rotary`` [..., 2R]."""
+        if self.interleaved:
+            return rotary[..., 0::2], rotary[..., 1::2]
+        first, second = rotary.chunk(2, dim=-1)
+        return first, second
 
 
 class LayerRotation(NamedTuple):

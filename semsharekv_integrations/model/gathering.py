@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from semsharekv_integrations.kv import LayerKV, LayerRotation, Rotation, take_first_tokens
+from semsharekv_integrations.kv import LayerKV, LayerRotation
 from semsharekv_integrations.model.layers import fill_layer
-from semsharekv_integrations.reuse.plan import Borrowing, ReusePlan
+from semsharekv_integrations.model.sources import Pieces, Sources
+from semsharekv_integrations.reuse.plan import ReusePlan
+
+_GROUP_BYTES = 1 << 28  # of stored KV that an accelerator puts together at a time: few launches, little memory beside
+_STRETCH_BYTES = 1 << 17  # of a layer; if stretches are shorter on average, picking is faster than copying each
 
 
 class Measured(Exception):
@@ -80,53 +83,40 @@ class GatheredCache(DynamicCache):
 
 
 def gather(plan: ReusePlan, rotations: Sequence[LayerRotation]) -> GatheredCache:
-    """Return copies of the KV that ``plan`` borrows, in the prompt's order, keys turned if it says so; else zeros."""
-    groups: dict[int, list[Borrowing]] = {}
-    for borrowing in plan.borrowings:
-        groups.setdefault(id(borrowing.reference), []).append(borrowing)
-    sources = [_Source(group) for group in groups.values()]
-    prefixes = take_first_tokens(plan.prefix.reference.layers, plan.prefix.num_tokens) if plan.prefix else None
-    layers = []
-    for index, rotation in enumerate(rotations):
-        prefix = next(prefixes) if prefixes else (None, None)
-        stored = zip(*(source.reference.layers[index] for source in sources), strict=True)  # keys, then values
-        turning = rotation if plan.rotate_keys else LayerRotation()
-        pieces = zip(stored, prefix, turning, strict=True)
-        layers.append(LayerKV(*(_gather(len(plan.token_ids), sources, *piece) for piece in pieces)))
+    """Return copies of the KV that ``plan`` borrows, in the prompt's order, keys turned if it says so; else zeros.
+
+    Each layer's KV lies where what is stored of it does.
+    """
+    turning = rotations if plan.rotate_keys else [LayerRotation()] * len(rotations)
+    sources = Sources(plan)
+    layers: list[LayerKV] = []
+    while (index := len(layers)) < len(turning):
+        pieces = sources.read(index)
+        on_cpu, num_bytes = pieces[0].keys.device.type == "cpu", _count_bytes(pieces)
+        if on_cpu and num_bytes >= len(sources.stretches) * _STRETCH_BYTES:
+            layers.append(sources.copy(pieces, turning[index]))
+        else:
+            most = 1 if on_cpu else _GROUP_BYTES // max(1, num_bytes)
+            layers += sources.pick(_take_group(sources, pieces, turning[index:][:most], index), turning[index])
     return GatheredCache(layers)
 
 
-def _gather(
-    length: int, sources: Sequence[_Source], stored: Sequence[Tensor], prefix: Tensor | None, turning: Rotation | None
-) -> Tensor:
-    """Return new keys or values [B, H, T, D] of one layer, copied from each reference [B, H, S, D] and the prefix."""
-    like = stored[0]
-    whole = like.new_zeros((*like.shape[:2], length, like.shape[3]))
-    if prefix is not None:
-        whole[:, :, : prefix.shape[2]] = prefix
-    for source, tensor in zip(sources, stored, strict=True):
-        source.put(whole, tensor, turning)
-    return whole
+def _take_group(sources: Sources, first: Pieces, turning: Sequence[LayerRotation], start: int) -> list[Pieces]:
+    """Return the pieces of layer ``start``, ``first``, and of those of ``turning`` behind it that can go with it.
+
+    They turn alike, and lie on one device in one shape.
+    """
+    group = [first]
+    for index, rotation in enumerate(turning[1:], start + 1):
+        if rotation != turning[0] or _describe(pieces := sources.read(index)) != _describe(first):
+            break
+        group.append(pieces)
+    return group
 
 
-class _Source:
-    """A reference, whose tokens ``sources`` [N] become tokens ``targets`` [N] of the prompt."""
+def _count_bytes(pieces: Pieces) -> int:
+    return sum(tensor.nbytes for layer in pieces for tensor in layer)
 
-    def __init__(self, borrowings: Sequence[Borrowing]) -> None:
-        self.reference = borrowings[0].reference
-        self._sources, self._targets = (
-            torch.from_numpy(np.concatenate([getattr(b, name) for b in borrowings])) for name in ("sources", "targets")
-        )
-        self._moves = not torch.equal(self._sources, self._targets)
-        self._angles: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # of each rotation
 
-    def put(self, whole: Tensor, stored: Tensor, rotation: Rotation | None) -> None:
-        """Write this source's tokens of ``stored`` [B, H, S, D] into ``whole`` [B, H, T, D], turned by ``rotation``."""
-        device = whole.device
-        part = stored.index_select(2, self._sources.to(device))
-        if rotation is not None and self._moves:
-            known = id(rotation), device
-            if known not in self._angles:
-                self._angles[known] = rotation.angles((self._targets - self._sources).to(device))
-            part = rotation.turn(part, *self._angles[known])
-        whole.index_copy_(2, self._targets.to(device), part)
+def _describe(pieces: Pieces) -> list[tuple[Any, ...]]:
+    return [(tensor.device, tensor.dtype, tensor.shape) for layer in pieces for tensor in layer]
