@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semsharekv_integrations.store.files import open_private, require_plain
+from semsharekv_integrations.store.ownership import open_private, require_plain
 from semsharekv_integrations.store.records import Contents, EntryRecord, FileRecord, NodeRecord, is_sound
 
 FORMAT_VERSION = 1

@@ -6,7 +6,6 @@ file holds tensors, a header of JSON with the rest, and a digest over both, whic
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from semsharekv_integrations.errors import StoreFileError, StoreWriteError, is_whole
 from semsharekv_integrations.kv import LayerKV, Reference, State, TokenIds
 from semsharekv_integrations.logs import log_trouble
-from semsharekv_integrations.store.files import STATE_MARK, digest_tensors
+from semsharekv_integrations.store.files import STATE_MARK, make_metadata
+from semsharekv_integrations.store.reading import DamageError, TensorFile
 from semsharekv_integrations.store.records import EntryRecord, has_token_ids, is_sound, pack_labels, unpack_reference
+from semsharekv_integrations.store.rooms import make_rooms
 
-FORMAT_VERSION = 2  # of files of references
+FORMAT_VERSION = 3  # of files of references
+_READABLE = (2, FORMAT_VERSION)  # version 2 has one digest over everything
 _KEYS, _VALUES, _SCALES = "keys", "values", "scales"
 _LARGEST = 127
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -132,13 +134,19 @@ class PackedKV:
         """Return the tokens from ``start`` to ``stop`` (exclusive), sharing memory with this KV."""
         return self._take(start, stop, lambda tensor: tensor[:, :, start:stop])
 
-    def copy_to(self, device: torch.device) -> PackedKV:
-        """Return a copy on ``device``, independent of files. One on the CPU is pinned if the model is on CUDA."""
-        return self._change(lambda tensor: self._pin(tensor.to(device if tensor.ndim else "cpu", copy=True)))
+    @property
+    def pins(self) -> bool:
+        """Whether host memory for this KV is pinned: the model is on CUDA."""
+        return self.device.type == "cuda"
 
+    @raise_memory_errors()
     def move_to(self, device: torch.device) -> PackedKV:
-        """Return this KV on ``device``, copied only if it lies elsewhere, or if it is pinned as in ``copy_to``."""
-        return self._change(lambda tensor: self._pin(tensor.to(device)) if tensor.ndim else tensor)
+        """Return this KV on ``device``, copied only if it lies elsewhere. Host memory is pinned for a model on CUDA."""
+        if device.type == "cpu" and self.pins and not all(tensor.is_pinned() for tensor in self.tensors.values()):
+            return self._copy_to_pinned()
+        tensors = self.tensors.items()
+        moved = {name: t.to(device, non_blocking=device.type != "cpu") if t.ndim else t for name, t in tensors}
+        return replace(self, tensors=moved)
 
     @classmethod
     def join(cls, parts: Sequence[PackedKV]) -> PackedKV:
@@ -152,14 +160,20 @@ class PackedKV:
             start += part.num_tokens
         return replace(parts[0], tensors=tensors)
 
-    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a pinned form of a CPU tensor if the model is on CUDA; any other, or if pinning fails, as it is."""
-        if tensor.device.type != "cpu" or self.device.type != "cuda":
-            return tensor
-        try:
-            return tensor.pin_memory()
-        except RuntimeError:  # no more memory can be pinned
-            return tensor
+    def _copy_to_pinned(self) -> PackedKV:
+        """Return a copy in pinned host memory, all of it there: the host waits once for each device."""
+        rooms = make_rooms(self.tensors, pinned=True)
+        last = {tensor.device: name for name, tensor in self.tensors.items()}  # which waits for those before it
+        for name, tensor in self.tensors.items():
+            rooms[name].copy_(tensor, non_blocking=last[tensor.device] != name)
+        return replace(self, tensors=rooms)
+
+    def keep_states(self, start: int, stop: int) -> PackedKV:
+        """Return this KV, which is tokens ``start`` to ``stop`` (exclusive) of a whole, with the states behind these.
+
+        Before, it has the states of the whole.
+        """
+        return self._take(start, stop, lambda tensor: tensor)
 
     @raise_memory_errors()
     def _take(self, start: int, stop: int, cut: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
@@ -168,11 +182,6 @@ class PackedKV:
         for at, state in self.checkpoints.items():
             tensors |= _name_state(at - start, state) if start < at <= stop else {}
         return replace(self, tensors=tensors)
-
-    @raise_memory_errors()
-    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
-        """Return KV of which each tensor is what ``change`` makes of this one's."""
-        return replace(self, tensors={name: change(tensor) for name, tensor in self.tensors.items()})
 
     def _unpack(self, name: str) -> torch.Tensor:
         """Return a tensor on the model's device; 8-bit numbers times their scales, in the model's dtype."""
@@ -222,8 +231,7 @@ def write_references(path: Path, references: Sequence[Reference], fingerprint: s
                 f"{n}.{name}": tensor.cpu().clone() for name, tensor in _name_state(at, state).items()
             }  # unshared
     entries = [_make_header(reference) for reference in references]
-    header = json.dumps({"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": entries})
-    metadata = {"semsharekv": header, "digest": digest_tensors(header, sorted(tensors.items()))}
+    metadata = make_metadata({"version": FORMAT_VERSION, "fingerprint": fingerprint, "entries": entries}, tensors)
     try:
         _write(path, tensors, metadata)
     except (OSError, SafetensorError, ValueError) as error:
@@ -258,23 +266,23 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
     if path.exists() and not path.is_file():
         raise StoreFileError(f"{path} is not a readable KV file: it is a folder, or no file at all")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata["semsharekv"])
-            _require_same(path, "version", header["version"], FORMAT_VERSION)
-            _require_same(path, "model fingerprint", header["fingerprint"], fingerprint)
-            named = ((name, file.get_tensor(name).cpu()) for name in sorted(file.keys()))
-            _require_same(path, "digest", digest_tensors(metadata["semsharekv"], named), metadata["digest"])
-            return [_read(file, n, entry) for n, entry in enumerate(header["entries"])]
+        with TensorFile(open(path, "rb", buffering=0), path.stat().st_size) as file:
+            if not file.is_sealed:
+                file.verify()
+            _require_same(path, "version", file.header["version"], _READABLE)
+            _require_same(path, "model fingerprint", file.header["fingerprint"], (fingerprint,))
+            tensors = dict(file.load(lambda _, form: torch.empty(form.shape, dtype=form.dtype), checks=file.is_sealed))
+            return [_read(tensors, n, entry, device) for n, entry in enumerate(file.header["entries"])]
     except (OSError, RuntimeError, MemoryError) as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error
-    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
+    except (DamageError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
 
 
-def _require_same(path: Path, name: str, found: object, wanted: object) -> None:
-    if found != wanted:
-        raise StoreFileError(f"{path} has {name} {found!r}; accepted is {wanted!r}")
+def _require_same(path: Path, name: str, found: object, accepted: tuple[object, ...]) -> None:
+    if found not in accepted:
+        wanted = " or ".join(map(repr, reversed(accepted)))
+        raise StoreFileError(f"{path} has {name} {found!r}; accepted is {wanted}")
 
 
 def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
@@ -286,19 +294,18 @@ def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
         raise ValueError(f"entry {n} has segments beyond its tokens")
 
 
-def _read(file: Any, n: int, entry: dict[str, Any]) -> Reference:
-    """Return reference ``n`` of an open file. Raises ``ValueError`` if its values are unsound or its KV misfits."""
-    token_ids = file.get_tensor(f"{n}.ids").cpu().numpy().astype(np.int64)
+def _read(tensors: Mapping[str, torch.Tensor], n: int, entry: dict[str, Any], device: torch.device) -> Reference:
+    """Return reference ``n`` of a file's tensors, on ``device``. Raises ``ValueError`` if it is unsound or misfits."""
+    token_ids = tensors[f"{n}.ids"].numpy().astype(np.int64)
     _require_sound(n, entry, token_ids)
-    layers = tuple(
-        LayerKV(file.get_tensor(f"{n}.{i}.keys"), file.get_tensor(f"{n}.{i}.values")) for i in range(entry["layers"])
-    )
+    names = [(f"{n}.{index}.{_KEYS}", f"{n}.{index}.{_VALUES}") for index in range(entry["layers"])]
+    layers = tuple(LayerKV(*(tensors[name].to(device) for name in both)) for both in names)
     if any(tensor.ndim != 4 or tensor.shape[2] != len(token_ids) for layer in layers for tensor in layer):
         raise ValueError(f"entry {n} has KV for another number of tokens than it has ids")
     checkpoints: dict[int, dict[str, torch.Tensor]] = {}
-    for name in sorted(file.keys()):
+    for name, tensor in tensors.items():
         place, is_state, rest = name.partition(STATE_MARK)
         entry_number, _, at = place.partition(".")
         if is_state and entry_number == str(n):
-            checkpoints.setdefault(int(at), {})[rest] = file.get_tensor(name)
+            checkpoints.setdefault(int(at), {})[rest] = tensor.to(device)
     return replace(unpack_reference(entry, entry["namespace"], token_ids, layers), checkpoints=checkpoints)

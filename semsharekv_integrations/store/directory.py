@@ -28,12 +28,8 @@ from semsharekv_integrations.store.catalog import (
     open_catalog,
     set_aside,
 )
-from semsharekv_integrations.store.files import (
-    KVFiles,
-    make_private_directory,
-    open_private,
-    require_directory,
-)
+from semsharekv_integrations.store.files import KVFiles
+from semsharekv_integrations.store.ownership import make_private_directory, open_private, require_directory
 from semsharekv_integrations.store.records import (
     Contents,
     EntryRecord,

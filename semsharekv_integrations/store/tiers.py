@@ -171,36 +171,65 @@ class Tiers:
 
     def _raise(self, node: Node, protected: Collection[Node]) -> PackedKV:
         """Return the KV of ``node``, promoted to the highest tier with room. Raises as ``load``; logs bad files."""
+        if node.held is not None:
+            return self._raise_held(node, node.held, protected)
         try:
-            packed = node.held or self.disk.read(node)
+            return self._raise_stored(node, protected)
         except UnavailableFileError:
             log_trouble("unavailable_file")
             raise
         except StoreFileError:
             log_trouble("unreadable_file")
             raise Unreadable(node) from None
-        if packed.is_rounded and not self._rounds:  # another store wrote it, which takes it for good enough
-            raise Unreadable(node)
+
+    def _raise_stored(self, node: Node, protected: Collection[Node]) -> PackedKV:
+        """As ``_raise``, for a node that lies on disk alone. Raises ``StoreFileError`` for a bad file."""
+        form = self.disk.describe(node)
+        self._require_kind(node, form)
+        tier = next((tier for tier in self.memory if tier.can_hold(form.num_bytes, protected)), None)
+        if tier is None:
+            return self.disk.read(node)
+        self._make_room(tier, form.num_bytes, protected, novel=False)
+        device = form.device if tier is self.device else _CPU
+        raised = make_if_room(lambda: self.disk.load(node, device))
+        self.counts["promotion_failed" if raised is None else "promoted"] += 1
+        if raised is None:  # there was room in the tier, and none in the machine
+            return self.disk.read(node)
+        self._put_into(tier, node, raised)
+        return raised
+
+    def _raise_held(self, node: Node, packed: PackedKV, protected: Collection[Node]) -> PackedKV:
+        """As ``_raise``, for a node in a memory tier."""
+        self._require_kind(node, packed)
         for tier in self.memory:
             if node in tier.sizes:
-                return packed
+                break
             if tier.can_hold(packed.num_bytes, protected):
                 return self._promote(node, packed, tier, protected)
         return packed
 
+    def _require_kind(self, node: Node, packed: PackedKV) -> None:
+        """Raise ``Unreadable`` for KV that another store has rounded, which takes it for good enough."""
+        if packed.is_rounded and not self._rounds:
+            raise Unreadable(node)
+
     def _promote(self, node: Node, packed: PackedKV, tier: Tier, protected: Collection[Node]) -> PackedKV:
-        """Move ``node`` to ``tier``; return its KV. If memory runs out, return it unmoved or raise ``Unreadable``."""
+        """Move ``node`` from a lower tier to ``tier``; return its KV.
+
+        If memory runs out, return it unmoved or raise ``Unreadable``.
+        """
         former = self.find_tier(node)
+        assert former is not None
         self._take_out(node)  # first, so that what must go from the device finds room on the host
         self._make_room(tier, packed.num_bytes, protected, novel=False)
-        raised = _move(packed, packed.device if tier is self.device else _CPU, copied=former is None)
+        raised = _move(packed, packed.device if tier is self.device else _CPU)
         if raised is not None:
             self._put_into(tier, node, raised)
             self.counts["promoted"] += 1
             return raised
         # There was room in the tier, and none in the machine: it is served from where it was.
         self.counts["promotion_failed"] += 1
-        if former is not None and self._make_room(former, packed.num_bytes, protected, novel=False):
+        if self._make_room(former, packed.num_bytes, protected, novel=False):
             self._put_into(former, node, packed)
         elif node.on_disk is None:
             raise Unreadable(node)
@@ -218,9 +247,9 @@ class Tiers:
         node.held = None
 
 
-def _move(packed: PackedKV, device: torch.device, *, copied: bool = False) -> PackedKV | None:
-    """Return ``packed`` on ``device``, always as a copy if ``copied``; None (logged) if there is no memory for it."""
-    return make_if_room(lambda: packed.copy_to(device) if copied else packed.move_to(device))
+def _move(packed: PackedKV, device: torch.device) -> PackedKV | None:
+    """Return ``packed`` on ``device``; None (logged) if there is no memory for it."""
+    return make_if_room(lambda: packed.move_to(device))
 
 
 def _take_part(whole: PackedKV, start: int, stop: int) -> PackedKV:

@@ -20,6 +20,7 @@ from semsharekv_integrations import StoreConfig, StoreFileError
 from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.store import KVStore, catalog, codec, files
 from semsharekv_integrations.store.directory import COUNTS, KVDirectory, peek
+from semsharekv_integrations.store.reading import TensorFile
 from stored_kv import kv_files, tensors
 from tiny_models import EngineMaker
 
@@ -61,8 +62,13 @@ TROUBLES: dict[str, Trouble] = {
         f"open {errno.errorcode[number]}": no_kv_file(system_error(number))
         for number in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
     },
-    "read EIO": lambda patch: patch.setattr(files, "_read_parts", raising(system_error(errno.EIO))),
-    "read without memory": lambda patch: patch.setattr(files, "_read_parts", raising(MemoryError())),
+    **{
+        f"{name} {type(error).__name__}": lambda patch, name=name, error=error: patch.setattr(
+            TensorFile, name, raising(error)
+        )
+        for name in ("_read_into", "_yield_parts")  # all that is read, and what is checked
+        for error in (system_error(errno.EIO), MemoryError())
+    },
     "map: missing": no_map(FileNotFoundError("No such file or directory")),
     "map: runtime": no_map(RuntimeError("unable to mmap 128 bytes: Cannot allocate memory (12)")),
     "map: memory": no_map(MemoryError("Cannot allocate memory")),
@@ -343,7 +349,7 @@ def test_a_saved_file_that_cannot_be_read_now(
     engine.generate("News from Velmar.", max_new_tokens=1)
     assert engine.save(tmp_path / "kv") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(codec, "safe_open", raising(error))
+        patch.setattr(codec, "TensorFile", raising(error))
         with pytest.raises(StoreFileError, match=r"kv cannot be read"):
             again.load(tmp_path / "kv")
     assert again.load(tmp_path / "kv") == 1
