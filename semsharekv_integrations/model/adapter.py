@@ -22,7 +22,7 @@ from semsharekv_integrations.concurrency.threads import free_in_children
 from semsharekv_integrations.config import Mode
 from semsharekv_integrations.errors import UnsupportedModelError, is_whole, require
 from semsharekv_integrations.kv import LayerKV, PrefixMatch, Reference, State, TokenIds, take_first_tokens
-from semsharekv_integrations.model.attention import Block, blocked_attention, blocks_of
+from semsharekv_integrations.model.attention import blocked_attention
 from semsharekv_integrations.model.checkpoints import OwnCache, StateCache, list_tensors
 from semsharekv_integrations.model.continuing import Continuation, find_continuation
 from semsharekv_integrations.model.layers import (
@@ -37,7 +37,9 @@ from semsharekv_integrations.model.layers import (
     require_no_prompt_learning,
     require_text_alone,
 )
+from semsharekv_integrations.model.sight import Block, Rows, blocks_of
 from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
+from semsharekv_integrations.model.transfers import send
 
 _PROBE_TOKENS = 12
 _KEEP_IN_MODULES, _READ_WHOLE = "recurrent_gemma", "cpmant"  # types
@@ -122,7 +124,7 @@ class ModelAdapter:
             return self._forward_each(ids, cache, start)[-1:]
         if not start:
             return self._forward(ids, cache, positions)
-        with self._lock, self.attention(blocks_of(positions)):
+        with self._lock, self.attention(blocks_of(positions.numpy(), self.device.type)):
             return self._forward(ids, cache, positions)
 
     def attention(self, blocks: Sequence[Block] = ()) -> AbstractContextManager[None]:
@@ -134,10 +136,10 @@ class ModelAdapter:
         each = enumerate(ids.split(1, dim=1), start)
         return torch.cat([self._forward(one, cache, torch.tensor([position])) for position, one in each])
 
-    def forward_rows(self, token_ids: TokenIds, rows: Tensor, cache: DynamicCache, mask: Tensor) -> Tensor:
-        """Run ``rows`` [N] of a prompt [T] with ``mask`` [B, 1, N, T] and ``cache``; return last logits [B, V]."""
-        ids = torch.from_numpy(token_ids).to(rows.device)[rows]
-        return self._forward(ids[None], cache, rows, attention_mask=mask)
+    def forward_rows(self, token_ids: TokenIds, rows: Rows, cache: DynamicCache, mask: Tensor) -> Tensor:
+        """Run ``rows`` [N] of a prompt [T] with ``mask`` and ``cache``; return the last one's logits [B, V]."""
+        ids = torch.from_numpy(token_ids[rows.positions])
+        return self._forward(ids[None], cache, rows.on_device, attention_mask=mask)
 
     def decode_step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         """Run the last of ``ids`` [B, T] (at a rope's limit all), add KV to ``cache``, return next logits [B, V]."""
@@ -159,14 +161,14 @@ class ModelAdapter:
 
     def _forward(self, ids: Tensor, cache: DynamicCache, positions: Tensor, keep: int = 0, **more: Tensor) -> Tensor:
         """Run ``ids`` [B, N] at ``positions``, add KV to ``cache``; return the last logits [B, V], or [B, keep, V]."""
-        place = positions.to(self.device).expand(len(ids), -1)
+        place = send(positions, self.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": place, "logits_to_keep": max(keep, 1), **more}
         inputs[self._cache_argument] = cache.own if isinstance(cache, OwnCache) else cache
         accepted = {name: value for name, value in inputs.items() if name in self._accepts}
         with self._lock, torch.inference_mode():
             self._require_in_turn(cache, positions)
             self.watch.glance()
-            output = self.model(input_ids=ids.to(self.device), use_cache=True, **accepted)
+            output = self.model(input_ids=send(ids, self.device), use_cache=True, **accepted)
         if isinstance(cache, StateCache):
             cache.num_tokens += ids.shape[1]
         if isinstance(cache, OwnCache):

@@ -1,8 +1,8 @@
 """Attention of one forward pass, watched or shortened through transformers' attention interface.
 
 ``watched_attention`` collects what some rows attend to. ``blocked_attention`` computes rows in blocks, each over the
-keys up to its last row alone. Rows behind a prefix, or picked from a prompt, need an explicit mask. Without blocks,
-every row then meets every key: twice the work of causal attention.
+keys up to its last row alone, or by a kernel of this package. Rows behind a prefix, or picked from a prompt, fit no
+kernel's own pattern: without blocks, every row would meet every key, twice the work of causal attention.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,40 +21,42 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ROWS_PER_BLOCK, MOST_BLOCKS = 64, 8
+from semsharekv_integrations.model.backends import find_row_attention, without_cudnn
+from semsharekv_integrations.model.sight import Block, Sight
+
 _WATCHED, _BLOCKED = "semsharekv_watched", "semsharekv_blocked"
 _SOFTMAXES = {torch.softmax, torch.Tensor.softmax, softmax}
+_NOT_OURS = ("softcap", "s_aux", "position_bias")  # options of attention that kernels of this package do not know
 _collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
 _blocks: ContextVar[Sequence[Block]] = ContextVar("blocks", default=())
+_sight: ContextVar[Sight | None] = ContextVar("sight", default=None)
 
 
-class Block(NamedTuple):
-    """Rows ``start`` to ``stop`` (exclusive) of those computed see none of the keys from ``num_keys`` on."""
-
-    start: int
-    stop: int
-    num_keys: int
-
-
-def blocks_of(positions: Tensor) -> Sequence[Block]:
-    """Split rows at ascending ``positions`` [N] into 2 to 8 blocks; return none if there are fewer than 128 rows."""
-    num_blocks = min(MOST_BLOCKS, len(positions) // ROWS_PER_BLOCK)
-    if num_blocks < 2:
-        return ()
-    edges = [len(positions) * index // num_blocks for index in range(num_blocks + 1)]
-    last_rows = positions[torch.tensor(edges[1:]) - 1].tolist()
-    return [Block(*block) for block in zip(edges, edges[1:], (row + 1 for row in last_rows), strict=False)]
+@contextmanager
+def watch_by_sight() -> Iterator[None]:
+    """Let ``use_sight`` be called inside, in this context (thread or task); forget its last call after."""
+    tokens = _blocks.set(()), _sight.set(None)
+    try:
+        yield
+    finally:
+        _blocks.reset(tokens[0])
+        _sight.reset(tokens[1])
 
 
-def use_blocks(blocks: Sequence[Block]) -> None:
-    """Replace the blocks that ``blocked_attention`` uses in this context (thread or task), from now on."""
-    _blocks.set(blocks)
+def use_sight(sight: Sight, by_positions: bool) -> None:
+    """Have attention go by the blocks of ``sight`` from now on.
+
+    Args:
+        by_positions: whether masks of one element stand for what ``sight`` says; else they say it themselves.
+    """
+    _blocks.set(sight.blocks)
+    _sight.set(sight if by_positions else None)
 
 
 @contextmanager
 def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) -> Iterator[None]:
     """Compute attention by ``blocks`` inside, with the same result up to rounding; no effect unless ``sdpa`` is set."""
-    if config._attn_implementation != "sdpa":
+    if not takes_blocks(config):
         yield
         return
     token = _blocks.set(blocks)
@@ -64,6 +65,11 @@ def blocked_attention(config: PreTrainedConfig, blocks: Sequence[Block] = ()) ->
             yield
     finally:
         _blocks.reset(token)
+
+
+def takes_blocks(config: PreTrainedConfig) -> bool:
+    """Return whether ``blocked_attention`` has an effect."""
+    return config._attn_implementation in ("sdpa", _BLOCKED) and _uses_interface(config)
 
 
 @contextmanager
@@ -151,24 +157,56 @@ def _attend_by_blocks(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Return attention [B, N, heads, D] of query [B, heads, N, D] over [B, H, T, D], and None; no mask is causal."""
-    num_rows = query.shape[2]
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    attend = partial(scaled_dot_product_attention, scale=options.get("scaling"))
-    groups = query.shape[1] // key.shape[1]
+    sight, is_told = _find_sight(attention_mask, query.shape[2])
+    scale = options.get("scaling")
+    if sight is not None and not is_told and all(options.get(name) is None for name in _NOT_OURS):
+        attend_rows = find_row_attention(query, key, value)
+        if attend_rows is not None:
+            return attend_rows(query, key, value, sight, scale), None
     blocks = _blocks.get()
-    if not blocks or blocks[-1].stop != num_rows:
-        # queries of one key head come as more rows of it: copies of the keys would cost more than these few rows
-        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-        mixed = attend(grouped, key, value, attention_mask.repeat(1, 1, groups, 1)).reshape(*query.shape[:3], -1)
-    else:
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # [B, heads, T, D]
-        parts = [
-            attend(query[:, :, i:j], key[:, :, :end], value[:, :, :end], attention_mask[:, :, i:j, :end])
-            for i, j, end in blocks
-        ]
-        mixed = torch.cat(parts, dim=2)
-    return mixed.transpose(1, 2).contiguous(), None  # [B, N, heads, D]
+    if not blocks or blocks[-1].stop != query.shape[2]:
+        blocks = (Block(0, query.shape[2], key.shape[2]),)
+    # heads of one key head are a batch of their own, for which the keys are not copied
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [B * H, heads / H, N, D]
+    keys, values = (each.flatten(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for each in (key, value))
+    mixed: Tensor | None = None
+    for index, (i, j, end, first) in enumerate(blocks):
+        mask = attention_mask[..., i:j, first:end] if is_told else None
+        if sight is not None:
+            made = sight.get_mask(index, query.dtype, query.device)
+            mask = made if mask is None else mask + made
+        with without_cudnn(query.device):
+            part = scaled_dot_product_attention(
+                grouped[:, :, i:j], keys[:, :, first:end], values[:, :, first:end], mask, scale=scale
+            )
+        part = part.unflatten(0, (len(query), -1)).permute(0, 3, 1, 2, 4)  # [B, rows, H, heads / H, D]
+        if len(blocks) == 1:
+            return part.flatten(2, 3).contiguous(), None
+        if mixed is None:
+            mixed = part.new_empty((len(part), query.shape[2], *part.shape[2:]))
+        mixed[:, i:j] = part
+    assert mixed is not None, "there are rows"
+    return mixed.flatten(2, 3), None
+
+
+def _find_sight(mask: Tensor, num_rows: int) -> tuple[Sight | None, bool]:
+    """Return what this context's rows see, None if ``mask`` says it all; and whether ``mask`` says anything.
+
+    Raises:
+        RuntimeError: if other rows come with the mask that stands for what those rows see.
+    """
+    sight = _sight.get()
+    if sight is None:
+        return None, True
+    is_told = mask.numel() > 1
+    if len(sight.rows) != num_rows:
+        if is_told:
+            return None, True
+        raise RuntimeError(f"attention of {num_rows} rows, where a layer has {len(sight.rows)}")
+    sight.uses += 1
+    return sight, is_told
 
 
 def _watch(
@@ -187,12 +225,17 @@ def _watch(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     assert attention_mask is not None, "rows come with a mask"
     batch, heads, rows, width = query.shape
+    sight, is_told = _find_sight(attention_mask, rows)
+    mask = attention_mask.float()
+    if sight is not None:
+        made = sight.get_whole_mask(torch.float32, query.device)
+        mask = mask + made if is_told else made
     grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, H, heads / H * N, D]
-    logits = (grouped @ key.mT).float() * (scaling if scaling is not None else width**-0.5)
-    logits = logits.reshape(batch, heads, rows, -1)
+    logits = (grouped @ key.mT).reshape(batch, heads, rows, -1)
+    scaling = scaling if scaling is not None else width**-0.5
     if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    weights = (logits + attention_mask.float()).softmax(-1)  # [B, heads, N, T]
+        logits, scaling = (logits.float() * (scaling / softcap)).tanh(), softcap
+    weights = torch.add(mask, logits, alpha=scaling).softmax(-1)  # [B, heads, N, T]
     collected.append(weights[0].mean(1))
     mixed = weights.to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2]) @ value  # [B, H, heads / H * N, D]
     return mixed.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None

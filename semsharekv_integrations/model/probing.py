@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.gathering import GatheredCache
 from semsharekv_integrations.model.layers import shrink_windows
 from semsharekv_integrations.model.rotations import PROBE_SHIFT, find_rotations
-from semsharekv_integrations.model.rows import RowPass
+from semsharekv_integrations.model.rows import RowPass, keep_all
 from semsharekv_integrations.model.views import LayerView, list_windows, view_layers, watch_layers
 
 T = TypeVar("T")
@@ -88,19 +89,19 @@ def _compute_rows(
 
     def compute(view: LayerView) -> tuple[LayerKV, ...]:
         cache = GatheredCache([LayerKV(*map(_pad, layer)) for layer in here])
-        rows = torch.arange(PROBE_SHIFT, PROBE_SHIFT + len(probe), device=adapter.device)
-        hidden = torch.arange(PROBE_SHIFT + len(probe), device=adapter.device) < PROBE_SHIFT
-        ahead = RowPass(view, cache, rows, lambda _, active, __: active, adapter.dtype, hidden)
+        rows = np.arange(PROBE_SHIFT, PROBE_SHIFT + len(probe))
+        hidden = np.arange(PROBE_SHIFT + len(probe)) < PROBE_SHIFT
+        ahead = RowPass(view, cache, rows, keep_all, adapter.dtype, adapter.device, hidden)
         ids = torch.cat([torch.zeros(PROBE_SHIFT, dtype=torch.int64), torch.from_numpy(probe)]).numpy()
         with torch.inference_mode(), adapter.attention(), ahead.install():
-            adapter.forward_rows(ids, rows, cache, ahead.given_mask)
+            adapter.forward_rows(ids, ahead.first, cache, ahead.given_mask)
         return adapter.read_layers(cache)
 
     return try_views(view, compute, type(adapter.model).__name__)
 
 
 def try_views(view: LayerView, run: Callable[[LayerView], T], name: str) -> tuple[LayerView, T]:
-    """Run with the view as it is, then with masks of tokens alone, or attention watched by its operations, or both.
+    """Run with the view as it is, then with masks of all rows, of tokens alone, and attention watched by operations.
 
     Returns:
         The first view that suits the model, and what came of it.
@@ -109,8 +110,12 @@ def try_views(view: LayerView, run: Callable[[LayerView], T], name: str) -> tupl
         UnsupportedModelError: if none does, naming the model by ``name``, and why the first one does not.
     """
     first: Exception | None = None
-    for takes_lengths, by_operations in product((view.takes_lengths, True), (view.by_operations, True)):
-        tried = replace(view, takes_lengths=takes_lengths, by_operations=by_operations)
+    choices = product((view.takes_lengths, True), (view.by_operations, True))
+    plain = [
+        replace(view, takes_lengths=takes_lengths, by_operations=by_operations, by_positions=False)
+        for takes_lengths, by_operations in choices
+    ]
+    for tried in [view, *plain] if view.by_positions else plain:
         try:
             return tried, run(tried)
         except torch.OutOfMemoryError:

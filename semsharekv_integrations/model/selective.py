@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -21,12 +22,13 @@ from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.errors import UnsupportedModelError
 from semsharekv_integrations.kv import Mask, Reference, Run, TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
-from semsharekv_integrations.model.attention import watch_operations, watched_attention
+from semsharekv_integrations.model.attention import takes_blocks, watch_operations, watched_attention
+from semsharekv_integrations.model.backends import WithoutCudnn
 from semsharekv_integrations.model.gathering import GatheredCache, gather
 from semsharekv_integrations.model.layers import INSTEAD, make_cache, require_reuse_off_prefix
 from semsharekv_integrations.model.probing import Probe, probe_model, short_windows, try_views
 from semsharekv_integrations.model.rotations import PROBE_SHIFT
-from semsharekv_integrations.model.rows import Measure, RowPass
+from semsharekv_integrations.model.rows import Measure, Positions, RowPass, Stopped, keep_all
 from semsharekv_integrations.model.views import LayerView, list_windows
 from semsharekv_integrations.report import Stopwatch
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
@@ -94,7 +96,8 @@ class SelectivePrefill:
         self._adapter = adapter
         with short_windows(adapter):
             probe = probe_model(adapter)
-            self._view, self.rotations = probe.view, probe.rotations
+            by_positions = adapter.way.in_blocks and takes_blocks(adapter.config)
+            self._view, self.rotations = replace(probe.view, by_positions=by_positions), probe.rotations
             self.num_layers = len(self._view.modules)
             self._require_same_logits(probe)
         self._view = replace(self._view, windows=list_windows(adapter.config))
@@ -122,10 +125,10 @@ class SelectivePrefill:
         with self._adapter.lock(), torch.inference_mode():
             with watch.phase("gather"):
                 cache = gather(plan, self.rotations)
-            selection = _Selection(plan, cache, self._adapter.device, self._view.places)
+            selection = _Selection(plan, cache, self._view.places)
             if plan.attention_tokens:
                 with watch.phase("attend"):
-                    selection.attended = self._attend(plan, cache)
+                    selection.attended = self._attend(plan, cache).cpu()  # all that is ranked by, in one transfer
             selection.rank(None)
             with watch.phase("forward"):
                 return self._forward(selection)
@@ -134,43 +137,44 @@ class SelectivePrefill:
         """Return [T] how much each token adds to what the question reads; writes the question's KV to ``cache``."""
         absent = ~(plan.borrowed | plan.question)
         absent[: plan.prefix_tokens] = False
-        layers = self.watch_attention(plan.token_ids, plan.question, cache, absent)
+        layers = self.watch_attention(plan.token_ids, plan.question, cache, absent, plan.looked_layers)
         # where values turn, they are the latent keys' positions, and what is read stands in the keys
         kept = [
             layer.keys if rotation.values else layer.values
             for layer, rotation in zip(cache.layers, self.rotations, strict=True)
         ]
-        read = [measure_reading(*pair) for pair in zip(layers, kept, strict=True)]
+        read = [measure_reading(*pair) for pair in zip(layers, kept, strict=False)]
         return torch.stack([amounts.to(self._adapter.device) for amounts in read]).mean(0)
 
-    def watch_attention(self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask) -> list[Tensor]:
-        """Return for each layer the attention [heads, T] from ``question`` [T] to each token, averaged over rows.
+    def watch_attention(
+        self, token_ids: TokenIds, question: Mask, cache: GatheredCache, absent: Mask, num_layers: int | None = None
+    ) -> list[Tensor]:
+        """Return for each layer of ``cache`` the attention [heads, T] from ``question`` [T], averaged over its rows.
 
-        Runs the question alone and writes its KV to ``cache``. Tokens ``absent`` [T] have no KV and are not seen.
+        Runs the question alone through the first ``num_layers`` (None: all), and writes its KV to ``cache``, in those
+        alone. Tokens ``absent`` [T] have no KV and are not seen.
         """
-        adapter, rows = self._adapter, _find_positions(question, self._adapter.device)
-        hidden = torch.from_numpy(absent).to(rows.device)
-        ahead = RowPass(self._view, cache, rows, lambda _, active, __: active, adapter.dtype, hidden)
+        adapter, rows = self._adapter, np.flatnonzero(question)
+        stop = None if num_layers is None or num_layers >= self.num_layers else num_layers
+        ahead = RowPass(self._view, cache, rows, keep_all, adapter.dtype, adapter.device, absent, stop)
         if self._view.by_operations:
             watch = watch_operations(len(rows), len(token_ids))
         else:
             watch = watched_attention(adapter.config)
-        with adapter.lock(), watch as collected, ahead.install():
-            adapter.forward_rows(token_ids, rows, cache, ahead.given_mask)
-        return self._view.share_out(collected)
+        with adapter.lock(), watch as collected, ahead.install(), suppress(Stopped):
+            adapter.forward_rows(token_ids, ahead.first, cache, ahead.given_mask)
+        return self._view.share_out(collected, stop or self.num_layers)
 
     def _forward(self, selection: _Selection) -> Outcome:
         """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix, or raise."""
         adapter, plan, cache = self._adapter, selection.plan, selection.cache
         token_layers = len(plan.token_ids) * self.num_layers
-        first = _find_positions(np.arange(len(plan.token_ids)) >= plan.prefix_tokens, adapter.device)
-        if not plan.full_layers:
-            first = selection.select(0).nonzero()[:, 0]
-        rows = RowPass(self._view, cache, first, selection.choose, adapter.dtype)
-        looked = int(plan.question.sum()) * self.num_layers if plan.attention_tokens else 0
+        first = np.arange(plan.prefix_tokens, len(plan.token_ids)) if plan.full_layers else selection.select(0)
+        rows = RowPass(self._view, cache, first, selection.choose, adapter.dtype, adapter.device)
+        looked = int(plan.question.sum()) * plan.looked_layers if plan.attention_tokens else 0
         try:
-            with adapter.attention(), rows.install():
-                logits = adapter.forward_rows(plan.token_ids, first, cache, rows.given_mask)
+            with adapter.attention(), rows.install(), self._avoid_cudnn():
+                logits = adapter.forward_rows(plan.token_ids, rows.first, cache, rows.given_mask)
         except _GivenUp:
             if plan.substitutions:
                 spent = looked + rows.row_layers
@@ -179,27 +183,39 @@ class SelectivePrefill:
             ratio = whole.compute_ratio + (looked + rows.row_layers) / token_layers
             return whole._replace(compute_ratio=ratio, deviation=selection.deviation, fell_back=selection.fell_back)
         computed = np.zeros(len(plan.token_ids), dtype=bool)
-        computed[rows.rows.cpu().numpy()] = True
+        computed[rows.positions] = True
         ratio = (looked + rows.row_layers) / token_layers
         prefill = Prefill(logits, make_cache(adapter.read_layers(cache)))  # which decoding lets grow
         exact = _count_exact(plan, computed)
         return Outcome(prefill, ratio, computed, exact, selection.deviation, selection.fell_back)
+
+    def _avoid_cudnn(self) -> AbstractContextManager[object]:
+        """Return what keeps cuDNN out of attention that models compute by code of their own."""
+        own = self._adapter.device.type == "cuda" and not self._view.by_positions
+        return WithoutCudnn() if own else nullcontext()
 
     def _require_same_logits(self, probe: Probe) -> None:
         """Raise ``UnsupportedModelError`` unless selective passes over moved exact KV give a full prefill's logits."""
         name, wanted = type(self._adapter.model).__name__, self._adapter.prefill(probe.token_ids).logits
         for full_layers in (0, 1):
             plan = self._plan_move(probe, full_layers)
-            self._view, outcome = try_views(self._view, partial(self._run_on, plan), name)
-            if not self._adapter.is_close(outcome.prefill.logits, wanted):
+            self._view, found = try_views(self._view, partial(self._run_on, plan, wanted), name)
+            if not self._adapter.is_close(found, wanted):
                 raise UnsupportedModelError(
                     f"{name} gives other logits if some rows are computed alone; use mode='exact'"
                 )
 
-    def _run_on(self, plan: ReusePlan, view: LayerView) -> Outcome:
-        """As ``run``, with ``view`` from now on."""
+    def _run_on(self, plan: ReusePlan, wanted: Tensor, view: LayerView) -> Tensor:
+        """Return the logits of ``run``, with ``view`` from now on.
+
+        Raises:
+            ValueError: if they are not ``wanted`` where positions decide what is seen: masks may do better.
+        """
         self._view = view
-        return self.run(plan)
+        logits = self.run(plan).prefill.logits
+        if view.by_positions and not self._adapter.is_close(logits, wanted):
+            raise ValueError("other logits where positions decide what is seen")
+        return logits
 
     def _plan_move(self, probe: Probe, full_layers: int) -> ReusePlan:
         """Return a plan that moves the probe back to the first place, and computes a few of its tokens, whatever."""
@@ -244,9 +260,7 @@ class UnservedError(Exception):
 class _Selection:
     """Which tokens each layer of one selective pass computes, and what is known so far to choose them by."""
 
-    def __init__(
-        self, plan: ReusePlan, cache: GatheredCache, device: torch.device, places: Sequence[tuple[int, ...]]
-    ) -> None:
+    def __init__(self, plan: ReusePlan, cache: GatheredCache, places: Sequence[tuple[int, ...]]) -> None:
         self.plan = plan
         # the one to measure, or the last before it that keeps keys and values: the last ones may read another's
         self._measured_layer = plan.measured_layer
@@ -254,57 +268,57 @@ class _Selection:
             self._measured_layer -= 1
         self.cache = cache
         # borrowed: without boundary tokens, so that deviation tells how good borrowing is
-        masks = plan.optional, plan.optional | plan.relevant, plan.must
-        self._optional, self._borrowed, self._must = (torch.from_numpy(mask).to(device) for mask in masks)
+        self._optional, self._borrowed = torch.from_numpy(plan.optional), plan.optional | plan.relevant
         self._priority: Tensor | None = None
-        self.attended: Tensor | None = None  # [T] by the question, if the plan asks for it
+        self._last_share: float | None = None  # by which the rows that go on were chosen
+        self.attended: Tensor | None = None  # [T] by the question, if the plan asks for it, on the host
         self.deviation: float | None = None  # as in ``Outcome``, once it is measured
         self.fell_back: str | None = None  # why everything is computed from here on
 
     def rank(self, deviations: Tensor | None) -> None:
-        """Set each optional token's priority, which ``select`` reads, from attention and ``deviations`` if known."""
+        """Set each optional token's priority, which ``select`` reads, by attention and ``deviations`` [T] if known."""
         signals = []
         if self.attended is not None:
             signals.append(Signal(self.attended, self.plan.attention_tokens))
         if deviations is not None:
             signals.append(Signal(deviations, self.plan.deviation_tokens))
-        self._priority = rank_tokens(signals, self._optional)
+        self._priority, self._last_share = rank_tokens(signals, self._optional), None
 
-    def select(self, layer: int) -> Tensor:
-        """Return a mask [T] of the tokens that ``layer`` computes; ``rank`` must have been called."""
+    def select(self, layer: int) -> Positions:
+        """Return the tokens [N] that ``layer`` computes, ascending; ``rank`` must have been called."""
         assert self._priority is not None, "priorities are known"
-        return self._must | (self._priority < self.plan.shares[layer])
+        self._last_share = self.plan.shares[layer]
+        return np.flatnonzero(self.plan.must | (self._priority < self._last_share).numpy())
 
-    def choose(self, layer: int, rows: Tensor, measure: Measure) -> Tensor:
+    def choose(self, layer: int, rows: Positions, measure: Measure) -> Positions:
         """Return the rows ``layer`` computes. At the measured layer, write fresh KV and judge it as ``_judge`` does."""
         if layer < self.plan.full_layers or self.fell_back:
             return rows
         if layer == self._measured_layer:
-            gathered, fresh = measure()
-            deviations = torch.zeros_like(self._must, dtype=torch.float32)
-            deviations[rows] = measure_deviation(fresh, gathered.take(rows)).to(rows.device)
-            gathered.put(rows, fresh)
-            self._judge(deviations, rows)
+            fresh = measure()
+            found = measure_deviation(fresh.kv, fresh.gathered.take(fresh.rows)).cpu()
+            fresh.gathered.put(fresh.rows, fresh.kv)
+            self._judge(found, rows)
             if self.fell_back:
                 return rows
-        return rows[self.select(layer)[rows]]
+        return rows if self.plan.shares[layer] == self._last_share else self.select(layer)
 
-    def _judge(self, deviations: Tensor, rows: Tensor) -> None:
-        """Set ``deviation`` and, if it is too high, ``fell_back``. Behind full layers, rank the tokens by it too.
+    def _judge(self, found: Tensor, rows: Positions) -> None:
+        """Set ``deviation`` by what was ``found`` [N] of ``rows`` [N]; ``fell_back`` if it is too high.
+
+        Behind full layers, rank the tokens by it too.
 
         Raises:
             _GivenUp: if it is too high and there are no full layers, so that some rows have no hidden states.
         """
-        measured = rows[self._borrowed[rows]]
-        if len(measured):
-            self.deviation = float(deviations[measured].mean())
+        measured = torch.from_numpy(self._borrowed[rows])
+        if measured.any():
+            self.deviation = float(found[measured].mean())
         if self.deviation is not None and self.deviation > self.plan.max_deviation:
             self.fell_back = f"deviation of {self.deviation:.2f} is above max_deviation"
             if not self.plan.full_layers or self.plan.substitutions:
                 raise _GivenUp
         if self.plan.full_layers:
+            deviations = torch.zeros(len(self.plan.token_ids))
+            deviations[torch.from_numpy(rows)] = found
             self.rank(deviations)
-
-
-def _find_positions(mask: Mask, device: torch.device) -> Tensor:
-    return torch.from_numpy(mask.nonzero()[0]).to(device)

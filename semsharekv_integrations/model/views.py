@@ -40,6 +40,8 @@ class LayerView:
         hides: whether masks are boolean and True where nothing is seen, as in MPT.
         takes_lengths: whether the model takes no mask of rows and tokens, and builds biases from that of tokens alone.
         by_operations: whether attention shows in its operations only, since the model uses no interface for it.
+        by_positions: whether layers get no mask: this package's attention, which they call, goes by rows' positions.
+            False if any of the three above is True.
         parameters: the names of each one's positional arguments.
     """
 
@@ -49,10 +51,13 @@ class LayerView:
     hides: bool = False
     takes_lengths: bool = False
     by_operations: bool = False
+    by_positions: bool = False
     parameters: Sequence[Sequence[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read the parameters."""
+        """Read the parameters, and let no view contradict itself."""
+        needs_masks = self.hides or self.takes_lengths or self.by_operations
+        object.__setattr__(self, "by_positions", self.by_positions and not needs_masks)
         object.__setattr__(self, "parameters", [_list_parameters(module) for module in self.modules])
 
     def name_arguments(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -62,15 +67,20 @@ class LayerView:
             raise TypeError(f"{type(self.modules[index]).__name__} does not name what it takes")
         return dict(zip(names, args, strict=False), **kwargs)
 
-    def share_out(self, collected: Sequence[Tensor]) -> list[Tensor]:
-        """Return for each layer of the cache what was ``collected`` from it, the mean if it attends several times."""
-        times = [max(1, len(each)) for each in self.places]
+    def share_out(self, collected: Sequence[Tensor], num_layers: int) -> list[Tensor]:
+        """Return for each layer of the cache what was ``collected`` from it, the mean if it attends several times.
+
+        Only the first ``num_layers`` of the model ran.
+        """
+        places = self.places[:num_layers]
+        times = [max(1, len(each)) for each in places]
         again, left = divmod(len(collected), sum(times))
         if left or not again:
             raise RuntimeError(f"{len(times)} layers show {len(collected)} times what they attend to")
-        means = iter([torch.stack(list(collected[i : i + again])).mean(0) for i in range(0, len(collected), again)])
+        groups = [collected[i : i + again] for i in range(0, len(collected), again)]
+        means = iter([torch.stack(list(group)).mean(0) if again > 1 else group[0] for group in groups])
         found = [[next(means) for _ in range(num)] for num in times]
-        return [each for own, places in zip(found, self.places, strict=True) if places for each in own]
+        return [each for own, kept in zip(found, places, strict=True) if kept for each in own]
 
 
 class LayerCall(NamedTuple):
@@ -172,9 +182,12 @@ def _sees(mask: Tensor | None, window: Window | None) -> bool:
     return bool(torch.equal(~seen, find_unseen(torch.arange(len(seen), device=seen.device), len(seen), window)))
 
 
-def find_unseen(rows: Tensor, num_tokens: int, window: Window | None) -> Tensor:
-    """Return [N, T], True where the token ``rows`` [N] does not see a token: it is behind it, or out of its window."""
-    keys = torch.arange(num_tokens, device=rows.device)
+def find_unseen(rows: Tensor, num_tokens: int, window: Window | None, first: int = 0) -> Tensor:
+    """Return [N, T - first], True where a token ``rows`` [N] does not see one of ``first`` to ``num_tokens`` (T).
+
+    It is behind it, or out of its window.
+    """
+    keys = torch.arange(first, num_tokens, device=rows.device)
     unseen = keys > rows[:, None]
     if window is not None:
         firsts = rows - rows % window.num_tokens if window.chunked else rows - window.num_tokens + 1

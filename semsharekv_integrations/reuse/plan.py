@@ -23,6 +23,7 @@ from semsharekv_integrations.reuse.selection import choose_relevant_tokens, scor
 
 # Share of a layer's cost to measure deviation (queries, keys, values alone); an upper estimate.
 PROJECTION_SHARE = 0.25
+LOOKED_SHARE = 1.0  # of the layers, the first ones: those in which the question looks at what is borrowed
 MOST_AT_BOUNDARIES = 0.5  # share of the budget that first tokens of runs may take
 _LONGEST_EDIT_TOKENS = 16
 
@@ -161,11 +162,16 @@ class ReusePlan:
         total = len(self.token_ids) * self.num_layers
         rows = float(sum(self.predicted_rows))
         if self.attention_tokens:
-            rows += self.question.sum() * self.num_layers  # they run ahead, to see what they attend to
+            rows += self.question.sum() * self.looked_layers  # they run ahead, to see what they attend to
         if self.borrowings and self.measured_layer < self.num_layers:
             before = max(self.measured_layer - 1, 0)
             rows += PROJECTION_SHARE * self.predicted_rows[before]
         return rows / total
+
+    @property
+    def looked_layers(self) -> int:
+        """How many first layers tell what the question attends to."""
+        return math.ceil(LOOKED_SHARE * self.num_layers)
 
     @property
     def measured_layer(self) -> int:

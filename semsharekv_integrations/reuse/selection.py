@@ -81,8 +81,8 @@ def measure_reading(attention: torch.Tensor, values: torch.Tensor) -> torch.Tens
         attention: [heads, T].
         values: [B, H, T, D], of which each of the ``H`` serves ``heads / H`` heads in a row.
     """
-    norms = values[0].float().norm(dim=-1)  # [H, T]
-    return (attention * norms.repeat_interleave(len(attention) // len(norms), dim=0)).mean(0)
+    norms = torch.linalg.vector_norm(values[0], dim=-1, dtype=torch.float32)  # [H, T]
+    return (attention.unflatten(0, (len(norms), -1)).mean(1) * norms).mean(0)
 
 
 def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:

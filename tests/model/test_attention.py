@@ -15,10 +15,12 @@ from transformers import DynamicCache
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
-from semsharekv_integrations.model import attention
+from semsharekv_integrations.model import attention, sight
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
-from semsharekv_integrations.model.attention import MOST_BLOCKS, ROWS_PER_BLOCK, blocked_attention, blocks_of
+from semsharekv_integrations.model.attention import blocked_attention
 from semsharekv_integrations.model.selective import SelectivePrefill
+from semsharekv_integrations.model.sight import ROWS_PER_BLOCK, ROWS_PER_LAUNCH, Rows, Sight, blocks_of
+from semsharekv_integrations.model.views import Window, find_unseen, list_windows
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
 from tiny_models import make_model
 
@@ -64,7 +66,7 @@ def blocks_and_none(compute: Callable[[], Prefill]) -> tuple[Prefill, Prefill, l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "scaled_dot_product_attention", counted)
         blocked, seen = compute(), list(shapes)
-        patch.setattr(attention, "ROWS_PER_BLOCK", 10**9)
+        patch.setattr(sight, "ROWS_PER_BLOCK", 10**9)
         whole = compute()
     assert len({keys for _, keys in shapes[len(seen) :]}) <= 1, "no blocks are used"
     return blocked, whole, seen
@@ -87,8 +89,8 @@ def test_behind_a_prefix(adapter: ModelAdapter) -> None:
     blocked, whole, shapes = blocks_and_none(lambda: adapter.prefill(token_ids, prefix))
     assert_same(blocked, whole)
     assert_same(blocked, adapter.prefill(token_ids))
-    blocks = blocks_of(torch.arange(PREFIX_TOKENS, NUM_TOKENS))
-    assert len(blocks) == 4
+    blocks = blocks_of(np.arange(PREFIX_TOKENS, NUM_TOKENS))
+    assert len(blocks) == 3
     assert shapes == [(block.stop - block.start, block.num_keys) for block in blocks] * NUM_LAYERS
     assert adapter.config._attn_implementation == "sdpa", "as it was"
 
@@ -106,10 +108,12 @@ def test_rows_picked_from_a_prompt(adapter: ModelAdapter, full_layers: int) -> N
     blocked, whole, shapes = blocks_and_none(compute)
     assert_same(blocked, whole)
     assert [np.array_equal(outcome.computed, outcomes[0].computed) for outcome in outcomes] == [True, True]
-    assert outcomes[0].fell_back is None and outcomes[0].deviation == pytest.approx(outcomes[1].deviation, rel=1e-3)
+    assert outcomes[0].fell_back is None and outcomes[0].deviation == pytest.approx(
+        outcomes[1].deviation, rel=1e-3, abs=1e-6
+    )
     last_rows = int(outcomes[0].computed.sum())
-    last_layer = shapes[-len(blocks_of(torch.arange(last_rows))) :]
-    assert sum(keys == NUM_TOKENS for _, keys in shapes) == NUM_LAYERS, "every layer's last block sees all"
+    last_layer, windows = shapes[-len(blocks_of(np.arange(last_rows))) :], list_windows(adapter.config)
+    assert sum(keys == NUM_TOKENS for _, keys in shapes) == windows.count(None), "their last blocks see all"
     assert sum(rows for rows, _ in last_layer) == last_rows
     assert max(rows for rows, _ in shapes) < 200 and min(keys for _, keys in shapes) < NUM_TOKENS / 2
     values, fresh = (p.cache.layers[-1].values for p in (blocked, adapter.prefill(plan.token_ids)))
@@ -155,14 +159,38 @@ def test_only_sdpa_is_replaced(implementation: str) -> None:
     assert config._attn_implementation == implementation
 
 
-@given(st.sets(st.integers(0, 2000), min_size=1, max_size=900).map(sorted))
-def test_blocks_cover_all_rows_and_the_keys_they_see(positions: list[int]) -> None:
-    blocks = blocks_of(torch.tensor(positions))
-    assert bool(blocks) == (len(positions) >= 2 * ROWS_PER_BLOCK) and len(blocks) <= MOST_BLOCKS
-    covered = [row for start, stop, _ in blocks for row in range(start, stop)]
-    assert not blocks or covered == list(range(len(positions)))
-    for start, stop, num_keys in blocks:
-        assert stop - start >= ROWS_PER_BLOCK and num_keys == positions[stop - 1] + 1
+windows = st.none() | st.builds(Window, st.integers(1, 300), st.booleans())
+
+
+@given(st.sets(st.integers(0, 2000), min_size=1, max_size=900).map(sorted), windows, st.sampled_from(["cpu", "cuda"]))
+def test_blocks_cover_all_rows_and_the_keys_they_see(positions: list[int], window: Window | None, kind: str) -> None:
+    rows = np.array(positions)
+    blocks = blocks_of(rows, kind, window)
+    assert [row for start, stop, *_ in blocks for row in range(start, stop)] == list(range(len(rows)))
+    seen = ~find_unseen(torch.from_numpy(rows), 2001, window)
+    for start, stop, num_keys, first_key in blocks:
+        assert len(blocks) == 1 or stop - start >= (ROWS_PER_BLOCK if kind == "cpu" else ROWS_PER_LAUNCH)
+        keys = seen[start:stop].any(0).nonzero()
+        assert (int(keys.min()), int(keys.max()) + 1) == (first_key, num_keys), "no fewer, and no more"
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**9])
+@given(st.sets(st.integers(0, 400), min_size=1, max_size=390).map(sorted), windows, st.booleans())
+def test_masks_of_blocks_are_parts_of_the_whole_mask(
+    kept_bytes: int, positions: list[int], window: Window | None, hides: bool
+) -> None:
+    rows, device = np.array(positions), torch.device("cpu")
+    hidden = torch.arange(401) % 3 == 1 if hides else None
+    seen = Sight(Rows(rows, torch.from_numpy(rows)), 401, window, hidden)
+    whole = seen.get_whole_mask(torch.float32, device)
+    assert whole.shape == (1, 1, len(rows), 401)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sight, "ROWS_PER_BLOCK", 50)
+        patch.setattr(sight, "MOST_KEPT_BYTES", kept_bytes)
+        for index, (start, stop, num_keys, first_key) in enumerate(seen.blocks):
+            mask, again = (seen.get_mask(index, torch.float32, device) for _ in range(2))
+            assert torch.equal(mask, whole[:, :, start:stop, first_key:num_keys])
+            assert (mask is again) == (kept_bytes > 0), "kept for other layers only where there is room"
 
 
 def _laid_out_by_rows(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -268,7 +268,8 @@ def test_a_model_whose_layers_see_more_than_their_rows_is_refused(monkeypatch: p
     """The proof at construction notices that masks are not obeyed."""
     from semsharekv_integrations.model.rows import RowPass
 
-    monkeypatch.setattr(RowPass, "_get_mask", lambda self, rows, window: self._make_mask(rows, Window(1)))
+    find_sight = RowPass._find_sight
+    monkeypatch.setattr(RowPass, "_find_sight", lambda self, active, window: find_sight(self, active, Window(1)))
     adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
     with pytest.raises(UnsupportedModelError, match="gives other logits if some rows are computed alone"):
         SelectivePrefill(adapter)
