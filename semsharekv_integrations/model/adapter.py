@@ -299,7 +299,7 @@ class ModelAdapter:
         """Wait until what was begun on the devices of ``cache`` is done, so that a clock may be read; on CUDA alone."""
         kept = (tensor for layer in cache.layers for _, tensor in list_tensors(layer))
         for device in {self.device, *(tensor.device for tensor in kept)}:
-            if device.type == "cuda":
+            if device.type == "cuda" and torch.cuda.is_initialized():
                 torch.cuda.current_stream(device).synchronize()
 
     def lock(self) -> AbstractContextManager[object]:

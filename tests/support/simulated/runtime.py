@@ -137,6 +137,7 @@ def replaced_runtime() -> Iterator[None]:
     """Inside, ``torch.cuda`` has streams and events, and to synchronize is a wait that is counted."""
     stream = SimulatedStream()
     stands = {
+        "is_initialized": lambda: True,
         "synchronize": _synchronize,
         "Stream": SimulatedStream,
         "Event": SimulatedEvent,
