@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from semsharekv_integrations.kv import (
     invert,
     select_within,
 )
+from semsharekv_integrations.model.relief import DeviceMemoryError
 from semsharekv_integrations.request import Request, make_document_id
 from semsharekv_integrations.reuse.matching import list_segments
 from semsharekv_integrations.reuse.plan import build_prefix_plan
@@ -301,12 +303,22 @@ class Memory:
         """Store the call's references; return False if the store refused one or KV may not be stored at all."""
         if self._is_off or not runtime.is_unchanged():  # KV of two states would be good for neither
             return False
+        try:
+            found = runtime.relief.run("KV for the store", partial(self._make_references, call, runtime))
+        except DeviceMemoryError:  # the answer is whole without
+            return False
+        stored = [runtime.store.put(replace(reference, **labels), frees=True) for reference in found or ()]
+        return found is not None and all(stored)
+
+    @staticmethod
+    def _make_references(call: Call, runtime: Runtime) -> list[Reference] | None:
+        """Return the references to store of a call; None if its KV is of no use to other calls."""
         adapter, request = runtime.adapter, call.request
         layers = adapter.read_layers(call.outcome.prefill.cache)
         token_ids = call.token_ids[: layers[0].keys.shape[2]]
         if len(token_ids) > (adapter.stable_positions or len(token_ids)):
-            return False
-        found = make_references(
+            return None
+        return make_references(
             token_ids,
             layers,
             call.outcome.exact_tokens,
@@ -318,8 +330,6 @@ class Memory:
             invert(call.rendered.token_ids, call.plan.substitutions),
             adapter.read_states(call.outcome.prefill.cache),
         )
-        stored = [runtime.store.put(replace(reference, **labels)) for reference in found]
-        return all(stored)
 
     def _is_forgotten(self, call: Call, runtime: Runtime) -> bool:
         """Return whether something of the call was forgotten since it began. The caller holds the lock."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,28 +19,25 @@ from semsharekv_integrations.call import Call, KVBytes
 from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.errors import PromptError, UnsupportedModelError
 from semsharekv_integrations.kv import Rendered, TokenIds
+from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding
 from semsharekv_integrations.model.decoding import Decoder
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel
+from semsharekv_integrations.model.relief import DeviceMemoryError, Relief
 from semsharekv_integrations.model.retention import Retainer
 from semsharekv_integrations.model.selective import SelectivePrefill, UnservedError, prefill_behind_prefix
-from semsharekv_integrations.model.state import State
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import Request
 from semsharekv_integrations.reuse.matching import FuzzyMatcher
 from semsharekv_integrations.reuse.planner import Planner, Scope, StateRules
 from semsharekv_integrations.reuse.rewording import RewordingFinder
 from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, SegmentIndex, SentenceEmbedder
+from semsharekv_integrations.states import SharedStates, make_digest
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
 from semsharekv_integrations.text.answer_stream import AnswerReader, AnswerReaderFactory
 from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_MOST_STATES = 8  # of which a runtime is kept, each with an index of passages
 
 
 class Runtime:
@@ -64,7 +58,7 @@ class Runtime:
 
     adapter: ModelAdapter
     renderer: PromptRenderer
-    _states: _States
+    _states: SharedStates[Runtime]
 
     def __init__(
         self, source: ModelSource, config: EngineConfig, store: KVStore, before: Runtime | None = None
@@ -72,12 +66,13 @@ class Runtime:
         self.tokenizer = source.tokenizer
         watch = before.adapter.watch if before else None
         self.adapter = ModelAdapter(source.load(), config.reuse.preferred_mode, watch)
-        self._states = before._states if before else _States(self.adapter.watch.get_state().key, config, store)
+        self._states = before._states if before else SharedStates(self.adapter.watch.get_state().key, config, store)
         self._state = self.adapter.watch.get_state()
         self.store = store = self._states.store_of(self._state)
+        self.relief = Relief(self.adapter, self.store)
         self.num_layers = self.adapter.config.num_hidden_layers
         self.renderer = before.renderer if before else PromptRenderer(self.tokenizer)
-        self._together = SharedDecoding(self.adapter, config.max_batch_size)
+        self._together = SharedDecoding(self.adapter, config.max_batch_size, self.relief)
         self._readers = AnswerReaderFactory(self.tokenizer, self.adapter.end_ids)
         self._audited_tokens = config.audit.tokens if config.audit.sample_ratio else 0
         self._selective = selective = _make_selective_prefill(self.adapter, config.reuse)
@@ -114,7 +109,9 @@ class Runtime:
                 state = watch.get_state()
             found = self._states.find_runtime(state.key)
             if found is None:
-                found = Runtime(GivenModel(model, self.tokenizer), self._states.config, self._states.store, self)
+                source = GivenModel(model, self.tokenizer)
+                make = partial(Runtime, source, self._states.config, self._states.store, self)
+                found = self.relief.run("what the model is tried on", make)
             runtime = copy(found)
             runtime._state = state
             return runtime
@@ -142,12 +139,12 @@ class Runtime:
 
     def fingerprint(self) -> str:
         """Return a digest of the model's state and the vocabulary: stored KV and token ids fit no other."""
-        return _digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
+        return make_digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
 
     def directory_fingerprint(self) -> str:
         """Return ``fingerprint``, or another digest if KV is kept in 8 bits, so that no exact store finds it."""
         bits = self._states.config.store.kv_bits
-        return self.fingerprint() if bits is None else _digest(self.fingerprint(), f"{bits} bits")
+        return self.fingerprint() if bits is None else make_digest(self.fingerprint(), f"{bits} bits")
 
     def changed_identity(self) -> str:
         """Return a digest of the model and tokenizer as they answer now; "" if unchanged since loaded by name."""
@@ -157,7 +154,7 @@ class Runtime:
     def _compute_identity(self) -> str:
         """Return a digest of state, vocabulary, special tokens, chat template and generation config."""
         model, tokenizer = self.adapter.model, self.tokenizer
-        return _digest(
+        return make_digest(
             self.adapter.watch.get_state().fingerprint,
             self._states.vocabulary(tokenizer),
             repr((tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))),
@@ -170,7 +167,8 @@ class Runtime:
 
     def load(self, path: Path) -> int:
         """Store what ``save`` wrote; return how many fit. Raises ``StoreFileError`` for a bad or foreign file."""
-        return sum(map(self.store.put, read_references(path, self.fingerprint(), self.adapter.device)))
+        work = partial(read_references, path, self.fingerprint(), self.adapter.device)
+        return sum(map(self.store.put, self.relief.run("a file of KV", work)))
 
     def render(self, call: Call, known: Mapping[str, str], window: int | None) -> None:
         """Set the call's ``rendered`` and ``reader``, cut ``max_new_tokens`` to the window; find ``known`` texts too.
@@ -223,12 +221,23 @@ class Runtime:
         if call.given_order is not None:
             call.given_prefix_tokens = self.store.count_prefix_tokens(call.given_order, request.namespace)
         scope = Scope(request.namespace, request.session, call.most_tokens)
-        call.plan = self.planner.plan(call.rendered, scope, is_suspended, call.watch)
+        work = partial(self.planner.plan, call.rendered, scope, is_suspended, call.watch)
+        call.plan = self.relief.run("what a prompt is compared with", work)
         if self.reuse.report_substitutions:
             call.list_wordings(self.renderer.decode)
 
     def execute(self, call: Call) -> None:
-        """Prefill the prompt as its plan says; set the call's ``outcome``, ``mode`` and ``kv_bytes``."""
+        """Prefill the prompt as its plan says; set the call's ``outcome``, ``mode`` and ``kv_bytes``.
+
+        Raises:
+            DeviceMemoryError: if the device has no room for it.
+        """
+        self.relief.run(f"a prompt of {len(call.plan.token_ids)} tokens", partial(self._prefill, call))
+        cache = call.outcome.prefill.cache
+        call.mode, call.kv_bytes = self.mode, KVBytes(*[self.adapter.measure_kv(cache)] * 2)
+
+    def _prefill(self, call: Call) -> None:
+        """Set the call's ``outcome``; its ``plan`` and ``wordings`` too if the prompt is read as it was asked."""
         if self._selective is not None:
             try:
                 call.outcome = self._selective.run(call.plan, call.watch)
@@ -240,10 +249,8 @@ class Runtime:
             with call.watch.phase("forward"):
                 places = self.planner.choose_checkpoints(call.rendered, call.plan, call.request.namespace)
                 call.outcome = prefill_behind_prefix(self.adapter, call.plan, places)
-        cache = call.outcome.prefill.cache
         with call.watch.phase("forward"):
-            self.adapter.settle(cache)
-        call.mode, call.kv_bytes = self.mode, KVBytes(*[self.adapter.measure_kv(cache)] * 2)
+            self.adapter.settle(call.outcome.prefill.cache)
 
     def decode(self, call: Call) -> Generator[GenerationChunk, None, None]:
         """Fill in the answer; yield one chunk for each token, maybe empty, then what was held back for stop strings.
@@ -264,7 +271,8 @@ class Runtime:
                 yield from call.add_token(token_id, said)
                 if self._retainer is not None and len(answer.token_ids) == 1 and not is_last:
                     with call.watch.phase("retain"):
-                        decoder.cache = self._retainer.shorten_for(call.read, prefill.cache)
+                        work = partial(self._retainer.shorten_for, call.read, prefill.cache)
+                        decoder.cache = self.relief.run("a shortened cache", work)
                         self.adapter.settle(decoder.cache)
                     call.kv_bytes = call.kv_bytes._replace(retained=self.adapter.measure_kv(decoder.cache))
         rest = reader.finish()
@@ -285,7 +293,12 @@ class Runtime:
                 return
             reused = torch.cat(call.answer.first_logits)  # [N, V]
             answered = np.array(call.answer.token_ids[: len(reused) - 1], dtype=np.int64)
-            full = self.adapter.compute_logits(call.rendered.token_ids, answered)
+            work = partial(self.adapter.compute_logits, call.rendered.token_ids, answered)
+            try:
+                full = self.relief.run(f"an audit of {len(call.rendered.token_ids)} tokens", work)
+            except DeviceMemoryError:  # the answer is whole without
+                log_trouble("unaudited")
+                return
             call.audit = auditor.record(call.request.namespace, reused, full)
 
     def _require_embeddings(self, rendered: Rendered) -> None:
@@ -302,57 +315,6 @@ class Runtime:
         if not request.may_call:
             return self._readers.begin_plain(stop, request.json_schema)
         return self._readers.begin_calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)
-
-
-class _States:
-    """What the runtimes of one model share, and the runtimes for its latest states.
-
-    Args:
-        first: the state that the model was found in.
-        config: settings of the engine.
-        store: of the engine.
-    """
-
-    def __init__(self, first: str, config: EngineConfig, store: KVStore) -> None:
-        self.config = config
-        self.store = store
-        self.as_loaded = ""  # identity of a model that was loaded by name
-        self._first = first
-        self._runtimes: OrderedDict[str, Runtime] = OrderedDict()
-        self._vocabularies: dict[int, str] = {}  # by the number of tokens: it takes long, and they only become more
-
-    def vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return a digest of all tokens and their ids, computed once for each size of the vocabulary."""
-        size = len(tokenizer)
-        if size not in self._vocabularies:
-            self._vocabularies[size] = _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
-        return self._vocabularies[size]
-
-    def store_of(self, state: State) -> KVStore:
-        """Return a view of the store for ``state``."""
-        return self.store.view_state("" if state.key == self._first else state.key)
-
-    def find_runtime(self, key: str) -> Runtime | None:
-        """Return the runtime kept for a state, which now counts as the latest; None if there is none."""
-        if key in self._runtimes:
-            self._runtimes.move_to_end(key)
-        return self._runtimes.get(key)
-
-    def list_runtimes(self) -> list[Runtime]:
-        """Return all kept runtimes, the latest used last."""
-        return list(self._runtimes.values())
-
-    def keep(self, key: str, runtime: Runtime) -> None:
-        """Keep the runtime for a state. Drop those of replaced weights, and the oldest beyond the bound."""
-        for other in [k for k, r in self._runtimes.items() if r.embeddings_at != runtime.embeddings_at]:
-            del self._runtimes[other]
-        self._runtimes[key] = runtime
-        while len(self._runtimes) > _MOST_STATES:
-            self._runtimes.popitem(last=False)
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
 def _make_selective_prefill(adapter: ModelAdapter, config: ReuseConfig) -> SelectivePrefill | None:

@@ -146,13 +146,19 @@ class ModelAdapter:
         position = ids.shape[1] - 1
         # transformers' own ``generate`` starts again with an empty cache there: Phi-3 and kin switch their rope
         if self.stable_positions and position == getattr(self.config, "original_max_position_embeddings", None):
-            fresh = self._make_empty_cache()
-            logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
-            vars(cache).update(vars(fresh))
-            return logits
+            return self.compute_anew(ids, cache)
         if self.config.model_type == _READ_WHOLE:
             return self._forward(ids, cache, torch.arange(position + 1))
         return self._forward(ids[:, -1:], cache, torch.arange(position, position + 1, device=self.device))
+
+    def compute_anew(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+        """Run all of ``ids`` [B, T] in an empty cache, whose content ``cache`` takes; return next logits [B, V]."""
+        fresh = self._make_empty_cache()
+        logits = self._forward(ids, fresh, torch.arange(ids.shape[1]))
+        vars(cache).update(vars(fresh))
+        if self.model in _LATEST:
+            _LATEST[self.model] = id(cache)
+        return logits
 
     def decode_padded(self, ids: Tensor, cache: DynamicCache, positions: Tensor, pads: Tensor) -> Tensor:
         """Run ``ids`` [B, 1] at ``positions`` [B], add KV, return logits [B, V]; first ``pads`` [B] slots are empty."""

@@ -20,6 +20,7 @@ from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.continuing import has_kv_alone
 from semsharekv_integrations.model.layers import make_cache
+from semsharekv_integrations.model.relief import DeviceMemoryError, Relief
 
 PATIENCE_S = 0.005  # a step waits so long for calls that are still at their last token; a forward pass takes longer
 _PROBE_TOKENS = (7, 4)
@@ -52,9 +53,10 @@ class SharedDecoding:
     A model that does not give the same logits in a padded batch, which is tried once, decodes each call by itself.
     """
 
-    def __init__(self, adapter: ModelAdapter, max_batch_size: int) -> None:
+    def __init__(self, adapter: ModelAdapter, max_batch_size: int, relief: Relief | None = None) -> None:
         self._adapter = adapter
         self._max_batch_size = max_batch_size
+        self._relief = relief or Relief(adapter)
         self._is_allowed: bool | None = None
         self.go_on_in_child()
         tell_of_forks(self)
@@ -81,7 +83,7 @@ class SharedDecoding:
         with self._turn:
             takes = self._takes(cache)
         if not takes:
-            return self._adapter.decode_step(ids, cache)
+            return self._relief.decode_step(ids, cache)
         with self._turn:
             row.ids, row.cache, row.thread = ids, cache, threading.get_ident()
             row.waits, row.late, row.shares = True, False, True
@@ -128,7 +130,10 @@ class SharedDecoding:
         if not has_kv_alone(cache) or len({x.keys.shape[2] for x in layers}) != 1:
             return False
         if self._is_allowed is None:
-            self._is_allowed = self._is_same_in_batches()
+            try:
+                self._is_allowed = self._relief.run("a batch that is tried", self._is_same_in_batches)
+            except DeviceMemoryError:  # not now
+                return False
             if not self._is_allowed:
                 log_trouble("unbatched")
         return self._is_allowed
@@ -160,7 +165,7 @@ class SharedDecoding:
         """Run one step and return logits [B, V]: of one row on its own cache, of several on the joint one."""
         if len(rows) == 1:
             self._split()
-            return self._adapter.decode_step(rows[0].ids, rows[0].cache)
+            return self._relief.decode_step(rows[0].ids, rows[0].cache)
         if rows != self._group:
             self._split()
             self._merge(rows)
@@ -186,12 +191,17 @@ class SharedDecoding:
                 )
 
     def _split(self) -> None:
-        """Copy the KV of every call of the group back into its own cache, and empty the group."""
+        """Give every call of the group its KV back in its own cache, and empty the group."""
+        if self._group:
+            self._relief.run(f"the KV of {len(self._group)} calls apart", self._copy_back)
+        self._group, self._joint, self._pads = [], DynamicCache(), ()
+
+    def _copy_back(self) -> None:
+        """Copy the KV of every call of the group into its own cache. The joint cache stays."""
         for index, (row, padding) in enumerate(zip(self._group, self._pads, strict=True)):
             place = (slice(index, index + 1), slice(None), slice(padding, padding + row.num_stored))
             for own, joint in zip(row.cache.layers, self._joint.layers, strict=True):
                 own.keys, own.values = joint.keys[place].clone(), joint.values[place].clone()
-        self._group, self._joint, self._pads = [], DynamicCache(), ()
 
     def _is_same_in_batches(self) -> bool:
         """Decode two probes in a batch. Return True if logits are as for each alone, False too if the model refuses."""
@@ -205,6 +215,8 @@ class SharedDecoding:
         places = torch.tensor([_PROBE_TOKENS, pads], device=adapter.device)
         try:
             together = adapter.decode_padded(last, joint, *places)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError):  # the model takes no such mask
             return False
         return all(adapter.is_close(one[None], other) for one, other in zip(together, alone, strict=True))

@@ -33,16 +33,23 @@ _READABLE = (2, FORMAT_VERSION)  # version 2 has one digest over everything
 _KEYS, _VALUES, _SCALES = "keys", "values", "scales"
 _LARGEST = 127
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-_HOST_IS_FULL = "DefaultCPUAllocator"  # in the plain RuntimeError by which torch says so
+# In plain errors by which PyTorch says it: of the host, of libraries of CUDA, and of other accelerators.
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host or the device has no memory left."""
+    plain = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return plain or isinstance(error, OUT_OF_MEMORY)
 
 
 @contextmanager
 def raise_memory_errors() -> Iterator[None]:
-    """Raise ``MemoryError`` for the ``RuntimeError`` by which torch says that the host is full; pass others on."""
+    """Raise ``MemoryError`` for a ``RuntimeError`` by which torch says that memory is full; pass others on."""
     try:
         yield
     except RuntimeError as error:
-        if _HOST_IS_FULL not in str(error):
+        if isinstance(error, OUT_OF_MEMORY) or not is_out_of_memory(error):
             raise
         raise MemoryError(str(error)) from error
 
@@ -261,7 +268,8 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 def read_references(path: Path, fingerprint: str, device: torch.device) -> list[Reference]:
     """Verify the file's version, fingerprint and digest, and return its references, with KV on ``device``.
 
-    Raises ``StoreFileError`` if the file is missing, damaged, of another format version or of another model.
+    Raises ``StoreFileError`` if the file is missing, damaged, of another format version or of another model, and
+    ``torch.OutOfMemoryError`` if ``device`` is full.
     """
     if path.exists() and not path.is_file():
         raise StoreFileError(f"{path} is not a readable KV file: it is a folder, or no file at all")
@@ -273,6 +281,8 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
             _require_same(path, "model fingerprint", file.header["fingerprint"], (fingerprint,))
             tensors = dict(file.load(lambda _, form: torch.empty(form.shape, dtype=form.dtype), checks=file.is_sealed))
             return [_read(tensors, n, entry, device) for n, entry in enumerate(file.header["entries"])]
+    except torch.OutOfMemoryError:  # of the device
+        raise
     except (OSError, RuntimeError, MemoryError) as error:
         raise StoreFileError(f"{path} cannot be read: {error}") from error
     except (DamageError, AttributeError, KeyError, ValueError, TypeError) as error:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from semsharekv_integrations.concurrency.threads import do_when_free, hold_at_fo
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreWriteError, make_plain
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds, count_common_tokens, make_space_name
-from semsharekv_integrations.store.codec import PackedKV, make_if_room
+from semsharekv_integrations.store.codec import PackedKV
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
@@ -28,6 +29,7 @@ from semsharekv_integrations.store.forgetting import entries_with, forms_of
 from semsharekv_integrations.store.namespace import Entry, Match, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
+from semsharekv_integrations.store.work import Work
 
 
 def cut_to_checkpoint(prefix: PrefixMatch) -> PrefixMatch:
@@ -35,30 +37,6 @@ def cut_to_checkpoint(prefix: PrefixMatch) -> PrefixMatch:
     return prefix._replace(
         num_tokens=max((at for at in prefix.reference.checkpoints if at <= prefix.num_tokens), default=0)
     )
-
-
-class _Work:
-    """Holds the store's lock; drops expired entries first, and commits all changes to the catalog at the end."""
-
-    def __init__(self, entries: Entries) -> None:
-        self._entries = entries
-        self._lock = entries.lock
-
-    def __enter__(self) -> None:
-        """Take the lock and remove expired entries; release the lock if that fails."""
-        self._lock.acquire()
-        try:
-            self._entries.expire()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        """Commit changes to the catalog (a refusal is counted, not raised), then release the lock."""
-        try:
-            self._entries.tiers.disk.commit(retry=False)
-        finally:
-            self._lock.release()
 
 
 class KVStore:
@@ -146,7 +124,7 @@ class KVStore:
         ``counts``: no hit and no miss, as where one prompt is looked up again. ``at_checkpoint``: the match ends at the
         last checkpoint within what agrees; without one there is none.
         """
-        with _Work(self._entries):
+        with Work(self._entries):
             while True:
                 found = [
                     match
@@ -182,7 +160,7 @@ class KVStore:
 
     def find_tainted(self, namespace: str, session: str) -> Reference | None:
         """Return what ``session`` has stored that is not exact, without KV; None if nothing. Counts no use."""
-        with _Work(self._entries):
+        with Work(self._entries):
             space = self._find_namespace(namespace)
             entry = space.tainted.get(session) if space is not None else None
             return None if entry is None else entry.reference
@@ -202,7 +180,7 @@ class KVStore:
         the shared namespace for what ``namespace`` lacks. Counts as a use of the entries. Asserts that the store was
         made with ``min_run_tokens``.
         """
-        with _Work(self._entries):
+        with Work(self._entries):
             runs: list[Run] = []
             for name in self.list_readable(namespace):
                 for first, last in find_gaps(runs, start, stop):
@@ -210,30 +188,31 @@ class KVStore:
                 runs.sort(key=lambda run: run.start)
             return runs
 
-    def put(self, reference: Reference) -> bool:
+    def put(self, reference: Reference, *, frees: bool = False) -> bool:
         """Store ``reference``; return whether it, or a longer entry that begins with it, is in the store afterwards.
 
         It replaces the entries that are a prefix of it, and takes over their labels; a prefix on disk stays if this
         entry could not be written there. An entry that has it already takes its labels. A tainted one replaces that of
         its session, and is never pinned. Returns False, and counts it as refused, if memory runs out, if there is no
         room beside pinned entries, if it is tainted without a session, or rounded and this store keeps KV as it is.
+        With ``frees``, where memory runs out others are taken out of it, and it is tried once more.
 
         Raises:
             ValueError: if its labels cannot be written as JSON; nothing changes.
         """
         require_writable(reference)
-        with _Work(self._entries):
+        with Work(self._entries):
             if self._state is not None and reference.state != self._state:
                 own_id = reference_id(reference.namespace, reference.token_ids, self._state)
                 reference = replace(reference, id=own_id, state=self._state)
             if reference.rounded and self.config.kv_bits is None:
                 return self._refuse()
             if reference.is_tainted:
-                return self._put_tainted(reference)
+                return self._put_tainted(reference, frees=frees)
             space = self._entries.ensure_namespace(reference.space)
             container = space.ordinary.get(reference.id) or space.find_container(reference)
             if container is None:
-                return self._put_new(space, reference)
+                return self._put_new(space, reference, frees=frees)
             pinned = reference.pinned or container.reference.pinned
             container.last_used_s = self._clock()
             self._entries.tiers.touch(container.node.path())
@@ -250,7 +229,7 @@ class KVStore:
 
     def references(self, namespace: str | None = None) -> list[Reference]:
         """Return the ordinary references of one namespace, or of all (None), without KV; oldest use first."""
-        with _Work(self._entries):
+        with Work(self._entries):
             entries = sorted(self._entries.select(namespace, self._state), key=lambda entry: entry.last_used_s)
             return [entry.reference for entry in entries if not entry.reference.is_tainted]
 
@@ -275,7 +254,7 @@ class KVStore:
         other calls may have dropped them before. For ``tokens`` and ``text_of`` see ``entries_with``. Raises nothing if
         the disk cannot be written: see ``require_gone``.
         """
-        with _Work(self._entries):
+        with Work(self._entries):
             found = self._entries.select(namespace)
             if document_id is not None:
                 found = entries_with(document_id, found, tokens, text_of)
@@ -293,6 +272,11 @@ class KVStore:
         """Drop every entry of every namespace; return how many. If the disk cannot be written, see ``require_gone``."""
         with self._lock:
             return self._entries.remove_all(self._entries.select(None))
+
+    def free_device(self) -> tuple[int, int]:
+        """Move KV from the device to lower tiers, or give it up, but not what is pinned. Return bytes gone and left."""
+        with Work(self._entries):
+            return self._entries.tiers.empty_device()
 
     def require_gone(self) -> None:
         """Raise ``StoreWriteError`` if the disk still has some of what was forgotten last. Tries nothing anew."""
@@ -319,14 +303,14 @@ class KVStore:
             self._entries.check()
 
     def _fetch(self, reference_id: str, namespace: str) -> Reference | None:
-        with _Work(self._entries):
+        with Work(self._entries):
             entry = self._entries.find(reference_id, self.list_readable(namespace), self._state)
             return self._entries.load(entry, entry.node.path()) if entry is not None else None
 
     def _find_namespace(self, namespace: str) -> Namespace | None:
         return self._entries.namespaces.get(make_space_name(namespace, self._state or ""))
 
-    def _put_new(self, space: Namespace, reference: Reference) -> bool:
+    def _put_new(self, space: Namespace, reference: Reference, *, frees: bool) -> bool:
         """Store ``reference``, which no entry has yet, and absorb entries that are its prefix; False if refused."""
         layers, checkpoints = reference.layers, reference.checkpoints
         reference = replace(reference, layers=(), checkpoints={})
@@ -334,7 +318,8 @@ class KVStore:
         node = entry.node
         self._entries.add(entry)
         if node.held is None and node.on_disk is None:
-            packed = make_if_room(lambda: PackedKV.pack(layers, self.config.kv_bits, node.start, checkpoints))
+            make = partial(PackedKV.pack, layers, self.config.kv_bits, node.start, checkpoints)
+            packed = self._entries.tiers.make(make, node.path() if frees else None)
             owner = None if reference.state else reference.namespace  # None: not on disk
             if packed is None or not self._entries.tiers.place(node, packed, owner):
                 return self._refuse(entry)
@@ -350,10 +335,10 @@ class KVStore:
                 self._entries.remove(other)
         return True
 
-    def _put_tainted(self, reference: Reference) -> bool:
+    def _put_tainted(self, reference: Reference, *, frees: bool) -> bool:
         """Store a tainted reference in memory in place of the one of its session; False if refused."""
-        packed = make_if_room(lambda: PackedKV.pack(reference.layers, self.config.kv_bits))
         tiers = self._entries.tiers
+        packed = tiers.make(partial(PackedKV.pack, reference.layers, self.config.kv_bits), () if frees else None)
         if reference.session is None or packed is None:
             return self._refuse()
         if not any(tier.can_hold(packed.num_bytes, ()) for tier in tiers.memory):  # beside pinned nodes

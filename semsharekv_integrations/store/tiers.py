@@ -113,6 +113,34 @@ class Tiers:
                 node.held = fuller
                 tier.resize(node, fuller.num_bytes)
 
+    def make(self, make: Callable[[], PackedKV], protected: Collection[Node] | None) -> PackedKV | None:
+        """Return what ``make`` returns; None (logged) if memory runs out.
+
+        Unless ``protected`` is None, then first empty the device, but for these nodes, and try once more.
+        """
+        made = make_if_room(make)
+        if made is not None or protected is None:
+            return made
+        self.empty_device(protected)
+        return make_if_room(make)
+
+    def empty_device(self, protected: Collection[Node] = ()) -> tuple[int, int]:
+        """Take all but pinned and ``protected`` nodes out of the device tier; return bytes gone, and bytes left.
+
+        They go to a lower tier, else they are lost. Where the device is the host itself, host memory is no lower tier.
+        """
+        before = self.device.num_bytes
+        while (victim := self.device.choose_victim(protected, 0)) is not None:
+            assert victim.held is not None
+            if victim.held.device != _CPU:
+                self._demote(self.device, victim, protected)
+            elif victim.on_disk is not None:
+                self._take_out(victim)
+                self.counts["demoted"] += 1
+            else:
+                self._give_up(victim)
+        return before - self.device.num_bytes, self.device.num_bytes
+
     def find_tier(self, node: Node) -> Tier | None:
         """Return the memory tier that holds ``node``, or None."""
         return next((tier for tier in self.memory if node in tier.sizes), None)

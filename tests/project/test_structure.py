@@ -21,7 +21,7 @@ LAYERS = (
     {"engine"},
     {"memory"},
     {"runtime"},
-    {"call"},
+    {"call", "states"},
     {"arranging"},
     {"model", "request"},
     {"reuse"},
