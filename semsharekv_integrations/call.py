@@ -36,6 +36,9 @@ from semsharekv_integrations.store.forgetting import Since
 from semsharekv_integrations.text.answer_stream import AnswerReader
 from semsharekv_integrations.text.tool_calls import AnswerPart
 
+# Of stored texts, where drafts are looked up: so many, so much of their ends, and before what the prompt lacks
+_MOST_SOURCES, _MOST_LOOKED_UP, _CONTEXT_TOKENS = 8, 4096, 32
+
 
 @dataclass
 class Answer:
@@ -43,6 +46,8 @@ class Answer:
 
     Attributes:
         first_logits: those of the first tokens, each [B, V], for an audit.
+        drafted_tokens: how many tokens were verified as a draft.
+        accepted_tokens: how many of them the answer has.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -50,6 +55,8 @@ class Answer:
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: FinishReason = "cancelled"
     first_logits: list[torch.Tensor] = field(default_factory=list)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def record_logits(self, limit: int, logits: torch.Tensor) -> None:
         """Append ``logits`` [B, V] to ``first_logits``, unless those of ``limit`` tokens are there already."""
@@ -142,6 +149,15 @@ class Call:
         return np.concatenate([self.plan.token_ids, np.array(self.answer.token_ids, dtype=np.int64)])
 
     @property
+    def lookup_sources(self) -> list[TokenIds]:
+        """Token ids of the stored texts that the prompt reuses, answers included, as far as it does not begin alike."""
+        borrowed = {each.reference.id: each.reference.token_ids for each in self.plan.borrowings}
+        prefix = self.plan.prefix
+        if prefix is not None:
+            borrowed[prefix.reference.id] = prefix.reference.token_ids[max(0, prefix.num_tokens - _CONTEXT_TOKENS) :]
+        return [ids[-_MOST_LOOKED_UP:] for ids in list(borrowed.values())[-_MOST_SOURCES:]]
+
+    @property
     def document_spans(self) -> dict[str, Span]:
         """Documents whose deletion must drop what the store keeps of this call, and where they stand in the prompt."""
         return self.request.find_document_spans(self.read, self.plan.prefix)
@@ -203,6 +219,8 @@ class Call:
             kv_retained_ratio=retained / prefilled if prefilled else 1.0,
             substituted_tokens=int(plan.substituted[plan.places].sum()),
             substitutions=self.wordings,
+            drafted_tokens=self.answer.drafted_tokens,
+            accepted_tokens=self.answer.accepted_tokens,
             arranged_tokens=0 if self.given_order is None else max(0, prefix - self.given_prefix_tokens),
         )
 

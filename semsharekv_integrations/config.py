@@ -11,11 +11,11 @@ from semsharekv_integrations.errors import (
     IN_UTF8,
     check_fields,
     check_lifetime,
+    check_stop,
     is_name,
     is_number,
     is_path,
     is_share,
-    is_utf8,
     is_whole,
     require,
     take_plain_numbers,
@@ -29,7 +29,7 @@ PROVEN: Mode = "exact"  # the fastest mode that is known to lose less than a poi
 
 Eviction = Literal["value", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
-MOST_STOP_STRINGS, MOST_STOP_CHARS = 256, 1024  # all of them are looked for behind every token
+MOST_DRAFT_TOKENS = 64
 BY_MODE: Any = None  # the mode's own value, which ``ReuseConfig.resolve`` fills in
 _T = TypeVar("_T")
 if TYPE_CHECKING:
@@ -350,21 +350,6 @@ class EngineConfig:
         return max(8, self.max_batch_size) if self.max_calls is None else self.max_calls
 
 
-def check_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
-    """Return ``stop`` if it is a tuple of stop strings within the bounds, else raise ``ValueError``.
-
-    ``or_else`` names in the error what else the caller accepts, as ``None, or ``.
-    """
-    require(isinstance(stop, tuple), "stop", stop, f"{or_else}a tuple of strings")
-    strings = cast(tuple[str, ...], stop)
-    few = len(strings) <= MOST_STOP_STRINGS
-    require(few, "stop", f"{len(strings)} strings", f"{or_else}up to {MOST_STOP_STRINGS} strings")
-    for string in strings:
-        fits = isinstance(string, str) and 0 < len(string) <= MOST_STOP_CHARS and is_utf8(string)
-        require(fits, "stop", string, f"{or_else}strings of 1 to {MOST_STOP_CHARS} characters{IN_UTF8}")
-    return strings
-
-
 @dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are chosen, in transformers' terms.
@@ -377,6 +362,9 @@ class SamplingConfig:
         top_k: number of likeliest tokens kept, or None for the model's own default.
         repetition_penalty: above 1 discourages tokens seen before; None for the model's own default.
         seed: seed of this call's own random generator, or None for a fresh one.
+        prompt_lookup: whether tokens that once followed the latest ones, in the prompt, the answer or the stored texts
+            that the call reuses, are tried several in one pass. True where it likely saves time, a number of tokens
+            wherever such are found, False never. The tokens of the answer are the same. Not in mode ``off``.
     """
 
     max_new_tokens: int = 256
@@ -386,6 +374,7 @@ class SamplingConfig:
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    prompt_lookup: bool | int = True
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -398,3 +387,5 @@ class SamplingConfig:
         check("None or above 0", lambda value: value is None or _is_above_0(value), "repetition_penalty")
         accepted = "None or an integer from 0 to 2**63 - 1"
         check(accepted, lambda value: value is None or (is_whole(value, 0) and value < 2**63), "seed")
+        accepted = f"True, False, or 1 to {MOST_DRAFT_TOKENS} tokens"
+        check(accepted, lambda v: isinstance(v, bool) or (is_whole(v, 1) and v <= MOST_DRAFT_TOKENS), "prompt_lookup")

@@ -51,7 +51,7 @@ from semsharekv_integrations.text.prompt import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-COUNTS = ("requests", "prompt_tokens", "reused_tokens", "output_tokens")
+COUNTS = ("requests", "prompt_tokens", "reused_tokens", "output_tokens", "drafted_tokens", "accepted_tokens")
 
 
 class SemShareEngine(ModelHolder):
@@ -191,8 +191,9 @@ class SemShareEngine(ModelHolder):
     def _remember(self, call: Call, runtime: Runtime) -> None:
         """Add the call to the counts. Store its exact KV and, in a session, the rest too, unless it was forgotten."""
         with call.watch.phase("remember"):
-            reused = int(call.reused.sum())
-            counts = (1, call.prompt_tokens, reused, len(call.answer.token_ids))
+            answer, reused = call.answer, int(call.reused.sum())
+            drafts = (answer.drafted_tokens, answer.accepted_tokens)
+            counts = (1, call.prompt_tokens, reused, len(answer.token_ids), *drafts)
             with self._counting:
                 self._counts.update(dict(zip(COUNTS, counts, strict=True)))
             self._memory.keep(call, runtime)

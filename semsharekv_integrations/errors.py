@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class StoreWriteError(SemShareError):
 
 
 MOST_NESTED = 64  # mappings and sequences in each other, of what a caller gives
+MOST_STOP_STRINGS, MOST_STOP_CHARS = 256, 1024  # all of them are looked for behind every token
 MOST_SHOWN_CHARS = 400  # of a value in an error
 IN_UTF8 = " without lone surrogates, which no text in Unicode has"
 
@@ -87,6 +88,21 @@ def check_lifetime(name: str, ttl_s: object) -> None:
     """Raise ``ValueError`` unless ``ttl_s`` is None or a positive number of seconds."""
     accepted = ttl_s is None or (is_number(ttl_s) and ttl_s > 0)  # type: ignore[operator]
     require(accepted, name, ttl_s, "None or a positive number of seconds")
+
+
+def check_stop(stop: object, or_else: str = "") -> tuple[str, ...]:
+    """Return ``stop`` if it is a tuple of stop strings within the bounds, else raise ``ValueError``.
+
+    ``or_else`` names in the error what else the caller accepts, as ``None, or ``.
+    """
+    require(isinstance(stop, tuple), "stop", stop, f"{or_else}a tuple of strings")
+    strings = cast(tuple[str, ...], stop)
+    few = len(strings) <= MOST_STOP_STRINGS
+    require(few, "stop", f"{len(strings)} strings", f"{or_else}up to {MOST_STOP_STRINGS} strings")
+    for string in strings:
+        fits = isinstance(string, str) and 0 < len(string) <= MOST_STOP_CHARS and is_utf8(string)
+        require(fits, "stop", string, f"{or_else}strings of 1 to {MOST_STOP_CHARS} characters{IN_UTF8}")
+    return strings
 
 
 def is_whole(value: object, least: int) -> bool:

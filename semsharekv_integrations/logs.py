@@ -30,6 +30,8 @@ CALL_FIELDS = (
     "ttft_s",
     "decode_s",
     "output_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
     "kv_bytes",
 )
 # How the reasons in ``ReuseReport.declined`` begin, and the kind that stands for each.

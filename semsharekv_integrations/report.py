@@ -74,7 +74,8 @@ class ReuseReport:
         documents: the caller's documents found in the prompt.
         declined: why nothing, or nothing but the prefix, was reused though the mode allows it, or None.
         audit: the outcome of the audit, if this call was drawn for one.
-        phases_s: seconds by phase, in the order of the flow.
+        phases_s: seconds by phase, in the order of the flow. CUDA devices are waited for at the end of the prefill, of
+            decoding and of what follows.
         ttft_s: seconds from the call to the first new token, model loading excluded.
         decode_s: seconds of decoding, first token included.
         output_tokens: tokens generated, the end-of-sequence token included.
@@ -85,6 +86,8 @@ class ReuseReport:
             documents in the order that was given. Where documents begin and end, a token or two may be miscounted.
         substituted_tokens: how many tokens the model read in a stored wording, computed again or not.
         substitutions: these wordings, if ``ReuseConfig.report_substitutions`` is on.
+        drafted_tokens: tokens of drafts (``SamplingConfig.prompt_lookup``) that the model verified.
+        accepted_tokens: those of them that are in the answer; each saved a pass.
     """
 
     mode: Mode
@@ -109,6 +112,8 @@ class ReuseReport:
     arranged_tokens: int = 0
     substituted_tokens: int = 0
     substitutions: tuple[Rewording, ...] = ()
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def reused_tokens(self) -> int:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.config import EngineConfig, SamplingConfig, check_stop
+from semsharekv_integrations.config import EngineConfig, SamplingConfig
 from semsharekv_integrations.errors import (
     IN_UTF8,
     MOST_NESTED,
     PromptError,
     check_lifetime,
+    check_stop,
     count_nesting,
     is_json,
     is_name,
@@ -37,7 +38,7 @@ Documents = Sequence[str] | Mapping[str, str]
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of every generating method.
 
-    The first seven are explained at ``SamplingConfig``; ``stop`` may also be one string or None. ``namespace`` says
+    The first eight are explained at ``SamplingConfig``; ``stop`` may also be one string or None. ``namespace`` says
     whose KV may be read and where new KV goes. ``documents`` are texts, or texts by id, that stand in the prompt: the
     report then says how much of each was reused, and ``forget`` knows them. ``session`` names the conversation.
 
@@ -59,6 +60,7 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int | None
     repetition_penalty: float | None
     seed: int | None
+    prompt_lookup: bool | int
     namespace: str
     documents: Documents | None
     session: str | None

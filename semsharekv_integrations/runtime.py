@@ -260,14 +260,16 @@ class Runtime:
         """
         prefill, reader, answer = call.outcome.prefill, call.reader, call.answer
         with call.watch.phase("decode"):
-            sampling = call.request.sampling
-            decoder = Decoder(self.adapter, call.plan.token_ids, sampling, self._together, reader.constraint)
+            asked = call.plan.token_ids, call.request.sampling
+            decoder = Decoder(self.adapter, *asked, self._together, reader.constraint, call.lookup_sources)
         is_last = False
         with closing(decoder.decode(prefill, partial(answer.record_logits, self._audited_tokens))) as steps:
             while not is_last and not reader.stopped:
                 with call.watch.phase("decode"):
                     token_id, is_last = next(steps)
                     said = reader.push(token_id)
+                answer.drafted_tokens = decoder.drafter.drafted_tokens
+                answer.accepted_tokens = decoder.drafter.accepted_tokens
                 yield from call.add_token(token_id, said)
                 if self._retainer is not None and len(answer.token_ids) == 1 and not is_last:
                     with call.watch.phase("retain"):

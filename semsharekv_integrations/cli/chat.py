@@ -169,7 +169,8 @@ def _answer_on_screen(conversation: Conversation, text: str, console: Console) -
         console.print("\n[dim]interrupted; once more ends the chat[/]")
         return
     report = generation.report
+    drafted = f", {report.accepted_tokens} by lookup" if report.accepted_tokens else ""
     console.print(
         f"\n[dim]{report.reused_tokens} of {report.prompt_tokens} prompt tokens reused · "
-        f"first token after {report.ttft_s * 1000:.0f} ms · {report.output_tokens} tokens out[/]"
+        f"first token after {report.ttft_s * 1000:.0f} ms · {report.output_tokens} tokens out{drafted}[/]"
     )

@@ -160,6 +160,18 @@ class ModelAdapter:
             _LATEST[self.model] = id(cache)
         return logits
 
+    def verify(self, ids: Tensor, cache: DynamicCache, start: int) -> Tensor:
+        """Run ``ids`` [B, N] from position ``start`` on, add KV to ``cache``; return logits [N, V] behind each."""
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)
+        with self._lock, self.attention(blocks_of(positions)):
+            return self._forward(ids, cache, positions, keep=ids.shape[1])[0]
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether ``verify`` gives what single steps do, and its KV can be cut off again. Not known in mode ``off``."""
+        is_plain = not (self.way.keeps_states or self.way.one_by_one)
+        return self.mode != "off" and is_plain and self.stable_positions is None
+
     def decode_padded(self, ids: Tensor, cache: DynamicCache, positions: Tensor, pads: Tensor) -> Tensor:
         """Run ``ids`` [B, 1] at ``positions`` [B], add KV, return logits [B, V]; first ``pads`` [B] slots are empty."""
         slots = torch.arange(cache.layers[0].keys.shape[2] + 1, device=pads.device)

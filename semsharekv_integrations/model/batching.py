@@ -19,6 +19,7 @@ from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.continuing import has_kv_alone
+from semsharekv_integrations.model.drafting import PassCosts
 from semsharekv_integrations.model.layers import make_cache
 from semsharekv_integrations.model.relief import DeviceMemoryError, Relief
 
@@ -51,9 +52,13 @@ class SharedDecoding:
     """Brings together the decode steps of all calls of one engine, at most ``max_batch_size`` in one forward pass.
 
     A model that does not give the same logits in a padded batch, which is tried once, decodes each call by itself.
+
+    Attributes:
+        costs: of passes for one call by itself.
     """
 
     def __init__(self, adapter: ModelAdapter, max_batch_size: int, relief: Relief | None = None) -> None:
+        self.costs = PassCosts(on_cpu=adapter.device.type == "cpu")
         self._adapter = adapter
         self._max_batch_size = max_batch_size
         self._relief = relief or Relief(adapter)
@@ -98,6 +103,11 @@ class SharedDecoding:
             raise error
         assert logits is not None
         return logits
+
+    def decodes_alone(self, cache: DynamicCache) -> bool:
+        """Return True if the next step of a call with ``cache`` is its own: no other call is here that could join."""
+        with self._turn:
+            return not self._takes(cache)
 
     def leave(self, row: Row) -> None:
         """Take ``row`` out. Its cache has its KV again on return, unless this thread was in the middle of a step."""

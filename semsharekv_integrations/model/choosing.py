@@ -22,6 +22,17 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion, ConstraintProcessor
 
 _BY_IDS = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, ConstraintCriterion}  # look at no scores
+# Processors that say the same however often they are asked; others keep a state, or are not known.
+_REPEATABLE = {
+    *("ConstraintProcessor", "EpsilonLogitsWarper", "EtaLogitsWarper", "ExponentialDecayLengthPenalty"),
+    *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor"),
+    *("LogitNormalization", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "MinPLogitsWarper"),
+    *("NoBadWordsLogitsProcessor", "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
+    *("SequenceBiasLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor"),
+    *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TypicalLogitsWarper"),
+}
+_SLACK = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the logits' spread, for what passes of several tokens round
+_COARSE_SLACK = 0.1  # in dtypes of fewer bits
 
 
 class Choice(NamedTuple):
@@ -31,11 +42,13 @@ class Choice(NamedTuple):
         token_id: as a plain number.
         token: the same where the model is, [B].
         scores: the processed scores that it was chosen from, [B, V].
+        is_sure: whether rounding cannot have decided.
     """
 
     token_id: int
     token: Tensor
     scores: Tensor
+    is_sure: bool = True
 
 
 class TokenChooser:
@@ -57,33 +70,46 @@ class TokenChooser:
         self._constraint = constraint
         self._host_ids = torch.from_numpy(prompt_ids)[None]  # [B, T], as criteria read them
         self.ids = self._host_ids.to(adapter.device)
+        self._temperature = sampling.temperature
         self._greedy = sampling.temperature == 0
+        self._drawn: Tensor | None = None  # what the next token is drawn by, until it is added
         self._process, criteria = self._prepare(sampling)
         self._by_ids = StoppingCriteriaList(each for each in criteria if type(each) in _BY_IDS)
         self._by_scores = StoppingCriteriaList(each for each in criteria if type(each) not in _BY_IDS)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed  # torch's own needs a file handle
         self._random = torch.Generator(device=adapter.device).manual_seed(seed)
 
-    def choose(self, logits: Tensor) -> Choice:
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a token may be chosen twice: no processor counts how often it is asked."""
+        found = {type(each).__name__ for each in self._process}
+        return found <= _REPEATABLE and all(_is_known(each) for each in self._process)
+
+    def choose(self, logits: Tensor, *, is_verified: bool = False) -> Choice:
         """Return the next token: the best one of ``logits`` [B, V] at temperature 0, else one that is drawn.
+
+        If ``is_verified``, the logits are of a pass of several tokens, which rounds otherwise than one of this token:
+        ``is_sure`` then says whether that is too little to matter. Asked again, this draws the same.
 
         Raises:
             RuntimeError: if there are no probabilities to draw by.
         """
         with torch.inference_mode():
-            scores = self._process(self.ids, logits.float().to(self.ids.device))  # [B, V]
-            if self._greedy:
-                token = scores.argmax(-1)
-                return Choice(int(token), token, scores)
-            shares = scores.softmax(-1)
-            token = self._race(shares).argmax(-1)
-            token_id, is_sound = torch.cat([token, (shares >= 0).all()[None].long()]).tolist()
-        if not is_sound:  # as torch.multinomial says it, which would wait twice more to find out
+            plain = logits.float().to(self.ids.device)
+            scores = self._process(self.ids, plain)  # [B, V]
+            shares = None if self._greedy else scores.softmax(-1)
+            ranked = scores if shares is None else self._race(shares)
+            token = ranked.argmax(-1)
+            is_sound = torch.ones_like(token) if shares is None else (shares >= 0).all(-1).long()
+            facts = [token, is_sound, *([self._is_sure(ranked, plain, logits.dtype)] if is_verified else [])]
+            token_id, sound, *sure = torch.cat(facts).tolist()  # for which the host waits, once
+        if not sound:  # as torch.multinomial says it, which would wait twice more to find out
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return Choice(token_id, token, scores)
+        return Choice(token_id, token, scores, all(sure))
 
     def add(self, choice: Choice) -> bool:
         """Append the token to the answer; return whether it is the last one."""
+        self._drawn = None
         here, there = self._host_ids, self.ids
         self.ids = torch.cat([there, choice.token[None]], dim=1)
         self._host_ids = self.ids if here is there else torch.cat([here, torch.tensor([[choice.token_id]])], dim=1)
@@ -99,7 +125,15 @@ class TokenChooser:
 
         This is how ``torch.multinomial`` draws one of several, from the same generator the same one.
         """
-        return shares / torch.empty_like(shares).exponential_(1, generator=self._random)
+        if self._drawn is None:
+            self._drawn = torch.empty_like(shares).exponential_(1, generator=self._random)
+        return shares / self._drawn
+
+    def _is_sure(self, ranked: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [B] of 1 where the best of ``ranked`` [B, V] leads by more than the rounding of ``logits``."""
+        first, second = ranked.topk(2).values.unbind(-1)
+        lead = first - second if self._greedy else (first / second).log() * self._temperature
+        return (lead > _SLACK.get(dtype, _COARSE_SLACK) * logits.std(-1)).long()
 
     def _prepare(self, sampling: SamplingConfig) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
         """Return what ``generate`` prepares to process and stop by, the constraint's included; generates nothing."""
@@ -131,3 +165,8 @@ class TokenChooser:
         if sampling.repetition_penalty is not None:
             config.update(repetition_penalty=sampling.repetition_penalty)
         return config
+
+
+def _is_known(processor: object) -> bool:
+    """Return whether the class is transformers' or ours, and no other of the same name."""
+    return type(processor).__module__.split(".")[0] in ("transformers", __name__.split(".")[0])

@@ -106,3 +106,14 @@ def _probe_step(adapter: ModelAdapter, ids: TokenIds, cache: DynamicCache) -> Te
 def has_kv_alone(cache: DynamicCache) -> bool:
     """Return whether each layer of ``cache`` keeps the KV of every token, and nothing else."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def cut_back(cache: DynamicCache, num_tokens: int, *, copies: bool = False) -> None:
+    """Drop what ``cache``, which has KV alone, holds behind ``num_tokens`` tokens.
+
+    With ``copies``, nothing of it stays in memory either; else until the next pass.
+    """
+    for layer in cache.layers:
+        if layer.keys.shape[2] > num_tokens:
+            parts = (tensor[:, :, :num_tokens] for tensor in (layer.keys, layer.values))
+            layer.keys, layer.values = (part.clone() if copies else part for part in parts)

@@ -242,6 +242,7 @@ def test_no_setting_was_overlooked() -> None:
     known |= {
         (EngineConfig, name) for name in (*SECTIONS.values(), "max_batch_size", "max_calls")
     }  # the last two: see test_calls
+    known |= {(SamplingConfig, "prompt_lookup")}  # which changes no token: see test_drafts
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
     elsewhere = {
         "namespace",
@@ -251,7 +252,8 @@ def test_no_setting_was_overlooked() -> None:
         "tool_choice",
         "json_schema",
         "chat_template_kwargs",
-    }  # test_prefix_reuse, _tools, _prompt
+        "prompt_lookup",
+    }  # test_prefix_reuse, _tools, _prompt, _drafts
     assert {*OPTION_EFFECTS, *elsewhere} == set(GenerateOptions.__annotations__)
 
 
@@ -309,6 +311,7 @@ BAD = {
         "top_k": [0, -1, 2.5, "4"],
         "repetition_penalty": [0, -1, "2", float("inf")],
         "seed": [-1, 1.5, "7", 2**64],
+        "prompt_lookup": [0, -1, 65, 1.5, "4", None],
     },
 }
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from semsharekv_integrations import AuditConfig, EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
-from semsharekv_integrations.config import MOST_STOP_STRINGS, SamplingConfig
-from semsharekv_integrations.errors import PromptError
+from semsharekv_integrations.config import SamplingConfig
+from semsharekv_integrations.errors import MOST_STOP_STRINGS, PromptError
 from semsharekv_integrations.request import GenerateOptions
 from tiny_models import EngineMaker, make_model
 from tool_templates import tool
