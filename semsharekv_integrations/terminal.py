@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ReuseConfig
+from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ReuseConfig, StoreConfig
 
 if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
@@ -41,14 +41,20 @@ def load_engine(args: argparse.Namespace) -> SemShareEngine:
     console = Console(stderr=True)
     is_shown = console.is_terminal and not args.json
     with console.status(f"Loading {args.model}") if is_shown else nullcontext():
-        from semsharekv_integrations.engine import SemShareEngine
-        from semsharekv_integrations.model.loading import hide_progress_bars
-
-        hide_progress_bars()
-        config = EngineConfig(reuse=ReuseConfig(mode=args.mode, budget=args.budget))
-        engine = SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
+        engine = make_engine(args)
         _ = engine.model  # loads the weights
     return engine
+
+
+def make_engine(args: argparse.Namespace) -> SemShareEngine:
+    """Return the engine that ``args`` names; its weights are not loaded yet. Only some commands name a ``store``."""
+    from semsharekv_integrations.engine import SemShareEngine
+    from semsharekv_integrations.model.loading import hide_progress_bars
+
+    hide_progress_bars()
+    store = StoreConfig(directory=getattr(args, "store", None))
+    config = EngineConfig(reuse=ReuseConfig(mode=args.mode, budget=args.budget), store=store)
+    return SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -27,6 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("cli.demo", "a summarization chain, a query engine and a chat, with their reuse"),
     "chat": Command("cli.chat", "a chat in the terminal that shows what was reused"),
+    "serve": Command("cli.serve", "an OpenAI-compatible endpoint for one model"),
     "bench": Command("lab.command", "is the answer still right? what did reuse save?", aliases=("quality",)),
     "inspect": Command("cli.store", "list what a store's directory holds", "add_inspect_arguments", "run_inspect"),
     "clear": Command("cli.store", "delete what a store's directory holds", "add_clear_arguments", "run_clear"),

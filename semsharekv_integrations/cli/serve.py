@@ -1,0 +1,85 @@
+"""``semsharekv serve``: an OpenAI-compatible endpoint for one local model.
+
+    semsharekv serve --model FOLDER
+    semsharekv serve --model FOLDER --host 0.0.0.0 --api-key KEY --store DIR
+
+Front ends and SDKs reach it at http://HOST:PORT/v1. Keys can also stand in SEMSHAREKV_API_KEYS, separated by commas: a
+command line can be seen by others on this machine. Each key is a tenant of its own. SIGTERM lets answers end, takes on
+no new ones, and closes the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from semsharekv_integrations.errors import SemShareError, require
+from semsharekv_integrations.terminal import add_engine_arguments, make_engine
+
+if TYPE_CHECKING:
+    from semsharekv_integrations.serving.settings import ServerConfig
+
+KEYS = "SEMSHAREKV_API_KEYS"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``semsharekv serve``."""
+    add_engine_arguments(parser)
+    parser.add_argument("--store", metavar="DIR", help="where KV is kept beyond this process (default: nowhere)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000); 0 for a free one")
+    key = f"lets a caller in; can be given again; also from {KEYS}"
+    parser.add_argument("--api-key", action="append", default=[], metavar="K", help=key)
+    origin = "a page of this origin may call, such as https://chat.example.org; can be given again"
+    parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help=origin)
+    named = "a name that callers without a key reach the server by; can be given again"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=named)
+    parser.add_argument("--served-name", metavar="NAME", help="what the model is called (default: as --model says)")
+    most = "of an answer, also where a request names none (default: what the context window leaves)"
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=most)
+    line = "answered or waiting; more are refused (default: 32)"
+    parser.add_argument("--max-requests", type=int, default=32, metavar="N", help=line)
+    parser.add_argument("--max-body-mib", type=int, default=16, metavar="N", help="of a request (default: 16)")
+    parser.add_argument("--drain-s", type=int, default=30, metavar="S", help="for answers to end, at the end (30)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; return 0. Raises what the model could not be loaded for."""
+    try:
+        import uvicorn
+
+        from semsharekv_integrations.serving import ServerConfig, create_app
+        from semsharekv_integrations.serving.settings import is_local
+    except ImportError as error:
+        missing = f'serving needs {error.name}: pip install "semsharekv-integrations[serve]"'
+        raise SemShareError(missing) from error
+    require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
+    config = _read_config(args, ServerConfig)
+    guarded = bool(config.api_keys) or is_local(args.host)
+    require(guarded, "--host", args.host, f"an address of this machine alone, or --api-key or {KEYS} beside it")
+    server: uvicorn.Server
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(make_engine(args), config, stop)
+    settings = {"host": args.host, "port": args.port, "access_log": False}  # paths hold the ids of documents
+    server = uvicorn.Server(uvicorn.Config(app, **settings, timeout_graceful_shutdown=args.drain_s))
+    server.run()
+    if app.state.host.failure is not None:
+        raise app.state.host.failure
+    return 0
+
+
+def _read_config(args: argparse.Namespace, make: type[ServerConfig]) -> ServerConfig:
+    hidden = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    return make(
+        model=args.served_name,
+        api_keys=tuple(dict.fromkeys([*args.api_key, *hidden])),
+        hosts=tuple(args.allow_host),
+        cors_origins=tuple(args.cors_origin),
+        max_body_bytes=args.max_body_mib * 1024**2,
+        max_requests=args.max_requests,
+        max_tokens=args.max_tokens,
+    )

@@ -1,0 +1,189 @@
+"""The application: OpenAI's routes over one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
+from functools import partial
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from semsharekv_integrations import __version__
+from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.errors import require
+from semsharekv_integrations.metrics import EngineCollector
+from semsharekv_integrations.report import GenerationChunk
+from semsharekv_integrations.serving.answers import Form, format_event
+from semsharekv_integrations.serving.documents import list_documents
+from semsharekv_integrations.serving.gates import Gate
+from semsharekv_integrations.serving.hosting import Host, wait_for
+from semsharekv_integrations.serving.problems import ServingError, add_handlers, describe_error, make_body
+from semsharekv_integrations.serving.schemas import ChatBody, CompletionBody, DocumentBody
+from semsharekv_integrations.serving.settings import ServerConfig
+
+_BEARER = HTTPBearer(auto_error=False, description="one of the keys that the server was started with")
+
+
+def create_app(
+    engine: SemShareEngine, config: ServerConfig | None = None, on_failure: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """Make the application. It loads the model when it starts, and closes the engine's store when it ends.
+
+    Args:
+        engine: what answers.
+        config: who may call, and how much.
+        on_failure: called, in another thread, if the model cannot be loaded; ``app.state.host.failure`` says why.
+    """
+    config = config or ServerConfig()
+    require(isinstance(config, ServerConfig), "config", config, "a ServerConfig or None")
+    host = Host(engine, config, on_failure)
+
+    @asynccontextmanager
+    async def run(_: FastAPI) -> AsyncIterator[None]:
+        async with host.run():
+            yield
+
+    app = FastAPI(title="semsharekv", version=__version__, lifespan=run)
+    app.state.host = host
+    app.add_middleware(Gate, config=config)
+    if config.cors_origins:
+        names = ["Authorization", "Content-Type"]
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=names)
+    add_handlers(app)
+    _add_answers(app, host)
+    _add_documents(app, host)
+    _add_facts(app, host)
+    return app
+
+
+def _find_tenant(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> str:
+    """Return the caller's namespace; raise ``ServingError`` if its key is wrong or missing."""
+    host: Host = request.app.state.host
+    tenant = host.config.find_tenant(credentials.credentials if credentials else None)
+    if tenant is None:
+        raise ServingError(401, "invalid_api_key", "the API key is missing or wrong; send Authorization: Bearer KEY")
+    return tenant
+
+
+Tenant = Annotated[str, Depends(_find_tenant)]
+
+
+def _add_answers(app: FastAPI, host: Host) -> None:
+    """Add the routes that generate."""
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatBody, tenant: Tenant) -> Response:
+        """Answer messages."""
+        form = Form(is_chat=True, model=host.model, one_call=body.parallel_tool_calls is False)
+        return await _answer(host, request, body, tenant, form)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request, body: CompletionBody, tenant: Tenant) -> Response:
+        """Continue a text."""
+        return await _answer(host, request, body, tenant, Form(is_chat=False, model=host.model))
+
+
+async def _answer(host: Host, request: Request, body: ChatBody | CompletionBody, tenant: str, form: Form) -> Response:
+    host.require_model(body.model)
+    prompt, options = cast(Any, body.prompt), body.make_options(tenant, host.most_tokens)
+    with ExitStack() as place:
+        place.enter_context(host.take_place())
+        if not body.stream:
+            generation = await wait_for(request, host.engine.agenerate(prompt, **options))
+            return JSONResponse(form.describe_whole(generation))
+        chunks = host.engine.astream(prompt, **options)
+        first = await wait_for(request, anext(chunks))  # so that what is refused has a status of its own
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = _tell(chunks, first, form, with_usage, place.pop_all())
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _tell(
+    chunks: AsyncGenerator[GenerationChunk, None],
+    first: GenerationChunk,
+    form: Form,
+    with_usage: bool,
+    place: AbstractContextManager[Any],
+) -> AsyncIterator[str]:
+    """Yield the events of an answer. An error on the way is the last one; closing this cancels the call."""
+    events = form.begin(with_usage=with_usage)
+    with place:
+        async with aclosing(chunks):
+            try:
+                for event in events.tell(first):
+                    yield event
+                async for chunk in chunks:
+                    for event in events.tell(chunk):
+                        yield event
+            except Exception as error:
+                yield format_event(make_body(describe_error(error)))
+
+
+def _add_documents(app: FastAPI, host: Host) -> None:
+    """Add the routes that warm, list and forget documents; each within the caller's tenant."""
+
+    @app.post("/v1/documents")
+    async def warm(body: DocumentBody, tenant: Tenant) -> dict[str, Any]:
+        """Compute and keep the KV of a text before prompts contain it."""
+        host.require_loaded()
+        with host.take_place():
+            labels: dict[str, Any] = {"namespace": tenant, "pinned": body.pinned, "ttl_s": body.ttl_s}
+            stored = await run_in_threadpool(partial(host.engine.warm, {body.id: body.text}, **labels))
+        return {"id": body.id, "object": "document", "stored": bool(stored)}
+
+    @app.get("/v1/documents")
+    async def show(tenant: Tenant) -> dict[str, Any]:
+        """List the documents that stored KV is known by."""
+        host.require_loaded()
+        found = await run_in_threadpool(lambda: list_documents(host.engine.store.references(tenant)))
+        return {"object": "list", "data": found}
+
+    @app.delete("/v1/documents/{document_id:path}")
+    async def forget(document_id: str, tenant: Tenant) -> dict[str, Any]:
+        """Drop all KV that a document stands in."""
+        host.require_loaded()
+        dropped = await run_in_threadpool(partial(host.engine.forget, document_id, namespace=tenant))
+        if not dropped:
+            raise ServingError(404, "document_not_found", f"document {document_id!r} is not stored", "id")
+        return {"id": document_id, "object": "document", "deleted": True, "entries": dropped}
+
+
+def _add_facts(app: FastAPI, host: Host) -> None:
+    """Add the routes that tell of the server itself."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(host.engine))
+
+    @app.get("/health")
+    async def check() -> dict[str, str]:
+        """Whether the model is loaded; needs no key."""
+        host.require_loaded()
+        return {"status": "ok"}
+
+    def describe() -> dict[str, Any]:
+        return {"id": host.model, "object": "model", "created": 0, "owned_by": "semsharekv"}
+
+    @app.get("/v1/models")
+    async def models(_: Tenant) -> dict[str, Any]:
+        """The one model."""
+        return {"object": "list", "data": [describe()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, _: Tenant) -> dict[str, Any]:
+        """The model, if it has this name."""
+        if name != host.model:
+            raise ServingError(404, "model_not_found", f"model is {name!r}; accepted is {host.model!r}", "model")
+        return describe()
+
+    @app.get("/metrics")
+    async def metrics(_: Tenant) -> Response:
+        """Counts and distributions for Prometheus, of all tenants together."""
+        told = await run_in_threadpool(partial(generate_latest, registry))
+        return Response(told, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,107 @@
+"""Messages and tools in OpenAI's form, as the engine takes them. Only text is read; all else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from semsharekv_integrations import frameworks
+from semsharekv_integrations.errors import require
+from semsharekv_integrations.request import make_document_id
+
+_ROLES = {"developer": "system", "function": "tool"} | {role: role for role in ("system", "user", "assistant", "tool")}
+_SAID = {"role", "content", "name", "tool_calls", "tool_call_id"}
+_LEFT_OUT = {"reasoning", "reasoning_content", "annotations", "kv_cache"}  # of an answer that comes back in a history
+_TEXTS = ("text", "input_text", "output_text")
+_CHOICES = {"none": "none", "auto": "auto", "required": "any"}
+PARTS_BETWEEN = "\n"  # what stands between a message's text parts
+
+
+def translate_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages as chat templates take them; consecutive plain turns of one role are joined.
+
+    Raises:
+        ValueError: naming the field, for an unknown role or key, or content that is no text.
+    """
+    return frameworks.merge_turns(_read_turn(f"messages[{at}]", message) for at, message in enumerate(messages))
+
+
+def find_parts(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the texts of messages that have several parts, by a digest: these are taken for documents."""
+    found: dict[str, str] = {}
+    for message in messages:
+        content = message.get("content")
+        texts = [part["text"] for part in content if part["text"].strip()] if isinstance(content, list) else []
+        found |= {make_document_id(text): text for text in texts} if len(texts) > 1 else {}
+    return found
+
+
+def _read_turn(field: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    role = message.get("role")
+    require(role in _ROLES, f"{field}.role", role, ", ".join(_ROLES))
+    for key, value in message.items():
+        known = key in _SAID or key in _LEFT_OUT or value in (None, [], {}, "")
+        require(known, f"{field}.{key}", value, f"nothing; a message has {', '.join(sorted(_SAID))}")
+    calls = [_read_call(f"{field}.tool_calls[{at}]", call) for at, call in enumerate(message.get("tool_calls") or ())]
+    content = _read_content(f"{field}.content", message.get("content"), has_calls=bool(calls))
+    turn: dict[str, Any] = {"role": _ROLES[str(role)], "content": content}
+    if calls:
+        turn["tool_calls"] = calls
+    if turn["role"] == "tool":
+        given = message.get("tool_call_id") or frameworks.make_function_id(message.get("name"))
+        turn |= {"tool_call_id": given} | ({"name": message["name"]} if message.get("name") else {})
+    return turn
+
+
+def _read_content(field: str, content: Any, *, has_calls: bool) -> str:
+    if content is None and has_calls:
+        return ""
+    if isinstance(content, str):
+        return content
+    require(isinstance(content, list), field, content, "a text, or a list of text parts")
+    return PARTS_BETWEEN.join(_read_parts(field, content))
+
+
+def _read_parts(field: str, parts: Sequence[Any]) -> Iterator[str]:
+    for at, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        require(kind in _TEXTS, f"{field}[{at}].type", kind, "'text': this model reads nothing else")
+        require(isinstance(part.get("text"), str), f"{field}[{at}].text", part.get("text"), "a text")
+        yield part["text"]
+
+
+def _read_call(field: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) and call.get("type") == "function" else None
+    form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+    require(isinstance(function, Mapping) and bool(function.get("name")), field, call, form)
+    arguments = frameworks.parse_arguments(function.get("arguments"))
+    require(arguments is not None, f"{field}.function.arguments", function.get("arguments"), "JSON text of an object")
+    named = {"name": function["name"], "arguments": arguments}
+    return {"id": str(call.get("id") or ""), "type": "function", "function": named}
+
+
+def translate_choice(choice: Any) -> str | None:
+    """Return which tool the model may or must call as the engine says it; ``ValueError`` for what is no choice."""
+    if choice is None or isinstance(choice, str):
+        require(choice is None or choice in _CHOICES, "tool_choice", choice, f"{', '.join(_CHOICES)}, or a function")
+        return None if choice is None else _CHOICES[choice]
+    name = choice["function"].get("name") if isinstance(choice.get("function"), Mapping) else None
+    accepted = '{"type": "function", "function": {"name": ...}}'
+    require(choice.get("type") == "function" and isinstance(name, str), "tool_choice", choice, accepted)
+    return str(name)
+
+
+def translate_format(wanted: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the JSON schema that a ``response_format`` asks for, or None for text; ``ValueError`` for others."""
+    kind = "text" if wanted is None else wanted.get("type")
+    require(
+        kind in ("text", "json_object", "json_schema"), "response_format.type", kind, "text, json_object, json_schema"
+    )
+    if wanted is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    named = wanted.get("json_schema")
+    schema = named.get("schema") if isinstance(named, Mapping) else None
+    require(isinstance(schema, Mapping), "response_format.json_schema.schema", schema, "a JSON schema")
+    return schema

@@ -1,0 +1,82 @@
+"""What a server allows, and whose KV a caller reads."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from semsharekv_integrations.errors import check_fields, is_name, is_whole, require
+
+OPEN = "served"  # the tenant of all callers where no key is asked for
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Who may call a server, and how much it takes on.
+
+    Attributes:
+        model: the name that the model goes by, or None for the engine's.
+        api_keys: any of them lets a caller in; each is a tenant of its own. None lets everyone in, as one tenant.
+        hosts: names that the server is called by, beside those of this machine alone; a page that was sent under
+            another name could otherwise reach a server without keys through a reader's browser.
+        cors_origins: origins whose pages may call, such as ``https://chat.example.org``.
+        max_body_bytes: most bytes of a request.
+        max_requests: most requests that are answered or wait for their turn; beyond it they are refused.
+        max_tokens: most tokens of an answer, also where a request names none; None for what the context window leaves.
+    """
+
+    model: str | None = None
+    api_keys: Sequence[str] = field(default=(), repr=False)
+    hosts: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = 16 * 1024**2
+    max_requests: int = 32
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", "1 or more", lambda value: is_whole(value, 1), "max_body_bytes", "max_requests")
+        check_fields(self, "", "None or 1 or more", lambda value: value is None or is_whole(value, 1), "max_tokens")
+        check_fields(self, "", "None or a name", lambda value: value is None or is_name(value), "model")
+        for name in ("hosts", "cors_origins"):
+            values = getattr(self, name)
+            require(not isinstance(values, str) and all(map(is_name, values)), name, values, "a list of names")
+        proper = all(is_name(key) and key.isascii() and key == key.strip() for key in self.api_keys)
+        several = not isinstance(self.api_keys, str)
+        require(several and proper, "api_keys", f"{len(self.api_keys)} keys", "a list of keys in ASCII, without spaces")
+
+    def find_tenant(self, key: str | None) -> str | None:
+        """Return the namespace of a caller with this key, or None if it may not call. Takes as long for any key."""
+        if not self.api_keys:
+            return OPEN
+        given = _digest(key or "")
+        found = [tenant for known, tenant in self._tenants if hmac.compare_digest(known, given)]
+        return found[0] if found else None
+
+    @cached_property
+    def _tenants(self) -> list[tuple[bytes, str]]:
+        """Digest and namespace of each key. The namespace tells nothing of the key, and is the same in every run."""
+        digests = [_digest(key) for key in self.api_keys]
+        return [(digest, f"key-{hashlib.sha256(b'tenant' + digest).hexdigest()[:16]}") for digest in digests]
+
+    def is_called_by(self, host: str) -> bool:
+        """Return whether a request may name ``host``, without its port, as where it goes to."""
+        return bool(self.api_keys) or host in self.hosts or is_local(host)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def is_local(host: str) -> bool:
+    """Return whether ``host`` is a name or address that this machine alone reaches."""
+    if host in _LOCAL_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
