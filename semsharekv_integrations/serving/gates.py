@@ -48,7 +48,7 @@ class Gate:
             except Exception as error:  # else the server would log its message, which may hold a prompt
                 problem = error
         if problem is not None and not has_begun:
-            await answer_error(problem)(scope, receive, send)  # type: ignore[arg-type]
+            await answer_error(problem)(scope, receive, send)
 
     def _find_problem(self, headers: Headers) -> ServingError | None:
         host = headers.get("host", "")

@@ -71,9 +71,10 @@ def _read_parts(field: str, parts: Sequence[Any]) -> Iterator[str]:
 
 
 def _read_call(field: str, call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) and call.get("type") == "function" else None
+    is_call = isinstance(call, Mapping) and call.get("type") == "function"
+    function = call["function"] if is_call and isinstance(call.get("function"), Mapping) else {}
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
-    require(isinstance(function, Mapping) and bool(function.get("name")), field, call, form)
+    require(bool(function.get("name")), field, call, form)
     arguments = frameworks.parse_arguments(function.get("arguments"))
     require(arguments is not None, f"{field}.function.arguments", function.get("arguments"), "JSON text of an object")
     named = {"name": function["name"], "arguments": arguments}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -106,7 +106,7 @@ class _Sampled(_Body):
             require(fits, str(name), limit, "1 or more" if most is None else f"1 to {most}")
             given["max_new_tokens"] = limit
         known = GenerateOptions(namespace=namespace, session=self.prompt_cache_key, documents=self._name_documents())
-        return GenerateOptions(**given) | known
+        return cast(GenerateOptions, given) | known
 
     def _name_documents(self) -> DocumentNotes:
         own: dict[str, str] = {}
