@@ -35,6 +35,7 @@ def direct_requirements() -> list[Requirement]:
 
 
 REQUIREMENTS = direct_requirements()
+CLIENTS = [Requirement(line) for line in PROJECT["dependency-groups"]["clients"] if "semsharekv" not in line]
 CONSTRAINTS, FLOORS = read_pins("constraints.txt"), read_pins("floors.txt")
 
 
@@ -47,6 +48,12 @@ def test_every_requirement_is_bounded_and_tested_at_both_ends(requirement: Requi
     least = operators.get(">=", operators.get("=="))
     assert FLOORS[name] == least or name in EARLIER
     assert FLOORS[name] in requirement.specifier
+
+
+@pytest.mark.parametrize("requirement", CLIENTS, ids=str)
+def test_every_client_of_a_server_is_bounded_and_pinned(requirement: Requirement) -> None:
+    assert {specifier.operator for specifier in requirement.specifier} == {">=", "<"}
+    assert CONSTRAINTS[canonicalize_name(requirement.name)] in requirement.specifier
 
 
 def test_transformers_is_capped_at_the_newest_minor_that_was_tested() -> None:

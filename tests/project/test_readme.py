@@ -16,6 +16,7 @@ from semsharekv_integrations.cli.main import main
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {"serving"}  # whose blocks need a server: ``tests/serving`` runs them
 LANGUAGES = {"python", "bash", "text"}
 MADE_UP = {"new.md", "gpu_check.py", "examples/lab/results/NAME.md"}
 ANSWERS = {"mayor of Velmar?": "Anna Kelsen", "cost in Velmar?": "42 million", "cost in Osteck?": "17 million"}
@@ -37,7 +38,8 @@ def find_code(folder: str) -> list[Path]:
 
 
 def cases(language: str) -> list[object]:
-    found = [(page, code) for page in PAGES for name, code in find_blocks(page) if name == language]
+    pages = [page for page in PAGES if page.stem not in ELSEWHERE]
+    found = [(page, code) for page in pages for name, code in find_blocks(page) if name == language]
     return [pytest.param(page, code, id=f"{page.stem}-{code.splitlines()[0][:40]}") for page, code in found]
 
 
