@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         from semsharekv_integrations.serving import ServerConfig, create_app
         from semsharekv_integrations.serving.settings import is_local
     except ImportError as error:
-        missing = f'serving needs {error.name}: pip install "semsharekv-integrations[serve]"'
+        missing = f'serving needs {error.name}: pip install -e ".[serve]"'
         raise SemShareError(missing) from error
     require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
     config = _read_config(args, ServerConfig)
