@@ -386,7 +386,7 @@ class SemShareEngine(ModelHolder):
             if self._runtime is None:
                 if self.config.store.directory is not None:
                     adapter = runtime.adapter
-                    self._store.open(runtime.directory_fingerprint(), adapter.dtype, adapter.device)
+                    self._store.open(runtime.directory_fingerprint(), adapter.dtype, adapter.homes)
                     weakref.finalize(self, self._store.abandon)
                 self._runtime = runtime
                 self._memory.begin(runtime)

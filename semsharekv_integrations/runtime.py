@@ -167,7 +167,7 @@ class Runtime:
 
     def load(self, path: Path) -> int:
         """Store what ``save`` wrote; return how many fit. Raises ``StoreFileError`` for a bad or foreign file."""
-        work = partial(read_references, path, self.fingerprint(), self.adapter.device)
+        work = partial(read_references, path, self.fingerprint(), self.adapter.homes)
         return sum(map(self.store.put, self.relief.run("a file of KV", work)))
 
     def render(self, call: Call, known: Mapping[str, str], window: int | None) -> None:

@@ -40,6 +40,7 @@ from semsharekv_integrations.model.layers import (
 from semsharekv_integrations.model.sight import Block, Rows, blocks_of
 from semsharekv_integrations.model.state import LENGTH_DEPENDENT_ROPE, StateWatch
 from semsharekv_integrations.model.transfers import send
+from semsharekv_integrations.store.homes import Homes
 
 _PROBE_TOKENS = 12
 _KEEP_IN_MODULES, _READ_WHOLE = "recurrent_gemma", "cpmant"  # types
@@ -114,7 +115,7 @@ class ModelAdapter:
         if not self.way.keeps_states:
             return make_cache(layers)
         state = prefix.reference.checkpoints[prefix.num_tokens]
-        return StateCache.restore(self.model.config, list(layers), state, self.device)
+        return StateCache.restore(self.model.config, list(layers), state, self.homes)
 
     def forward(self, token_ids: TokenIds, cache: DynamicCache, start: int) -> Tensor:
         """Run ``token_ids`` [N] from position ``start`` on, add KV to ``cache``, return logits [B, V] of the last."""
@@ -289,8 +290,17 @@ class ModelAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Return the device that token ids are put on."""
+        """Return the device that token ids are put on: of a model on several ones, that of its embeddings."""
         return find_input_device(self.model)
+
+    @cached_property
+    def homes(self) -> Homes:
+        """Return where the model leaves each layer's KV and states, which a short pass shows; it keeps none if off."""
+        if self.mode == "off":
+            return Homes((self.device,))
+        layers = self.prefill(self.probe_ids()[:1]).cache.layers
+        kept = ([t.device for _, t in list_tensors(layer) if t.ndim] for layer in layers)
+        return Homes.list_up([devices[0] if devices else self.device for devices in kept])
 
     @property
     def end_ids(self) -> list[int]:

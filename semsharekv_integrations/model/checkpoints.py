@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from semsharekv_integrations.kv import LayerKV, State
+from semsharekv_integrations.store.homes import Homes
 
 _KV = ("keys", "values")
 
@@ -48,13 +49,13 @@ class StateCache(DynamicCache):
 
     @classmethod
     def restore(
-        cls, config: PreTrainedConfig, layers: Sequence[LayerKV], state: State, device: torch.device
+        cls, config: PreTrainedConfig, layers: Sequence[LayerKV], state: State, homes: Homes | torch.device
     ) -> StateCache:
         """Return a new cache of the tokens [S] of ``layers``, as it was behind the last one.
 
-        ``state`` is copied to ``device``, wherever the store kept it.
+        ``state`` is copied to ``homes``, wherever the store kept it.
         """
-        cache = cls(config)
+        cache, homes = cls(config), Homes.of(homes)
         for layer, kv in zip(cache.layers, layers, strict=True):
             if kv.keys.shape[1]:
                 DynamicLayer.lazy_initialization(layer, *kv)
@@ -62,7 +63,7 @@ class StateCache(DynamicCache):
             cache.num_tokens = kv.keys.shape[2]
         for name, tensor in state.items():
             index, attribute, *key = name.split("/")
-            moved = tensor.to(device, copy=True) if tensor.ndim else tensor
+            moved = tensor.to(homes.get(name), copy=True) if tensor.ndim else tensor
             _set(cache.layers[int(index)], attribute, key, moved)
         return cache
 

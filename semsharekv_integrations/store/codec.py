@@ -24,6 +24,7 @@ from semsharekv_integrations.errors import StoreFileError, StoreWriteError, is_w
 from semsharekv_integrations.kv import LayerKV, Reference, State, TokenIds
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.files import STATE_MARK, make_metadata
+from semsharekv_integrations.store.homes import HOST, Homes
 from semsharekv_integrations.store.reading import DamageError, TensorFile
 from semsharekv_integrations.store.records import EntryRecord, has_token_ids, is_sound, pack_labels, unpack_reference
 from semsharekv_integrations.store.rooms import make_rooms
@@ -64,7 +65,7 @@ class PackedKV:
 
     tensors: Mapping[str, torch.Tensor]
     dtype: torch.dtype  # in which the model takes KV
-    device: torch.device  # on which it does
+    homes: Homes  # where it does
 
     @classmethod
     @raise_memory_errors()
@@ -87,8 +88,8 @@ class PackedKV:
                 tensors |= _quantize(f"{index}.{name}", part) if bits == 8 else {f"{index}.{name}": part}
         for at, state in (checkpoints or {}).items():
             tensors |= _name_state(at - start, state) if at > start else {}
-        home = next((layer.keys for layer in layers if layer.keys.numel()), layers[0].keys)
-        return cls(tensors, home.dtype, home.device)
+        first = next((layer.keys for layer in layers if layer.keys.numel()), layers[0].keys)
+        return cls(tensors, first.dtype, Homes.find(layers, checkpoints or {}))
 
     @cached_property
     def num_tokens(self) -> int:
@@ -111,7 +112,7 @@ class PackedKV:
         return sum(name.endswith(f".{_KEYS}") for name in self.tensors)
 
     def layer(self, index: int) -> LayerKV:
-        """Return keys and values [B, H, N, D] on the model's device; 8 bits are expanded to the model's dtype."""
+        """Return keys and values [B, H, N, D] on the layer's device; 8 bits are expanded to the model's dtype."""
         return LayerKV(self._unpack(f"{index}.{_KEYS}"), self._unpack(f"{index}.{_VALUES}"))
 
     @cached_property
@@ -126,8 +127,10 @@ class PackedKV:
 
     def add_checkpoints(self, checkpoints: Mapping[int, State]) -> PackedKV:
         """Return this KV with the states of ``checkpoints`` as well, moved to where this KV lies."""
-        home = self.tensors[f"0.{_KEYS}"].device
-        more = {key: part.to(home) for at, state in checkpoints.items() for key, part in _name_state(at, state).items()}
+        lies_on = self.tensors[f"0.{_KEYS}"].device
+        homes = self.homes if lies_on == self.homes.devices[0] else Homes((lies_on,))
+        more = {name: part for at, state in checkpoints.items() for name, part in _name_state(at, state).items()}
+        more = {name: part.to(homes.get(name)) for name, part in more.items()}
         return replace(self, tensors={**self.tensors, **more})
 
     def copy_part(self, start: int, stop: int) -> PackedKV:
@@ -144,16 +147,17 @@ class PackedKV:
     @property
     def pins(self) -> bool:
         """Whether host memory for this KV is pinned: the model is on CUDA."""
-        return self.device.type == "cuda"
+        return self.homes.on_cuda
 
     @raise_memory_errors()
-    def move_to(self, device: torch.device) -> PackedKV:
-        """Return this KV on ``device``, copied only if it lies elsewhere. Host memory is pinned for a model on CUDA."""
-        if device.type == "cpu" and self.pins and not all(tensor.is_pinned() for tensor in self.tensors.values()):
+    def move_to(self, homes: Homes | torch.device) -> PackedKV:
+        """Return this KV at ``homes``, copied only if it lies elsewhere. Host memory is pinned for a model on CUDA."""
+        homes = Homes.of(homes)
+        if homes == HOST and self.pins and not all(tensor.is_pinned() for tensor in self.tensors.values()):
             return self._copy_to_pinned()
-        tensors = self.tensors.items()
-        moved = {name: t.to(device, non_blocking=device.type != "cpu") if t.ndim else t for name, t in tensors}
-        return replace(self, tensors=moved)
+        there = {name: homes.get(name) for name, tensor in self.tensors.items() if tensor.ndim}
+        moved = {name: self.tensors[name].to(on, non_blocking=on.type != "cpu") for name, on in there.items()}
+        return replace(self, tensors={**self.tensors, **moved})
 
     @classmethod
     def join(cls, parts: Sequence[PackedKV]) -> PackedKV:
@@ -191,12 +195,13 @@ class PackedKV:
         return replace(self, tensors=tensors)
 
     def _unpack(self, name: str) -> torch.Tensor:
-        """Return a tensor on the model's device; 8-bit numbers times their scales, in the model's dtype."""
-        stored = self.tensors[name].to(self.device, non_blocking=True)
+        """Return a tensor on its layer's device; 8-bit numbers times their scales, in the model's dtype."""
+        device = self.homes.get(name)
+        stored = self.tensors[name].to(device, non_blocking=True)
         scales = self.tensors.get(f"{name}.{_SCALES}")
         if scales is None:
             return stored
-        return (stored.float() * scales.to(self.device, non_blocking=True).float()).to(self.dtype)
+        return (stored.float() * scales.to(device, non_blocking=True).float()).to(self.dtype)
 
 
 def _name_state(at: int, state: State) -> dict[str, torch.Tensor]:
@@ -265,11 +270,11 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
         raise
 
 
-def read_references(path: Path, fingerprint: str, device: torch.device) -> list[Reference]:
-    """Verify the file's version, fingerprint and digest, and return its references, with KV on ``device``.
+def read_references(path: Path, fingerprint: str, homes: Homes | torch.device) -> list[Reference]:
+    """Verify the file's version, fingerprint and digest, and return its references, with KV at ``homes``.
 
     Raises ``StoreFileError`` if the file is missing, damaged, of another format version or of another model, and
-    ``torch.OutOfMemoryError`` if ``device`` is full.
+    ``torch.OutOfMemoryError`` if a device is full.
     """
     if path.exists() and not path.is_file():
         raise StoreFileError(f"{path} is not a readable KV file: it is a folder, or no file at all")
@@ -280,7 +285,7 @@ def read_references(path: Path, fingerprint: str, device: torch.device) -> list[
             _require_same(path, "version", file.header["version"], _READABLE)
             _require_same(path, "model fingerprint", file.header["fingerprint"], (fingerprint,))
             tensors = dict(file.load(lambda _, form: torch.empty(form.shape, dtype=form.dtype), checks=file.is_sealed))
-            return [_read(tensors, n, entry, device) for n, entry in enumerate(file.header["entries"])]
+            return [_read(tensors, n, entry, Homes.of(homes)) for n, entry in enumerate(file.header["entries"])]
     except torch.OutOfMemoryError:  # of the device
         raise
     except (OSError, RuntimeError, MemoryError) as error:
@@ -304,12 +309,12 @@ def _require_sound(n: int, entry: dict[str, Any], token_ids: TokenIds) -> None:
         raise ValueError(f"entry {n} has segments beyond its tokens")
 
 
-def _read(tensors: Mapping[str, torch.Tensor], n: int, entry: dict[str, Any], device: torch.device) -> Reference:
-    """Return reference ``n`` of a file's tensors, on ``device``. Raises ``ValueError`` if it is unsound or misfits."""
+def _read(tensors: Mapping[str, torch.Tensor], n: int, entry: dict[str, Any], homes: Homes) -> Reference:
+    """Return reference ``n`` of a file's tensors, at ``homes``. Raises ``ValueError`` if it is unsound or misfits."""
     token_ids = tensors[f"{n}.ids"].numpy().astype(np.int64)
     _require_sound(n, entry, token_ids)
-    names = [(f"{n}.{index}.{_KEYS}", f"{n}.{index}.{_VALUES}") for index in range(entry["layers"])]
-    layers = tuple(LayerKV(*(tensors[name].to(device) for name in both)) for both in names)
+    names = [(f"{index}.{_KEYS}", f"{index}.{_VALUES}") for index in range(entry["layers"])]
+    layers = tuple(LayerKV(*(tensors[f"{n}.{name}"].to(homes.get(name)) for name in both)) for both in names)
     if any(tensor.ndim != 4 or tensor.shape[2] != len(token_ids) for layer in layers for tensor in layer):
         raise ValueError(f"entry {n} has KV for another number of tokens than it has ids")
     checkpoints: dict[int, dict[str, torch.Tensor]] = {}
@@ -317,5 +322,5 @@ def _read(tensors: Mapping[str, torch.Tensor], n: int, entry: dict[str, Any], de
         place, is_state, rest = name.partition(STATE_MARK)
         entry_number, _, at = place.partition(".")
         if is_state and entry_number == str(n):
-            checkpoints.setdefault(int(at), {})[rest] = tensor.to(device)
+            checkpoints.setdefault(int(at), {})[rest] = tensor.to(homes.get(rest))
     return replace(unpack_reference(entry, entry["namespace"], token_ids, layers), checkpoints=checkpoints)

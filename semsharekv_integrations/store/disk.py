@@ -19,6 +19,7 @@ from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, raise_m
 from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
 from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import STATE_MARK
+from semsharekv_integrations.store.homes import HOST, Homes
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord
 from semsharekv_integrations.store.rooms import Landing
@@ -39,32 +40,32 @@ class DiskTier:
         self._directory: KVDirectory | None = None
         self._counts = counts
         self._give_up = give_up
-        self._home = (torch.float32, torch.device("cpu"))
+        self._home = (torch.float32, HOST)
         self._nodes: dict[str, NodeRecord | None] = {}  # what the next transaction writes, by id; None: deletes
         self._entries: dict[str, EntryRecord | None] = {}
         self._has_news = False  # whether any of this came after the last transaction, be it refused or not
 
-    def attach(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> None:
-        """Use ``directory`` from now on; KV read from it is for a model that takes ``dtype`` on ``device``."""
+    def attach(self, directory: KVDirectory, dtype: torch.dtype, homes: Homes) -> None:
+        """Use ``directory`` from now on; KV read from it is for a model that takes ``dtype`` at ``homes``."""
         self._directory = directory
-        self._home = dtype, device
+        self._home = dtype, homes
 
     def describe(self, node: Node) -> PackedKV:
         """Return the KV of ``node`` without its bytes. Raises as ``KVFiles.describe``, also for a short file."""
         whole, first, stop = self._find(node)
         return whole.view_part(first, stop)
 
-    def load(self, node: Node, device: torch.device) -> PackedKV:
-        """Return the KV of ``node``, read from its file to ``device``; raises as ``describe``, or ``OUT_OF_MEMORY``."""
+    def load(self, node: Node, homes: Homes) -> PackedKV:
+        """Return the KV of ``node``, read from its file to ``homes``; raises as ``describe``, or ``OUT_OF_MEMORY``."""
         assert self._directory is not None and node.on_disk is not None
         whole, first, stop = self._find(node)
         is_part = (first, stop) != (0, whole.num_tokens)
         cut = {name: (first, stop) for name in whole.tensors if is_part and STATE_MARK not in name}
         with raise_memory_errors():
             forms = {name: form[:, :, first:stop] if name in cut else form for name, form in whole.tensors.items()}
-            landing = Landing(forms, device, pinned=whole.pins)
+            landing = Landing(forms, homes, pinned=whole.pins)
             loaded = self._directory.files.load(node.on_disk.file, landing.get, cut)
-            tensors = {name: landing.move(tensor) for name, tensor in loaded}
+            tensors = {name: landing.move(name, tensor) for name, tensor in loaded}
         packed = replace(whole, tensors=tensors)
         return packed.keep_states(first, stop) if is_part else packed
 

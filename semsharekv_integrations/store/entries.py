@@ -18,6 +18,7 @@ from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, make_space_name, select_within
 from semsharekv_integrations.store.directory import KVDirectory
+from semsharekv_integrations.store.homes import Homes
 from semsharekv_integrations.store.namespace import Entry, Namespace, shorten
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord, pack_labels, reference_id, unpack_reference
@@ -90,9 +91,9 @@ class Entries:
         self._min_run_tokens = min_run_tokens
         self._deadlines = Deadlines()
 
-    def open(self, directory: KVDirectory, dtype: torch.dtype, device: torch.device) -> int:
+    def open(self, directory: KVDirectory, dtype: torch.dtype, homes: Homes) -> int:
         """Load what lies in ``directory``, has not expired and fits the bound; return the number of all entries."""
-        self.tiers.disk.attach(directory, dtype, device)
+        self.tiers.disk.attach(directory, dtype, homes)
         was_enabled = gc.isenabled()
         gc.disable()  # everything loaded here stays alive, and scanning it doubles the time to open
         try:

@@ -26,6 +26,7 @@ from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.forgetting import entries_with, forms_of
+from semsharekv_integrations.store.homes import Homes
 from semsharekv_integrations.store.namespace import Entry, Match, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
@@ -69,10 +70,10 @@ class KVStore:
         view._state = state
         return view
 
-    def open(self, fingerprint: str, dtype: torch.dtype, device: torch.device) -> int:
+    def open(self, fingerprint: str, dtype: torch.dtype, homes: Homes | torch.device) -> int:
         """Load the entries of the configured directory; return the store's number of entries. Reads no KV.
 
-        ``fingerprint``, hexadecimal digits, identifies the model, which takes KV as ``dtype`` on ``device``. KV of
+        ``fingerprint``, hexadecimal digits, identifies the model, which takes KV as ``dtype`` at ``homes``. KV of
         other models is left alone. Without a configured directory, this does nothing and returns 0.
 
         Raises:
@@ -82,7 +83,7 @@ class KVStore:
         if self.config.directory is None:
             return 0
         with self._lock:
-            return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, device)
+            return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, Homes.of(homes))
 
     def close(self) -> None:
         """Write when entries were used last, release the directory, and drop entries whose KV is not all in memory."""

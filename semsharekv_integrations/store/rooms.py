@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-_CPU = torch.device("cpu")
+from semsharekv_integrations.store.homes import HOST, Homes
+
 _ALIGNED_BYTES = 64
 _FULL_SHARE = 7 / 8  # of a slab, from which on it holds all that is left
 
@@ -61,14 +62,14 @@ class Landing:
 
     Args:
         forms: of all tensors, by name.
-        device: where to.
+        homes: where to.
         pinned: whether host memory is pinned, for a model on CUDA.
     """
 
-    def __init__(self, forms: Mapping[str, torch.Tensor], device: torch.device, *, pinned: bool) -> None:
-        self._device = device
+    def __init__(self, forms: Mapping[str, torch.Tensor], homes: Homes, *, pinned: bool) -> None:
+        self._homes = homes
         self._pinned = pinned
-        self._rooms = make_rooms(forms, pinned=pinned) if device == _CPU else {}
+        self._rooms = make_rooms(forms, pinned=pinned) if homes == HOST else {}
 
     def get(self, name: str, form: torch.Tensor) -> torch.Tensor:
         """Return a contiguous tensor on the CPU of the shape and dtype of ``form``."""
@@ -78,9 +79,9 @@ class Landing:
             return torch.empty((), dtype=form.dtype)
         return _shape(_make_slab(_round_up(form.numel() * form.element_size()), pinned=self._pinned), form)
 
-    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+    def move(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor, which has its content by now, where it goes."""
-        return tensor.to(self._device, non_blocking=True) if tensor.ndim else tensor
+        return tensor.to(self._homes.get(name), non_blocking=True) if tensor.ndim else tensor
 
 
 def _round_up(num_bytes: int) -> int:

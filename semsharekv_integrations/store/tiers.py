@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
-import torch
-
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError
 from semsharekv_integrations.kv import State
@@ -20,9 +18,8 @@ from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, make_if
 from semsharekv_integrations.store.disk import DISK, DiskTier
 from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import UnavailableFileError
+from semsharekv_integrations.store.homes import HOST, Homes
 from semsharekv_integrations.store.radix import Node
-
-_CPU = torch.device("cpu")
 
 
 class Unreadable(Exception):
@@ -55,7 +52,7 @@ class Tiers:
         """
         path = node.path()
         tier = next((tier for tier in self.memory if self._make_room(tier, packed.num_bytes, path)), None)
-        if tier is not None and (held := packed if tier is self.device else _move(packed, _CPU)) is not None:
+        if tier is not None and (held := packed if tier is self.device else _move(packed, HOST)) is not None:
             self._put_into(tier, node, held)
         saved = namespace is not None and self.disk.save(node, packed, namespace)
         self.touch(path)
@@ -132,7 +129,7 @@ class Tiers:
         before = self.device.num_bytes
         while (victim := self.device.choose_victim(protected, 0)) is not None:
             assert victim.held is not None
-            if victim.held.device != _CPU:
+            if victim.held.homes != HOST:
                 self._demote(self.device, victim, protected)
             elif victim.on_disk is not None:
                 self._take_out(victim)
@@ -179,7 +176,7 @@ class Tiers:
                 continue
             if node.held is None:  # went with what had to go from there
                 return
-            if (moved := _move(packed, _CPU)) is not None:
+            if (moved := _move(packed, HOST)) is not None:
                 self._take_out(node)
                 self._put_into(lower, node, moved)
                 self.counts["demoted"] += 1
@@ -218,8 +215,8 @@ class Tiers:
         if tier is None:
             return self.disk.read(node)
         self._make_room(tier, form.num_bytes, protected, novel=False)
-        device = form.device if tier is self.device else _CPU
-        raised = make_if_room(lambda: self.disk.load(node, device))
+        homes = form.homes if tier is self.device else HOST
+        raised = make_if_room(lambda: self.disk.load(node, homes))
         self.counts["promotion_failed" if raised is None else "promoted"] += 1
         if raised is None:  # there was room in the tier, and none in the machine
             return self.disk.read(node)
@@ -250,7 +247,7 @@ class Tiers:
         assert former is not None
         self._take_out(node)  # first, so that what must go from the device finds room on the host
         self._make_room(tier, packed.num_bytes, protected, novel=False)
-        raised = _move(packed, packed.device if tier is self.device else _CPU)
+        raised = _move(packed, packed.homes if tier is self.device else HOST)
         if raised is not None:
             self._put_into(tier, node, raised)
             self.counts["promoted"] += 1
@@ -275,9 +272,9 @@ class Tiers:
         node.held = None
 
 
-def _move(packed: PackedKV, device: torch.device) -> PackedKV | None:
-    """Return ``packed`` on ``device``; None (logged) if there is no memory for it."""
-    return make_if_room(lambda: packed.move_to(device))
+def _move(packed: PackedKV, homes: Homes) -> PackedKV | None:
+    """Return ``packed`` at ``homes``; None (logged) if there is no memory for it."""
+    return make_if_room(lambda: packed.move_to(homes))
 
 
 def _take_part(whole: PackedKV, start: int, stop: int) -> PackedKV:
