@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from semsharekv_integrations.model.backends import find_row_attention, without_cudnn
 from semsharekv_integrations.model.sight import Block, Sight
+from semsharekv_integrations.model.staircase import attend_by_steps, can_attend
 
 _WATCHED, _BLOCKED = "semsharekv_watched", "semsharekv_blocked"
 _SOFTMAXES = {torch.softmax, torch.Tensor.softmax, softmax}
@@ -162,7 +163,8 @@ def _attend_by_blocks(
     sight, is_told = _find_sight(attention_mask, query.shape[2])
     scale = options.get("scaling")
     if sight is not None and not is_told and all(options.get(name) is None for name in _NOT_OURS):
-        attend_rows = find_row_attention(query, key, value)
+        attend_rows = attend_by_steps if can_attend(query, key, value, sight) else None
+        attend_rows = attend_rows or find_row_attention(query, key, value, sight)
         if attend_rows is not None:
             return attend_rows(query, key, value, sight, scale), None
     blocks = _blocks.get()
@@ -172,10 +174,11 @@ def _attend_by_blocks(
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [B * H, heads / H, N, D]
     keys, values = (each.flatten(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for each in (key, value))
     mixed: Tensor | None = None
-    for index, (i, j, end, first) in enumerate(blocks):
+    for block in blocks:
+        i, j, end, first, _ = block
         mask = attention_mask[..., i:j, first:end] if is_told else None
         if sight is not None:
-            made = sight.get_mask(index, query.dtype, query.device)
+            made = sight.get_mask(block, query.dtype, query.device)
             mask = made if mask is None else mask + made
         with without_cudnn(query.device):
             part = scaled_dot_product_attention(

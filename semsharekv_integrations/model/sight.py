@@ -27,16 +27,23 @@ _ALIGNMENT = 16  # numbers: kernels copy masks whose rows do not begin at a mult
 
 
 class Block(NamedTuple):
-    """Rows ``start`` to ``stop`` (exclusive) of those computed see none but keys ``first_key`` to ``num_keys``."""
+    """Rows ``start`` to ``stop`` (exclusive) of those computed, and keys ``first_key`` to ``num_keys`` (exclusive).
+
+    ``sees_all`` is True if each of the rows is known to see each of the keys.
+    """
 
     start: int
     stop: int
     num_keys: int
     first_key: int = 0
+    sees_all: bool = False
 
 
 def blocks_of(positions: NDArray[np.int64], kind: str = "cpu", window: Window | None = None) -> Sequence[Block]:
-    """Split rows at ascending ``positions`` [N], at least one, into blocks for a device of type ``kind``."""
+    """Split rows at ascending ``positions`` [N], at least one, into blocks for a device of type ``kind``.
+
+    The rows of a block see no other keys than its own.
+    """
     fewest = ROWS_PER_BLOCK if kind == "cpu" else ROWS_PER_LAUNCH
     num_blocks = max(1, len(positions) // fewest)
     edges = [len(positions) * index // num_blocks for index in range(num_blocks + 1)]
@@ -75,36 +82,34 @@ class Sight:
     def __init__(self, rows: Rows, num_tokens: int, window: Window | None, hidden: Tensor | None = None) -> None:
         self.rows, self.num_tokens, self.window, self.hidden = rows, num_tokens, window, hidden
         self.uses = 0
-        self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
+        self.steps: list[Block] | None = None  # cut by whoever computes attention by them
+        self._masks: dict[tuple[Block, torch.dtype, torch.device], Tensor] = {}
+        self._kept_bytes = 0
 
     @cached_property
     def blocks(self) -> Sequence[Block]:
         """The blocks; reading them sets them."""
         return blocks_of(self.rows.positions, self.rows.on_device.device.type, self.window)
 
-    def get_mask(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the additive mask [1, 1, rows, keys] of block ``index``."""
-        key = index, dtype, device
-        mask = self._masks.get(key)
+    def get_mask(self, block: Block, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the additive mask [1, 1, rows, keys] of ``block``."""
+        mask = self._masks.get((block, dtype, device))
         if mask is None:
-            mask = self._make_mask(self.blocks[index], dtype).to(device)
-            if self._count_bytes(dtype) <= MOST_KEPT_BYTES:
-                self._masks[key] = mask
+            mask = self._make_mask(block, dtype).to(device)
+            if self._kept_bytes + mask.nbytes <= MOST_KEPT_BYTES:
+                self._masks[block, dtype, device] = mask
+                self._kept_bytes += mask.nbytes
         return mask
 
     def get_whole_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the additive mask [1, 1, N, T] of all rows and tokens, for code that takes no other."""
-        key = None, dtype, device
+        key = Block(0, len(self.rows), self.num_tokens), dtype, device
         if key not in self._masks:
-            whole = Block(0, len(self.rows), self.num_tokens)
-            self._masks[key] = self._make_mask(whole, dtype).to(device)
+            self._masks[key] = self._make_mask(key[0], dtype).to(device)
         return self._masks[key]
 
-    def _count_bytes(self, dtype: torch.dtype) -> int:
-        return sum((stop - start) * (end - first) for start, stop, end, first in self.blocks) * dtype.itemsize
-
     def _make_mask(self, block: Block, dtype: torch.dtype) -> Tensor:
-        start, stop, num_keys, first_key = block
+        start, stop, num_keys, first_key, _ = block
         unseen = find_unseen(self.rows.on_device[start:stop], num_keys, self.window, first_key)
         if self.hidden is not None:
             unseen |= self.hidden[first_key:num_keys]

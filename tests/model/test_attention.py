@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from semsharekv_integrations.config import ReuseConfig
 from semsharekv_integrations.kv import PrefixMatch, Reference, Run, TokenIds
-from semsharekv_integrations.model import attention, sight
+from semsharekv_integrations.model import attention, sight, staircase
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.attention import blocked_attention
 from semsharekv_integrations.model.selective import SelectivePrefill
@@ -65,6 +65,7 @@ def blocks_and_none(compute: Callable[[], Prefill]) -> tuple[Prefill, Prefill, l
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "scaled_dot_product_attention", counted)
+        patch.setattr(staircase, "FEWEST_ROWS", 10**9)
         blocked, seen = compute(), list(shapes)
         patch.setattr(sight, "ROWS_PER_BLOCK", 10**9)
         whole = compute()
@@ -168,7 +169,7 @@ def test_blocks_cover_all_rows_and_the_keys_they_see(positions: list[int], windo
     blocks = blocks_of(rows, kind, window)
     assert [row for start, stop, *_ in blocks for row in range(start, stop)] == list(range(len(rows)))
     seen = ~find_unseen(torch.from_numpy(rows), 2001, window)
-    for start, stop, num_keys, first_key in blocks:
+    for start, stop, num_keys, first_key, _ in blocks:
         assert len(blocks) == 1 or stop - start >= (ROWS_PER_BLOCK if kind == "cpu" else ROWS_PER_LAUNCH)
         keys = seen[start:stop].any(0).nonzero()
         assert (int(keys.min()), int(keys.max()) + 1) == (first_key, num_keys), "no fewer, and no more"
@@ -182,13 +183,14 @@ def test_masks_of_blocks_are_parts_of_the_whole_mask(
     rows, device = np.array(positions), torch.device("cpu")
     hidden = torch.arange(401) % 3 == 1 if hides else None
     seen = Sight(Rows(rows, torch.from_numpy(rows)), 401, window, hidden)
-    whole = seen.get_whole_mask(torch.float32, device)
+    whole = Sight(seen.rows, 401, window, hidden).get_whole_mask(torch.float32, device)
     assert whole.shape == (1, 1, len(rows), 401)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sight, "ROWS_PER_BLOCK", 50)
         patch.setattr(sight, "MOST_KEPT_BYTES", kept_bytes)
-        for index, (start, stop, num_keys, first_key) in enumerate(seen.blocks):
-            mask, again = (seen.get_mask(index, torch.float32, device) for _ in range(2))
+        for block in seen.blocks:
+            start, stop, num_keys, first_key, _ = block
+            mask, again = (seen.get_mask(block, torch.float32, device) for _ in range(2))
             assert torch.equal(mask, whole[:, :, start:stop, first_key:num_keys])
             assert (mask is again) == (kept_bytes > 0), "kept for other layers only where there is room"
 
