@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +39,8 @@ from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
 from semsharekv_integrations.text.answer_stream import AnswerReader, AnswerReaderFactory
 from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
+
+ACCELERATED_DEPTH = 0.15  # of the layers, for the question to look ahead through, away from the CPU
 
 
 class Runtime:
@@ -85,11 +88,17 @@ class Runtime:
         finder = self._make_finder(reuse) if selective and reuse.mode == "semantic" else None
         way, limit = self.adapter.way, self.adapter.stable_positions
         states = StateRules(config.store.checkpoint_tokens, way.one_by_one) if way.keeps_states else None
-        self.planner = Planner(reuse, store, matcher, self.num_layers, limit, finder, states)
+        self.planner = Planner(self._fit_depth(reuse), store, matcher, self.num_layers, limit, finder, states)
         self.embeddings_at = self.adapter.embedding_matrix.data_ptr()
         self._states.keep(self._state.key, self)
         if isinstance(source, NamedModel):
             self._states.as_loaded = self._compute_identity()
+
+    def _fit_depth(self, reuse: ReuseConfig) -> ReuseConfig:
+        """Return the settings with fewer layers to look ahead through, unless they say how many, or it is a CPU."""
+        if not reuse.is_approximate or reuse.attention_depth is not None or self.adapter.device.type == "cpu":
+            return reuse
+        return replace(reuse, attention_depth=ACCELERATED_DEPTH)
 
     def follow_model(self) -> Runtime:
         """Return a runtime for the state that the model is in now, for one call. Takes the model out of training mode.

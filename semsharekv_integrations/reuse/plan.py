@@ -23,7 +23,6 @@ from semsharekv_integrations.reuse.selection import choose_relevant_tokens, scor
 
 # Share of a layer's cost to measure deviation (queries, keys, values alone); an upper estimate.
 PROJECTION_SHARE = 0.25
-LOOKED_SHARE = 1.0  # of the layers, the first ones: those in which the question looks at what is borrowed
 MOST_AT_BOUNDARIES = 0.5  # share of the budget that first tokens of runs may take
 _LONGEST_EDIT_TOKENS = 16
 
@@ -58,6 +57,7 @@ class ReusePlan:
         max_deviation: above which the prompt is finished as a full prefill.
         declined: why nothing, or nothing but the prefix, is borrowed; else None.
         rotate_keys: whether borrowed keys are turned to where they stand now.
+        attention_depth: share of the layers, the first ones, that tell what the question attends to.
         substitutions: turn the prompt as it was asked into ``token_ids``, which the model reads.
     """
 
@@ -75,6 +75,7 @@ class ReusePlan:
     max_deviation: float
     declined: str | None = None
     rotate_keys: bool = True
+    attention_depth: float = 1.0
     substitutions: tuple[Substitution, ...] = ()
 
     @property
@@ -171,7 +172,7 @@ class ReusePlan:
     @property
     def looked_layers(self) -> int:
         """How many first layers tell what the question attends to."""
-        return math.ceil(LOOKED_SHARE * self.num_layers)
+        return math.ceil(self.attention_depth * self.num_layers)
 
     @property
     def measured_layer(self) -> int:
@@ -250,6 +251,7 @@ def build_plan(
         full_layers=min(rules.full_layers, num_layers),
         max_deviation=rules.max_deviation,
         rotate_keys=rules.rotate_keys,
+        attention_depth=rules.attention_depth or 1.0,
     )
 
 

@@ -264,6 +264,19 @@ def test_random_pieces_never_crash_and_keep_to_the_budget(
     assert all(later <= earlier for earlier, later in pairwise(rows)), "nested"
 
 
+def test_looking_ahead_through_fewer_layers_costs_less_and_through_all_is_what_nothing_said_means() -> None:
+    adapter, selective = selective_of("llama")
+    ratios = []
+    for depth in (1 / 3, 2 / 3, 1.0, None):
+        rules = replace(
+            ReuseConfig(mode="identical", budget=0.3, boundary_tokens=2, attention_depth=depth), max_deviation=UNGUARDED
+        )
+        outcome = selective.run(moved_plan(adapter, rules))
+        ratios.append(outcome.compute_ratio)
+        assert int(outcome.computed[17:47].sum()) == 9, "as many tokens, whichever they are"
+    assert all(fewer < more for fewer, more in pairwise(ratios[:3])) and ratios[2] == ratios[3]
+
+
 def test_a_model_whose_layers_see_more_than_their_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof at construction notices that masks are not obeyed."""
     from semsharekv_integrations.model.rows import RowPass
