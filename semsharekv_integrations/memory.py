@@ -81,7 +81,7 @@ def make_references(
         inner = {at for at in checkpoints for span in documents.values() if span.start < at < span.stop}
         whole = max((at for at in checkpoints.keys() - inner if at <= whole), default=0)
     if whole:
-        parts = tuple(_copy_first_tokens(layer, whole) for layer in layers)
+        parts = tuple(LayerKV(*(tensor[:, :, :whole] for tensor in layer)) for layer in layers)
         ids, own = token_ids[:whole], tuple(segment for segment in kept if segment.stop <= whole)
         exactly = Reference(reference_id(namespace, ids), namespace, ids, parts, segments=own, session=session)
         states = {at: state for at, state in (checkpoints or {}).items() if at <= whole}
@@ -92,13 +92,6 @@ def make_references(
         rest = replace(rest, substitutions=substitutions)
         found.append(rest.labelled({**(borrowed or {}), **documents}))
     return found
-
-
-def _copy_first_tokens(layer: LayerKV, num_tokens: int) -> LayerKV:
-    """Return a copy of the first tokens' KV, which keeps no more in memory; ``layer`` itself if that is all."""
-    if layer.keys.shape[2] == num_tokens:
-        return layer
-    return LayerKV(layer.keys[:, :, :num_tokens].clone(), layer.values[:, :, :num_tokens].clone())
 
 
 MOST_KNOWN_TEXTS = 500  # of each namespace, the latest named

@@ -27,7 +27,7 @@ from semsharekv_integrations.store.files import STATE_MARK, make_metadata
 from semsharekv_integrations.store.homes import HOST, Homes
 from semsharekv_integrations.store.reading import DamageError, TensorFile
 from semsharekv_integrations.store.records import EntryRecord, has_token_ids, is_sound, pack_labels, unpack_reference
-from semsharekv_integrations.store.rooms import make_rooms
+from semsharekv_integrations.store.rooms import copy_all, make_rooms, owns_memory
 
 FORMAT_VERSION = 3  # of files of references
 _READABLE = (2, FORMAT_VERSION)  # version 2 has one digest over everything
@@ -78,14 +78,15 @@ class PackedKV:
     ) -> PackedKV:
         """Pack the tokens of ``layers`` from ``start`` on, rounded if ``bits`` is 8, and the states behind them.
 
-        Unrounded, they are copied, so that what stands before them can be freed; from 0 on they share memory. States
-        are never rounded, and share memory.
+        Unrounded, they share memory if they are all that lies there, else they are copied, so that the rest can be
+        freed. States are never rounded, and share memory.
         """
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(layers):
             for name, tensor in zip((_KEYS, _VALUES), layer, strict=True):
-                part = tensor[:, :, start:].clone() if start and bits is None else tensor[:, :, start:]
+                part = tensor[:, :, start:]
                 tensors |= _quantize(f"{index}.{name}", part) if bits == 8 else {f"{index}.{name}": part}
+        tensors |= copy_all({name: part for name, part in tensors.items() if not owns_memory(part)})
         for at, state in (checkpoints or {}).items():
             tensors |= _name_state(at - start, state) if at > start else {}
         first = next((layer.keys for layer in layers if layer.keys.numel()), layers[0].keys)
@@ -138,7 +139,7 @@ class PackedKV:
 
         States behind these tokens are shared, not copied.
         """
-        return self._take(start, stop, lambda tensor: tensor[:, :, start:stop].clone())
+        return self._take(start, stop, lambda tensor: tensor[:, :, start:stop], copy_all)
 
     def view_part(self, start: int, stop: int) -> PackedKV:
         """Return the tokens from ``start`` to ``stop`` (exclusive), sharing memory with this KV."""
@@ -187,9 +188,15 @@ class PackedKV:
         return self._take(start, stop, lambda tensor: tensor)
 
     @raise_memory_errors()
-    def _take(self, start: int, stop: int, cut: Callable[[torch.Tensor], torch.Tensor]) -> PackedKV:
-        """Return the tokens from ``start`` to ``stop`` as ``cut`` makes them, and the states behind these."""
-        tensors = {name: cut(tensor) for name, tensor in self.tensors.items() if STATE_MARK not in name}
+    def _take(
+        self,
+        start: int,
+        stop: int,
+        cut: Callable[[torch.Tensor], torch.Tensor],
+        change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+    ) -> PackedKV:
+        """Return the tokens from ``start`` to ``stop`` as ``cut`` and ``change`` make them, and the states behind."""
+        tensors = change({name: cut(tensor) for name, tensor in self.tensors.items() if STATE_MARK not in name})
         for at, state in self.checkpoints.items():
             tensors |= _name_state(at - start, state) if start < at <= stop else {}
         return replace(self, tensors=tensors)

@@ -13,8 +13,10 @@ import torch
 
 from semsharekv_integrations.store.homes import HOST, Homes
 
+_CPU = torch.device("cpu")
 _ALIGNED_BYTES = 64
 _FULL_SHARE = 7 / 8  # of a slab, from which on it holds all that is left
+_COPIED_BYTES = 1 << 28  # of a slab that copies on a device share
 
 
 def make_rooms(forms: Mapping[str, torch.Tensor], *, pinned: bool) -> dict[str, torch.Tensor]:
@@ -33,6 +35,32 @@ def make_rooms(forms: Mapping[str, torch.Tensor], *, pinned: bool) -> dict[str, 
             at += size
         first += count
     return rooms
+
+
+def copy_all(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of ``parts``, which hold no more memory than they need.
+
+    On an accelerator, where each copy costs a launch, those of one form are copied together, and share slabs.
+    """
+    alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[str]] = {}
+    for name, part in parts.items():
+        alike.setdefault((part.device, part.dtype, part.shape), []).append(name)
+    copies = {}
+    for (device, _, _), names in alike.items():
+        size = max(1, parts[names[0]].nbytes)
+        most = 1 if device == _CPU else max(1, _COPIED_BYTES // size)
+        for chosen in (names[at : at + most] for at in range(0, len(names), most)):
+            if len(chosen) == 1:
+                copies[chosen[0]] = parts[chosen[0]].clone()
+            else:
+                together = torch.cat([parts[name] for name in chosen])  # [B of all, H, N, D]
+                copies |= zip(chosen, together.split(len(parts[chosen[0]])), strict=True)
+    return {name: copies[name] for name in parts}
+
+
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Return whether no memory beside that of ``tensor`` stays as long as it does."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def plan_slabs(sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV
+from simulated_device import count
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def layers_of(num_tokens: int = 7, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[LayerKV]:
     made = torch.randn(3, 2, 1, 2, num_tokens, 8, generator=torch.Generator().manual_seed(seed))
-    return [LayerKV(*both.to(dtype)) for both in made]
+    return [LayerKV(*(tensor.to(dtype).clone() for tensor in both)) for both in made]
 
 
 def assert_same(packed: PackedKV, layers: list[LayerKV], start: int = 0, stop: int | None = None) -> None:
@@ -127,3 +128,18 @@ def test_a_full_host_is_out_of_memory_too(change: str, monkeypatch: pytest.Monke
             patch.setattr(torch.Tensor, "clone", fail)
             with pytest.raises(wanted):
                 CHANGES[change](layers, packed)
+
+
+def test_a_device_copies_all_layers_at_once(pretended_device: str) -> None:
+    layers = [LayerKV(*(tensor.to(pretended_device) for tensor in layer)) for layer in layers_of()]
+    packed = PackedKV.pack(layers)
+    for copy, wanted in ((lambda: packed.copy_part(2, 5), (2, 5)), (lambda: PackedKV.pack(layers, start=4), (4, 7))):
+        counted = count(copy)
+        assert counted.waits == 0 and counted.launches == 1, counted.table()
+        for index, layer in enumerate(layers_of()):
+            for found, expected in zip(counted.result.layer(index), layer, strict=True):
+                assert torch.equal(found.cpu(), expected[:, :, slice(*wanted)])
+    written = [tensor.clone() for tensor in packed.tensors.values()]
+    for tensor in packed.copy_part(0, 7).tensors.values():
+        tensor.zero_()
+    assert all(map(torch.equal, packed.tensors.values(), written))
