@@ -4,8 +4,9 @@
 
 Takes what ``lengths.py`` takes, and writes two tables more into ``--out``, of the longest prompts. Layers are
 timed by hooks until the first new token; rows are tokens that leave a layer, summed over layers and passes, and
-outside the layers is all the rest of TTFT. Peak growth is by how much a call's peak exceeds what was in use before it
-(on CUDA what PyTorch's allocator gave out; on a Linux CPU resident memory), and is measured in the untimed round.
+outside the layers is all the rest of TTFT. The compute limit is the time that a prefill would take if time shrank as
+compute does. Peak growth is by how much a call's peak exceeds what was in use before it (on CUDA what PyTorch's
+allocator gave out; on a Linux CPU resident memory), and is measured in the untimed round.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ LAYER_COLUMNS = (
     *("scenario", "policy", "rows of off's", "time of off's", "all layers, ms", "first layer, ms", "median layer, ms"),
     *("last layer, ms", "outside the layers, ms", "peak growth, MB"),
 )
+PREFILL = ("gather", "attend", "forward")  # the phases of a prefill that compute
 Groups = Mapping[tuple[str, str], Sequence[Outcome]]
 
 
@@ -57,12 +59,28 @@ def layers_of(outcomes: Iterable[Outcome]) -> tuple[list[float], list[float]]:
     )
 
 
+def find_limit_share(own: Sequence[Outcome], full: Sequence[Outcome]) -> float | None:
+    """How near a prefill comes to the time that its share of the compute allows: 1 if time shrinks as compute does.
+
+    That is the median time of a full prefill over its own, times its share of the compute. Looking up, rendering and
+    decoding are not in it.
+    """
+    times = [sum(phases_of(each).get(name, 0.0) for name in PREFILL) for each in (full, own)]
+    ratios = [each.report.compute_ratio for each in own if each.case != UNTIMED]
+    return times[0] / times[1] * median(ratios) if all(times) and ratios else None
+
+
 def make_phase_table(groups: Groups) -> str:
-    """Median milliseconds."""
+    """Median milliseconds, and how near the prefill comes to its limit."""
     found = {key: phases_of(group) for key, group in groups.items()}
     names = list(dict.fromkeys(name for phases in found.values() for name in phases))
-    rows = ([*key, *(_show_ms(phases.get(name)) for name in names)] for key, phases in found.items() if phases)
-    return _make_table(("scenario", "policy", *names), rows)
+    rows = []
+    for key, phases in found.items():
+        share = find_limit_share(groups[key], groups.get((key[0], FULL), ()))
+        shown = "-" if share is None else f"{share:.2f}"
+        if phases:
+            rows.append([*key, *(_show_ms(phases.get(name)) for name in names), shown])
+    return _make_table(("scenario", "policy", *names, "of the compute limit"), rows)
 
 
 def make_layer_table(groups: Groups) -> str:

@@ -44,8 +44,10 @@ def test_peak_memory_is_what_the_call_needed() -> None:
     assert found == {}
 
 
-def call(turn: int, policy: str = "off", layers: tuple[LayerUse, ...] = (), **phases_s: float) -> Outcome:
-    report = ReuseReport("off", 9, ttft_s=10.0, phases_s=phases_s)
+def call(
+    turn: int, policy: str = "off", layers: tuple[LayerUse, ...] = (), compute: float = 1.0, **phases_s: float
+) -> Outcome:
+    report = ReuseReport("off", 9, ttft_s=10.0, phases_s=phases_s, compute_ratio=compute)
     return Outcome("reordered", policy, turn, report, extra={"layers": layers})
 
 
@@ -55,6 +57,11 @@ def test_phases_and_layers_are_medians_over_timed_rounds() -> None:
     expected = {"plan": pytest.approx(0.3), "forward": pytest.approx(0.7), "audit": 0.0}
     assert profile_calls.phases_of(calls) == expected
     assert "| reordered | off | 300.0 | 700.0 | 0.0 |" in profile_calls.make_phase_table({("reordered", "off"): calls})
+    timed = [call(turn, compute=0.25, gather=0.1, attend=0.2, forward=0.0) for turn in range(2)]
+    table = profile_calls.make_phase_table({("reordered", "off"): calls, ("reordered", "identical"): timed})
+    assert "| of the compute limit |" in table and "| - | - | 1.00 |" in table
+    assert "| 100.0 | 200.0 | 0.58 |" in table, "0.7 s over 0.3 s, times a quarter"
+    assert profile_calls.find_limit_share(timed, ()) is None
     uses = [((9.0, 9), (9.0, 9)), ((1.0, 4), (2.0, 3)), ((3.0, 4), (4.0, 3))]
     timed = [call(turn, layers=tuple(LayerUse(*use) for use in found)) for turn, found in enumerate(uses)]
     assert profile_calls.layers_of(timed) == ([2.0, 3.0], [4.0, 3.0])
