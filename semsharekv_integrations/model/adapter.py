@@ -164,7 +164,7 @@ class ModelAdapter:
     def verify(self, ids: Tensor, cache: DynamicCache, start: int) -> Tensor:
         """Run ``ids`` [B, N] from position ``start`` on, add KV to ``cache``; return logits [N, V] behind each."""
         positions = torch.arange(start, start + ids.shape[1], device=self.device)
-        with self._lock, self.attention(blocks_of(positions)):
+        with self._lock, self.attention(blocks_of(range(start, start + ids.shape[1]), self.device.type)):
             return self._forward(ids, cache, positions, keep=ids.shape[1])[0]
 
     @property

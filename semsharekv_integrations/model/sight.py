@@ -39,8 +39,10 @@ class Block(NamedTuple):
     sees_all: bool = False
 
 
-def blocks_of(positions: NDArray[np.int64], kind: str = "cpu", window: Window | None = None) -> Sequence[Block]:
-    """Split rows at ascending ``positions`` [N], at least one, into blocks for a device of type ``kind``.
+def blocks_of(
+    positions: NDArray[np.int64] | Sequence[int], kind: str = "cpu", window: Window | None = None
+) -> Sequence[Block]:
+    """Split rows at ascending ``positions`` [N] on the host, at least one, into blocks for a device of type ``kind``.
 
     The rows of a block see no other keys than its own.
     """

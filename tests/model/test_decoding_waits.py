@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,3 +95,15 @@ def test_on_the_cpu_nothing_is_waited_for(make_engine: EngineMaker, monkeypatch:
     engine: SemShareEngine = make_engine("exact")
     monkeypatch.setattr(torch.cuda, "current_stream", None)
     assert engine.generate(PROMPT, max_new_tokens=2).report.decode_s > 0
+
+
+def test_verifying_drafts_waits_for_nothing_before_the_logits(
+    endless: PreTrainedModel, make_engine: EngineMaker, pretended_device: str
+) -> None:
+    """The blocks of its rows are told by numbers that the host has."""
+    adapter = make_engine("exact", move_model(endless, pretended_device))._load().adapter
+    prefill = adapter.prefill(np.arange(5, 25))
+    drafted = torch.tensor([[7, 8, 9, 10]], device=pretended_device)
+    counted = count(lambda: adapter.verify(drafted, prefill.cache, 20))
+    assert counted.waits == 0, counted.table()
+    assert len(counted.result) == 4
