@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from simulated.tensors import (
     DeviceMismatchError,
@@ -15,6 +14,8 @@ from simulated.tensors import (
     count_bytes,
     is_on_cpu,
     is_pretended,
+    list_tensors,
+    map_tensors,
     move,
     note_allocation,
     pinned,
@@ -54,7 +55,7 @@ class SimulatedFunctions(TorchFunctionMode):
             if isinstance(args[0], Pretended):
                 return _make_of_tensor(func, *args, **kwargs)
             # a list of numbers, some of them perhaps on the device
-            args = (tree_map_only(Pretended, torch.Tensor.item, args[0]), *args[1:])
+            args = (map_tensors(torch.Tensor.item, args[0]), *args[1:])
         if kwargs.get("pin_memory"):  # safetensors, on its way to a device
             return func(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"})
         if isinstance(kwargs.get("generator"), torch._C.Generator):
@@ -167,7 +168,7 @@ def _note_attention(
 
 
 def _check_generator(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    there = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Pretended)]
+    there = [value for value in list_tensors((args, kwargs)) if isinstance(value, Pretended)]
     wanted = there[0].device.type if there else torch.device(kwargs.get("device") or "cpu").type
     found = kwargs["generator"].device.type
     if wanted != found:
@@ -199,7 +200,7 @@ def _make(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         elif out.numel():
             note("copies", f"to device {place} [factory of data]", count_bytes(out))
             note_wait("copy to device, pageable", place)
-    return tree_map_only(torch.Tensor, lambda tensor: Pretended(tensor, device), out)
+    return map_tensors(lambda tensor: Pretended(tensor, device), out)
 
 
 _HANDLERS = {
