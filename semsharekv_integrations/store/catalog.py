@@ -7,13 +7,13 @@ serve wrong KV. The digest finds damage, not forgery. Knows nothing about KV fil
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,18 +243,31 @@ def _require_version(database: sqlite3.Connection) -> None:
 
 def _read(database: sqlite3.Connection, fingerprint: str) -> Contents:
     """Return all sound records, and the number of rows with a wrong digest, unsound values or a repeated id."""
-    database.text_factory = lambda text: text.decode(errors="replace")  # what was not text fails the digest
-    found: dict[str, dict[str, Any]] = {table.name: {} for table in _TABLES}
+    found: dict[str, dict[str, Any]] = {}
     num_damaged = 0
     for table in _TABLES:
-        for *values, digest in database.execute(f"SELECT * FROM {table.name}"):
+        records = found[table.name] = {}
+        for *values, digest in _list_rows(database, table):
             record = _unpack(table, values) if _digest(fingerprint, table.name, values) == digest else None
-            if record is None or record.id in found[table.name]:
+            if record is None or record.id in records:
                 num_damaged += 1
             else:
-                found[table.name][record.id] = record
+                records[record.id] = record
     kinds = {name: list(records.values()) for name, records in found.items()}
     return Contents(**kinds, num_damaged=num_damaged)
+
+
+def _list_rows(database: sqlite3.Connection, table: _Table) -> list[tuple[Any, ...]]:
+    """Return all rows of a table. Where something is text that is none, it gets signs that fail its row's digest."""
+    query = f"SELECT * FROM {table.name}"
+    try:
+        database.text_factory = str
+        return database.execute(query).fetchall()
+    except sqlite3.OperationalError as error:
+        if not str(error).startswith("Could not decode to UTF-8"):
+            raise
+        database.text_factory = lambda text: text.decode(errors="replace")
+        return database.execute(query).fetchall()
 
 
 def _unpack(table: _Table, values: Sequence[Any]) -> Any:
@@ -268,11 +281,11 @@ def _unpack(table: _Table, values: Sequence[Any]) -> Any:
 
 def _digest(fingerprint: str, table: str, values: Sequence[Any]) -> bytes:
     """Return a digest over the fingerprint, the table's name and all values of a row."""
-    plain = [value for value in values if not isinstance(value, bytes)]
-    digest = hashlib.blake2b(ascii((fingerprint, table, *plain)).encode(), digest_size=16)
-    for value in values:
-        if isinstance(value, bytes):
-            digest.update(value)
+    blobs = [value for value in values if type(value) is bytes]
+    plain = [value for value in values if type(value) is not bytes] if blobs else values
+    digest = blake2b(ascii((fingerprint, table, *plain)).encode(), digest_size=16)
+    for blob in blobs:
+        digest.update(blob)
     return digest.digest()
 
 

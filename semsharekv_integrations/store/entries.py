@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import heapq
 import threading
 from collections import Counter
@@ -94,13 +93,7 @@ class Entries:
     def open(self, directory: KVDirectory, dtype: torch.dtype, homes: Homes) -> int:
         """Load what lies in ``directory``, has not expired and fits the bound; return the number of all entries."""
         self.tiers.disk.attach(directory, dtype, homes)
-        was_enabled = gc.isenabled()
-        gc.disable()  # everything loaded here stays alive, and scanning it doubles the time to open
-        try:
-            found = self._reopen(directory)
-        finally:
-            if was_enabled:
-                gc.enable()
+        found = self._reopen(directory)
         for name, space in list(self.namespaces.items()):
             if not (space.tree.root.children or space.tainted):
                 self._drop_namespace(name)
@@ -281,6 +274,7 @@ class Entries:
         contents = directory.contents()
         nodes = self._attach_nodes(contents.nodes)
         found: list[tuple[Entry, float]] = []
+        paths: list[list[Node]] = []
         for record in sorted(contents.entries, key=lambda record: record.used_s):
             node, _ = nodes.get(record.node, (None, None))
             if node is None:
@@ -289,15 +283,16 @@ class Entries:
             ids = np.concatenate([step.token_ids for step in path]) if len(path) > 1 else node.token_ids
             if record.id != reference_id(record.namespace, ids):
                 continue
-            reference = unpack_reference(record.labels, record.namespace, ids)
+            reference = unpack_reference(record.labels, record.namespace, ids, id=record.id)
             found.append((Entry(reference, node, 0.0, record.hits), record.used_s))
+            paths.append(path)
             for step in path:
                 step.hits += record.hits
         file_tokens: Counter[str] = Counter()
         for node, place in nodes.values():
             file_tokens[place.file] += len(node.token_ids)
-        for entry, _ in found:  # after all hits are known, which rank the nodes
-            for step in reversed(entry.node.path()):
+        for path in paths:  # after all hits are known, which rank the nodes
+            for step in reversed(path):
                 if step.on_disk is None:
                     place = nodes[step.id][1]
                     self.tiers.disk.adopt(step, place, file_tokens[place.file])

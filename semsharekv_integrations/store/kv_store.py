@@ -30,7 +30,7 @@ from semsharekv_integrations.store.homes import Homes
 from semsharekv_integrations.store.namespace import Entry, Match, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
-from semsharekv_integrations.store.work import Work
+from semsharekv_integrations.store.work import Work, paused_collector
 
 
 def cut_to_checkpoint(prefix: PrefixMatch) -> PrefixMatch:
@@ -82,7 +82,7 @@ class KVStore:
         """
         if self.config.directory is None:
             return 0
-        with self._lock:
+        with self._lock, paused_collector():
             return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, Homes.of(homes))
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,8 +71,14 @@ class Contents(NamedTuple):
 
 def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
     """Return a stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
-    owner = hashlib.blake2b(namespace.encode(), key=state.encode()).digest()
-    return hashlib.blake2b(token_ids.tobytes(), digest_size=8, key=owner).hexdigest()
+    return hashlib.blake2b(
+        np.ascontiguousarray(token_ids), digest_size=8, key=_digest_owner(namespace, state)
+    ).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _digest_owner(namespace: str, state: str) -> bytes:
+    return hashlib.blake2b(namespace.encode(), key=state.encode()).digest()
 
 
 def pack_labels(reference: Reference) -> dict[str, Any]:
@@ -87,14 +94,17 @@ def pack_labels(reference: Reference) -> dict[str, Any]:
 
 
 def unpack_reference(
-    labels: Mapping[str, Any], namespace: str, token_ids: TokenIds, layers: Sequence[LayerKV] = ()
+    labels: Mapping[str, Any], namespace: str, token_ids: TokenIds, layers: Sequence[LayerKV] = (), id: str = ""
 ) -> Reference:
-    """Return a reference with the labels that ``pack_labels`` made, also in earlier versions. Checks none of them."""
+    """Return a reference with the labels that ``pack_labels`` made, also in earlier versions. Checks none of them.
+
+    Its ``id`` is computed if it is not given.
+    """
     starts, stops = labels["document_starts"], labels.get("document_stops")
     if stops is None:  # earlier versions wrote them for their own segments alone
         stops = {key: stop for key, start, stop in labels["segments"] if starts.get(key) == start}
     return Reference(
-        reference_id(namespace, token_ids),
+        id or reference_id(namespace, token_ids),
         namespace,
         token_ids,
         layers,
@@ -169,7 +179,24 @@ def fits(node: NodeRecord, file: FileRecord) -> bool:
 
 def is_sound(record: FileRecord | NodeRecord | EntryRecord) -> bool:
     """Return whether every field of ``record`` is of its type, and within its bounds."""
-    return all(rule(getattr(record, name)) for name, rule in _RULES[type(record)].items())
+    return _RULES[type(record)](*record)
+
+
+def _is_sound_file(id: object, num_tokens: object, num_bytes: Any) -> bool:
+    return _is_file_id(id) and _is_position(num_tokens, 1) and is_whole(num_bytes, 1) and num_bytes <= _MOST_BYTES
+
+
+def _is_sound_node(
+    id: object, parent: object, namespace: object, token_ids: object, file: object, first: object
+) -> bool:
+    named = _is_id(id) and (parent is None or _is_id(parent)) and _is_text(namespace)
+    return named and has_token_ids(token_ids) and _is_file_id(file) and _is_position(first)
+
+
+def _is_sound_entry(id: object, namespace: object, node: object, labels: object, hits: Any, used_s: Any) -> bool:
+    named = _is_id(id) and _is_text(namespace) and _is_id(node)
+    counted = is_number(hits) and 0 <= hits <= _LARGEST and is_number(used_s) and abs(used_s) <= _LARGEST
+    return named and counted and _has_labels(labels)
 
 
 def _is_text(value: object) -> bool:
@@ -190,7 +217,7 @@ def _is_position(value: Any, least: int = 0) -> bool:
 
 def has_token_ids(value: Any) -> bool:
     """Return whether ``value`` is a one-dimensional array of at least one id, none negative."""
-    return isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 0 and bool((value >= 0).all())
+    return isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 0 and bool(value.min() >= 0)
 
 
 def _maps_to_positions(value: object) -> bool:
@@ -212,10 +239,15 @@ def _is_segment(value: object) -> bool:
 
 def _has_labels(value: object) -> bool:
     """Return whether ``value`` has all labels of the first version, and whether these and any later ones are sound."""
-    if not isinstance(value, Mapping) or not all(name in value and rule(value[name]) for name, rule in _LABELS.items()):
+    if not isinstance(value, Mapping):
         return False
-    later = all(rule(value[name]) for name, rule in _LATER_LABELS.items() if name in value)
-    return later and (value.get("document_stops") or {}).keys() <= value["document_starts"].keys()
+    for name, rule in _LABELS.items():
+        if name not in value or not rule(value[name]):
+            return False
+    for name, rule in _LATER_LABELS.items():
+        if name in value and not rule(value[name]):
+            return False
+    return (value.get("document_stops") or {}).keys() <= value["document_starts"].keys()
 
 
 _Rules = dict[str, Callable[[Any], bool]]
@@ -231,26 +263,8 @@ _LATER_LABELS: _Rules = {  # which earlier versions did not write
     "rounded": lambda value: isinstance(value, bool),
     "state": _is_text,
 }
-_RULES: dict[type, _Rules] = {
-    FileRecord: {
-        "id": _is_file_id,
-        "num_tokens": lambda value: _is_position(value, 1),
-        "num_bytes": lambda value: is_whole(value, 1) and value <= _MOST_BYTES,
-    },
-    NodeRecord: {
-        "id": _is_id,
-        "parent": lambda value: value is None or _is_id(value),
-        "namespace": _is_text,
-        "token_ids": has_token_ids,
-        "file": _is_file_id,
-        "first": _is_position,
-    },
-    EntryRecord: {
-        "id": _is_id,
-        "namespace": _is_text,
-        "node": _is_id,
-        "labels": _has_labels,
-        "hits": lambda value: is_number(value) and 0 <= value <= _LARGEST,
-        "used_s": lambda value: is_number(value) and abs(value) <= _LARGEST,
-    },
+_RULES: dict[type, Callable[..., bool]] = {
+    FileRecord: _is_sound_file,
+    NodeRecord: _is_sound_node,
+    EntryRecord: _is_sound_entry,
 }

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from semsharekv_integrations.store.entries import Entries
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Look for no garbage inside: where much is made that stays, looking through it takes as long as making it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Work:
