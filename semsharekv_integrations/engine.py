@@ -176,7 +176,7 @@ class SemShareEngine(ModelHolder):
             runtime.plan(call, is_suspended=self.auditor.suspends(call.request.namespace))
             runtime.execute(call)
             if self._scheduler.has_concurrent_calls:
-                self._memory.keep(call, runtime)
+                self._memory.keep(call, runtime, writes=False)  # nor before the first token to the disk
         try:
             yield from runtime.decode(call)
         except JobLeft:

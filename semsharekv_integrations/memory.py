@@ -196,14 +196,15 @@ class Memory:
         self.arranged.note(request.namespace, Arrangement(request.documents, forms, tuple(order)))
         return order
 
-    def keep(self, call: Call, runtime: Runtime) -> bool:
+    def keep(self, call: Call, runtime: Runtime, *, writes: bool = True) -> bool:
         """Note the texts of named documents, and store the call's exact KV and, in a session, the approximate too.
 
+        Not ``writes``: what finds room in memory is not written to the directory yet, but when the call is kept again.
         Return False if the store lacks some of it, or if, because part was forgotten meanwhile, nothing was kept.
         """
         documents = call.request.documents
         named = {key: text for key, text in documents.items() if not _is_unnamed(key, text)}
-        return self._keep(call, runtime, named)
+        return self._keep(call, runtime, named, writes=writes)
 
     def warm(self, call: Call, runtime: Runtime, **labels: Any) -> bool:
         """Compute and store the KV of one document, which is the whole prompt; return whether it is stored.
@@ -219,7 +220,7 @@ class Memory:
         (key,) = request.documents
         former = self.known.of([request.namespace]).get(key)
         is_known = former == request.documents[key]
-        with self._lock:
+        with self._store.between_writes(), self._lock:
             texts = [] if former is None else [runtime.renderer.tokenize(former)]
             forms = [] if is_known else self._store.find_forms(key, request.namespace, texts)
             dropped = self._drop_other_versions(key, rendered, request.namespace, unplaced=not is_known)
@@ -241,7 +242,7 @@ class Memory:
                 self.under_way.tell(Forgotten(namespace, document_id=document_id))
             return 0
         renderer = runtime.renderer
-        with self._lock:
+        with self._store.between_writes(), self._lock:
             text = {**self.arranged.texts_of(namespace), **self.known.of([namespace])}.get(document_id)
             tokens = [] if text is None else [renderer.tokenize(text)]
             forms = self._store.find_forms(document_id, namespace, tokens)
@@ -259,7 +260,7 @@ class Memory:
         Raises:
             StoreWriteError: if some of it could not be removed from the disk.
         """
-        with self._lock:
+        with self._store.between_writes(), self._lock:
             self.under_way.tell(Forgotten(namespace, session))
             if session is None:
                 self.known.forget(namespace)
@@ -281,7 +282,9 @@ class Memory:
             for index in self._runtime.indexes() if self._runtime is not None else ():
                 index.keep_only(name, {reference.id for reference in references})
 
-    def _keep(self, call: Call, runtime: Runtime, texts: Mapping[str, str], **labels: Any) -> bool:
+    def _keep(
+        self, call: Call, runtime: Runtime, texts: Mapping[str, str], *, writes: bool = True, **labels: Any
+    ) -> bool:
         """Store the call's KV, note ``texts`` by id, drop what is gone; False, doing nothing, if some was forgotten."""
         request = call.request
         with self._lock:
@@ -289,6 +292,8 @@ class Memory:
                 return False
             self.known.note(request.namespace, texts)
             stored = self._put(call, runtime, labels)
+        if writes:  # now that others may keep and forget again
+            runtime.store.write_waiting()
         self.settle(*([request.namespace] if texts else []))
         return stored
 
@@ -300,7 +305,9 @@ class Memory:
             found = runtime.relief.run("KV for the store", partial(self._make_references, call, runtime))
         except DeviceMemoryError:  # the answer is whole without
             return False
-        stored = [runtime.store.put(replace(reference, **labels), frees=True) for reference in found or ()]
+        stored = [
+            runtime.store.put(replace(reference, **labels), frees=True, writes=False) for reference in found or ()
+        ]
         return found is not None and all(stored)
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -21,11 +22,27 @@ from semsharekv_integrations.store.eviction import Tier
 from semsharekv_integrations.store.files import STATE_MARK
 from semsharekv_integrations.store.homes import HOST, Homes
 from semsharekv_integrations.store.radix import FileRange, Node
-from semsharekv_integrations.store.records import EntryRecord, NodeRecord
+from semsharekv_integrations.store.records import EntryRecord, FileRecord, NodeRecord
 from semsharekv_integrations.store.rooms import Landing
 
 DISK = "disk"
 _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
+
+
+class Writing:
+    """A file that is being written for ``node``. ``run`` needs no lock; ``record`` is None until it has worked."""
+
+    def __init__(self, node: Node, packed: PackedKV, directory: KVDirectory) -> None:
+        self.node = node
+        self.directory = directory
+        self.record: FileRecord | None = None
+        self.num_tokens = packed.num_tokens
+        self._packed = packed
+
+    def run(self) -> None:
+        """Write the file. Raises nothing that ``DiskTier`` counts as a failed write."""
+        with suppress(StoreWriteError, *OUT_OF_MEMORY), raise_memory_errors():
+            self.record = self.directory.files.write_apart(self._packed.tensors, self._packed.num_tokens)
 
 
 class DiskTier:
@@ -93,13 +110,50 @@ class DiskTier:
 
     def save(self, node: Node, packed: PackedKV, namespace: str) -> bool:
         """Write ``node`` and commit. False if there is no directory, no room, an ancestor off disk, or it fails."""
+        if not self.takes(node, packed.num_bytes + _HEADER_BYTES * (1 + len(packed.tensors))):
+            return False
+        if (num_bytes := self._write([node], lambda: packed.tensors, namespace)) is None:
+            return False
+        self.tier.add(node, num_bytes)
+        return True
+
+    def takes(self, node: Node, num_bytes: int) -> bool:
+        """Return whether a file of so many bytes for ``node`` may come; makes room for it.
+
+        Not without a directory, if an ancestor is off disk, or if there is no room, which is counted.
+        """
         before = node.path()[:-1]
         if self._directory is None or any(earlier.on_disk is None for earlier in before):
             return False
-        if not self._make_room(packed.num_bytes + _HEADER_BYTES * (1 + len(packed.tensors)), before):
+        if not self._make_room(num_bytes, before):
             self._counts["disk_refused"] += 1
             return False
-        if (num_bytes := self._write([node], lambda: packed.tensors, namespace)) is None:
+        return True
+
+    def begin(self, node: Node, packed: PackedKV) -> Writing | None:
+        """Return what writes ``node``, whose KV is ``packed``, without the store's lock; None as ``takes`` says."""
+        if not self.takes(node, packed.num_bytes + _HEADER_BYTES * (1 + len(packed.tensors))):
+            return None
+        assert self._directory is not None
+        return Writing(node, packed, self._directory)
+
+    def end(self, writing: Writing, namespace: str) -> bool:
+        """Note and commit what was written meanwhile; return whether it is on disk now.
+
+        If it failed, or the node is gone or was divided, the file is deleted.
+        """
+        node, record = writing.node, writing.record
+        if record is None:
+            self._note_failure()
+            return False
+        files = writing.directory.files
+        there = node.parent is not None and node.parent.children.get(int(node.token_ids[0])) is node
+        whole = there and node.on_disk is None and len(node.token_ids) == record.num_tokens
+        if not (writing.directory is self._directory and whole and self.takes(node, record.num_bytes)):
+            files.remove(record.id)
+            return False
+        files.records[record.id] = record
+        if (num_bytes := self._enter([node], record.id, namespace)) is None:
             return False
         self.tier.add(node, num_bytes)
         return True
@@ -302,6 +356,15 @@ class DiskTier:
         except (StoreFileError, StoreWriteError, *OUT_OF_MEMORY):
             self._note_failure()
             return None
+        return self._enter(nodes, file, namespace)
+
+    def _enter(self, nodes: Sequence[Node], file: str, namespace: str) -> int | None:
+        """Note that ``nodes`` lie in ``file``, one behind the other, and commit; return the file's bytes.
+
+        Returns None if that fails; the file is deleted then, and the nodes stay where they were.
+        """
+        assert self._directory is not None
+        files = self._directory.files
         former = [(node.on_disk, self._nodes.get(node.id)) for node in nodes]
         first = 0
         for node in nodes:

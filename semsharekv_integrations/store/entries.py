@@ -13,12 +13,13 @@ from itertools import count
 import numpy as np
 import torch
 
-from semsharekv_integrations.concurrency.threads import hold_at_forks
+from semsharekv_integrations.concurrency.threads import free_in_children, hold_at_forks
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, make_space_name, select_within
 from semsharekv_integrations.store.directory import KVDirectory
+from semsharekv_integrations.store.disk import Writing
 from semsharekv_integrations.store.homes import Homes
-from semsharekv_integrations.store.namespace import Entry, Namespace, shorten
+from semsharekv_integrations.store.namespace import Entry, Namespace, join_labels, shorten
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, NodeRecord, pack_labels, reference_id, unpack_reference
 from semsharekv_integrations.store.tiers import Tiers, Unreadable
@@ -77,6 +78,8 @@ class Entries:
     ) -> None:
         """Make a store without entries; only ``open`` uses a directory. For the clocks see ``KVStore``."""
         self.lock = hold_at_forks(threading.Lock())  # for those who call
+        self.writing = free_in_children(threading.RLock())  # held while a file is written, and taken before ``lock``
+        self.waiting: dict[str, None] = {}  # keys of the entries that are to be written, in order
         self.tiers = Tiers(config, self._lose)
         self.namespaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
         self._later: dict[str, dict[SpaceName, None]] = {}  # those of states other than the first, by namespace
@@ -107,15 +110,48 @@ class Entries:
         return len(self.by_key)
 
     def close(self) -> None:
-        """Write when entries were used last, close the directory, and drop entries whose KV is not all in memory."""
+        """Write what is to be written and when entries were used last, and close the directory.
+
+        Drop entries whose KV is not all in memory.
+        """
+        for entry in [self.by_key[key] for key in self.waiting if key in self.by_key]:
+            self.tiers.save(entry.node.path(), entry.reference.namespace)
+        self.waiting.clear()
         ordinary = [entry for entry in self.by_key.values() if not entry.reference.is_tainted]
         self.tiers.disk.close([self._make_record(entry) for entry in ordinary if entry.node.on_disk is not None])
         self._keep_to_memory()
 
     def abandon(self) -> None:
         """In a forked child: leave the directory to the parent, and drop entries whose KV is not all in memory."""
+        self.waiting.clear()
         self.tiers.disk.abandon()
         self._keep_to_memory()
+
+    def absorb(self, entry: Entry) -> None:
+        """Give ``entry`` the labels of those that it begins with; remove these, but for what must stay on disk."""
+        node, reference = entry.node, entry.reference
+        absorbed = self.namespaces[reference.space].find_contained(entry)
+        for other in absorbed:
+            reference = join_labels(reference, other.reference)
+            entry.hits = max(entry.hits, other.hits)
+        self.relabel(entry, reference)
+        for other in absorbed:
+            other.stays = node.on_disk is None and other.node.on_disk is not None  # else the disk would have neither
+            if not other.stays:
+                self.remove(other)
+
+    def begin_writing(self) -> tuple[Entry, Writing] | None:
+        """Return the next node that is in memory alone and to be written, with an entry that needs it; None if none."""
+        while self.waiting:
+            key = next(iter(self.waiting))
+            entry = self.by_key.get(key)
+            path = entry.node.path() if entry is not None else []
+            node = next((node for node in path if node.on_disk is None), None)
+            writing = self.tiers.disk.begin(node, node.held) if node is not None and node.held is not None else None
+            if entry is not None and writing is not None:
+                return entry, writing
+            del self.waiting[key]
+        return None
 
     def select(self, namespace: str | None, state: str | None = None) -> list[Entry]:
         """Return the entries, tainted ones too, of one namespace or all (None), of one state or all (None)."""

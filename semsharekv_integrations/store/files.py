@@ -52,9 +52,18 @@ class KVFiles:
         self._doomed: list[str] = []  # files that are still to be deleted
 
     def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
-        """Write a new file and return its id: a temporary is renamed, so a crash leaves it whole or not at all.
+        """Write a new file, as ``write_apart`` does, and return its id: it has a record now.
 
         The caller records a node in it with ``KVDirectory.record``, or discards it.
+        """
+        record = self.write_apart(tensors, num_tokens)
+        self.records[record.id] = record
+        return record.id
+
+    def write_apart(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> FileRecord:
+        """Write a new file: a temporary is renamed, so a crash leaves it whole or not at all. Needs no lock.
+
+        Return its record, which is not among ``records``: else nobody knows of it, and the next opening deletes it.
 
         Raises:
             StoreWriteError: if it cannot be written; this is counted, and nothing is left of it.
@@ -85,8 +94,7 @@ class KVFiles:
                 self._counts["write_failed"] += 1
                 raise StoreWriteError(f"{path} could not be written: {error}") from error
             raise
-        self.records[file] = FileRecord(file, num_tokens, num_bytes)
-        return file
+        return FileRecord(file, num_tokens, num_bytes)
 
     def describe(self, file: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a file by name, without bytes. Reads its header alone, if that has a seal.

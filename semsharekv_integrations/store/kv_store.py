@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,7 @@ from semsharekv_integrations.store.homes import Homes
 from semsharekv_integrations.store.namespace import Entry, Match, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
-from semsharekv_integrations.store.work import Work, paused_collector
+from semsharekv_integrations.store.work import Work, paused_collector, write_waiting
 
 
 def cut_to_checkpoint(prefix: PrefixMatch) -> PrefixMatch:
@@ -87,7 +88,7 @@ class KVStore:
 
     def close(self) -> None:
         """Write when entries were used last, release the directory, and drop entries whose KV is not all in memory."""
-        with self._lock:
+        with self._entries.writing, self._lock:
             self._entries.close()
 
     def go_on_in_child(self) -> None:
@@ -189,37 +190,53 @@ class KVStore:
                 runs.sort(key=lambda run: run.start)
             return runs
 
-    def put(self, reference: Reference, *, frees: bool = False) -> bool:
+    def put(self, reference: Reference, *, frees: bool = False, writes: bool = True) -> bool:
         """Store ``reference``; return whether it, or a longer entry that begins with it, is in the store afterwards.
 
         It replaces the entries that are a prefix of it, and takes over their labels; a prefix on disk stays if this
         entry could not be written there. An entry that has it already takes its labels. A tainted one replaces that of
         its session, and is never pinned. Returns False, and counts it as refused, if memory runs out, if there is no
         room beside pinned entries, if it is tainted without a session, or rounded and this store keeps KV as it is.
-        With ``frees``, where memory runs out others are taken out of it, and it is tried once more.
+        With ``frees``, where memory runs out others are taken out of it, and it is tried once more. Not ``writes``:
+        what is in memory now is not written yet, see ``write_waiting``.
 
         Raises:
             ValueError: if its labels cannot be written as JSON; nothing changes.
         """
         require_writable(reference)
-        with Work(self._entries):
-            if self._state is not None and reference.state != self._state:
-                own_id = reference_id(reference.namespace, reference.token_ids, self._state)
-                reference = replace(reference, id=own_id, state=self._state)
-            if reference.rounded and self.config.kv_bits is None:
-                return self._refuse()
-            if reference.is_tainted:
-                return self._put_tainted(reference, frees=frees)
-            space = self._entries.ensure_namespace(reference.space)
-            container = space.ordinary.get(reference.id) or space.find_container(reference)
-            if container is None:
-                return self._put_new(space, reference, frees=frees)
-            pinned = reference.pinned or container.reference.pinned
-            container.last_used_s = self._clock()
-            self._entries.tiers.touch(container.node.path())
-            self._entries.tiers.add_checkpoints(container.node.path(), reference.checkpoints)
-            self._entries.relabel(container, replace(join_labels(container.reference, reference), pinned=pinned))
-            return True
+        with Work(self._entries, commits=not writes):
+            stored = self._put(reference, frees=frees)
+        if writes:
+            self.write_waiting()
+        return stored
+
+    def write_waiting(self) -> None:
+        """Write to the directory what ``put`` left in memory alone. Other work on the store goes on meanwhile."""
+        write_waiting(self._entries)
+
+    def between_writes(self) -> AbstractContextManager[object]:
+        """Inside, no file is being written. Taken before all other locks."""
+        return self._entries.writing
+
+    def _put(self, reference: Reference, *, frees: bool) -> bool:
+        """Store ``reference`` in memory if that has room, else on disk. The caller holds the lock."""
+        if self._state is not None and reference.state != self._state:
+            own_id = reference_id(reference.namespace, reference.token_ids, self._state)
+            reference = replace(reference, id=own_id, state=self._state)
+        if reference.rounded and self.config.kv_bits is None:
+            return self._refuse()
+        if reference.is_tainted:
+            return self._put_tainted(reference, frees=frees)
+        space = self._entries.ensure_namespace(reference.space)
+        container = space.ordinary.get(reference.id) or space.find_container(reference)
+        if container is None:
+            return self._put_new(space, reference, frees=frees)
+        pinned = reference.pinned or container.reference.pinned
+        container.last_used_s = self._clock()
+        self._entries.tiers.touch(container.node.path())
+        self._entries.tiers.add_checkpoints(container.node.path(), reference.checkpoints)
+        self._entries.relabel(container, replace(join_labels(container.reference, reference), pinned=pinned))
+        return True
 
     def fetch(self, reference_id: str, namespace: str) -> Reference | None:
         """Return an entry with its KV, by id; counts as a use. None if it is unknown, damaged or not readable now."""
@@ -325,15 +342,9 @@ class KVStore:
             if packed is None or not self._entries.tiers.place(node, packed, owner):
                 return self._refuse(entry)
         self._entries.tiers.add_checkpoints(node.path(), checkpoints)
-        absorbed = space.find_contained(entry)
-        for other in absorbed:
-            reference = join_labels(reference, other.reference)
-            entry.hits = max(entry.hits, other.hits)
-        self._entries.relabel(entry, reference)
-        for other in absorbed:
-            other.stays = node.on_disk is None and other.node.on_disk is not None  # else the disk would have neither
-            if not other.stays:
-                self._entries.remove(other)
+        if node.on_disk is None and not reference.state:
+            self._entries.waiting[entry.key] = None
+        self._entries.absorb(entry)
         return True
 
     def _put_tainted(self, reference: Reference, *, frees: bool) -> bool:

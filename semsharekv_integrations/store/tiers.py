@@ -46,7 +46,7 @@ class Tiers:
         self.disk = DiskTier(Tier(DISK, config.disk_max_bytes, config.eviction), self.counts, self._give_up)
 
     def place(self, node: Node, packed: PackedKV, namespace: str | None) -> bool:
-        """Keep the KV of a new node in memory and, with a ``namespace``, on disk; return whether any tier took it.
+        """Keep the KV of a new node in memory, else, with a ``namespace``, on disk; return whether any tier took it.
 
         Demotes or evicts others for it, unless there can be no room. Counts as a use of the nodes before it.
         """
@@ -54,9 +54,17 @@ class Tiers:
         tier = next((tier for tier in self.memory if self._make_room(tier, packed.num_bytes, path)), None)
         if tier is not None and (held := packed if tier is self.device else _move(packed, HOST)) is not None:
             self._put_into(tier, node, held)
-        saved = namespace is not None and self.disk.save(node, packed, namespace)
+        elif namespace is not None:
+            self.save([*path[:-1]], namespace)
+            self.disk.save(node, packed, namespace)
         self.touch(path)
-        return node.held is not None or saved
+        return node.held is not None or node.on_disk is not None
+
+    def save(self, path: Iterable[Node], namespace: str) -> None:
+        """Write the nodes of ``path`` that are in memory alone to the disk, as far as it takes them."""
+        for node in path:
+            if node.on_disk is None and (node.held is None or not self.disk.save(node, node.held, namespace)):
+                return
 
     def load(self, path: Sequence[Node], protected: Collection[Node]) -> list[PackedKV]:
         """Return the KV of the nodes of ``path``, promoted where there is room. Counts as a use of them.

@@ -22,10 +22,14 @@ def paused_collector() -> Iterator[None]:
 
 
 class Work:
-    """Holds the store's lock; drops expired entries first, and commits all changes to the catalog at the end."""
+    """Holds the store's lock; drops expired entries first, and commits all changes to the catalog at the end.
 
-    def __init__(self, entries: Entries) -> None:
+    Not ``commits``: changes wait for the work that follows.
+    """
+
+    def __init__(self, entries: Entries, *, commits: bool = True) -> None:
         self._entries = entries
+        self._commits = commits
         self._lock = entries.lock
 
     def __enter__(self) -> None:
@@ -40,6 +44,30 @@ class Work:
     def __exit__(self, *_: object) -> None:
         """Commit changes to the catalog (a refusal is counted, not raised), then release the lock."""
         try:
-            self._entries.tiers.disk.commit(retry=False)
+            if self._commits:
+                self._entries.tiers.disk.commit(retry=False)
         finally:
             self._lock.release()
+
+
+def write_waiting(entries: Entries) -> None:
+    """Write to the directory what is in memory alone and waits for that. Holds the store's lock before and after only.
+
+    One thread at a time. What a file was written for may be gone or divided afterwards: then the file goes as well.
+    """
+    with entries.writing:
+        while True:
+            with Work(entries, commits=False):
+                begun = entries.begin_writing()
+            if begun is None:
+                break
+            entry, writing = begun
+            writing.run()
+            with Work(entries):
+                if entries.tiers.disk.end(writing, entry.reference.namespace):
+                    if entry.key in entries.by_key and entry.node.on_disk is not None:
+                        entries.absorb(entry)
+                elif len(writing.node.token_ids) == writing.num_tokens:  # else it was divided meanwhile
+                    entries.waiting.pop(entry.key, None)
+        with Work(entries):  # which commits what was left
+            pass

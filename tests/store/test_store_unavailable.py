@@ -210,7 +210,7 @@ def test_what_lies_on_disk_stays_when_what_goes_on_from_it_cannot_be_written(
         put_all(store, clock, PROMPTS, document_starts={"d": 0})
     store = opened(config_of(max_tokens, directory=tmp_path), clock)
     with monkeypatch.context() as patch:
-        patch.setattr(files.KVFiles, "write", raising(StoreWriteError(os.strerror(error))))
+        patch.setattr(files.KVFiles, "write_apart", raising(StoreWriteError(os.strerror(error))))
         for tokens in PROMPTS:
             store.put(reference((*tokens, 7), document_starts={"e": 1}))
             store.check()
@@ -232,7 +232,7 @@ def test_forgetting_reaches_both_where_the_longer_one_is_in_memory_alone(
     store = opened(config_of(directory=tmp_path), clock)
     put_all(store, clock, PROMPTS, document_starts={"d": 0})
     with monkeypatch.context() as patch:
-        patch.setattr(files.KVFiles, "write", raising(StoreWriteError("no room")))
+        patch.setattr(files.KVFiles, "write_apart", raising(StoreWriteError("no room")))
         assert store.put(reference((*PROMPTS[0], 7)))
     assert store.forget("a", document_id="d") == 4 and not store.references()
     store.check()
