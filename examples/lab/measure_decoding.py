@@ -95,14 +95,14 @@ class Timed(NamedTuple):
 
 
 class _Clock(BaseStreamer):
-    """Notes when the first token of an answer came, as ``generate`` streams it; the prompt comes before."""
+    """Notes when tokens came, and how many, as ``generate`` streams them; the prompt comes first."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.came: list[tuple[float, int]] = []
 
     def put(self, value: Any) -> None:
-        """Note the time."""
-        self.times.append(time.perf_counter())
+        """Note the time and the number of tokens."""
+        self.came.append((time.perf_counter(), value.numel()))
 
     def end(self) -> None:
         """Note nothing."""
@@ -117,8 +117,8 @@ def time_generate(engine: SemShareEngine, prompt: list[Message], tokens: int, **
     with torch.inference_mode():
         found = engine.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=clock, **options)
     ended = time.perf_counter()
-    ids = found[0, inputs["input_ids"].shape[1] :].tolist()
-    return Timed(ids, (len(ids) - 1) / (ended - clock.times[1]))
+    ids, (began, first) = found[0, inputs["input_ids"].shape[1] :].tolist(), clock.came[1]
+    return Timed(ids, (len(ids) - first) / (ended - began))
 
 
 def time_ours(engine: SemShareEngine, prompt: list[Message], tokens: int, *, lookup: bool, fresh: bool = True) -> Timed:
@@ -147,8 +147,9 @@ def measure_prompt(engine: SemShareEngine, prompt: list[Message], tokens: int, r
 
 
 def make_rows(scenario: str, found: Sequence[Mapping[str, Timed]]) -> list[str]:
-    """A row of the table for each way."""
-    rows = []
+    """A row of the table for each way, over the answers that have more than one token."""
+    rows, found = [], [each for each in found if len(each[PLAIN].token_ids) > 1]
+    assert found, f"{scenario}: no answer has a second token"
     for name in found[0]:
         own = [each[name] for each in found]
         rate = find_quartiles([each.tokens_per_s for each in own])

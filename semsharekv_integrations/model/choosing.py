@@ -19,6 +19,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter
+from semsharekv_integrations.model.transfers import send
 from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion, ConstraintProcessor
 
 _BY_IDS = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, ConstraintCriterion}  # look at no scores
@@ -69,7 +70,7 @@ class TokenChooser:
         self._adapter = adapter
         self._constraint = constraint
         self._host_ids = torch.from_numpy(prompt_ids)[None]  # [B, T], as criteria read them
-        self.ids = self._host_ids.to(adapter.device)
+        self.ids = send(self._host_ids, adapter.device)
         self._temperature = sampling.temperature
         self._greedy = sampling.temperature == 0
         self._drawn: Tensor | None = None  # what the next token is drawn by, until it is added

@@ -120,7 +120,7 @@ class Decoder:
         if not self._drafts or not self._together.decodes_alone(self.cache):
             return _Pass(self._together.step(row, ids, self.cache))
         began_at = perf_counter()
-        draft = self.drafter.propose(self._most_tokens - ids.shape[1] - 1) if may_draft else ()
+        draft = self.drafter.propose(self._most_tokens - ids.shape[1] - 1 if may_draft else 0)
         if len(draft) and self._is_whole(ids.shape[1] - 1):
             try:
                 return _Pass(self._verify(ids, draft), draft.tolist(), began_at)

@@ -54,6 +54,7 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *(("top_k", {"top_k": value}) for value in (0, 1.5, True, "1")),
     *(("repetition_penalty", {"repetition_penalty": value}) for value in (0, True, float("inf"))),
     *(("seed", {"seed": value}) for value in (-1, 2**63, 1.0, True, "1")),
+    *(("prompt_lookup", {"prompt_lookup": value}) for value in (0, 65, 1.0, "1", None)),
     *(("stop", {"stop": value}) for value in (3, [""], "", [3], b"a", ["x" * 10**6], LONE, {"a": 1}.keys())),
     ("stop", {"stop": [f"{n}" for n in range(100_000)]}),
     *(("json_schema", {"json_schema": schema}) for schema in ("{}", [], 3, nested(5000), CIRCULAR, *NO_JSON)),

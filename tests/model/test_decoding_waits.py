@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from semsharekv_integrations import GenerationChunk, SemShareEngine
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.batching import SharedDecoding
+from semsharekv_integrations.model.drafting import Drafter
 from simulated_device import count, move_model
 from tiny_models import EngineMaker, make_model
 
@@ -23,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "seed": 3},
     "penalty": {"repetition_penalty": 1.3},
     "constrained": {"json_schema": SCHEMA, "temperature": 2.0, "seed": 1},
+    "drafts": {},
 }
 
 
@@ -40,7 +42,7 @@ def endless(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def test_each_further_token_waits_once(
-    endless: PreTrainedModel, make_engine: EngineMaker, pretended_device: str
+    endless: PreTrainedModel, make_engine: EngineMaker, pretended_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine("exact", move_model(endless, pretended_device))
 
@@ -51,12 +53,15 @@ def test_each_further_token_waits_once(
         assert last is not None
         return last.token_ids
 
-    for options in OPTIONS.values():
+    for name, options in OPTIONS.items():
+        if name == "drafts":
+            monkeypatch.setattr(Drafter, "propose", lambda self, room: np.array([5, 6, 7][:room], dtype=np.int64))
         ask(5, "whole", options)
         for way in ("whole", "streamed"):
             short, long = (count(partial(ask, tokens, way, options)) for tokens in (2, 5))
             assert len(short.result) == 2 and len(long.result) == 5
-            assert long.waits - short.waits == 3, f"{options} {long.table()}"
+            assert long.waits - short.waits == 3, f"{name} {long.table()}"
+    assert engine.stats()["drafted_tokens"] > 0
 
 
 def test_a_step_of_calls_that_decode_together_waits_for_nothing_of_ours(

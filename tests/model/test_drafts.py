@@ -19,7 +19,7 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.choosing import TokenChooser
 from semsharekv_integrations.model.drafting import Drafter, PassCosts
 from semsharekv_integrations.model.loading import REFERENCE_MODEL
-from tiny_models import ARCHITECTURES, STATEFUL, EngineMaker, make_model
+from tiny_models import ARCHITECTURES, EngineMaker, make_model
 
 PROMPT = "Report on Prorna in the Daily Courier. People affected by it numbered 1204."
 SCHEMA = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
@@ -88,7 +88,9 @@ def require_same_store(one: SemShareEngine, other: SemShareEngine) -> None:
                 assert tensor.untyped_storage().nbytes() == wanted.untyped_storage().nbytes(), "rejected KV stays"
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *STATEFUL])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral", "gemma3_text", "phi3", "gpt_neox", "stablelm", "lfm2", "mamba2"]
+)
 def test_answers_are_those_without_drafts(
     architecture: str, tokenizer: PreTrainedTokenizerBase, make_engine: EngineMaker, foresee: Foresee
 ) -> None:
@@ -97,9 +99,9 @@ def test_answers_are_those_without_drafts(
     takes_drafts = plain._load().adapter.takes_drafts
     assert takes_drafts == (architecture in ARCHITECTURES)
     for options in OPTIONS if architecture == "llama" else OPTIONS[:2]:
-        wanted = plain.generate(PROMPT, max_new_tokens=24, prompt_lookup=False, **options)
+        wanted = plain.generate(PROMPT, max_new_tokens=18, prompt_lookup=False, **options)
         foresee(wanted.token_ids, spoil_one)
-        found = drafting.generate(PROMPT, max_new_tokens=24, **options)
+        found = drafting.generate(PROMPT, max_new_tokens=18, **options)
         assert same_answer(found, wanted), options
         assert wanted.report.drafted_tokens == wanted.report.accepted_tokens == 0
         if takes_drafts:
@@ -113,15 +115,18 @@ def test_answers_are_those_without_drafts(
 @pytest.mark.parametrize(
     ("mode", "lookup"), [("exact", True), ("exact", 1), ("exact", 64), ("off", 4), ("identical", 4), ("semantic", True)]
 )
-def test_looking_up_for_real_changes_no_answer(make_engine: EngineMaker, mode: str, lookup: bool | int) -> None:
-    engine = make_engine(mode, model=with_end(make_engine()._load().adapter.model, None))
+def test_looking_up_for_real_changes_no_answer(
+    make_engine: EngineMaker, llama: PreTrainedModel, mode: str, lookup: bool | int
+) -> None:
+    engine, drafted = make_engine(mode, model=with_end(llama, None)), 0
     for prompt in (PROMPT, PROMPT, f"{PROMPT} It was so. {PROMPT}"):
         found = engine.generate(prompt, max_new_tokens=40, prompt_lookup=lookup)
         wanted = engine.generate(prompt, max_new_tokens=40, prompt_lookup=False)
         assert same_answer(found, wanted)
         report = found.report
         assert 0 <= report.accepted_tokens <= report.drafted_tokens and report.accepted_tokens < report.output_tokens
-        assert mode != "off" or not report.drafted_tokens
+        drafted += report.drafted_tokens
+    assert (drafted > 0) == (mode != "off") or lookup is True
 
 
 def test_the_shipped_model_accepts_what_it_said_before(make_shipped: Callable[..., SemShareEngine]) -> None:
