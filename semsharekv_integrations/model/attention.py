@@ -28,6 +28,7 @@ from semsharekv_integrations.model.staircase import attend_by_steps, can_attend
 _WATCHED, _BLOCKED = "semsharekv_watched", "semsharekv_blocked"
 _SOFTMAXES = {torch.softmax, torch.Tensor.softmax, softmax}
 _NOT_OURS = ("softcap", "s_aux", "position_bias")  # options of attention that kernels of this package do not know
+FEW_ROWS = 32
 _collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
 _blocks: ContextVar[Sequence[Block]] = ContextVar("blocks", default=())
 _sight: ContextVar[Sight | None] = ContextVar("sight", default=None)
@@ -163,35 +164,59 @@ def _attend_by_blocks(
     sight, is_told = _find_sight(attention_mask, query.shape[2])
     scale = options.get("scaling")
     if sight is not None and not is_told and all(options.get(name) is None for name in _NOT_OURS):
-        attend_rows = attend_by_steps if can_attend(query, key, value, sight) else None
-        attend_rows = attend_rows or find_row_attention(query, key, value, sight)
+        if can_attend(query, key, value, sight):
+            return attend_by_steps(query, key, value, sight, scale), None
+        attend_rows = find_row_attention(query, key, value, sight)
         if attend_rows is not None:
             return attend_rows(query, key, value, sight, scale), None
     blocks = _blocks.get()
     if not blocks or blocks[-1].stop != query.shape[2]:
         blocks = (Block(0, query.shape[2], key.shape[2]),)
+    return _attend_blocks(blocks, sight, attention_mask if is_told else None, query, key, value, scale), None
+
+
+def _attend_blocks(
+    blocks: Sequence[Block],
+    sight: Sight | None,
+    given: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Return attention [B, N, heads, D] over what ``sight`` and the mask ``given`` both show."""
     # heads of one key head are a batch of their own, for which the keys are not copied
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [B * H, heads / H, N, D]
     keys, values = (each.flatten(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for each in (key, value))
     mixed: Tensor | None = None
     for block in blocks:
         i, j, end, first, _ = block
-        mask = attention_mask[..., i:j, first:end] if is_told else None
+        mask = given[..., i:j, first:end] if given is not None else None
         if sight is not None:
             made = sight.get_mask(block, query.dtype, query.device)
             mask = made if mask is None else mask + made
+        if mask is not None and len(blocks) == 1 and j < FEW_ROWS and query.device.type == "cpu":
+            return _attend_few(query, key[:, :, first:end], value[:, :, first:end], mask, scale)
         with without_cudnn(query.device):
             part = scaled_dot_product_attention(
                 grouped[:, :, i:j], keys[:, :, first:end], values[:, :, first:end], mask, scale=scale
             )
         part = part.unflatten(0, (len(query), -1)).permute(0, 3, 1, 2, 4)  # [B, rows, H, heads / H, D]
         if len(blocks) == 1:
-            return part.flatten(2, 3).contiguous(), None
+            return part.flatten(2, 3).contiguous()
         if mixed is None:
             mixed = part.new_empty((len(part), query.shape[2], *part.shape[2:]))
         mixed[:, i:j] = part
     assert mixed is not None, "there are rows"
-    return mixed.flatten(2, 3), None
+    return mixed.flatten(2, 3)
+
+
+def _attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Return attention [B, N, heads, D]; queries of one key head come as more rows of it, which few rows gain by."""
+    groups = query.shape[1] // key.shape[1]
+    together = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # [B, H, heads / H * N, D]
+    mixed = scaled_dot_product_attention(together, key, value, mask.repeat(1, 1, groups, 1), scale=scale)
+    return mixed.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous()
 
 
 def _find_sight(mask: Tensor, num_rows: int) -> tuple[Sight | None, bool]:

@@ -58,7 +58,7 @@ class RowPass:
         dtype: of masks.
         device: of the model's input.
         hidden: [T] tokens that have no KV yet and must not be seen, or None.
-        stop: the first layer that does not run, where the pass ends with ``Stopped``; None if all run.
+        stop: how many first layers run; the pass ends with ``Stopped`` behind the last of them. None for all, and head.
         first: the rows that go in.
         row_layers: how many rows were computed, summed over layers; measuring a row counts as a share of one.
     """
@@ -94,6 +94,8 @@ class RowPass:
             module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
             for index, module in enumerate(self.view.modules)
         ]
+        if self.stop is not None:
+            handles.append(self.view.modules[self.stop - 1].register_forward_hook(self._leave, with_kwargs=True))
         for layer in self.cache.layers:
             layer.rows = self.first.on_device[:0]
         try:
@@ -120,8 +122,6 @@ class RowPass:
         """Choose the rows of layer ``index``, note and count them, and return its arguments; None for other passes."""
         if self._measuring or all(value is not self.cache for value in (*args, *kwargs.values())):
             return None
-        if index == self.stop:
-            raise Stopped
         given = self.view.name_arguments(index, args, kwargs)
         states = given.pop(self.view.parameters[index][0])  # hidden states come first
         chosen = self.choose(index, self.positions, partial(self._measure, index, module, states, given))
@@ -133,6 +133,11 @@ class RowPass:
         self.row_layers += len(self.positions)
         self._attending += self.view.by_positions and bool(self.view.places[index])
         return current
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """End the pass behind its last layer; not other passes."""
+        if any(value is self.cache for value in (*args, *kwargs.values())):
+            raise Stopped
 
     def _narrow_to(self, chosen: Positions) -> _Active:
         """Return the rows at ``chosen`` [N], a subset of the active ones; what is new goes to the device at once."""
@@ -199,7 +204,7 @@ class RowPass:
 
 
 class Stopped(Exception):
-    """Ends a pass before the layer that does not run."""
+    """Ends a pass behind the last layer that is to run."""
 
 
 class _Active:

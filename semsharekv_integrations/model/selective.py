@@ -155,7 +155,7 @@ class SelectivePrefill:
         alone. Tokens ``absent`` [T] have no KV and are not seen.
         """
         adapter, rows = self._adapter, np.flatnonzero(question)
-        stop = None if num_layers is None or num_layers >= self.num_layers else num_layers
+        stop = self.num_layers if num_layers is None else num_layers
         ahead = RowPass(self._view, cache, rows, keep_all, adapter.dtype, adapter.device, absent, stop)
         if self._view.by_operations:
             watch = watch_operations(len(rows), len(token_ids))
@@ -163,7 +163,7 @@ class SelectivePrefill:
             watch = watched_attention(adapter.config)
         with adapter.lock(), watch as collected, ahead.install(), suppress(Stopped):
             adapter.forward_rows(token_ids, ahead.first, cache, ahead.given_mask)
-        return self._view.share_out(collected, stop or self.num_layers)
+        return self._view.share_out(collected, stop)
 
     def _forward(self, selection: _Selection) -> Outcome:
         """Run the selective pass and return its outcome; if it gives up, that of all behind the prefix, or raise."""

@@ -277,6 +277,26 @@ def test_looking_ahead_through_fewer_layers_costs_less_and_through_all_is_what_n
     assert all(fewer < more for fewer, more in pairwise(ratios[:3])) and ratios[2] == ratios[3]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon"])  # the last one's shows in operations
+def test_a_look_through_the_first_layers_sees_what_they_see_and_runs_nothing_behind_them(architecture: str) -> None:
+    adapter, selective = selective_of(architecture)
+    plan, ran = moved_plan(adapter), []
+    absent = ~(plan.borrowed | plan.question)
+    head = adapter.model.get_output_embeddings().register_forward_hook(lambda *_: ran.append("head"))
+    for index, layer in enumerate(selective._view.modules):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    looks = []
+    for num_layers in (1, 2, None):
+        with torch.inference_mode():
+            cache = gather(plan, selective.rotations)
+            looks.append(selective.watch_attention(plan.token_ids, plan.question, cache, absent, num_layers))
+    assert [len(look) for look in looks] == [1, 2, 3] and ran == [0, 0, 1, 0, 1, 2]
+    for look in looks[:2]:
+        assert all(torch.equal(*pair) for pair in zip(look, looks[2], strict=False))
+    head.remove()
+    assert selective.run(plan).computed.any(), "and a pass behind it is a whole one"
+
+
 def test_a_model_whose_layers_see_more_than_their_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof at construction notices that masks are not obeyed."""
     from semsharekv_integrations.model.rows import RowPass
