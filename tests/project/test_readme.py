@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"serving"}  # whose blocks need a server: ``tests/serving`` runs them
 LANGUAGES = {"python", "bash", "text"}
-MADE_UP = {"new.md", "gpu_check.py", "examples/lab/results/NAME.md"}
+MADE_UP = {"new.md", "examples/lab/results/NAME.md"}
 ANSWERS = {"mayor of Velmar?": "Anna Kelsen", "cost in Velmar?": "42 million", "cost in Osteck?": "17 million"}
 
 
