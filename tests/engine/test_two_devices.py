@@ -13,6 +13,7 @@ from accelerate import dispatch_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
+from simulated_device import move_model
 from tiny_models import STATEFUL, make_model
 
 NUM_LAYERS = 3  # the last of them on the second device
@@ -47,7 +48,7 @@ def engines(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Calla
 
     def make(mode: Any, model: PreTrainedModel = llama, **config: Any) -> Iterator[SemShareEngine]:
         reuse = config.pop("reuse", {})
-        for placed in (model, spread(model)):
+        for placed in (move_model(model), spread(model)):
             yield SemShareEngine(placed, tokenizer, EngineConfig(ReuseConfig(mode, **reuse), **config))
 
     return make

@@ -82,6 +82,7 @@ def compute_expected(plan: ReusePlan, rotations: Sequence[LayerRotation]) -> lis
         for kind, turning in enumerate(rotation):
             like = plan.borrowings[0].reference.layers[index][kind]
             whole = torch.zeros(*like.shape[:2], len(plan.token_ids), like.shape[3], dtype=like.dtype)
+            assert plan.prefix is not None
             whole[:, :, :9] = plan.prefix.reference.layers[index][kind][:, :, :9]
             for borrowing in plan.borrowings:
                 for target, source in zip(borrowing.targets, borrowing.sources, strict=True):
