@@ -82,7 +82,7 @@ def measure_reading(attention: torch.Tensor, values: torch.Tensor) -> torch.Tens
         values: [B, H, T, D], of which each of the ``H`` serves ``heads / H`` heads in a row.
     """
     norms = torch.linalg.vector_norm(values[0], dim=-1, dtype=torch.float32)  # [H, T]
-    return (attention.unflatten(0, (len(norms), -1)).mean(1) * norms).mean(0)
+    return (attention.unflatten(0, (len(norms), -1)) * norms[:, None]).mean((0, 1))
 
 
 def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -92,12 +92,16 @@ def measure_deviation(fresh: Sequence[torch.Tensor], borrowed: Sequence[torch.Te
     adds the plain norms; keys are often much larger than values, which would then not count.) Both are keys and values
     [B, H, N, D], the fresh ones computed for this prompt, the borrowed ones taken from a reference.
     """
-    total = torch.zeros(fresh[0].shape[2], device=fresh[0].device)
-    for new, old in zip(fresh, borrowed, strict=True):
-        norms = new.float().pow(2).sum(dim=(0, 1, 3)).sqrt()  # [N]
-        differences = (new.float() - old.float()).pow(2).sum(dim=(0, 1, 3)).sqrt()  # [N]
-        total += differences / norms.mean().clamp_min(1e-6)
-    return total
+    of_keys, of_values = map(_measure_differences, fresh, borrowed)
+    return of_keys + of_values
+
+
+def _measure_differences(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Return [N] the L2 norm of each token's difference, as a share of the mean norm of ``new`` [B, H, N, D]."""
+    norms, differences = (
+        torch.linalg.vector_norm(each, dim=(0, 1, 3), dtype=torch.float32) for each in (new, new.float() - old.float())
+    )
+    return differences / norms.mean().clamp_min(1e-6)
 
 
 def score_documents(token_ids: TokenIds, segments: Sequence[tuple[int, int]], question: Mask) -> NDArray[np.float32]:
