@@ -28,7 +28,7 @@ def sum_tensor(tensor: torch.Tensor) -> str:
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor on the CPU, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def make_seal(header: str, layout: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> str:

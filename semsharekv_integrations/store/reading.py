@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from io import FileIO
 from math import prod
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -74,7 +75,7 @@ class TensorFile:
         DamageError: if the header is not as it was written.
     """
 
-    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
+    def __init__(self, file: FileIO, num_bytes: int) -> None:
         self._file = file
         self._turn = threading.Lock()
         try:
@@ -123,7 +124,9 @@ class TensorFile:
         assert not checks or (self._sums is not None and not cut), "only what is read whole can be checked"
         sums = self._sums if checks else None
         jobs = (
-            partial(self._fill, name, place, part, get_room(name, place.cut(part)), sums and sums[name])
+            partial(
+                self._fill, name, place, part, get_room(name, place.cut(part)), sums[name] if sums is not None else None
+            )
             for name, place in self._places.items()
             for part in [(cut or {}).get(name)]
         )

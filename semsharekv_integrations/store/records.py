@@ -72,7 +72,7 @@ class Contents(NamedTuple):
 def reference_id(namespace: str, token_ids: TokenIds, state: str = "") -> str:
     """Return a stable digest of namespace, token ids and the model's state, 16 hexadecimal digits."""
     return hashlib.blake2b(
-        np.ascontiguousarray(token_ids), digest_size=8, key=_digest_owner(namespace, state)
+        np.ascontiguousarray(token_ids).data, digest_size=8, key=_digest_owner(namespace, state)
     ).hexdigest()
 
 

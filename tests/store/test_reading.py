@@ -19,6 +19,7 @@ from semsharekv_integrations.kv import LayerKV, Segment
 from semsharekv_integrations.store import codec, files, reading
 from semsharekv_integrations.store.checksums import view_bytes
 from semsharekv_integrations.store.files import KVFiles
+from semsharekv_integrations.store.homes import HOST
 from semsharekv_integrations.store.reading import TensorFile
 from semsharekv_integrations.store.records import FileRecord
 from semsharekv_integrations.store.rooms import Landing
@@ -32,8 +33,8 @@ Reader = Callable[[KVFiles, str], Tensors]
 def load(kept: KVFiles, file: str, cut: dict[str, tuple[int, int]] | None = None) -> Tensors:
     forms = kept.describe(file)
     cut = cut or {}
-    landing = Landing({n: f[:, :, slice(*cut[n])] if n in cut else f for n, f in forms.items()}, CPU, pinned=False)
-    return {name: landing.move(tensor) for name, tensor in kept.load(file, landing.get, cut)}
+    landing = Landing({n: f[:, :, slice(*cut[n])] if n in cut else f for n, f in forms.items()}, HOST, pinned=False)
+    return {name: landing.move(name, tensor) for name, tensor in kept.load(file, landing.get, cut)}
 
 
 READERS: dict[str, Reader] = {
