@@ -108,12 +108,8 @@ def has_kv_alone(cache: DynamicCache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def cut_back(cache: DynamicCache, num_tokens: int, *, copies: bool = False) -> None:
-    """Drop what ``cache``, which has KV alone, holds behind ``num_tokens`` tokens.
-
-    With ``copies``, nothing of it stays in memory either; else until the next pass.
-    """
+def cut_back(cache: DynamicCache, num_tokens: int) -> None:
+    """Drop what ``cache``, which has KV alone, holds behind ``num_tokens`` tokens; from memory at the next pass."""
     for layer in cache.layers:
         if layer.keys.shape[2] > num_tokens:
-            parts = (tensor[:, :, :num_tokens] for tensor in (layer.keys, layer.values))
-            layer.keys, layer.values = (part.clone() if copies else part for part in parts)
+            layer.keys, layer.values = layer.keys[:, :, :num_tokens], layer.values[:, :, :num_tokens]

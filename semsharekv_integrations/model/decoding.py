@@ -109,7 +109,7 @@ class Decoder:
                     latest = self._run(row, latest)
         finally:
             if latest.draft:
-                cut_back(self.cache, self.chooser.ids.shape[1] - 1, copies=True)
+                cut_back(self.cache, self.chooser.ids.shape[1] - 1)
             self._together.leave(row)
 
     def _run(self, row: Row, former: _Pass, *, may_draft: bool = True) -> _Pass:

@@ -19,7 +19,7 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.choosing import TokenChooser
 from semsharekv_integrations.model.drafting import Drafter, PassCosts
 from semsharekv_integrations.model.loading import REFERENCE_MODEL
-from tiny_models import ARCHITECTURES, EngineMaker, make_model
+from tiny_models import ARCHITECTURES, STATEFUL, EngineMaker, make_model
 
 PROMPT = "Report on Prorna in the Daily Courier. People affected by it numbered 1204."
 SCHEMA = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
@@ -35,7 +35,7 @@ Foresee = Callable[..., None]
 
 def make_endless(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model that never ends an answer."""
-    model = make_model(architecture, len(tokenizer))
+    model = make_model(architecture, len(tokenizer), **STATEFUL.get(architecture, {}))
     model.generation_config.eos_token_id = None
     return model
 
@@ -315,19 +315,27 @@ def test_without_memory_for_a_draft_the_answer_goes_on(
     require_same_store(drafting, plain)
 
 
-def test_calls_that_decode_together_have_no_drafts(
-    make_engine: EngineMaker, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_a_call_that_another_may_join_has_no_drafts(
+    make_engine: EngineMaker, llama: PreTrainedModel, foresee: Foresee
 ) -> None:
+    engine = make_engine("exact", with_end(llama, None))
+    wanted = engine.generate(PROMPT, max_new_tokens=12, prompt_lookup=False)
+    foresee(wanted.token_ids)
+    together = engine._load()._together
+    other = together.join()
+    beside = engine.generate(PROMPT, max_new_tokens=12)
+    assert same_answer(beside, wanted) and beside.report.drafted_tokens == 0
+    together.leave(other)
+    alone = engine.generate(PROMPT, max_new_tokens=12)
+    assert same_answer(alone, wanted) and alone.report.accepted_tokens > 0
+
+
+def test_calls_at_the_same_time_answer_as_each_alone(make_engine: EngineMaker, llama: PreTrainedModel) -> None:
     engine = make_engine("exact", with_end(llama, None))
     prompts = [f"{PROMPT} {PROMPT} {n}" for n in "abc"]
     wanted = [engine.generate(prompt, max_new_tokens=16, prompt_lookup=False).token_ids for prompt in prompts]
-    adapter, others = engine._load().adapter, []
-    verify = adapter.verify
-    rows = engine._load()._together._rows
-    monkeypatch.setattr(adapter, "verify", lambda *given: others.append(len(rows)) or verify(*given))
     found = engine.generate_batch(prompts, max_new_tokens=16, prompt_lookup=8)
     assert [generation.token_ids for generation in found] == wanted
-    assert set(others) <= {1}, "a draft was verified while another call could have joined"
 
 
 def test_the_setting_is_checked() -> None:
