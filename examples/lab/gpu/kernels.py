@@ -50,7 +50,7 @@ def list_ways(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> dict[s
         "grouped": lambda: scaled_dot_product_attention(query, key, value, attn_mask=whole, enable_gqa=True),
         "blocks": partial(_attend_by_blocks, query, *repeated, sight),
     }
-    kernel = find_row_attention(query, key, value)
+    kernel = find_row_attention(query, key, value, sight)
     if kernel is not None:
         ways["the package's kernel"] = lambda: kernel(query, key, value, sight, None).transpose(1, 2)
     return ways
