@@ -59,9 +59,9 @@ def list_ways(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> dict[s
 def _attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
     parts = []
     with without_cudnn(query.device):
-        for index, (start, stop, end, first) in enumerate(sight.blocks):
-            seen, mask = slice(first, end), sight.get_mask(index, query.dtype, query.device)
-            rows = query[:, :, start:stop]
+        for block in sight.blocks:
+            seen, mask = slice(block.first_key, block.num_keys), sight.get_mask(block, query.dtype, query.device)
+            rows = query[:, :, block.start : block.stop]
             parts.append(scaled_dot_product_attention(rows, key[:, :, seen], value[:, :, seen], attn_mask=mask))
     return torch.cat(parts, dim=2)
 
