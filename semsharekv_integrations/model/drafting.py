@@ -24,7 +24,7 @@ _LEAST_GAIN = 1.1  # expected tokens in the time of one
 _ALLOWED, _ALLOWED_SHARE = 1.5, 0.01  # passes that drafts may have cost, and more for each token of the answer
 _BORDER = -1  # between texts
 _EDGES = (2, 3, 4, 6, 9, 13, 17)  # of agreeing tokens
-_EXPECTED = (0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.9, 0.93)  # how often the next token agrees too, where nothing is known
+_EXPECTED = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.88, 0.92)  # how often the next token agrees too, where nothing is known
 _WEIGHT = 6.0  # of that, in guesses
 
 
