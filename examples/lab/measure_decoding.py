@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scenario, [measure_prompt(engine, prompt, args.tokens, rng) for prompt in track(prompts, scenario)]
         )
     given = f"--threads {args.threads} --seed {args.seed} --prompts {args.prompts} --tokens {args.tokens}"
+    if tuple(args.scenarios) != SCENARIOS:
+        given += f" --scenarios {' '.join(args.scenarios)}"
     name = Path(args.model).name
     command = f"python examples/lab/measure_decoding.py --model {name} --dtype {args.dtype} {given}"
     about = describe_machine(engine.model) | describe_origin(command) | {"model": name, "seed": args.seed, "note": ""}
