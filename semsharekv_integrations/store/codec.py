@@ -320,7 +320,8 @@ def _read(tensors: Mapping[str, torch.Tensor], n: int, entry: dict[str, Any], ho
     """Return reference ``n`` of a file's tensors, at ``homes``. Raises ``ValueError`` if it is unsound or misfits."""
     token_ids = tensors[f"{n}.ids"].numpy().astype(np.int64)
     _require_sound(n, entry, token_ids)
-    names = [(f"{index}.{_KEYS}", f"{index}.{_VALUES}") for index in range(entry["layers"])]
+    # one after another, as a file can say that it has any number of layers
+    names = ((f"{index}.{_KEYS}", f"{index}.{_VALUES}") for index in range(entry["layers"]))
     layers = tuple(LayerKV(*(tensors[f"{n}.{name}"].to(homes.get(name)) for name in both)) for both in names)
     if any(tensor.ndim != 4 or tensor.shape[2] != len(token_ids) for layer in layers for tensor in layer):
         raise ValueError(f"entry {n} has KV for another number of tokens than it has ids")

@@ -13,7 +13,7 @@ import pytest
 
 from kept_prompts import config_of, lookup, opened, reference
 from semsharekv_integrations import StoreConfig, StoreFileError
-from semsharekv_integrations.store import files as private
+from semsharekv_integrations.store import ownership as private
 from semsharekv_integrations.store.directory import KVDirectory, peek
 from stored_kv import FINGERPRINT, fill, kv_files, records
 from tiny_models import EngineMaker

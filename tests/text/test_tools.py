@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ FLOOD = ("get_news", {"town": "Prorna"})
 
 
 class Speaker:
-    """An engine whose model writes given texts, one for each call, whatever its prompt."""
+    """An engine whose model writes given texts, one for each call, whatever its prompt; so it verifies no drafts."""
 
     def __init__(self, template: str = "tagged", mode: str = "exact", *, special: bool = False) -> None:
         self.tokenizer = tool_tokenizer(template, special=special)
         self.model = make_model("llama", len(self.tokenizer), max_position_embeddings=2048)
         self.engine = SemShareEngine(self.model, self.tokenizer, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
+        for name in ("generate", "stream"):
+            setattr(self.engine, name, partial(getattr(self.engine, name), prompt_lookup=False))
         self.tool_format = ToolFormat.learn(self.tokenizer)
         self._rest: list[int] = []
         forward = self.model.forward
