@@ -26,7 +26,7 @@ class Speaker:
         self.tokenizer = tool_tokenizer(template, special=special)
         self.model = make_model("llama", len(self.tokenizer), max_position_embeddings=2048)
         self.engine = SemShareEngine(self.model, self.tokenizer, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
-        for name in ("generate", "stream"):
+        for name in ("generate", "stream", "astream", "generate_batch"):
             setattr(self.engine, name, partial(getattr(self.engine, name), prompt_lookup=False))
         self.tool_format = ToolFormat.learn(self.tokenizer)
         self._rest: list[int] = []
