@@ -178,7 +178,7 @@ def test_every_special_token_stops_every_way_of_calling(monkeypatch) -> None:
     for options in ({}, {"tools": tools}):
         for call in (engine.generate, lambda *a, **k: list(engine.stream(*a, **k))[-1].generation):
             steps: list[int] = []
-            found = call(ask, stop="<|eot_id|>", max_new_tokens=9, **options)
+            found = call(ask, stop="<|eot_id|>", max_new_tokens=9, prompt_lookup=False, **options)
             assert (found.finish_reason, len(found.token_ids), found.token_ids[-1]) == ("stop", 3, eot)
             assert "<|eot_id|>" not in found.text
 
