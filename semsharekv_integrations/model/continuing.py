@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -108,8 +109,12 @@ def has_kv_alone(cache: DynamicCache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def cut_back(cache: DynamicCache, num_tokens: int) -> None:
-    """Drop what ``cache``, which has KV alone, holds behind ``num_tokens`` tokens; from memory at the next pass."""
-    for layer in cache.layers:
-        if layer.keys.shape[2] > num_tokens:
-            layer.keys, layer.values = layer.keys[:, :, :num_tokens], layer.values[:, :, :num_tokens]
+def cut_back(cache: DynamicCache, lengths: int | Sequence[int]) -> None:
+    """Drop what ``cache``, which has KV alone, holds behind so many tokens, in all layers or in each its own.
+
+    It goes from memory at the next pass.
+    """
+    each = [lengths] * len(cache.layers) if isinstance(lengths, int) else lengths
+    for layer, length in zip(cache.layers, each, strict=True):
+        if layer.keys.shape[2] > length:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]

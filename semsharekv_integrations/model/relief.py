@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.model.adapter import ModelAdapter
-from semsharekv_integrations.model.continuing import has_kv_alone
+from semsharekv_integrations.model.continuing import cut_back, has_kv_alone
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import is_out_of_memory
 
@@ -76,7 +76,7 @@ class Relief:
             """Cut back what some layers have added already; what cannot be cut is computed anew."""
             if lengths is None:
                 return adapter.compute_anew(ids, cache)
-            _cut_back(cache, lengths)
+            cut_back(cache, lengths)
             return adapter.decode_step(ids, cache)
 
         return self.run(f"a token behind {ids.shape[1]} others", lambda: adapter.decode_step(ids, cache), again)
@@ -89,13 +89,6 @@ class Relief:
             if not is_out_of_memory(error):
                 raise
             return _Failure(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
-
-
-def _cut_back(cache: DynamicCache, lengths: Sequence[int]) -> None:
-    """Drop what each layer holds behind so many tokens."""
-    for layer, length in zip(cache.layers, lengths, strict=True):
-        if layer.keys.shape[2] > length:
-            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def _show(num_bytes: int) -> str:

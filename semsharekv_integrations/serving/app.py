@@ -13,13 +13,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from semsharekv_integrations import __version__
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.metrics import EngineCollector
 from semsharekv_integrations.report import GenerationChunk
-from semsharekv_integrations.serving.answers import Form, format_event
+from semsharekv_integrations.serving.answers import Events, Form, format_event
 from semsharekv_integrations.serving.documents import list_documents
 from semsharekv_integrations.serving.gates import Gate
 from semsharekv_integrations.serving.hosting import Host, wait_for
@@ -40,8 +41,8 @@ def create_app(
         config: who may call, and how much.
         on_failure: called, in another thread, if the model cannot be loaded; ``app.state.host.failure`` says why.
     """
-    config = config or ServerConfig()
-    require(isinstance(config, ServerConfig), "config", config, "a ServerConfig or None")
+    require(config is None or isinstance(config, ServerConfig), "config", config, "a ServerConfig or None")
+    config = ServerConfig() if config is None else config
     host = Host(engine, config, on_failure)
 
     @asynccontextmanager
@@ -102,29 +103,42 @@ async def _answer(host: Host, request: Request, body: ChatBody | CompletionBody,
         chunks = host.engine.astream(prompt, **options)
         first = await wait_for(request, anext(chunks))  # so that what is refused has a status of its own
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _tell(chunks, first, form, with_usage, place.pop_all())
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return _EventResponse(form.begin(with_usage=with_usage), first, chunks, place.pop_all())
+
+
+class _EventResponse(StreamingResponse):
+    """An answer as events. Once it is sent, or its caller has left, the call has ended and its place is free."""
+
+    def __init__(
+        self,
+        events: Events,
+        first: GenerationChunk,
+        chunks: AsyncGenerator[GenerationChunk, None],
+        place: AbstractContextManager[Any],
+    ) -> None:
+        told = _tell(events, first, chunks)
+        super().__init__(told, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._chunks, self._place = chunks, place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; a caller may leave before the first of them is made."""
+        with self._place:
+            async with aclosing(self._chunks):
+                await super().__call__(scope, receive, send)
 
 
 async def _tell(
-    chunks: AsyncGenerator[GenerationChunk, None],
-    first: GenerationChunk,
-    form: Form,
-    with_usage: bool,
-    place: AbstractContextManager[Any],
+    events: Events, first: GenerationChunk, chunks: AsyncGenerator[GenerationChunk, None]
 ) -> AsyncIterator[str]:
-    """Yield the events of an answer. An error on the way is the last one; closing this cancels the call."""
-    events = form.begin(with_usage=with_usage)
-    with place:
-        async with aclosing(chunks):
-            try:
-                for event in events.tell(first):
-                    yield event
-                async for chunk in chunks:
-                    for event in events.tell(chunk):
-                        yield event
-            except Exception as error:
-                yield format_event(make_body(describe_error(error)))
+    """Yield the events of an answer. An error on the way is the last one."""
+    try:
+        for event in events.tell(first):
+            yield event
+        async for chunk in chunks:
+            for event in events.tell(chunk):
+                yield event
+    except Exception as error:
+        yield format_event(make_body(describe_error(error)))
 
 
 def _add_documents(app: FastAPI, host: Host) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import os
 import re
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from running_server import KEYS, RunningServer, Serve, wait_until
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
 from semsharekv_integrations.cli.main import main
+from semsharekv_integrations.serving import ServerConfig, create_app
 
 pytestmark = pytest.mark.enable_socket
 CHAT, DOCUMENTS = "/v1/chat/completions", "/v1/documents"
@@ -57,6 +60,29 @@ def test_a_caller_who_leaves_stops_the_answer(serve: Serve, endless: SemShareEng
     wait_until(lambda: endless.stats()["requests"] == 1)
     assert endless.stats()["output_tokens"] < LONG["max_tokens"]
     assert server.post(CHAT, SHORT).status_code == 200
+
+
+async def test_a_caller_who_leaves_before_the_first_event_frees_its_place(endless: SemShareEngine) -> None:
+    """It is gone when the answer has begun, and nothing of it was sent."""
+    app, ended = create_app(endless, ServerConfig(model="tiny")), asyncio.Event()
+    body = json.dumps({**LONG, "stream": True}).encode()
+    incoming = iter([{"type": "http.request", "body": body}, None])  # nothing more until the first piece is there
+
+    async def receive() -> Any:
+        message = next(incoming, {"type": "http.disconnect"})
+        if message is None:
+            await ended.wait()
+        return message
+
+    async def send(message: Any) -> None:
+        raise AssertionError(f"nobody is there for {message['type']}")
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": headers}
+    await app({**scope, "raw_path": CHAT.encode(), "root_path": "", "app": app}, receive, send)
+    assert app.state.host._taken == 0
+    await asyncio.to_thread(wait_until, lambda: endless.stats()["requests"] == 1)
+    assert endless.stats()["output_tokens"] < LONG["max_tokens"]
 
 
 def test_more_requests_than_a_server_takes_on_are_told_to_come_again(serve: Serve, endless: SemShareEngine) -> None:
