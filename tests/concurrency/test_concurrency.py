@@ -64,7 +64,7 @@ def break_decoding(engine: SemShareEngine, monkeypatch, after: int) -> None:
 
     def failing(*args):
         if next(left, None) is None:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("the device is lost")
         return step(*args)
 
     monkeypatch.setattr(adapter, "decode_step", failing)
@@ -226,13 +226,13 @@ async def test_an_error_while_decoding_comes_out_and_leaves_nothing(make_engine,
     before = engine.stats()
     with monkeypatch.context() as patch:
         break_decoding(engine, patch, after)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match="the device is lost"):
             engine.generate(PROMPTS[0], max_new_tokens=9)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match="the device is lost"):
             list(engine.stream(PROMPTS[0], max_new_tokens=9))
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match="the device is lost"):
             await engine.agenerate(PROMPTS[0], max_new_tokens=9)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match="the device is lost"):
             async for _ in engine.astream(PROMPTS[0], max_new_tokens=9):
                 pass
     await wait_until(lambda: threading.active_count() <= threads)
