@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from semsharekv_integrations.arranging import Arrangement
 from semsharekv_integrations.concurrency.scheduler import Job
 from semsharekv_integrations.config import Mode
-from semsharekv_integrations.kv import Mask, Rendered, Span, TokenIds
+from semsharekv_integrations.kv import Mask, Rendered, Segment, Span, TokenIds
 from semsharekv_integrations.model.selective import Outcome
 from semsharekv_integrations.report import (
     AuditResult,
@@ -24,10 +26,12 @@ from semsharekv_integrations.report import (
     FinishReason,
     Generation,
     GenerationChunk,
+    Origin,
     ReuseReport,
     Rewording,
     SourceUse,
     Stopwatch,
+    TokenRun,
     ToolCall,
 )
 from semsharekv_integrations.request import Request
@@ -36,6 +40,7 @@ from semsharekv_integrations.store.forgetting import Since
 from semsharekv_integrations.text.answer_stream import AnswerReader
 from semsharekv_integrations.text.tool_calls import AnswerPart
 
+_ORIGINS: tuple[Origin, ...] = ("computed", "identical", "fuzzy", "prefix")
 # Of stored texts, where drafts are looked up: so many, so much of their ends, and before what the prompt lacks
 _MOST_SOURCES, _MOST_LOOKED_UP, _CONTEXT_TOKENS = 8, 4096, 32
 
@@ -96,6 +101,7 @@ class Call:
         given_prefix_tokens: the exact prefix that the store has of ``given_order``. Set by ``Runtime.plan``.
         most_tokens: how many the prompt may have as it is read, or None for any number. Set by ``Runtime.render``.
         wordings: what was asked and what is read instead, if the report is to have it. Set by ``Runtime.plan``.
+        tells_origins: whether the report says where each token's KV came from. Set by ``Runtime.plan``.
         reader: turns the answer's tokens into text and tool calls. Set by ``Runtime.render``.
         plan: which KV is borrowed, and what is read in other words. Set by ``Runtime.plan``.
         outcome: the prompt's KV, and what was computed for it. Set by ``Runtime.execute``.
@@ -119,6 +125,7 @@ class Call:
     given_prefix_tokens: int = 0
     most_tokens: int | None = None
     wordings: tuple[Rewording, ...] = ()
+    tells_origins: bool = False
     mode: Mode = "off"
     ttft_s: float = 0.0
     audit: AuditResult | None = None
@@ -189,8 +196,8 @@ class Call:
     def build_report(self) -> ReuseReport:
         """Return what the call has reused and cost so far; changes nothing. ``execute`` must have run before."""
         plan, outcome, reused = self.plan, self.outcome, self.reused
-        fuzzy = int(((plan.fuzzy | plan.substituted)[plan.places] & reused).sum())
-        prefix = min(plan.prefix_tokens, outcome.exact_tokens)
+        alike = (plan.fuzzy | plan.substituted)[plan.places] & reused
+        fuzzy, prefix = int(alike.sum()), min(plan.prefix_tokens, outcome.exact_tokens)
         prefilled, retained = self.kv_bytes
         return ReuseReport(
             mode=self.mode,
@@ -219,10 +226,35 @@ class Call:
             kv_retained_ratio=retained / prefilled if prefilled else 1.0,
             substituted_tokens=int(plan.substituted[plan.places].sum()),
             substitutions=self.wordings,
+            origins=self._list_origins(alike, prefix) if self.tells_origins else (),
+            prompt_ids=tuple(self.rendered.token_ids.tolist()) if self.tells_origins else (),
             drafted_tokens=self.answer.drafted_tokens,
             accepted_tokens=self.answer.accepted_tokens,
             arranged_tokens=0 if self.given_order is None else max(0, prefix - self.given_prefix_tokens),
         )
+
+    def _list_origins(self, alike: Mask, prefix_tokens: int) -> tuple[TokenRun, ...]:
+        """Return where each token of the prompt, as it was asked, has its KV from; ``alike`` [T] marks the fuzzy."""
+        kinds, owners = (
+            self.reused.astype(np.int64) + alike,
+            _mark_documents(self.rendered.segments, self.prompt_tokens),
+        )
+        kinds[:prefix_tokens] = _ORIGINS.index("prefix")
+        names = [None, *(segment.document_id for segment in self.rendered.segments)]
+        changes = (np.diff(kinds) != 0) | (np.diff(owners) != 0)
+        borders = [0, *(np.flatnonzero(changes) + 1).tolist(), self.prompt_tokens]
+        return tuple(
+            TokenRun(start, stop - start, _ORIGINS[kinds[start]], names[owners[start]])
+            for start, stop in pairwise(borders)
+        )
+
+
+def _mark_documents(segments: Sequence[Segment], num_tokens: int) -> NDArray[np.int64]:
+    """Return [T] the number, from 1, of the shortest segment that each token stands in; 0 if it stands in none."""
+    owners = np.zeros(num_tokens, dtype=np.int64)
+    for number, segment in sorted(enumerate(segments, 1), key=lambda each: each[1].start - each[1].stop):
+        owners[segment.start : segment.stop] = number
+    return owners
 
 
 def _count_sources(plan: ReusePlan, reused: Mask) -> tuple[SourceUse, ...]:

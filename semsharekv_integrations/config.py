@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     ByMode = Annotated[_T, "or None"]  # whoever reads a resolved config has a value
 else:
     ByMode = _T | None  # what pydantic accepts where a framework's class reads a config from a file
-_OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder", "report_substitutions")  # the first fields
+_OF_EVERY_MODE = ("mode", "min_prefix_tokens", "embedder", "report_substitutions", "report_origins")  # the first fields
 _OF_SOME_MODES = dict.fromkeys(("fuzzy", "min_token_similarity", "guard_facts", "lsh_bits"), ("paper",))
 
 
@@ -44,7 +44,7 @@ _OF_SOME_MODES = dict.fromkeys(("fuzzy", "min_token_similarity", "guard_facts", 
 class ReuseConfig:
     """What may be borrowed, and how much of it is computed again.
 
-    Every setting but the first four is None for the mode's own value, which stands in ``PRESETS``. The dial is
+    Every setting but the first five is None for the mode's own value, which stands in ``PRESETS``. The dial is
     ``budget``; the others are for experiments.
 
     Attributes:
@@ -56,6 +56,7 @@ class ReuseConfig:
         embedder: a sentence-transformers model (path or hub id) that finds similar texts, or None for the model's own
             input embeddings.
         report_substitutions: whether reports hold the wordings that were read in place of others, in mode ``semantic``.
+        report_origins: whether reports say of each token where its KV came from, and hold the prompt's token ids.
         budget: share of the borrowed tokens that is computed again, 0 to 1: more is slower, and nearer to a full
             prefill. It goes to first tokens of runs, at most half of it; to documents that share rare words with the
             question, if they fit; and to what the question attends to.
@@ -94,6 +95,7 @@ class ReuseConfig:
     min_prefix_tokens: int = 1
     embedder: str | None = None
     report_substitutions: bool = False
+    report_origins: bool = False
     budget: float | None = BY_MODE
     min_run_tokens: ByMode[int] = BY_MODE
     boundary_tokens: ByMode[int] = BY_MODE
@@ -126,6 +128,8 @@ class ReuseConfig:
         require(compares, "reuse.embedder", self.embedder, "None but in mode 'semantic', which alone compares texts")
         fits = isinstance(self.report_substitutions, bool) and self.report_substitutions <= (self.mode == "semantic")
         require(fits, "reuse.report_substitutions", self.report_substitutions, "False, or True in mode 'semantic'")
+        told = isinstance(self.report_origins, bool)
+        require(told, "reuse.report_origins", self.report_origins, "True or False")
         shared = self.budget is None or (self.attention_ratio is None and self.mode != "paper")
         require(shared, "reuse.budget", self.budget, "None with attention_ratio, and in mode 'paper'")
         given = self._list_given()
@@ -155,10 +159,11 @@ class ReuseConfig:
         """Return a config with the mode's value for every None, and ``auto`` replaced by ``preferred_mode``.
 
         If the model does not support that mode (``supported`` is False), ``auto`` becomes ``exact``, and only
-        ``min_prefix_tokens`` is kept.
+        ``min_prefix_tokens`` and ``report_origins`` are kept.
         """
         if self.mode == "auto" and not supported:
-            return ReuseConfig(mode="exact", min_prefix_tokens=self.min_prefix_tokens)
+            kept = {name: getattr(self, name) for name in ("min_prefix_tokens", "report_origins")}
+            return ReuseConfig(mode="exact", **kept)
         preset = PRESETS.get(self.preferred_mode, self)
         own = {field.name for field in fields(self) if self._has(field.name)}
         own |= {"budget"} if "attention_ratio" in own else set()  # in whose place it stands

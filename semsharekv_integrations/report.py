@@ -12,6 +12,7 @@ from typing import Any, Literal
 from semsharekv_integrations.config import Mode
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
+Origin = Literal["prefix", "identical", "fuzzy", "computed"]  # the four counts of a report
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class Rewording:
 
     asked: str
     read: str
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Consecutive tokens of the prompt whose KV has one origin, and that stand in one document or in none.
+
+    Attributes:
+        start: the first of them, counted from 0.
+        tokens: how many they are.
+        origin: which of the report's four counts they are in.
+        document_id: the caller's document that they stand in, the shortest if several do, or None.
+    """
+
+    start: int
+    tokens: int
+    origin: Origin
+    document_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,9 @@ class ReuseReport:
             documents in the order that was given. Where documents begin and end, a token or two may be miscounted.
         substituted_tokens: how many tokens the model read in a stored wording, computed again or not.
         substitutions: these wordings, if ``ReuseConfig.report_substitutions`` is on.
+        origins: where each token's KV came from, first to last, if ``ReuseConfig.report_origins`` is on. They add up to
+            ``prompt_tokens``, and for each origin to its count.
+        prompt_ids: token ids of the prompt as it was asked, likewise.
         drafted_tokens: tokens of drafts (``SamplingConfig.prompt_lookup``) that the model verified.
         accepted_tokens: those of them that are in the answer; each saved a pass.
     """
@@ -112,6 +133,8 @@ class ReuseReport:
     arranged_tokens: int = 0
     substituted_tokens: int = 0
     substitutions: tuple[Rewording, ...] = ()
+    origins: tuple[TokenRun, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -123,7 +146,7 @@ class ReuseReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict of plain dicts, lists, numbers, strings and None, fit for JSON."""
         plain = asdict(self)
-        return plain | {name: list(plain[name]) for name in ("sources", "documents", "substitutions")}
+        return plain | {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
 
 
 @dataclass(frozen=True)

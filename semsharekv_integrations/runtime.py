@@ -232,6 +232,7 @@ class Runtime:
         scope = Scope(request.namespace, request.session, call.most_tokens)
         work = partial(self.planner.plan, call.rendered, scope, is_suspended, call.watch)
         call.plan = self.relief.run("what a prompt is compared with", work)
+        call.tells_origins = self.reuse.report_origins
         if self.reuse.report_substitutions:
             call.list_wordings(self.renderer.decode)
 

@@ -94,7 +94,7 @@ def reworded(engine: SemShareEngine) -> object:
         engine.generate(prompt_of("Read it .", FLOOD, FIRE), max_new_tokens=2)
         prompt = "\n\n".join(["You are to answer now .", REWORDED, FIRE, "Why so ?"])
         report = engine.generate(prompt, max_new_tokens=2).report
-        return report.substituted_tokens, report.substitutions
+        return report.substituted_tokens, report.substitutions, report.origins
 
 
 def similar_long(engine: SemShareEngine) -> tuple[object, ...]:
@@ -175,6 +175,7 @@ EFFECTS: dict[tuple[type, str], tuple[Any, Callable[[SemShareEngine], object], A
     (ReuseConfig, "fuzzy"): (False, similar, PAPER),
     (ReuseConfig, "min_similarity"): (0.999, reworded, NEAR),
     (ReuseConfig, "report_substitutions"): (True, reworded, NEAR),
+    (ReuseConfig, "report_origins"): (True, reworded, NEAR),
     (ReuseConfig, "min_token_similarity"): (0.999, similar, PAPER),
     (ReuseConfig, "guard_facts"): (True, similar, PAPER),
     (ReuseConfig, "lsh_bits"): (8, similar_long, {**PAPER, "min_token_similarity": 0.3}),
@@ -265,6 +266,7 @@ BAD = {
         "min_prefix_tokens": [0, -1, 1.5, "2", None, True],
         "embedder": ["", 3, True],
         "report_substitutions": [1, "yes", None],
+        "report_origins": [1, "yes", None],
         "budget": SHARES,
         "min_run_tokens": [1, 0, 2.5, "8"],
         "boundary_tokens": [-1, 1.5, "2"],
@@ -328,7 +330,7 @@ def test_bad_values_are_refused_by_name(config: type, name: str, value: object) 
         config(**{**others, name: value})
 
 
-OF_EVERY_MODE = {"mode", "min_prefix_tokens", "embedder", "report_substitutions"}
+OF_EVERY_MODE = {"mode", "min_prefix_tokens", "embedder", "report_substitutions", "report_origins"}
 RULES = {field.name for field in fields(ReuseConfig)} - OF_EVERY_MODE
 
 
