@@ -165,6 +165,24 @@ def test_a_device_gets_the_plan_once_and_few_launches(pretended_device: str) -> 
         torch.testing.assert_close(layer.values.cpu(), wanted.values)
 
 
+@pytest.mark.parametrize("widths", [(WIDTH, WIDTH), (WIDTH, 5)])
+def test_layers_that_differ_are_gathered_apart_on_a_device(pretended_device: str, widths: tuple[int, int]) -> None:
+    one, other = ROTATIONS["halves"], ROTATIONS["neighbours"]
+
+    def make(device: str) -> ReusePlan:
+        references = []
+        for seed in (1, 2, 3):
+            layers = [*make_layers(seed, 55, device=device)[:3], *make_layers(seed + 9, 55, widths, device=device)[:2]]
+            references.append(make_reference(str(seed), layers, 55))
+        return make_plan(*references)
+
+    rotations = [one, one, other, other, one]
+    found, wanted = gather(make(pretended_device), rotations).layers, compute_expected(make("cpu"), rotations)
+    for layer, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(layer.keys.cpu(), expected.keys)
+        torch.testing.assert_close(layer.values.cpu(), expected.values)
+
+
 def test_the_host_does_not_wait_for_what_it_sends(pretended_device: str) -> None:
     arrays = np.arange(5), np.arange(0), np.arange(3) * 7
     device = torch.device(pretended_device)
