@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from os import PathLike
@@ -271,6 +272,7 @@ class StoreConfig:
         eviction: ``value`` to give up first what was never reused, then what saves least compute; ``lru`` for what was
             used least recently.
         shared_namespace: a namespace that all requests may read as well, or None. Only calls that name it write to it.
+        libraries: folders that ``semsharekv warm`` made with this model. All requests may read them, nothing writes.
         checkpoint_tokens: tokens between two copies of a recurrent model's state, at most. Default 1,024.
     """
 
@@ -283,6 +285,7 @@ class StoreConfig:
     eviction: Eviction = "value"
     shared_namespace: str | None = None
     checkpoint_tokens: int = 1024
+    libraries: Sequence[str | PathLike[str]] = ()
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -294,6 +297,9 @@ class StoreConfig:
         check("None or 8", lambda value: value is None or (is_whole(value, 8) and value == 8), "kv_bits")
         check(" or ".join(map(repr, EVICTIONS)), lambda value: value in EVICTIONS, "eviction")
         check(f"None or a non-empty string{IN_UTF8}", lambda value: value is None or is_name(value), "shared_namespace")
+        several = isinstance(self.libraries, Sequence) and not isinstance(self.libraries, str)
+        require(several and all(map(is_path, self.libraries)), "store.libraries", self.libraries, "a list of paths")
+        object.__setattr__(self, "libraries", tuple(self.libraries))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from semsharekv_integrations.request import (
 from semsharekv_integrations.runtime import ModelHolder, Runtime
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.forgetting import Since
+from semsharekv_integrations.store.mounting import check_libraries
 from semsharekv_integrations.text.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -266,6 +267,8 @@ class SemShareEngine(ModelHolder):
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` that holds the document; return how many. Calls under way store none.
 
+        Libraries stay: what they hold is still read.
+
         Raises:
             StoreWriteError: if some of it could not be removed from the store's directory.
         """
@@ -274,7 +277,7 @@ class SemShareEngine(ModelHolder):
         return self._scheduler.carry_out(partial(self._memory.forget, self._runtime, *named))
 
     def clear(self, namespace: str | None = None, session: str | None = None) -> int:
-        """Drop the entries of a session or namespace, or all; return how many. Calls and errors as in ``forget``."""
+        """Drop the entries of a session or namespace, or all; return how many. Calls, libraries, errors: ``forget``."""
         namespace, session = check_scope(namespace, session)
         self._scheduler.settle()
         return self._scheduler.carry_out(partial(self._clear, namespace, session))
@@ -375,17 +378,20 @@ class SemShareEngine(ModelHolder):
         if self._runtime is None:
             with self._loading:
                 if self._runtime is None:
+                    check_libraries(self.config.store)
                     runtime = Runtime(self._source, self.config, self._store)
                     self._scheduler.carry_out(partial(self._take_up, runtime))
         assert self._runtime is not None
         return self._runtime
 
     def _take_up(self, runtime: Runtime) -> None:
-        """Open the store's directory and use ``runtime`` from now on. Do nothing if a runtime is in use already."""
+        """Mount libraries, open the store's directory and use ``runtime`` from now on, unless one is in use already."""
         with self._lock:
             if self._runtime is None:
+                adapter = runtime.adapter
+                if self.config.store.libraries:
+                    self._store.mount(runtime.describe_kv(), adapter.dtype, adapter.homes)
                 if self.config.store.directory is not None:
-                    adapter = runtime.adapter
                     self._store.open(runtime.directory_fingerprint(), adapter.dtype, adapter.homes)
                     weakref.finalize(self, self._store.abandon)
                 self._runtime = runtime

@@ -246,6 +246,11 @@ class PrefixMatch(NamedTuple):
     reference: Reference
     num_tokens: int
 
+    def cut_to_checkpoint(self) -> PrefixMatch:
+        """Return this match up to its last checkpoint, which leaves no token if it has none."""
+        places = (at for at in self.reference.checkpoints if at <= self.num_tokens)
+        return self._replace(num_tokens=max(places, default=0))
+
 
 class Run(NamedTuple):
     """Tokens from ``start`` on of a prompt equal those of ``reference`` from ``source_start`` on."""

@@ -37,6 +37,7 @@ from semsharekv_integrations.reuse.similarity import Embedder, PooledEmbedder, S
 from semsharekv_integrations.states import SharedStates, make_digest
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.codec import read_references, write_references
+from semsharekv_integrations.store.library import KVFacts
 from semsharekv_integrations.text.answer_stream import AnswerReader, AnswerReaderFactory
 from semsharekv_integrations.text.prompt import Prompt, PromptRenderer
 
@@ -149,6 +150,13 @@ class Runtime:
     def fingerprint(self) -> str:
         """Return a digest of the model's state and the vocabulary: stored KV and token ids fit no other."""
         return make_digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
+
+    def describe_kv(self) -> KVFacts:
+        """Return what stored KV and token ids fit to: the fingerprint, and what it is made of."""
+        vocabulary, adapter = self._states.vocabulary(self.tokenizer), self.adapter
+        dtype = str(adapter.dtype).removeprefix("torch.")
+        kind = type(adapter.model).__name__
+        return KVFacts(self.fingerprint(), kind, self.num_layers, dtype, vocabulary, self._state.fingerprint)
 
     def directory_fingerprint(self) -> str:
         """Return ``fingerprint``, or another digest if KV is kept in 8 bits, so that no exact store finds it."""
@@ -358,6 +366,11 @@ class ModelHolder:
         named = self._source.origin if isinstance(self._source, NamedModel) else ""
         changed = self._runtime.changed_identity() if self._runtime is not None else ""
         return f"{named} {changed}".strip()
+
+    def describe_kv(self) -> KVFacts:
+        """Return what stored KV fits to, of the model as it is; asserts that it is loaded."""
+        assert self._runtime is not None
+        return self._runtime.describe_kv()
 
     def __deepcopy__(self, memo: object) -> Self:
         return self

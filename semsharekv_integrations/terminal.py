@@ -47,12 +47,12 @@ def load_engine(args: argparse.Namespace) -> SemShareEngine:
 
 
 def make_engine(args: argparse.Namespace) -> SemShareEngine:
-    """Return the engine that ``args`` names; its weights are not loaded yet. Only some commands name a ``store``."""
+    """Return the engine that ``args`` names; its weights are not loaded yet. Some commands name a ``store``."""
     from semsharekv_integrations.engine import SemShareEngine
     from semsharekv_integrations.model.loading import hide_progress_bars
 
     hide_progress_bars()
-    store = StoreConfig(directory=getattr(args, "store", None))
+    store = StoreConfig(directory=getattr(args, "store", None), libraries=getattr(args, "library", ()))
     config = EngineConfig(reuse=ReuseConfig(mode=args.mode, budget=args.budget), store=store)
     return SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": Command("cli.chat", "a chat in the terminal that shows what was reused"),
     "serve": Command("cli.serve", "an OpenAI-compatible endpoint for one model"),
     "bench": Command("lab.command", "is the answer still right? what did reuse save?", aliases=("quality",)),
+    "warm": Command("cli.warm", "compute the KV of a folder of documents once, for engines to mount"),
     "inspect": Command("cli.store", "list what a store's directory holds", "add_inspect_arguments", "run_inspect"),
     "clear": Command("cli.store", "delete what a store's directory holds", "add_clear_arguments", "run_clear"),
 }

@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``semsharekv serve``."""
     add_engine_arguments(parser)
     parser.add_argument("--store", metavar="DIR", help="where KV is kept beyond this process (default: nowhere)")
+    mounted = "a folder of KV that semsharekv warm made, for all callers; can be given again"
+    parser.add_argument("--library", action="append", default=[], metavar="DIR", help=mounted)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000); 0 for a free one")
     key = f"lets a caller in; can be given again; also from {KEYS}"

@@ -25,6 +25,7 @@ from semsharekv_integrations.errors import StoreFileError, require
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
+from semsharekv_integrations.store.library import is_library, read_manifest
 from semsharekv_integrations.terminal import fold_error, print_table
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
@@ -71,6 +72,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{json.dumps(found, indent=1)}\n")
     else:
         console = Console(highlight=False, markup=False)
+        if is_library(args.directory):
+            console.print(_describe_library(args.directory))
         for model, entries in found.items():
             print_table(console, _make_table(model, entries))
         if not found and not troubles:
@@ -91,6 +94,8 @@ def run_clear(args: argparse.Namespace) -> int:
     for name in ("document", "session"):
         is_alone = getattr(args, name) is not None and args.namespace is None
         require(not is_alone, "namespace", None, f"a string where a {name} is given")
+    if is_library(args.directory):
+        raise StoreFileError(f"{args.directory} is a library of KV; delete its folder, or run semsharekv warm again")
     with ExitStack() as stack:
         stores = []
         for path in find_directories(args.directory):
@@ -107,6 +112,13 @@ def run_clear(args: argparse.Namespace) -> int:
     if unusable:
         console.print(f"{unusable} files and records that were damaged or out of use were deleted as well.")
     return 0
+
+
+def _describe_library(path: Path) -> str:
+    manifest = read_manifest(path)
+    tokens = sum(document.tokens for document in manifest.documents.values())
+    state = "" if manifest.is_complete else ", not finished"
+    return f"A library of {manifest.model}: {len(manifest.documents)} documents, {tokens} tokens{state}."
 
 
 def _describe_entries(

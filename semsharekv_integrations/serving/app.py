@@ -21,7 +21,7 @@ from semsharekv_integrations.errors import require
 from semsharekv_integrations.metrics import EngineCollector
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.serving.answers import Events, Form, format_event
-from semsharekv_integrations.serving.documents import list_documents
+from semsharekv_integrations.serving.documents import list_all_documents, stands_in_library
 from semsharekv_integrations.serving.gates import Gate
 from semsharekv_integrations.serving.hosting import Host, wait_for
 from semsharekv_integrations.serving.problems import ServingError, add_handlers, describe_error, make_body
@@ -157,7 +157,7 @@ def _add_documents(app: FastAPI, host: Host) -> None:
     async def show(tenant: Tenant) -> dict[str, Any]:
         """List the documents that stored KV is known by."""
         host.require_loaded()
-        found = await run_in_threadpool(lambda: list_documents(host.engine.store.references(tenant)))
+        found = await run_in_threadpool(lambda: list_all_documents(host.engine.store, tenant))
         return {"object": "list", "data": found}
 
     @app.delete("/v1/documents/{document_id:path}")
@@ -166,6 +166,10 @@ def _add_documents(app: FastAPI, host: Host) -> None:
         host.require_loaded()
         dropped = await run_in_threadpool(partial(host.engine.forget, document_id, namespace=tenant))
         if not dropped:
+            if await run_in_threadpool(lambda: stands_in_library(host.engine.store, document_id)):
+                raise ServingError(
+                    409, "document_in_library", f"document {document_id!r} is in a library, and stays", "id"
+                )
             raise ServingError(404, "document_not_found", f"document {document_id!r} is not stored", "id")
         return {"id": document_id, "object": "document", "deleted": True, "entries": dropped}
 

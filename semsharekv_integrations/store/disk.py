@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import torch
 
@@ -19,11 +18,10 @@ from semsharekv_integrations.logs import log_trouble
 from semsharekv_integrations.store.codec import OUT_OF_MEMORY, PackedKV, raise_memory_errors
 from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
 from semsharekv_integrations.store.eviction import Tier
-from semsharekv_integrations.store.files import STATE_MARK
 from semsharekv_integrations.store.homes import HOST, Homes
+from semsharekv_integrations.store.placed import PlacedKV
 from semsharekv_integrations.store.radix import FileRange, Node
 from semsharekv_integrations.store.records import EntryRecord, FileRecord, NodeRecord
-from semsharekv_integrations.store.rooms import Landing
 
 DISK = "disk"
 _HEADER_BYTES = 512  # of a file, at most, and of each tensor in it
@@ -67,46 +65,10 @@ class DiskTier:
         self._directory = directory
         self._home = dtype, homes
 
-    def describe(self, node: Node) -> PackedKV:
-        """Return the KV of ``node`` without its bytes. Raises as ``KVFiles.describe``, also for a short file."""
-        whole, first, stop = self._find(node)
-        return whole.view_part(first, stop)
-
-    def load(self, node: Node, homes: Homes) -> PackedKV:
-        """Return the KV of ``node``, read from its file to ``homes``; raises as ``describe``, or ``OUT_OF_MEMORY``."""
+    def locate(self, node: Node) -> PlacedKV:
+        """Return where the KV of ``node``, which must be on disk, lies."""
         assert self._directory is not None and node.on_disk is not None
-        whole, first, stop = self._find(node)
-        is_part = (first, stop) != (0, whole.num_tokens)
-        cut = {name: (first, stop) for name in whole.tensors if is_part and STATE_MARK not in name}
-        with raise_memory_errors():
-            forms = {name: form[:, :, first:stop] if name in cut else form for name, form in whole.tensors.items()}
-            landing = Landing(forms, homes, pinned=whole.pins)
-            loaded = self._directory.files.load(node.on_disk.file, landing.get, cut)
-            tensors = {name: landing.move(name, tensor) for name, tensor in loaded}
-        packed = replace(whole, tensors=tensors)
-        return packed.keep_states(first, stop) if is_part else packed
-
-    def read(self, node: Node) -> PackedKV:
-        """Return the KV of ``node``, mapped from its file. Raises as ``describe``."""
-        assert self._directory is not None and node.on_disk is not None
-        whole = PackedKV(self._directory.files.read(node.on_disk.file), *self._home)
-        return whole.view_part(*self._require_range(node, whole))
-
-    def _find(self, node: Node) -> tuple[PackedKV, int, int]:
-        """Return the KV of the whole file of ``node``, without bytes, and which tokens of it are the node's."""
-        assert self._directory is not None and node.on_disk is not None
-        whole = PackedKV(self._directory.files.describe(node.on_disk.file), *self._home)
-        return whole, *self._require_range(node, whole)
-
-    @staticmethod
-    def _require_range(node: Node, whole: PackedKV) -> tuple[int, int]:
-        """Return which tokens of its file are the node's. Raises ``StoreFileError`` if the file has too few."""
-        assert node.on_disk is not None
-        file, first = node.on_disk
-        stop = first + len(node.token_ids)
-        if whole.num_tokens < stop:
-            raise StoreFileError(f"{file} has {whole.num_tokens} tokens, not {stop}")
-        return first, stop
+        return PlacedKV(self._directory.files, node.on_disk, len(node.token_ids), *self._home)
 
     def save(self, node: Node, packed: PackedKV, namespace: str) -> bool:
         """Write ``node`` and commit. False if there is no directory, no room, an ancestor off disk, or it fails."""
@@ -332,7 +294,7 @@ class DiskTier:
         """Copy ``nodes`` to one new file. Return whether that worked; if not, they stay where they are."""
 
         def join() -> Mapping[str, torch.Tensor]:
-            return PackedKV.join([self.read(node) for node in nodes]).tensors
+            return PackedKV.join([self.locate(node).read() for node in nodes]).tensors
 
         if (num_bytes := self._write(nodes, join, namespace)) is None:
             return False

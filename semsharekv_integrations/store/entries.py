@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 
-import numpy as np
 import torch
 
 from semsharekv_integrations.concurrency.threads import free_in_children, hold_at_forks
@@ -18,10 +17,12 @@ from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.kv import PiecedLayers, Reference, SpaceName, make_space_name, select_within
 from semsharekv_integrations.store.directory import KVDirectory
 from semsharekv_integrations.store.disk import Writing
+from semsharekv_integrations.store.files import KVFiles
 from semsharekv_integrations.store.homes import Homes
 from semsharekv_integrations.store.namespace import Entry, Namespace, join_labels, shorten
-from semsharekv_integrations.store.radix import FileRange, Node
-from semsharekv_integrations.store.records import EntryRecord, NodeRecord, pack_labels, reference_id, unpack_reference
+from semsharekv_integrations.store.radix import Node
+from semsharekv_integrations.store.records import EntryRecord, pack_labels
+from semsharekv_integrations.store.reopening import attach_nodes, reopen_entries
 from semsharekv_integrations.store.tiers import Tiers, Unreadable
 
 _COUNTED = ("hits", "misses", "expired", "refused", "unreadable")
@@ -84,6 +85,7 @@ class Entries:
         self.namespaces: dict[SpaceName, Namespace] = {}  # by ``Reference.space``; none is empty
         self._later: dict[str, dict[SpaceName, None]] = {}  # those of states other than the first, by namespace
         self.by_key: dict[str, Entry] = {}
+        self.libraries: dict[str, KVFiles] = {}  # those that are mounted, by the namespace of their entries
         self.counts: Counter[str] = Counter()
         self.lost: set[str] = set()  # namespaces that lost entries since somebody looked
         self.leaves_on_disk = False  # whether what was removed last could not be removed from there
@@ -107,7 +109,7 @@ class Entries:
         self.expire()
         self.tiers.disk.commit()
         self.tiers.disk.fit()
-        return len(self.by_key)
+        return len(self._list_own())
 
     def close(self) -> None:
         """Write what is to be written and when entries were used last, and close the directory.
@@ -154,9 +156,12 @@ class Entries:
         return None
 
     def select(self, namespace: str | None, state: str | None = None) -> list[Entry]:
-        """Return the entries, tainted ones too, of one namespace or all (None), of one state or all (None)."""
+        """Return the entries, tainted ones too, of one namespace or all (None), of one state or all (None).
+
+        All are those of callers: libraries are left out.
+        """
         if namespace is None:
-            return [entry for entry in self.by_key.values() if state in (None, entry.reference.state)]
+            return [entry for entry in self._list_own() if state in (None, entry.reference.state)]
         names = (name for name in self.list_names(namespace, state) if name in self.namespaces)
         return [entry for name in names for entry in self.namespaces[name]]
 
@@ -273,14 +278,16 @@ class Entries:
 
     def stats(self) -> dict[str, int]:
         """Return all counts, bytes and bounds by name: see ``KVStore.stats``."""
-        tiers = self.tiers
+        tiers, own = self.tiers, self._list_own()
         bounds: dict[str, int] = {}
         for tier in tiers.memory:
             prefix = "" if tier is tiers.device else f"{tier.name}_"
             bounds |= {f"{prefix}bytes": tier.num_bytes, f"{prefix}max_bytes": tier.max_bytes}
         return {
-            "entries": len(self.by_key),
-            "tainted_entries": sum(entry.reference.is_tainted for entry in self.by_key.values()),
+            "entries": len(own),
+            "tainted_entries": sum(entry.reference.is_tainted for entry in own),
+            "library_entries": len(self.by_key) - len(own),
+            "library_unusable": self.counts["library_unusable"],
             **bounds,
             "disk_bytes": tiers.disk.num_bytes,
             "disk_max_bytes": tiers.disk.tier.max_bytes,
@@ -308,26 +315,12 @@ class Entries:
         Puts their nodes in trees and disk tier. The next commit deletes records that do not fit together. Reads no KV.
         """
         contents = directory.contents()
-        nodes = self._attach_nodes(contents.nodes)
-        found: list[tuple[Entry, float]] = []
-        paths: list[list[Node]] = []
-        for record in sorted(contents.entries, key=lambda record: record.used_s):
-            node, _ = nodes.get(record.node, (None, None))
-            if node is None:
-                continue
-            path = node.path()
-            ids = np.concatenate([step.token_ids for step in path]) if len(path) > 1 else node.token_ids
-            if record.id != reference_id(record.namespace, ids):
-                continue
-            reference = unpack_reference(record.labels, record.namespace, ids, id=record.id)
-            found.append((Entry(reference, node, 0.0, record.hits), record.used_s))
-            paths.append(path)
-            for step in path:
-                step.hits += record.hits
+        nodes = attach_nodes(contents.nodes, lambda namespace: self.ensure_namespace(namespace).tree)
+        found = reopen_entries(contents.entries, nodes)
         file_tokens: Counter[str] = Counter()
         for node, place in nodes.values():
             file_tokens[place.file] += len(node.token_ids)
-        for path in paths:  # after all hits are known, which rank the nodes
+        for _, _, path in found:  # after all hits are known, which rank the nodes
             for step in reversed(path):
                 if step.on_disk is None:
                     place = nodes[step.id][1]
@@ -336,23 +329,16 @@ class Entries:
             if node.on_disk is None and node.parent is not None:
                 del node.parent.children[int(node.token_ids[0])]
         gone = [part.id for part in contents.nodes if part.id not in nodes or nodes[part.id][0].on_disk is None]
-        gone_entries = {record.id for record in contents.entries} - {entry.key for entry, _ in found}
+        gone_entries = {record.id for record in contents.entries} - {record.id for record, _, _ in found}
         self.tiers.disk.change(dict.fromkeys(gone), dict.fromkeys(gone_entries))
-        return found
+        return [(Entry(ref, path[-1], 0.0, record.hits), record.used_s) for record, ref, path in found]
 
-    def _attach_nodes(self, records: Iterable[NodeRecord]) -> dict[str, tuple[Node, FileRange]]:
-        """Put the nodes that fit together into their trees; return each with its place, by id. Skips the others."""
-        nodes: dict[str, tuple[Node, FileRange]] = {}
-        for record in records:
-            tree = self.ensure_namespace(record.namespace).tree
-            parent, _ = (tree.root, None) if record.parent is None else nodes.get(record.parent, (None, None))
-            if parent is not None and int(record.token_ids[0]) not in parent.children:
-                node = tree.attach(parent, record.token_ids, record.id)
-                nodes[record.id] = node, FileRange(record.file, record.first)
-        return nodes
+    def _list_own(self) -> list[Entry]:
+        return [entry for entry in self.by_key.values() if entry.reference.namespace not in self.libraries]
 
     def _keep_to_memory(self) -> None:
-        for entry in list(self.by_key.values()):
+        """Remove the entries whose KV is not all in memory, but for those of libraries, which need no directory."""
+        for entry in self._list_own():
             if any(node.held is None for node in entry.node.path()):
                 self.remove(entry)
 
@@ -379,6 +365,9 @@ class Entries:
                 del self._later[name[0]]
 
     def _get_lifetime(self, entry: Entry) -> float | None:
+        """Return seconds after its last use at which an entry expires; None for never, as in a library."""
+        if entry.reference.namespace in self.libraries:
+            return None
         return entry.reference.expires_after_s or self._ttl_s
 
     def _set_deadline(self, entry: Entry) -> None:

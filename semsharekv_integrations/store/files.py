@@ -34,6 +34,7 @@ SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"  # what a temporary begins with: ours, and those that safetensors puts beside it
 STATE_MARK = "@"  # in the names of tensors that stand for tokens before a place, not for one each
 _NAME = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
+Identity = tuple[int, int, int, int]  # of a file, another one once it was written
 
 
 class UnavailableFileError(StoreFileError):
@@ -48,7 +49,7 @@ class KVFiles:
         self.records: dict[str, FileRecord] = {}  # by id, of the files in use and of those just written
         self._fingerprint = fingerprint
         self._counts = counts
-        self._verified: set[str] = set()
+        self._verified: dict[str, Identity] = {}  # files as they were when all of their bytes were checked
         self._doomed: list[str] = []  # files that are still to be deleted
 
     def write(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> str:
@@ -116,31 +117,38 @@ class KVFiles:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and tensors of a file, read into what ``get_room`` returns; see ``TensorFile.load``.
 
-        The first time, all bytes are checked: on the way, where they are read whole. Raises as ``describe``.
+        The first time, and once it was written since, all bytes are checked: on the way, where they are read whole.
+        Raises as ``describe``.
         """
         record = self._find(file)
         with self._judge(record), self._open(record) as opened:
-            is_verified = record.id in self._verified
+            identity = identify(opened.measure())
+            is_verified = self._verified.get(record.id) == identity
             checks = opened.is_sealed and not cut and not is_verified
             if not (is_verified or checks):
                 self._verify(record, opened)
             yield from opened.load(get_room, cut, checks=checks)
-            self._verified.add(record.id)
+            self._verified[record.id] = identity
 
     def read(self, file: str) -> dict[str, torch.Tensor]:
         """Map a file and return its tensors by name, on the CPU, privately mapped; bytes are read when touched.
 
-        The first read, or one after the size changed, checks all bytes. Raises as ``describe``.
+        The first read, or one after the file was written, checks all bytes. Raises as ``describe``.
         """
         record = self._find(file)
-        if record.id not in self._verified or _measure(self._locate(file)) != record.num_bytes:
+        if record.id not in self._verified or _identify(self._locate(file)) != self._verified[record.id]:
             self._check(record)
+        return self._map(record)
+
+    def _map(self, record: FileRecord) -> dict[str, torch.Tensor]:
+        """Map a file that was checked. Raises as ``describe``."""
+        path = self._locate(record.id)
         try:
-            with safe_open(self._locate(file), framework="pt") as opened:
+            with safe_open(path, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
         except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # safetensors takes some for others
             self._check(record)  # it was verified before, and may have been harmed since
-            raise self._note_unavailable(self._locate(file), error) from error
+            raise self._note_unavailable(path, error) from error
 
     def _find(self, file: str) -> FileRecord:
         if file not in self.records:
@@ -153,14 +161,15 @@ class KVFiles:
             self._verify(record, opened)
 
     def _verify(self, record: FileRecord, opened: TensorFile) -> None:
-        self._verified.discard(record.id)
+        self._verified.pop(record.id, None)
+        identity = identify(opened.measure())
         opened.verify()
-        self._verified.add(record.id)
+        self._verified[record.id] = identity
 
     def _open(self, record: FileRecord) -> TensorFile:
         """Open a file of the size and owner that it must have, and compare what it says of itself with its record."""
         path = self._locate(record.id)
-        opened = open_kv(path, record.num_bytes)
+        opened = self._open_file(path, record.num_bytes)
         try:
             wanted = self._make_header(record.id, record.num_tokens)
             for name, value in wanted.items():
@@ -181,14 +190,14 @@ class KVFiles:
         try:
             yield
         except StoreFileError:
-            self._verified.discard(record.id)
+            self._verified.pop(record.id, None)
             raise
         except (DamageError, KeyError, TypeError, ValueError) as error:
-            self._verified.discard(record.id)
+            self._verified.pop(record.id, None)
             self._counts["damaged"] += 1
             raise StoreFileError(f"{path} is not a readable KV file: {error}") from error
         except FileNotFoundError as error:
-            if not is_own_directory(self.path):
+            if not self._is_there():
                 raise self._note_unavailable(path, error) from error
             self._counts["vanished"] += 1
             raise StoreFileError(f"{path} is missing") from error
@@ -210,8 +219,8 @@ class KVFiles:
 
         A file that cannot be deleted is tried again in later calls, and at the next opening. Raises nothing.
         """
-        self._verified.difference_update(files)
         for file in files:
+            self._verified.pop(file, None)
             self.records.pop(file, None)
         self._doomed += files
         now = self._doomed[:most]
@@ -229,6 +238,12 @@ class KVFiles:
         for name in names:
             self._remove(self.path / name)
         return len(names)
+
+    def _open_file(self, path: Path, num_bytes: int) -> TensorFile:
+        return open_kv(path, num_bytes)
+
+    def _is_there(self) -> bool:
+        return is_own_directory(self.path)
 
     def _locate(self, file: str) -> Path:
         return self.path / f"{file}{SUFFIX}"
@@ -260,11 +275,14 @@ def make_metadata(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     return {HEADER: text, DIGEST: make_seal(text, layout)}
 
 
-def open_kv(path: Path, num_bytes: int) -> TensorFile:
+def open_kv(path: Path, num_bytes: int, owner: int | None = None) -> TensorFile:
     """Open a plain file of yours with so many bytes. If others may read or write it, they may no longer.
 
+    With ``owner``, the number of a user: open a file of theirs, and leave its permissions. Others may read it.
+
     Raises:
-        DamageError: if it has another size, belongs to another user, is no plain file, or its header is damaged.
+        DamageError: if it has another size, belongs to another user, everybody may write to it, it is no plain file, or
+            its header is damaged.
         OSError: if it cannot be opened or read.
     """
     found = path.lstat()
@@ -274,22 +292,29 @@ def open_kv(path: Path, num_bytes: int) -> TensorFile:
     file = os.fdopen(handle, "rb", buffering=0)
     try:
         found = os.fstat(handle)
-        if not is_own(found):
+        if not (is_own(found) if owner is None else found.st_uid == owner):
             raise DamageError(f"it belongs to another user (number {found.st_uid})")
         if found.st_size != num_bytes:
             raise DamageError(f"it has {found.st_size} bytes in place of {num_bytes}")
-        if stat.S_IMODE(found.st_mode) & 0o077:
+        if owner is None and stat.S_IMODE(found.st_mode) & 0o077:
             os.fchmod(handle, 0o600)
+        if found.st_mode & stat.S_IWOTH and owner is not None:
+            raise DamageError("everybody may write to it")
         return TensorFile(file, num_bytes)
     except BaseException:
         file.close()
         raise
 
 
-def _measure(path: Path) -> int | None:
-    """Return the size of a file, or None if it is missing or the system cannot tell."""
+def identify(found: os.stat_result) -> Identity:
+    """Return what tells a file from another one, and from itself before it was written."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _identify(path: Path) -> Identity | None:
+    """Return what ``identify`` does for a path; None if the file is missing or the system cannot tell."""
     try:
-        return path.lstat().st_size
+        return identify(path.lstat())
     except OSError:
         return None
 

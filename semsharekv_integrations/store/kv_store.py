@@ -28,17 +28,12 @@ from semsharekv_integrations.store.entries import Entries
 from semsharekv_integrations.store.files import UnavailableFileError
 from semsharekv_integrations.store.forgetting import entries_with, forms_of
 from semsharekv_integrations.store.homes import Homes
+from semsharekv_integrations.store.library import KVFacts
+from semsharekv_integrations.store.mounting import mount_libraries
 from semsharekv_integrations.store.namespace import Entry, Match, Namespace, find_gaps, join_labels
 from semsharekv_integrations.store.radix import Node
 from semsharekv_integrations.store.records import reference_id, require_writable
 from semsharekv_integrations.store.work import Work, paused_collector, write_waiting
-
-
-def cut_to_checkpoint(prefix: PrefixMatch) -> PrefixMatch:
-    """Return ``prefix`` up to its last checkpoint, which leaves no token if it has none."""
-    return prefix._replace(
-        num_tokens=max((at for at in prefix.reference.checkpoints if at <= prefix.num_tokens), default=0)
-    )
 
 
 class KVStore:
@@ -86,6 +81,11 @@ class KVStore:
         with self._lock, paused_collector():
             return self._entries.open(KVDirectory(Path(self.config.directory), fingerprint), dtype, Homes.of(homes))
 
+    def mount(self, facts: KVFacts, dtype: torch.dtype, homes: Homes | torch.device) -> None:
+        """Mount the configured libraries for the model of these ``facts``; see ``mount_libraries``, and ``open``."""
+        with self._lock, paused_collector():
+            mount_libraries(self._entries, map(Path, self.config.libraries), facts, dtype, Homes.of(homes))
+
     def close(self) -> None:
         """Write when entries were used last, release the directory, and drop entries whose KV is not all in memory."""
         with self._entries.writing, self._lock:
@@ -105,9 +105,14 @@ class KVStore:
         do_when_free(self._lock, self._entries.close)
 
     def list_readable(self, namespace: str) -> list[str]:
-        """Return the namespaces that requests of ``namespace`` may read: itself, then the shared one, if any."""
+        """Return the namespaces that requests of ``namespace`` may read: itself, a shared one, those of libraries."""
         shared = self.config.shared_namespace
-        return [namespace] if shared in (None, namespace) else [namespace, make_plain(shared)]
+        own = [namespace] if shared in (None, namespace) else [namespace, make_plain(shared)]
+        return [*own, *self.list_libraries()]
+
+    def list_libraries(self) -> list[str]:
+        """Return the namespaces of mounted libraries, in which no caller's entries can lie."""
+        return list(self._entries.libraries)
 
     def find_prefix(
         self,
@@ -156,7 +161,7 @@ class KVStore:
             prefix = PrefixMatch(reference, match.num_tokens)
             if not at_checkpoint:
                 return prefix
-            served.append(cut_to_checkpoint(prefix))
+            served.append(prefix.cut_to_checkpoint())
         longest = max(served, key=lambda prefix: prefix.num_tokens, default=None)
         return longest if longest and longest.num_tokens else None
 

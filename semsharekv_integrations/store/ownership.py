@@ -89,6 +89,14 @@ def is_own_directory(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and is_own(found)
 
 
+def is_directory(path: Path) -> bool:
+    """Return whether ``path`` is a directory and no link; False if it is missing or cannot be reached."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
 def is_own(found: os.stat_result) -> bool:
     """Return whether what was found belongs to you."""
     return found.st_uid == os.geteuid()

@@ -17,6 +17,7 @@ from semsharekv_integrations.kv import Span, TokenIds, count_common_tokens, sele
 
 if TYPE_CHECKING:
     from semsharekv_integrations.store.codec import PackedKV
+    from semsharekv_integrations.store.placed import PlacedKV
 
 
 class FileRange(NamedTuple):
@@ -38,9 +39,15 @@ class Node:
     pins: int = 0  # number of pinned entries that need it
     held: PackedKV | None = None  # its KV in memory
     on_disk: FileRange | None = None  # its KV on disk
+    shelved: PlacedKV | None = None  # its KV in a library
     hits: float = 0.0  # number of times it was reused
     documents: dict[str, Span] = field(default_factory=dict)  # that end in it; every prompt with its tokens has them
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # for records
+
+    @property
+    def outlasts_memory(self) -> bool:
+        """Whether its KV lies on disk or in a library, so that memory may drop it."""
+        return self.on_disk is not None or self.shelved is not None
 
     @property
     def stop(self) -> int:

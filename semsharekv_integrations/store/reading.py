@@ -98,6 +98,10 @@ class TensorFile:
         """Close the file. May be called again."""
         self._file.close()
 
+    def measure(self) -> os.stat_result:
+        """Return what the system says of the open file."""
+        return os.fstat(self._file.fileno())
+
     @property
     def is_sealed(self) -> bool:
         """Whether it has a checksum for each tensor, and so was checked as far as it was read."""

@@ -1,7 +1,7 @@
 """Where the KV of every node lies: on the model's device, in host memory or on disk.
 
-A node is in at most one memory tier and, where there is a directory, also on disk: memory may drop it then. KV that no
-tier can keep is lost, with the entries that need it. Every bound holds after every step.
+A node is in at most one memory tier and, where there is a directory, also on disk, or in a library: memory may drop it
+then. KV that no tier can keep is lost, with the entries that need it. Every bound holds after every step.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Tiers:
             assert victim.held is not None
             if victim.held.homes != HOST:
                 self._demote(self.device, victim, protected)
-            elif victim.on_disk is not None:
+            elif victim.outlasts_memory:
                 self._take_out(victim)
                 self.counts["demoted"] += 1
             else:
@@ -157,7 +157,8 @@ class Tiers:
             assert tier.sizes == held, f"tier {tier.name} differs from its nodes"
             tier.check()
         for node in nodes:
-            assert node.held is not None or node.on_disk is not None, "a node without KV"
+            assert node.held is not None or node.outlasts_memory, "a node without KV"
+            assert node.on_disk is None or node.shelved is None, "a node of a library in the directory"
             assert node.held is None or node.held.num_tokens == len(node.token_ids)
             assert sum(node in tier.sizes for tier in self.memory) == (node.held is not None), "tiers of a node"
         self.disk.check(nodes, written)
@@ -189,7 +190,7 @@ class Tiers:
                 self._put_into(lower, node, moved)
                 self.counts["demoted"] += 1
                 return
-        if node.on_disk is not None:
+        if node.outlasts_memory:
             self._take_out(node)
             self.counts["demoted"] += 1
         else:
@@ -216,18 +217,23 @@ class Tiers:
             raise Unreadable(node) from None
 
     def _raise_stored(self, node: Node, protected: Collection[Node]) -> PackedKV:
-        """As ``_raise``, for a node that lies on disk alone. Raises ``StoreFileError`` for a bad file."""
-        form = self.disk.describe(node)
+        """As ``_raise``, for a node that is not in memory. Raises ``StoreFileError`` for a bad file."""
+        stored = node.shelved or self.disk.locate(node)
+        if node.shelved is not None and stored.homes == HOST:
+            mapped = stored.read()
+            self._require_kind(node, mapped)
+            return mapped
+        form = stored.describe()
         self._require_kind(node, form)
         tier = next((tier for tier in self.memory if tier.can_hold(form.num_bytes, protected)), None)
         if tier is None:
-            return self.disk.read(node)
+            return stored.read()
         self._make_room(tier, form.num_bytes, protected, novel=False)
         homes = form.homes if tier is self.device else HOST
-        raised = make_if_room(lambda: self.disk.load(node, homes))
+        raised = make_if_room(lambda: stored.load(homes))
         self.counts["promotion_failed" if raised is None else "promoted"] += 1
         if raised is None:  # there was room in the tier, and none in the machine
-            return self.disk.read(node)
+            return stored.read()
         self._put_into(tier, node, raised)
         return raised
 
@@ -264,7 +270,7 @@ class Tiers:
         self.counts["promotion_failed"] += 1
         if self._make_room(former, packed.num_bytes, protected, novel=False):
             self._put_into(former, node, packed)
-        elif node.on_disk is None:
+        elif not node.outlasts_memory:
             raise Unreadable(node)
         return packed
 

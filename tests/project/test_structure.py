@@ -16,7 +16,7 @@ ROOT = Path(semsharekv_integrations.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
 # From the top down. A module may import from lower layers and from its own.
 LAYERS = (
-    {"langchain", "llama_index", "metrics", "serving", "cli", "terminal", "__main__"},
+    {"langchain", "llama_index", "metrics", "serving", "warming", "cli", "terminal", "__main__"},
     {"frameworks"},
     {"engine"},
     {"memory"},

@@ -33,7 +33,7 @@ from semsharekv_integrations.store import KVStore, files
 from semsharekv_integrations.store.catalog import Catalog
 from semsharekv_integrations.store.codec import PackedKV
 from semsharekv_integrations.store.directory import MOST_REMOVED, KVDirectory
-from semsharekv_integrations.store.disk import DiskTier
+from semsharekv_integrations.store.placed import PlacedKV
 from semsharekv_integrations.store.records import EntryRecord
 from stored_kv import kv_files
 from tiny_models import EngineMaker, make_model
@@ -723,7 +723,7 @@ def test_without_memory_what_is_on_disk_is_served_from_there_and_stays(
     put_all(store, clock, [(1, 2, 3), (4, 5)])
     store = reopened(store, clock)
     with monkeypatch.context() as patch:
-        patch.setattr(DiskTier, "load", no_memory)
+        patch.setattr(PlacedKV, "load", no_memory)
         assert lookup(store, (1, 2, 3)) == 3
         store.check()
     assert store.stats()["promotion_failed"] == 1 and store.stats()["unreadable"] == store.stats()["misses"] == 0
