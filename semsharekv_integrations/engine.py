@@ -25,6 +25,7 @@ from semsharekv_integrations.concurrency.scheduler import JobLeft, Scheduler, ch
 from semsharekv_integrations.concurrency.streams import PrefillQueue, Stream, raise_first_error, read_all, read_async
 from semsharekv_integrations.concurrency.threads import free_in_children, hold_at_forks
 from semsharekv_integrations.config import EngineConfig, Mode
+from semsharekv_integrations.explaining import explain_report
 from semsharekv_integrations.logs import Observers, log_call
 from semsharekv_integrations.memory import Memory
 from semsharekv_integrations.model.loading import GivenModel, ModelSource, NamedModel, get_window
@@ -186,6 +187,7 @@ class SemShareEngine(ModelHolder):
         self._remember(call, runtime)
         runtime.audit(call, self.auditor)
         generation = call.build_generation()
+        self._memory.note_report(call, runtime, generation.report)
         self._observers.tell(generation.report)
         yield GenerationChunk("", generation)
 
@@ -315,6 +317,10 @@ class SemShareEngine(ModelHolder):
         """
         self._observers.add(callback)
 
+    def explain(self, report: ReuseReport | Mapping[str, Any]) -> str:
+        """Return what a report, or its ``to_dict``, says in plain sentences: what was reused, and why no more was."""
+        return explain_report(report, self.config.reuse)
+
     def stats(self) -> dict[str, float]:
         """Return counts of requests and tokens since the start, and figures of store and audits, by name."""
         self._scheduler.settle()
@@ -361,7 +367,6 @@ class SemShareEngine(ModelHolder):
         self.name = name
         self._store = KVStore(self.config.store, min_run_tokens=self.config.reuse.indexed_run_tokens)
         self.auditor = Auditor(self.config.audit)
-        self._observers = Observers(log_call)
         self._source = source
         self._runtime: Runtime | None = None
         self._loading = free_in_children(threading.RLock())
@@ -370,6 +375,7 @@ class SemShareEngine(ModelHolder):
         weakref.finalize(self, self._scheduler.dismiss)
         self._queue = PrefillQueue()
         self._memory = Memory(self.config, self._store)
+        self._observers = Observers(log_call)
         self._counts: Counter[str] = Counter()
         self._counting = hold_at_forks(threading.Lock())
 

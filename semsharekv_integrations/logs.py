@@ -40,6 +40,7 @@ DECLINED_KINDS = {
     "beyond": "too_long",
     "no stored prefix": "no_prefix",
     "longest stored prefix": "short_prefix",
+    "stored prefix of": "one_by_one",
     "nothing similar enough": "nothing_similar",
     "predicted to compute": "too_costly",
     "deviation of": "deviation",

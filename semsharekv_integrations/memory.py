@@ -20,6 +20,7 @@ from semsharekv_integrations.arranging import Arrangement, Arrangements, Arrange
 from semsharekv_integrations.call import Call
 from semsharekv_integrations.concurrency.threads import hold_at_forks
 from semsharekv_integrations.config import EngineConfig
+from semsharekv_integrations.errors import StoreWriteError
 from semsharekv_integrations.kv import (
     UNPLACED,
     LayerKV,
@@ -33,7 +34,9 @@ from semsharekv_integrations.kv import (
     invert,
     select_within,
 )
+from semsharekv_integrations.last_report import LastReport
 from semsharekv_integrations.model.relief import DeviceMemoryError
+from semsharekv_integrations.report import ReuseReport
 from semsharekv_integrations.request import Request, make_document_id
 from semsharekv_integrations.reuse.matching import list_segments
 from semsharekv_integrations.reuse.plan import build_prefix_plan
@@ -152,6 +155,7 @@ class Memory:
     def __init__(self, config: EngineConfig, store: KVStore) -> None:
         self.known = KnownTexts()
         self.arranged = Arrangements()
+        self.last_report = LastReport(config.store.directory, config.reuse)
         self.under_way = UnderWay()
         self._lock = hold_at_forks(threading.Lock())  # so that nothing is kept while something is forgotten
         self._runtime: Runtime | None = None
@@ -206,6 +210,12 @@ class Memory:
         named = {key: text for key, text in documents.items() if not _is_unnamed(key, text)}
         return self._keep(call, runtime, named, writes=writes)
 
+    def note_report(self, call: Call, runtime: Runtime, report: ReuseReport) -> None:
+        """Write the report as the latest one, unless some of the call was forgotten meanwhile."""
+        with self._lock:
+            if not self._is_forgotten(call, runtime):
+                self.last_report.write(report)
+
     def warm(self, call: Call, runtime: Runtime, **labels: Any) -> bool:
         """Compute and store the KV of one document, which is the whole prompt; return whether it is stored.
 
@@ -251,7 +261,7 @@ class Memory:
             self.arranged.forget(namespace, document_id, text)
             dropped = self._store.forget(namespace, document_id=document_id, tokens=forms, text_of=renderer.decode)
         self.settle()
-        self._store.require_gone()
+        self._require_gone()
         return dropped
 
     def clear(self, namespace: str | None, session: str | None) -> int:
@@ -267,8 +277,15 @@ class Memory:
                 self.arranged.forget(namespace)
             dropped = self._store.clear() if namespace is None else self._store.forget(namespace, session=session)
         self.settle()
-        self._store.require_gone()
+        self._require_gone()
         return dropped
+
+    def _require_gone(self) -> None:
+        """Delete the latest report too, which may name what is gone. Raises ``StoreWriteError`` if some is left."""
+        is_removed = self.last_report.remove()
+        self._store.require_gone()
+        if not is_removed:
+            raise StoreWriteError(f"{self.last_report.path} could not be removed; forget it again when it can be")
 
     def settle(self, *namespaces: str) -> None:
         """Drop texts and index entries whose KV is gone, in these ``namespaces`` and in those that lost entries."""

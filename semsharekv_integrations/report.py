@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from semsharekv_integrations.config import Mode
+from semsharekv_integrations.errors import is_number, require, show_value
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 Origin = Literal["prefix", "identical", "fuzzy", "computed"]  # the four counts of a report
@@ -147,6 +148,42 @@ class ReuseReport:
         """Return the report as a dict of plain dicts, lists, numbers, strings and None, fit for JSON."""
         plain = asdict(self)
         return plain | {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> ReuseReport:
+        """Return the report that ``to_dict`` returned ``plain`` of, also if it went through JSON meanwhile.
+
+        Raises:
+            ValueError: naming the field, if ``plain`` is no such thing.
+        """
+        try:
+            parts = {name: tuple(kind(**each) for each in plain.get(name, ())) for name, kind in _PARTS.items()}
+            audit = plain.get("audit")
+            rest = {"prompt_ids": tuple(plain.get("prompt_ids", ()))}
+            found = cls(**{**plain, **parts, **rest, "audit": None if audit is None else AuditResult(**audit)})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"report is {show_value(plain)}: {error}; accepted is what to_dict returns") from None
+        require(isinstance(found.phases_s, Mapping), "report.phases_s", found.phases_s, "seconds by phase")
+        _require_numbers("report.phases_s", found.phases_s)
+        parts_of = {"": (found,), **{f".{name}": getattr(found, name) for name in _PARTS}}
+        for name, records in parts_of.items():
+            for record in records:
+                numbers = {each.name for each in fields(record) if each.type in ("int", "float")}
+                _require_numbers(f"report{name}", {key: getattr(record, key) for key in numbers})
+        return found
+
+
+def _require_numbers(name: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        require(is_number(value), f"{name}.{key}", value, "a number")
+
+
+_PARTS: dict[str, type] = {
+    "sources": SourceUse,
+    "documents": DocumentUse,
+    "substitutions": Rewording,
+    "origins": TokenRun,
+}
 
 
 @dataclass(frozen=True)

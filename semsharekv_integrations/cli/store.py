@@ -22,6 +22,8 @@ from rich.text import Text
 
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, require
+from semsharekv_integrations.explaining import explain_report
+from semsharekv_integrations.last_report import LAST_REPORT, read_last_report
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
@@ -40,6 +42,11 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", help="only entries of this one")
     parser.add_argument("--document", metavar="ID", help="only entries that carry this document")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+    parser.add_argument(
+        "--last",
+        action="store_true",
+        help="explain the report of the latest call instead: what was reused, and why no more",
+    )
 
 
 def add_clear_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +63,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     Raises:
         StoreFileError: if the directory, or that of a model, cannot be read. The other models are listed first.
     """
+    if args.last:
+        return _explain_last(args)
     found: dict[str, list[dict[str, Any]]] = {}
     troubles: list[str] = []
     for path in find_directories(args.directory):
@@ -83,6 +92,18 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain_last(args: argparse.Namespace) -> int:
+    for name in ("namespace", "document"):
+        require(getattr(args, name) is None, name, getattr(args, name), "none with --last: a report is of one call")
+    report, reuse = read_last_report(args.directory)
+    if args.json:
+        sys.stdout.write(f"{json.dumps(report.to_dict(), indent=1)}\n")
+    else:
+        lines = explain_report(report, reuse).splitlines()
+        sys.stdout.write("".join(f"{_escape(line)}\n" for line in lines))
+    return 0
+
+
 def run_clear(args: argparse.Namespace) -> int:
     """Delete the chosen entries, the KV that no other entry needs, and all that is damaged; print counts, return 0.
 
@@ -107,6 +128,7 @@ def run_clear(args: argparse.Namespace) -> int:
         whole = args.namespace is None
         removed = sum(store.clear() if whole else store.forget(args.namespace, **chosen) for store in stores)
         unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
+    args.directory.joinpath(LAST_REPORT).unlink(missing_ok=True)  # it may name what is gone
     console = Console(highlight=False, markup=False)
     console.print(f"{removed} entries deleted from {args.directory}.")
     if unusable:

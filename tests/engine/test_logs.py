@@ -6,12 +6,13 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from semsharekv_integrations import AuditConfig, ReuseConfig, ReuseReport, SemShareEngine
-from semsharekv_integrations.kv import Rendered
+from semsharekv_integrations.kv import PrefixMatch, Reference, Rendered
 from semsharekv_integrations.logs import (
     CALL_FIELDS,
     DECLINED_KINDS,
@@ -23,7 +24,7 @@ from semsharekv_integrations.logs import (
     log_call,
     log_trouble,
 )
-from semsharekv_integrations.reuse.planner import Planner, Scope
+from semsharekv_integrations.reuse.planner import Planner, Scope, StateRules
 from tiny_models import EngineMaker
 
 DOCUMENT = "A flood hit the old town of Prorna in May , and the mayor said that many people were affected ."
@@ -130,6 +131,17 @@ def test_every_reason_has_its_kind(make_engine: EngineMaker, monkeypatch) -> Non
     kinds = {kind: classify_declined(report.declined) for kind, report in found.items()}
     planner = Planner(picky, make_engine().store, None, 3, max_tokens=5)
     kinds["too_long"] = classify_declined(planner.plan(Rendered(np.arange(9), ()), Scope("default"), False).declined)
+    stored = Reference("r", "default", np.arange(9), ())
+    one_by_one = Planner(
+        ReuseConfig(mode="exact").resolve(),
+        Mock(find_prefix=lambda *_, **__: PrefixMatch(stored, 1)),
+        None,
+        3,
+        max_tokens=None,
+        states=StateRules(every=1, one_by_one=True),
+    )
+    plan = one_by_one.plan(Rendered(np.arange(9), ()), Scope("default"), False)
+    kinds["one_by_one"] = classify_declined(plan.declined)
     assert kinds == {kind: kind for kind in DECLINED_KINDS.values()}
     assert classify_declined(second(make_engine(reuse=eager)).declined) is None
     assert classify_declined("no longer lent to tenant-zyxq") == "other"
