@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from semsharekv_integrations.config import AuditConfig, EngineConfig, ReuseConfig, SamplingConfig, StoreConfig
+    from semsharekv_integrations.config import AuditConfig, EngineConfig, ReuseConfig, StoreConfig
     from semsharekv_integrations.engine import SemShareEngine
     from semsharekv_integrations.errors import (
         CallError,
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport, ToolCall
+    from semsharekv_integrations.sampling import SamplingConfig
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "config": ("AuditConfig", "EngineConfig", "ReuseConfig", "SamplingConfig", "StoreConfig"),
+    "config": ("AuditConfig", "EngineConfig", "ReuseConfig", "StoreConfig"),
     "engine": ("SemShareEngine",),
     "errors": (
         "CallError",
@@ -39,6 +40,7 @@ _MODULES = {
         "UnsupportedVersionError",
     ),
     "report": ("Generation", "GenerationChunk", "ReuseReport", "ToolCall"),
+    "sampling": ("SamplingConfig",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

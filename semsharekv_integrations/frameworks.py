@@ -17,12 +17,13 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ModeSetting, SamplingConfig
+from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ModeSetting
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import IN_UTF8, is_utf8, is_whole, require
 from semsharekv_integrations.model.loading import merge_arguments
 from semsharekv_integrations.report import ReuseReport
 from semsharekv_integrations.request import GenerateOptions, make_document_id
+from semsharekv_integrations.sampling import SamplingConfig
 
 T = TypeVar("T")
 ENGINE_FIELDS = ("model", "mode", "config", "device", "dtype", "model_kwargs")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from semsharekv_integrations.config import EngineConfig, SamplingConfig
+from semsharekv_integrations.config import EngineConfig
 from semsharekv_integrations.errors import (
     IN_UTF8,
     MOST_NESTED,
@@ -25,6 +25,7 @@ from semsharekv_integrations.errors import (
     show_value,
 )
 from semsharekv_integrations.kv import UNPLACED, PrefixMatch, Rendered, Span, select_within
+from semsharekv_integrations.sampling import SamplingConfig
 from semsharekv_integrations.text.chat_template import RENDERING_OPTIONS
 from semsharekv_integrations.text.prompt import Prompt, require_room
 from semsharekv_integrations.text.tool_format import Tool

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.report import Generation
+from semsharekv_integrations.sampling import SamplingConfig
 from semsharekv_integrations.terminal import WordWrap, add_engine_arguments, load_engine
 
 if TYPE_CHECKING:

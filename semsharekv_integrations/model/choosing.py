@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.transfers import send
+from semsharekv_integrations.sampling import SamplingConfig
 from semsharekv_integrations.text.grammar import Constraint, ConstraintCriterion, ConstraintProcessor
 
 _BY_IDS = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, ConstraintCriterion}  # look at no scores

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.kv import TokenIds
 from semsharekv_integrations.model.adapter import ModelAdapter, Prefill
 from semsharekv_integrations.model.batching import Row, SharedDecoding
@@ -24,6 +23,7 @@ from semsharekv_integrations.model.choosing import TokenChooser
 from semsharekv_integrations.model.continuing import cut_back, has_kv_alone
 from semsharekv_integrations.model.drafting import Drafter
 from semsharekv_integrations.model.transfers import send
+from semsharekv_integrations.sampling import SamplingConfig
 from semsharekv_integrations.store.codec import is_out_of_memory
 from semsharekv_integrations.text.grammar import Constraint
 

@@ -245,6 +245,7 @@ def test_no_setting_was_overlooked() -> None:
         (EngineConfig, name) for name in (*SECTIONS.values(), "max_batch_size", "max_calls")
     }  # the last two: see test_calls
     known |= {(SamplingConfig, "prompt_lookup")}  # which changes no token: see test_drafts
+    known |= {(StoreConfig, "libraries")}  # see test_libraries
     assert known == {(config, field.name) for config in CONFIGS for field in fields(config)}
     elsewhere = {
         "namespace",
@@ -299,6 +300,7 @@ BAD = {
         "kv_bits": [4, 0, "8", True],
         "eviction": ["fifo", "", None],
         "shared_namespace": ["", 3, True],
+        "libraries": ["a/folder", 3, [""], [None], None, {"a/folder"}],
     },
     AuditConfig: {
         "sample_ratio": [-0.1, 1.1, None, "1"],

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from semsharekv_integrations import AuditConfig, EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
-from semsharekv_integrations.config import SamplingConfig
 from semsharekv_integrations.errors import MOST_STOP_STRINGS, PromptError
 from semsharekv_integrations.request import GenerateOptions
+from semsharekv_integrations.sampling import SamplingConfig
 from tiny_models import EngineMaker, make_model
 from tool_templates import tool
 

@@ -19,10 +19,10 @@ CLASSES = [ChatSemShareKV, SemShareKVLLM, LlamaIndexLLM]
 OWN = {"max_new_tokens": "max_tokens"}  # the frameworks' names
 A_NEW_FIELD = """
 from dataclasses import field, make_dataclass
-from semsharekv_integrations import config
+from semsharekv_integrations import sampling
 
 new = [("min_p", float, field(default=0.0))]
-config.SamplingConfig = make_dataclass("SamplingConfig", new, bases=(config.SamplingConfig,), frozen=True)
+sampling.SamplingConfig = make_dataclass("SamplingConfig", new, bases=(sampling.SamplingConfig,), frozen=True)
 
 from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM

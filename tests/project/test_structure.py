@@ -30,7 +30,7 @@ LAYERS = (
     {"concurrency"},
     {"kv", "logs"},
     {"report"},
-    {"config"},
+    {"config", "sampling"},
     {"versions", "world"},
     {"errors"},
 )
