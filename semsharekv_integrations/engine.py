@@ -269,7 +269,7 @@ class SemShareEngine(ModelHolder):
     def forget(self, document_id: str, namespace: str = "default") -> int:
         """Drop every entry of ``namespace`` that holds the document; return how many. Calls under way store none.
 
-        Libraries stay: what they hold is still read.
+        Libraries stay.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the store's directory.
@@ -394,11 +394,7 @@ class SemShareEngine(ModelHolder):
         """Mount libraries, open the store's directory and use ``runtime`` from now on, unless one is in use already."""
         with self._lock:
             if self._runtime is None:
-                adapter = runtime.adapter
-                if self.config.store.libraries:
-                    self._store.mount(runtime.describe_kv(), adapter.dtype, adapter.homes)
-                if self.config.store.directory is not None:
-                    self._store.open(runtime.directory_fingerprint(), adapter.dtype, adapter.homes)
+                if runtime.open_store():
                     weakref.finalize(self, self._store.abandon)
                 self._runtime = runtime
                 self._memory.begin(runtime)

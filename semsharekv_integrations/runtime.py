@@ -151,6 +151,15 @@ class Runtime:
         """Return a digest of the model's state and the vocabulary: stored KV and token ids fit no other."""
         return make_digest(self._state.fingerprint, self._states.vocabulary(self.tokenizer))
 
+    def open_store(self) -> bool:
+        """Mount the store's libraries and open its directory, if it has any; return whether it has a directory."""
+        config, adapter = self._states.config.store, self.adapter
+        if config.libraries:
+            self.store.mount(self.describe_kv(), adapter.dtype, adapter.homes)
+        if config.directory is not None:
+            self.store.open(self.directory_fingerprint(), adapter.dtype, adapter.homes)
+        return config.directory is not None
+
     def describe_kv(self) -> KVFacts:
         """Return what stored KV and token ids fit to: the fingerprint, and what it is made of."""
         vocabulary, adapter = self._states.vocabulary(self.tokenizer), self.adapter
