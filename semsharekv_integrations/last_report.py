@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, replace
+from os import PathLike
 from pathlib import Path
 
 from semsharekv_integrations.config import ReuseConfig
@@ -26,7 +27,7 @@ class LastReport:
         path: of the file, or None.
     """
 
-    def __init__(self, directory: str | Path | None, reuse: ReuseConfig) -> None:
+    def __init__(self, directory: str | PathLike[str] | None, reuse: ReuseConfig) -> None:
         self.path = None if directory is None else Path(directory) / LAST_REPORT
         self._reuse = reuse
 
