@@ -59,7 +59,7 @@ def test_python_block_runs_and_answers(page: Path, code: str, capsys: pytest.Cap
 
 @pytest.mark.parametrize(("page", "code"), cases("bash"))
 def test_shell_block(
-    page: Path, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    page: Path, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     command = code.strip().split("&&")[-1].split("#")[0].strip()
     program, *arguments = shlex.split(command)
@@ -67,6 +67,10 @@ def test_shell_block(
         return
     assert program in ("semsharekv", ".venv/bin/semsharekv")
     monkeypatch.setattr("sys.stdin.readline", lambda: "")
+    if "warm" in arguments:
+        (tmp_path / "articles").mkdir()
+        (tmp_path / "articles" / "velmar.txt").write_text("The mayor of Velmar is Anna Kelsen.")
+        monkeypatch.chdir(tmp_path)
     assert main([*arguments, "--json"]) == 0
     if "demo" in arguments:
         assert '"same_as_off": true' in capsys.readouterr().out
