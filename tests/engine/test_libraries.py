@@ -102,6 +102,30 @@ def test_it_needs_no_permission_to_write(model: str, library: Path) -> None:
             path.chmod(0o755)
 
 
+def test_another_user_may_mount_it(model: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer_over_own(model, "exact")
+    monkeypatch.setattr("os.geteuid", lambda: 54321)
+    assert answer_over(model, "exact", libraries=[made]) == expected
+
+
+def test_what_another_user_owns_or_everybody_may_write_is_not_read(model: str, library: Path) -> None:
+    for file in find_files(library):
+        file.chmod(0o666)
+    said = answer_over(model, "exact", libraries=[library], max_bytes=0)
+    assert said == answer_over(model, "exact", max_bytes=0)
+
+
+def test_a_store_in_8_bits_reads_it_as_it_is(model: str, made: Path) -> None:
+    said = answer_over(model, "identical", libraries=[made], kv_bits=8, max_bytes=0)
+    assert said == answer_over(model, "identical", libraries=[made], max_bytes=0)
+
+
+def test_a_link_to_it_can_be_mounted(model: str, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(made)
+    said = answer_over(model, "exact", libraries=[tmp_path / "current", made])
+    assert said == answer_over(model, "exact", libraries=[made])
+
+
 def test_it_works_beside_a_directory_of_its_own(model: str, made: Path, tmp_path: Path) -> None:
     expected = answer_over(model, "identical", libraries=[made])
     first = open_engine(model, "identical", libraries=[made], directory=tmp_path / "own", ttl_s=3600)

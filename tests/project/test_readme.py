@@ -15,7 +15,13 @@ from semsharekv_integrations.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 ELSEWHERE = {"serving"}  # whose blocks need a server: ``tests/serving`` runs them
 LANGUAGES = {"python", "bash", "text"}
 MADE_UP = {"new.md", "examples/lab/results/NAME.md"}
