@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,17 @@ def test_recipes_name_what_is_there() -> None:
     for named in re.findall(r"`([\w.]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         if not named.endswith((".py", ".md", ".toml", ".txt")) and "NAME" not in named:
             assert set(named.split(".")) <= words, named
+
+
+@pytest.mark.parametrize("module", ["", ".langchain", ".llama_index", ".serving"])
+def test_the_api_page_has_every_public_name(module: str) -> None:
+    """And each of them as what it is where it stands."""
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.M)
+    public = import_module(f"semsharekv_integrations{module}")
+    assert set(public.__all__) <= {path.rpartition(".")[2] for path in named}
+    for path in named:
+        place, _, name = path.rpartition(".")
+        assert getattr(import_module(place), name).__module__ == place, path
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

@@ -1,0 +1,60 @@
+"""What the site shows beside this folder: README, results and other pages, with links that lead there.
+
+MkDocs calls these functions (``hooks`` in ``mkdocs.yml``). A link to what the site does not show becomes plain text.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+RESULTS = "examples/lab/results"
+TOP = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+}
+_LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<to>[^)\s]+)\)")
+
+
+def list_pages() -> dict[str, str]:
+    """Return where the site has each file of the repository that it shows, by path."""
+    own = {
+        f"docs/{path.relative_to(ROOT / 'docs').as_posix()}" for path in (ROOT / "docs").rglob("*") if path.is_file()
+    }
+    results = {path.name: f"{RESULTS}/{path.name}" for path in (ROOT / RESULTS).iterdir()}
+    pages = TOP | {path: path.removeprefix("docs/") for path in own}
+    return pages | {path: f"results/{name.replace('README', 'index')}" for name, path in results.items()}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages and pictures that lie outside of this folder."""
+    for path, page in list_pages().items():
+        if not path.startswith("docs/"):
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Lead the links of a page to where the site has their files."""
+    pages = list_pages()
+    source = next(path for path, there in pages.items() if there == page.file.src_uri)
+    return _LINK.sub(lambda link: _lead(link, source, pages), markdown)
+
+
+def _lead(link: re.Match[str], source: str, pages: dict[str, str]) -> str:
+    target, _, anchor = link["to"].partition("#")
+    if "://" in target or not target:
+        return link[0]
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    if path not in pages:
+        return link["text"]
+    here = posixpath.dirname(pages[source]) or "."
+    there = posixpath.relpath(pages[path], here) + (f"#{anchor}" if anchor else "")
+    return f"{link['image']}[{link['text']}]({there})"
