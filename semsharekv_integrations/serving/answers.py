@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from semsharekv_integrations.frameworks import count_tokens
@@ -17,6 +18,11 @@ END = "data: [DONE]\n\n"
 def describe_usage(report: ReuseReport) -> dict[str, Any]:
     """Return token counts; ``cached_tokens`` are those that were not computed."""
     return {**count_tokens(report), "prompt_tokens_details": {"cached_tokens": report.reused_tokens}}
+
+
+def describe_reuse(report: ReuseReport) -> dict[str, Any]:
+    """Return the report without what is as long as the prompt, which the chat page asks engines for."""
+    return replace(report, origins=(), prompt_ids=()).to_dict()
 
 
 def format_event(body: object) -> str:
@@ -52,7 +58,7 @@ class Form(NamedTuple):
         else:
             choice["text"] = generation.text
         name = "chat.completion" if self.is_chat else "text_completion"
-        told = {"usage": describe_usage(generation.report), "kv_cache": generation.report.to_dict()}
+        told = {"usage": describe_usage(generation.report), "kv_cache": describe_reuse(generation.report)}
         return self._make_head(name) | {"choices": [choice]} | told
 
     def _make_head(self, name: str) -> dict[str, Any]:
@@ -87,7 +93,7 @@ class Events:
 
     def _end(self, generation: Generation) -> Iterator[str]:
         report = generation.report
-        yield self._tell_delta({}, generation.finish_reason, {"kv_cache": report.to_dict()})
+        yield self._tell_delta({}, generation.finish_reason, {"kv_cache": describe_reuse(report)})
         if self._with_usage:
             yield format_event({**self._head, "choices": [], "usage": describe_usage(report)})
         yield END

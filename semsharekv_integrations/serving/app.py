@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, aclosing, asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, cast
+from importlib.util import find_spec
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -32,7 +33,10 @@ _BEARER = HTTPBearer(auto_error=False, description="one of the keys that the ser
 
 
 def create_app(
-    engine: SemShareEngine, config: ServerConfig | None = None, on_failure: Callable[[], None] = lambda: None
+    engine: SemShareEngine,
+    config: ServerConfig | None = None,
+    on_failure: Callable[[], None] = lambda: None,
+    documents: Mapping[str, str] | None = None,
 ) -> FastAPI:
     """Make the application. It loads the model when it starts, and closes the engine's store when it ends.
 
@@ -40,6 +44,7 @@ def create_app(
         engine: what answers.
         config: who may call, and how much.
         on_failure: called, in another thread, if the model cannot be loaded; ``app.state.host.failure`` says why.
+        documents: texts by name that every visitor of the chat page begins with.
     """
     require(config is None or isinstance(config, ServerConfig), "config", config, "a ServerConfig or None")
     config = ServerConfig() if config is None else config
@@ -47,9 +52,12 @@ def create_app(
 
     @asynccontextmanager
     async def run(_: FastAPI) -> AsyncIterator[None]:
-        async with host.run():
+        async with host.run(), AsyncExitStack() as stack:
+            for each in inner:
+                await stack.enter_async_context(each.router.lifespan_context(each))
             yield
 
+    inner = list[FastAPI]()
     app = FastAPI(title="semsharekv", version=__version__, lifespan=run)
     app.state.host = host
     app.add_middleware(Gate, config=config)
@@ -60,6 +68,8 @@ def create_app(
     _add_answers(app, host)
     _add_documents(app, host)
     _add_facts(app, host)
+    if config.page:
+        inner += _add_page(app, host, documents)  # which takes all paths that are left, so it comes last
     return app
 
 
@@ -93,8 +103,7 @@ def _add_answers(app: FastAPI, host: Host) -> None:
 
 
 async def _answer(host: Host, request: Request, body: ChatBody | CompletionBody, tenant: str, form: Form) -> Response:
-    host.require_model(body.model)
-    prompt, options = cast(Any, body.prompt), body.make_options(tenant, host.most_tokens)
+    prompt, options = host.read_body(body, tenant)
     with ExitStack() as place:
         place.enter_context(host.take_place())
         if not body.stream:
@@ -174,10 +183,33 @@ def _add_documents(app: FastAPI, host: Host) -> None:
         return {"id": document_id, "object": "document", "deleted": True, "entries": dropped}
 
 
+def has_page() -> bool:
+    """Whether what the chat page needs is installed."""
+    return find_spec("gradio") is not None
+
+
+def _add_page(app: FastAPI, host: Host, documents: Mapping[str, str] | None) -> list[FastAPI]:
+    """Add the chat page, or where the extra ``web`` is missing, what to install. Return what runs beside ``app``."""
+    if not has_page():
+
+        @app.get("/", response_class=PlainTextResponse)
+        async def explain() -> str:
+            """How to get the chat page; needs no key."""
+            return 'The chat page needs gradio: pip install -e ".[web]"\n'
+
+        return []
+    from semsharekv_integrations.serving.page import make_page
+
+    page, entrance = make_page(host, documents)
+    app.mount("/", entrance)
+    return [page]
+
+
 def _add_facts(app: FastAPI, host: Host) -> None:
     """Add the routes that tell of the server itself."""
-    registry = CollectorRegistry()
-    registry.register(EngineCollector(host.engine))
+    registry, collector = CollectorRegistry(), EngineCollector(host.engine)
+    registry.register(collector)
+    host.on_full_engine = collector.add_calls
 
     @app.get("/health")
     async def check() -> dict[str, str]:

@@ -6,14 +6,19 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from semsharekv_integrations.config import AuditConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.engine import SemShareEngine
+from semsharekv_integrations.request import GenerateOptions
 from semsharekv_integrations.serving.problems import ServingError
+from semsharekv_integrations.serving.schemas import ChatBody, CompletionBody
 from semsharekv_integrations.serving.settings import ServerConfig
+from semsharekv_integrations.text.prompt import Prompt
 
 T = TypeVar("T")
 _LEFT = ServingError(499, None, "the caller has left")  # which nobody reads
@@ -25,6 +30,9 @@ class Host:
     Attributes:
         model: the name that it is called by.
         failure: why the model could not be loaded, or None.
+        full_engine: what ``load_full_engine`` has made, or None.
+        on_full_engine: called with it, once.
+        ending: set when the server takes on no more, for what would go on as long as a visitor stays.
     """
 
     def __init__(self, engine: SemShareEngine, config: ServerConfig, on_failure: Callable[[], None]) -> None:
@@ -33,6 +41,10 @@ class Host:
         self.model = config.model or engine.name
         self.failure: Exception | None = None
         self._on_failure = on_failure
+        self.full_engine: SemShareEngine | None = None
+        self.on_full_engine: Callable[[SemShareEngine], None] = lambda _: None
+        self._making = threading.Lock()
+        self.ending = asyncio.Event()
         self._taken = 0  # changed in the event loop alone
 
     @asynccontextmanager
@@ -65,6 +77,24 @@ class Host:
         if name != self.model:
             raise ServingError(404, "model_not_found", f"model is {name!r}; accepted is {self.model!r}", "model")
         self.require_loaded()
+
+    def read_body(self, body: ChatBody | CompletionBody, tenant: str) -> tuple[Prompt, GenerateOptions]:
+        """Return the prompt and the options that a body asks for. ``ServingError`` unless the model is there."""
+        self.require_model(body.model)
+        return cast(Any, body.prompt), body.make_options(tenant, self.most_tokens)
+
+    def load_full_engine(self) -> SemShareEngine:
+        """Return an engine over the same model that reuses nothing, made once: it tells what a full prefill takes."""
+        with self._making:
+            if self.full_engine is None:
+                if self.engine.mode == "off":
+                    self.full_engine = self.engine
+                else:
+                    plain = {"reuse": ReuseConfig(mode="off"), "store": StoreConfig(), "audit": AuditConfig()}
+                    config = replace(self.engine.config, **plain)
+                    self.full_engine = SemShareEngine(self.engine.model, self.engine.tokenizer, config)
+                    self.on_full_engine(self.full_engine)
+            return self.full_engine
 
     @property
     def most_tokens(self) -> int | None:

@@ -28,6 +28,7 @@ class ServerConfig:
         max_body_bytes: most bytes of a request.
         max_requests: most requests that are answered or wait for their turn; beyond it they are refused.
         max_tokens: most tokens of an answer, also where a request names none; None for what the context window leaves.
+        page: whether the chat page is served at ``/``, if the extra ``web`` is installed.
     """
 
     model: str | None = None
@@ -37,11 +38,13 @@ class ServerConfig:
     max_body_bytes: int = 16 * 1024**2
     max_requests: int = 32
     max_tokens: int | None = None
+    page: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "", "1 or more", lambda value: is_whole(value, 1), "max_body_bytes", "max_requests")
         check_fields(self, "", "None or 1 or more", lambda value: value is None or is_whole(value, 1), "max_tokens")
         check_fields(self, "", "None or a name", lambda value: value is None or is_name(value), "model")
+        check_fields(self, "", "True or False", lambda value: isinstance(value, bool), "page")
         for name in ("hosts", "cors_origins"):
             values = getattr(self, name)
             require(not isinstance(values, str) and all(map(is_name, values)), name, values, "a list of names")

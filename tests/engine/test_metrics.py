@@ -174,6 +174,24 @@ def test_engines_with_other_labels_share_a_registry(make_engine: EngineMaker) ->
         assert_reports(series, reports[name], engine=name, tier="one")
 
 
+def test_calls_of_an_engine_without_a_store_count_as_those_of_another(make_engine: EngineMaker) -> None:
+    engine, helper = make_engine(), make_engine("off")
+    collector, registry = EngineCollector(engine, service="a"), CollectorRegistry()
+    registry.register(collector)
+    collector.add_calls(helper, service="a")
+    engine.generate(PROMPT, max_new_tokens=2)
+    stored = registry.get_sample_value("semsharekv_store_entries", {"service": "a"})
+    helper.generate(PROMPT, max_new_tokens=2)
+    assert registry.get_sample_value("semsharekv_requests_total", {"service": "a"}) == 2
+    assert registry.get_sample_value("semsharekv_output_tokens_total", {"service": "a"}) == 4
+    assert registry.get_sample_value("semsharekv_store_entries", {"service": "a"}) == stored == 1
+    for mode in ("exact", "off"):
+        labels = {"service": "a", "mode": mode}
+        assert registry.get_sample_value("semsharekv_call_ttft_seconds_count", labels) == 1
+    with pytest.raises(ValueError, match="labels"):
+        collector.add_calls(helper, service="b")
+
+
 def test_a_registry_refuses_a_second_collector(make_engine: EngineMaker) -> None:
     registry = registry_of(EngineCollector(make_engine(), engine="a"))
     with pytest.raises(ValueError, match="Duplicated timeseries"):

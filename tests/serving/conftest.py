@@ -21,7 +21,7 @@ def serve(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterato
     def start(engine: SemShareEngine | None = None, mode: str = "exact", **config: Any) -> RunningServer:
         if engine is None:
             engine = SemShareEngine(llama, tokenizer, EngineConfig(reuse=ReuseConfig(mode=mode)))  # type: ignore[arg-type]
-        config = {"api_keys": KEYS, "model": "tiny"} | config
+        config = {"api_keys": KEYS, "model": "tiny", "page": False} | config
         running.append(RunningServer(engine, ServerConfig(**config)).__enter__())
         return running[-1]
 
@@ -30,9 +30,19 @@ def serve(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterato
         server.__exit__()
 
 
+@pytest.fixture
+def endless(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> SemShareEngine:
+    """An engine whose answers end at ``max_tokens`` alone."""
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(llama.config, "eos_token_id", None)
+    return SemShareEngine(llama, tokenizer, EngineConfig(reuse=ReuseConfig(mode="exact"), max_context_tokens=8192))
+
+
 @pytest.fixture(scope="module")
 def trained() -> Iterator[RunningServer]:
     """Serves the shipped model, with two keys."""
     engine = SemShareEngine.from_pretrained("semsharekv/reference", EngineConfig(reuse=ReuseConfig(mode="identical")))
-    with RunningServer(engine, ServerConfig(model="news", api_keys=KEYS)) as server:
+    with RunningServer(engine, ServerConfig(model="news", api_keys=KEYS, page=False)) as server:
         yield server.wait_until_loaded()

@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from running_server import KEYS, RunningServer, Serve, wait_until
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, StoreConfig
@@ -29,16 +28,6 @@ CHAT, DOCUMENTS = "/v1/chat/completions", "/v1/documents"
 LONG: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Who is the mayor?"}]}
 LONG |= {"temperature": 1.0, "seed": 1, "max_tokens": 4000}
 SHORT = {**LONG, "max_tokens": 1}
-
-
-@pytest.fixture
-def endless(
-    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> SemShareEngine:
-    """An engine whose answers end at ``max_tokens`` alone."""
-    monkeypatch.setattr(llama.generation_config, "eos_token_id", None)
-    monkeypatch.setattr(llama.config, "eos_token_id", None)
-    return SemShareEngine(llama, tokenizer, EngineConfig(reuse=ReuseConfig(mode="exact"), max_context_tokens=8192))
 
 
 def leave_early(server: RunningServer, *, stream: bool) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.serving import ServerConfig, create_app
+from semsharekv_integrations.serving.running import Server
 
 KEYS = ("first-key", "second-key")
 
@@ -20,11 +20,11 @@ KEYS = ("first-key", "second-key")
 class RunningServer:
     """An application that is being served. Leaving the block ends it as SIGTERM would."""
 
-    def __init__(self, engine: SemShareEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: SemShareEngine, config: ServerConfig, **options: Any) -> None:
         self.engine = engine
         self.config = config
-        self.app = create_app(engine, config)
-        self._server = uvicorn.Server(uvicorn.Config(self.app, port=0, access_log=False, log_level="warning"))
+        self.app = create_app(engine, config, **options)
+        self._server = Server(self.app, log_level="warning")
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> RunningServer:
@@ -39,7 +39,7 @@ class RunningServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+        return self._server.url
 
     @property
     def num_taken(self) -> int:
