@@ -90,8 +90,8 @@ class Host:
                 if self.engine.mode == "off":
                     self.full_engine = self.engine
                 else:
-                    plain = {"reuse": ReuseConfig(mode="off"), "store": StoreConfig(), "audit": AuditConfig()}
-                    config = replace(self.engine.config, **plain)
+                    plain = ReuseConfig(mode="off")
+                    config = replace(self.engine.config, reuse=plain, store=StoreConfig(), audit=AuditConfig())
                     self.full_engine = SemShareEngine(self.engine.model, self.engine.tokenizer, config)
                     self.on_full_engine(self.full_engine)
             return self.full_engine

@@ -103,37 +103,23 @@ class _Parts:
                         self.stop = gr.Button("Stop", interactive=False, size="md", scale=0, min_width=68)
                         self.send = gr.Button("Ask", variant="primary", size="md", scale=0, min_width=68)
 
-    @property
-    def shown(self) -> list[gr.HTML]:
-        """What ``_show`` returns values for."""
-        return [self.talks, self.documents, self.talk, self.notice]
-
-
-def _show(visitor: Visitor, notice: str = "", *, is_bad: bool = False) -> tuple[str, ...]:
-    return (
-        render_conversations(visitor),
-        render_documents(visitor.documents),
-        render_turns(visitor.conversation.turns),
-        render_notice(notice, is_bad=is_bad),
-    )
-
 
 def _lay_out(host: Host, visitor: Visitor) -> gr.Blocks:
     asker = Asker(host)
     with gr.Blocks(title="semsharekv", analytics_enabled=False, fill_width=True) as blocks:
         parts = _Parts(host, visitor)
-        _add_lists(blocks, parts)
-        _add_asking(parts, asker)
+        _add_documents(blocks, parts)
+        _add_conversations(parts, asker)
     return blocks
 
 
-def _change(visitor: Visitor, request: gr.Request, act: Callable[[Visitor], str | None]) -> tuple[str, ...]:
-    """Have ``act`` change what the visitor has; return what is shown then, or why it could not be done."""
+def _change(visitor: Visitor, request: gr.Request, act: Callable[[Visitor], str | None]) -> str:
+    """Have ``act`` change what the visitor has; return as HTML what there is to say, or why it could not be done."""
     try:
         _admit(visitor, request)
-        return _show(visitor, act(visitor) or "")
+        return render_notice(act(visitor) or "", is_bad=False)
     except Exception as error:  # else Gradio would log its message, which may hold what a visitor wrote
-        return _show(visitor, str(describe_error(error)), is_bad=True)
+        return render_notice(str(describe_error(error)), is_bad=True)
 
 
 def _admit(visitor: Visitor, request: gr.Request) -> str:
@@ -145,33 +131,33 @@ def _admit(visitor: Visitor, request: gr.Request) -> str:
     return tenant
 
 
-def _add_lists(blocks: gr.Blocks, parts: _Parts) -> None:
-    """Have the lists of documents and conversations do what they are told."""
+def _add_documents(blocks: gr.Blocks, parts: _Parts) -> None:
+    """Have the list of documents do what it is told. Events change no part but their own: they may overlap."""
     several = {**_QUIET, "trigger_mode": "multiple"}
 
-    async def greet(visitor: Visitor, request: gr.Request) -> tuple[str, ...]:
-        return _change(visitor, request, lambda _: None)
+    async def greet(visitor: Visitor) -> str:
+        return render_documents(visitor.documents)
 
-    async def change(visitor: Visitor, event: gr.EventData, request: gr.Request) -> tuple[str, ...]:
-        return _change(visitor, request, lambda known: _change_document(known, event._data))
+    async def change(visitor: Visitor, event: gr.EventData, request: gr.Request) -> tuple[str, str]:
+        told = _change(visitor, request, lambda known: _change_document(known, event._data))
+        return render_documents(visitor.documents), told
 
-    async def upload(visitor: Visitor, event: gr.EventData, request: gr.Request) -> tuple[str, ...]:
-        return _change(visitor, request, lambda known: _upload_file(known, event._data))
-
-    async def talk(visitor: Visitor, event: gr.EventData, request: gr.Request) -> tuple[str, ...]:
-        return _change(visitor, request, lambda known: _show_conversation(known, event._data))
+    async def upload(visitor: Visitor, event: gr.EventData, request: gr.Request) -> tuple[str, str]:
+        told = _change(visitor, request, lambda known: _upload_file(known, event._data))
+        return render_documents(visitor.documents), told
 
     async def paste(visitor: Visitor, name: str, text: str, request: gr.Request) -> tuple[Any, ...]:
         num_before = len(visitor.documents)
-        shown = _change(visitor, request, lambda known: f"{known.add_document(name, text).name} is added.")
-        return *shown, *(("", "") if len(visitor.documents) > num_before else (gr.skip(), gr.skip()))
+        told = _change(visitor, request, lambda known: f"{known.add_document(name, text).name} is added.")
+        emptied = ("", "") if len(visitor.documents) > num_before else (gr.skip(), gr.skip())
+        return render_documents(visitor.documents), told, *emptied
 
-    blocks.load(greet, [parts.state], parts.shown, **_QUIET)
-    parts.documents.change_document(change, [parts.state], parts.shown, **several)
-    parts.documents.upload_file(upload, [parts.state], parts.shown, **several)
-    parts.talks.show_conversation(talk, [parts.state], parts.shown, **several)
+    changed = [parts.documents, parts.notice]
+    blocks.load(greet, [parts.state], [parts.documents], **_QUIET)
+    parts.documents.change_document(change, [parts.state], changed, **several)
+    parts.documents.upload_file(upload, [parts.state], changed, **several)
     pasted = [parts.state, parts.name, parts.text]
-    parts.add.click(paste, pasted, [*parts.shown, parts.name, parts.text], **_QUIET)
+    parts.add.click(paste, pasted, [*changed, parts.name, parts.text], **_QUIET)
 
 
 def _change_document(visitor: Visitor, event: Mapping[str, Any]) -> str:
@@ -204,32 +190,47 @@ def _show_conversation(visitor: Visitor, event: Mapping[str, Any]) -> None:
         visitor.begin_conversation()
 
 
-def _add_asking(parts: _Parts, asker: Asker) -> None:
-    """Have questions asked, and answers stopped."""
+def _add_conversations(parts: _Parts, asker: Asker) -> None:
+    """Have questions asked, answers stopped, and conversations shown."""
 
-    async def ask(visitor: Visitor, question: str, beside: bool, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
+    async def ask(visitor: Visitor, question: str, beside: bool, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         try:
             tenant = _admit(visitor, request)
             turn, asked = visitor.ask(question, beside_full=beside)
         except Exception as error:  # see ``_change``
-            yield (*_show(visitor, str(describe_error(error)), is_bad=True), gr.skip(), gr.skip())
+            yield {parts.notice: render_notice(str(describe_error(error)), is_bad=True)}
             return
-        yield (*_show(visitor), "", gr.Button(interactive=True))
+        began = {parts.talks: render_conversations(visitor), parts.notice: "", parts.question: ""}
+        yield {parts.talk: _render_shown(visitor), parts.stop: gr.Button(interactive=True), **began}
         async with aclosing(asker.answer(turn, asked, tenant)) as steps:
             async for _ in steps:
-                yield (*_show(visitor), gr.skip(), gr.skip())
-        yield (*_show(visitor), gr.skip(), gr.Button(interactive=False))
+                yield {parts.talk: _render_shown(visitor)}
+        yield {parts.stop: gr.Button(interactive=False)}
 
-    async def stop(visitor: Visitor, request: gr.Request) -> tuple[Any, ...]:
-        return *_change(visitor, request, lambda known: known.stop_answers()), gr.Button(interactive=False)
+    async def show(visitor: Visitor, event: gr.EventData, request: gr.Request) -> tuple[str, ...]:
+        told = _change(visitor, request, lambda known: _show_conversation(known, event._data))
+        return render_conversations(visitor), _render_shown(visitor), told
 
-    given = [parts.state, parts.question, parts.beside]
-    gr.on(
+    async def refresh(visitor: Visitor) -> str:
+        return _render_shown(visitor)
+
+    async def stop(visitor: Visitor, request: gr.Request) -> str:
+        return _change(visitor, request, lambda known: known.stop_answers())
+
+    asking = gr.on(
         [parts.question.submit, parts.send.click],
         ask,
-        given,
-        [*parts.shown, parts.question, parts.stop],
+        [parts.state, parts.question, parts.beside],
+        [parts.talks, parts.talk, parts.notice, parts.question, parts.stop],
         trigger_mode="once",
         **_QUIET,
     )
-    parts.stop.click(stop, [parts.state], [*parts.shown, parts.stop], **_QUIET)
+    asking.then(refresh, [parts.state], [parts.talk], **_QUIET)  # what overlapped may have been shown last
+    parts.stop.click(stop, [parts.state], [parts.notice], **_QUIET)
+    shown = [parts.talks, parts.talk, parts.notice]
+    showing = parts.talks.show_conversation(show, [parts.state], shown, trigger_mode="multiple", **_QUIET)
+    showing.then(refresh, [parts.state], [parts.talk], **_QUIET)
+
+
+def _render_shown(visitor: Visitor) -> str:
+    return render_turns(visitor.conversation.turns)

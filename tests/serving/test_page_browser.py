@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -278,19 +279,24 @@ def test_where_too_many_ask_a_visitor_is_told_to_come_again(serve: Serve, look: 
         assert page.ask("Who?").locator(".skv-text").is_visible()
 
 
-def test_a_key_opens_the_page_of_its_tenant(serve: Serve, look: Visit) -> None:
+def test_a_key_opens_the_page_of_its_tenant(
+    serve: Serve, look: Visit, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     server = serve(page=True).wait_until_loaded()
-    with look() as page:
+    with look() as page, caplog.at_level(logging.DEBUG):
         page.page.goto(server.url)
         page.page.get_by_label("API key").fill("wrong")
         page.page.keyboard.press("Enter")
         page.page.get_by_role("alert").wait_for()
         page.page.get_by_label("API key").fill(KEYS[1])
         page.page.keyboard.press("Enter")
-        page.page.get_by_label("Question").wait_for()
-        page.ask("Who is the mayor of Velmar, and who was it before?")
+        page.wait_until_ready()
+        page.upload("hollyhock.txt", b"In hollyhock time the mayor of Velmar is Anna Kelsen.")
+        page.ask("What is a hollyhock?")
         tenants = [server.config.find_tenant(key) for key in KEYS]
         assert [bool(server.engine.store.references(str(tenant))) for tenant in tenants] == [False, True]
         page.page.get_by_role("link", name="Log out").click()
         page.page.get_by_label("API key").wait_for()
         assert page.hosts == {"127.0.0.1"}
+    assert not any("hollyhock" in record.getMessage() for record in caplog.records), "nothing of a prompt is logged"
+    assert "hollyhock" not in "".join(capfd.readouterr())

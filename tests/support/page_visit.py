@@ -65,6 +65,9 @@ class PageVisit:
 
     def open(self, url: str) -> PageVisit:
         self.page.goto(url)
+        return self.wait_until_ready()
+
+    def wait_until_ready(self) -> PageVisit:
         self.page.get_by_label("Question").wait_for()
         self.page.wait_for_function("() => document.querySelectorAll('[data-ready]').length === 4")
         return self
