@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from semsharekv_integrations.store.library import MANIFEST
 from tiny_models import STATEFUL, make_model
 
+MAPS = Path("/proc/self/maps")
 ANYWHERE = {"llama", "qwen3", "gpt_neox"}  # of the architectures tried here, those that borrow off the prefix
 
 
@@ -69,7 +71,7 @@ def test_it_answers_as_over_kv_that_it_computed_itself(
     made = make_model(architecture, len(tokens), **STATEFUL.get(architecture, {}))
     model = save_model(tmp_path / "model", made, tokens)
     warm(model, write_documents(tmp_path / "documents"), tmp_path / "kv")
-    for mode in ("exact", "identical") if architecture in ANYWHERE else ("exact",):
+    for mode in ("exact", "identical", "semantic", "paper") if architecture in ANYWHERE else ("exact",):
         mounted = answer_over(model, mode, libraries=[tmp_path / "kv"])
         assert mounted == answer_over_own(model, mode)
         assert mounted[0][1][0] > 0, "nothing of the library was reused"
@@ -88,6 +90,23 @@ def test_it_is_read_by_every_tenant_in_every_process_and_never_written(model: st
     for engine in engines:
         engine.close()
     assert photograph(made) == before
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell what is mapped")
+def test_its_files_are_mapped_and_take_no_memory_of_the_store(model: str, made: Path) -> None:
+    engine = open_engine(model, "identical", libraries=[made], max_bytes=0)
+    answer(engine)
+    assert all(str(file) in MAPS.read_text() for file in find_files(made))
+    assert engine.stats()["store_bytes"] == engine.stats()["store_promoted"] == 0
+
+
+def test_a_forked_child_reads_it_too(model: str, made: Path) -> None:
+    engine = open_engine(model, "exact", libraries=[made], max_bytes=0)
+    expected = answer(engine)
+    child = os.fork()
+    if not child:
+        os._exit(int(answer(engine) != expected))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_it_needs_no_permission_to_write(model: str, library: Path) -> None:
