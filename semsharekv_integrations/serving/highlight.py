@@ -30,7 +30,7 @@ KINDS: Mapping[Origin, Kind] = {
     "fuzzy": Kind("reworded", "read in the words of a stored text that says the same"),
     "computed": Kind("computed", "new, or what the answer hangs on"),
 }
-_OUTSIDE = "outside of documents"
+_OUTSIDE = "no document"
 _FINISHED = {"length": "cut: it reached the most tokens", "cancelled": "stopped"}
 
 
@@ -54,7 +54,7 @@ def split_text(decode: Callable[[list[int]], str], token_ids: Sequence[int], sto
 def render_turns(turns: Sequence[Turn]) -> str:
     """Return the conversation."""
     if turns:
-        return "".join(map(_render_turn, turns))
+        return f'<div role="log" aria-label="Conversation">{"".join(map(_render_turn, turns))}</div>'
     return (
         '<div class="skv-empty"><p>Nothing asked yet.</p><p>Add documents, write a question below and press Enter. '
         "Ask again with the documents in another order to see what is computed, and what is not.</p></div>"

@@ -49,7 +49,8 @@ class Asker:
         async with aclosing(self._write(turn.reply, self._host.engine, asked, tenant)) as steps:
             async for _ in steps:
                 yield
-        if turn.reply.report is None:
+        if turn.reply.report is None:  # there is nothing to compare
+            turn.other = None
             return
         self._times.note(tenant, turn.reply.report)
         turn.full_prefill = self._times.find(tenant, turn.reply.report)

@@ -49,7 +49,7 @@ class PrefillTimes:
     def find(self, tenant: str, report: ReuseReport) -> FullPrefill:
         """Return what a full prefill of the report's prompt took last, or else is estimated to take."""
         if not report.reused_tokens:
-            return FullPrefill(find_seconds(report), "this answer was behind one")
+            return FullPrefill(find_seconds(report), "this answer's own, as nothing was reused")
         known = self._prompts.get(_digest(tenant, report.prompt_ids)) if report.prompt_ids else None
         if known is not None:
             return FullPrefill(known, "measured when this prompt was last computed in full")

@@ -87,10 +87,11 @@ def test_documents_are_moved_by_hand_and_what_moved_is_not_computed_again(moving
         shown = second.locator(".skv-prompt").inner_text()
         assert [town for _, town in sorted((shown.index(NEWS[town]), town) for town in TOWNS)] == page.documents
         assert second.locator(".skv-times").get_attribute("data-full") == "measured"
-        second.scroll_into_view_if_needed()
+        second.evaluate("(turn) => turn.scrollIntoView()")
         save(page, "page-light")
         page.page.get_by_role("button", name="Dark theme").click()
         assert page.is_dark
+        second.evaluate("(turn) => turn.scrollIntoView()")
         save(page, "page-dark")
         assert page.hosts == {"127.0.0.1"} and not page.errors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -15,6 +16,8 @@ import httpx
 import pytest
 
 from running_server import KEYS, RunningServer, Serve, wait_until
+from semsharekv_integrations.cli.demo_calls import make_world_news
+from semsharekv_integrations.cli.demo_page import has_browser
 from semsharekv_integrations.cli.main import main
 from semsharekv_integrations.serving import app as app_module
 from semsharekv_integrations.serving.entrance import COOKIE, Visits
@@ -157,6 +160,20 @@ class TestPage:
         finally:
             process.kill()
 
+    def test_the_demo_shows_its_articles_and_says_where(self) -> None:
+        command = [sys.executable, "-m", "semsharekv_integrations", "demo", "--web", "--no-browser"]
+        options = ["--model", "semsharekv/reference", "--documents", "3", "--json"]
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            shown = httpx.get(f"{url}/config").text
+            assert "3 of 3 in the prompt" in shown and all(town in shown for town in read_towns(3))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) in (0, 130, -signal.SIGINT)
+        finally:
+            process.kill()
+
     def test_what_a_visitor_sends_that_is_no_event_is_not_logged(
         self, serve: Serve, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -173,6 +190,22 @@ class TestPage:
         own = [record for record in caplog.records if record.name.startswith(("semsharekv", "uvicorn", "fastapi"))]
         assert all(secret not in record.getMessage() for record in own)
         assert secret not in "".join(capfd.readouterr())
+
+
+def read_towns(number: int) -> list[str]:
+    return list(make_world_news(number, seed=7).articles)
+
+
+@pytest.mark.parametrize("screen", [None, ":0"])
+def test_a_browser_is_opened_where_there_is_one(monkeypatch: pytest.MonkeyPatch, screen: str | None) -> None:
+    found: list[str | None] = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("webbrowser.get", lambda: found.append("asked"))
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    if screen:
+        monkeypatch.setenv("DISPLAY", screen)
+    assert has_browser() == bool(screen) == bool(found)
 
 
 def test_visits_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def test_every_run_is_marked_by_its_origin_and_names_its_document() -> None:
         ("fuzzy", "3T"),
     ]
     assert [title for _, title, _ in marks] == [
-        "exact prefix, 2 tokens: outside of documents",
+        "exact prefix, 2 tokens: no document",
         "moved, 3 tokens: T",
         "computed, 1 token: T",
         "reworded, 2 tokens: fine",

@@ -33,6 +33,9 @@ const clear = () => items().forEach((each) => each.classList.remove("skv-above",
 const move = (event) => {
   if (!dragged) return;
   const [others, place] = findPlace(event.clientY);
+  const list = dragged.parentElement;
+  const { top, bottom } = list.getBoundingClientRect();
+  list.scrollTop += event.clientY < top + 24 ? -14 : event.clientY > bottom - 24 ? 14 : 0;
   clear();
   dragged.classList.add("skv-dragged");
   if (others.length) {
