@@ -52,6 +52,7 @@ class Plan:
     zipf: float  # exponent of popularity; 0 for sets that are asked for alike
     documents: int = 5  # of a set, each in no other
     document_chars: int = 4_000
+    begin_chars: int = 2_000  # of what all requests begin with
     room: int = 40  # documents that a replica keeps
     load: float = 0.7  # of what the replicas could serve if everything were reused as on one machine
     requests: int = 8_000
@@ -120,11 +121,12 @@ Choose = Callable[[Sequence[Replica], Request], int]
 
 
 def write_documents(plan: Plan, seed: int) -> list[Marks]:
-    """Return the marks of a text for each document."""
+    """Return the marks of a text for each document, and last those of what all requests begin with."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(SYLLABLES, k=2)) for _ in range(2_000)]
     texts = (" ".join(rng.choices(words, k=plan.document_chars // 6)) for _ in range(plan.sets * plan.documents))
-    return [mark_text(text, "lab") for text in texts]
+    begin = " ".join(rng.choices(words, k=plan.begin_chars // 6))
+    return [mark_text(text, "lab") for text in (*texts, begin)]
 
 
 def draw_requests(plan: Plan, seed: int, rate: float) -> list[Request]:
@@ -150,7 +152,7 @@ def make_chooser(policy: str, plan: Plan, marks: Sequence[Marks], seed: int) -> 
 
     @cache
     def mark_set(first: int) -> Marks:
-        return join_marks(marks[first : first + plan.documents])
+        return join_marks([*marks[first : first + plan.documents], marks[-1]])
 
     def draw_shorter(replicas: Sequence[Replica], request: Request) -> int:
         drawn = rng.sample(range(len(replicas)), min(2, len(replicas)))
@@ -166,7 +168,8 @@ def make_chooser(policy: str, plan: Plan, marks: Sequence[Marks], seed: int) -> 
     def follow_content(replicas: Sequence[Replica], request: Request) -> int:
         for number, one in enumerate(replicas):
             if request.time_s - one.sketched_s >= plan.period_s:
-                one.sketch, one.sketched_s = sketch_marks(join_marks(marks[kept] for kept in one.kept)), request.time_s
+                held = [marks[kept] for kept in one.kept] + ([marks[-1]] if one.kept else [])
+                one.sketch, one.sketched_s = sketch_marks(join_marks(held)), request.time_s
                 router.refresh(str(number))
         asked = mark_set(min(request.documents))
         queues = [one.count_queue(request.time_s) for one in replicas]
@@ -265,11 +268,11 @@ LEGEND = """# The request router, simulated
 `{command}` at commit {commit}: {requests:,} requests of each trace, of which the last four fifths count, n = 1 trace.
 
 Nothing here was measured on machines. A request has {plan.documents} documents of {plan.document_chars:,} characters,
-all of one set, in random order. A replica keeps the {plan.room} documents that it used last, reuses them wherever they
-stood, and serves one request at a time: {plan.prefill_s:g} s for a whole prefill, less what is reused, and
-{plan.decode_s:g} s for the rest. Requests come by chance, so that one machine with the room and speed of all replicas
-would be busy {plan.load:.0%} of the time. Sketches come every {plan.period_s:g} s. The largest had {largest:,} bytes;
-the bound is {bound:,}.
+all of one set, in random order, behind {plan.begin_chars:,} that are always the same. A replica keeps the {plan.room}
+documents that it used last, reuses them wherever they stood, and serves one request at a time: {plan.prefill_s:g} s for
+a whole prefill, less what is reused, and {plan.decode_s:g} s for the rest. Requests come by chance, so that one machine
+with the room and speed of all replicas would be busy {plan.load:.0%} of the time: who reuses less cannot keep up, and
+waits grow. Sketches come every {plan.period_s:g} s. The largest had {largest:,} bytes; the bound is {bound:,}.
 
 `one` is that one machine. `random`: any replica. `shortest`: the shorter queue of two that are drawn. `prefix`: the
 replica that was sent the longest common beginning, else `shortest`. `content`: the package's router.

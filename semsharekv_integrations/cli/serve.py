@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", metavar="DIR", help="where KV is kept beyond this process (default: nowhere)")
     mounted = "a folder of KV that semsharekv warm made, for all callers; can be given again"
     parser.add_argument("--library", action="append", default=[], metavar="DIR", help=mounted)
+    several = "engines behind the address, by Ray Serve, each with a GPU if there is one (default: 1)"
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help=several)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000); 0 for a free one")
     key = f"lets a caller in; can be given again; also from {KEYS}"
@@ -61,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
     config = _read_config(args, ServerConfig)
     guarded = bool(config.api_keys) or is_local(args.host)
     require(guarded, "--host", args.host, f"an address of this machine alone, or --api-key or {KEYS} beside it")
+    require(args.replicas >= 1, "--replicas", args.replicas, "1 or more")
+    if args.replicas > 1:
+        return _serve_replicas(args, config)
     server: Server
 
     def stop() -> None:
@@ -71,6 +76,17 @@ def run(args: argparse.Namespace) -> int:
     server.run()
     if app.state.host.failure is not None:
         raise app.state.host.failure
+    return 0
+
+
+def _serve_replicas(args: argparse.Namespace, config: ServerConfig) -> int:
+    try:
+        from semsharekv_integrations.serving.ray import ReplicaSettings, serve_replicas
+    except ImportError as error:
+        raise SemShareError(f'several replicas need {error.name}: pip install -e ".[ray]"') from error
+    of_all = {"store": args.store, "libraries": tuple(args.library), "device": args.device, "dtype": args.dtype}
+    settings = ReplicaSettings(args.model, args.replicas, args.mode, args.budget, server=config, **of_all)
+    serve_replicas(settings, args.host, args.port)
     return 0
 
 

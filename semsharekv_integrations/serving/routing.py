@@ -26,6 +26,7 @@ WINDOW = 48  # characters
 SPACING = 32  # one window of so many is looked at, at most: further ones would tell little more
 SKETCH_BYTES = 64 * 1024
 MOST_REMEMBERED = 64  # requests sent to a replica that its sketch may not show yet
+FULLNESS_COST = 0.25  # of what is computed: what it costs besides that it takes room, at a replica as full as others
 QUEUE_COST = 0.25  # of a full prefill: what a request that is ahead costs, so four of them outweigh a whole prompt
 _HEAD_BYTES = 8
 _MARK_BYTES = 4
@@ -63,6 +64,10 @@ class Sketch(NamedTuple):
             raise ValueError(f"a sketch has {len(told)} bytes; accepted are 8, and 4 for each mark")
         stop = int.from_bytes(told[:_HEAD_BYTES], "little")
         return cls(stop, np.frombuffer(told[_HEAD_BYTES:], "<u4").astype(np.uint32))
+
+    def estimate_size(self) -> float:
+        """Return about how many windows the replica holds, those that found no place in the sketch included."""
+        return len(self.marks) * NOTHING.stop / max(1, self.stop)
 
     def score(self, marks: Marks) -> float:
         """Return the share of a text, 0 to 1, that the replica holds, as far as can be told; 0 for a short one."""
@@ -146,12 +151,19 @@ class Router:
     def rank(self, candidates: Sequence[Candidate], marks: Marks) -> list[str]:
         """Return the ids of the replicas worth asking, best first: the best holder, and two others drawn by chance.
 
-        A replica costs what it must compute of the prompt, and its queue. So an overloaded holder loses to the better
-        of the two, which holds the content from then on as well.
+        A replica costs what it must compute of the prompt, the more the fuller it is beside others, and its queue. So
+        an overloaded holder loses to the better of the two, which holds the content from then on as well; and prompts
+        that only begin alike do not all end up at the replica that had the first of them.
         """
         mixed = self._random.sample(list(candidates), len(candidates))  # so that no equal is preferred
         scores = {one.id: self._score(one, marks) for one in mixed}
-        costs = {one.id: 1 - scores[one.id] + self._queue_cost * one.queue for one in mixed}
+        sizes = {one.id: one.sketch.estimate_size() + self._count_sent(one.id) for one in mixed}
+        mean = max(1.0, sum(sizes.values()) / max(1, len(sizes)))
+        costs = {
+            one.id: (1 - scores[one.id]) * (1 + FULLNESS_COST * min(2.0, sizes[one.id] / mean))
+            + self._queue_cost * one.queue
+            for one in mixed
+        }
         holders = (one.id for one in mixed if scores[one.id] > 0)
         chosen = [one.id for one in mixed[:2]]
         holder = min(holders, key=costs.__getitem__, default=None)
@@ -172,6 +184,10 @@ class Router:
         """Forget the replicas that are not among these."""
         kept = set(replicas)
         self._sent = {id: sent for id, sent in self._sent.items() if id in kept}
+
+    def _count_sent(self, replica: str) -> int:
+        """Return how many windows a replica was sent that its sketch may not show."""
+        return len(self._sent[replica].marks) if replica in self._sent else 0
 
     def _score(self, candidate: Candidate, marks: Marks) -> float:
         """Return the larger share of the text: that of the sketch, or of what the replica was sent since."""

@@ -111,7 +111,7 @@ def test_the_holder_is_first_until_its_queue_costs_more_than_computing() -> None
     router, marks = Router(seed=1), mark_text(write(1), "t")
     for queue in range(8):
         first = router.rank(candidates(0, queue, 0, 0, r1=hold(1)), marks)[0]
-        assert (first == "1") == (queue <= 4), queue
+        assert (first == "1") == (queue <= 4), queue  # a whole prefill, where it takes no room from others
 
 
 def test_of_two_holders_the_one_with_more_or_with_less_to_do_is_first() -> None:
@@ -133,6 +133,21 @@ def test_what_everybody_holds_is_spread_too() -> None:
     all_hold = candidates(*[0] * 4, r0=held, r1=held, r2=held, r3=held)
     firsts = Counter(router.rank(all_hold, mark_text(write(1), "t"))[0] for _ in range(400))
     assert len(firsts) == 4 and max(firsts.values()) < 2 * min(firsts.values())
+
+
+def test_prompts_that_begin_alike_do_not_all_go_where_the_first_one_went() -> None:
+    """One after another, without queues: each set keeps its replica, and each replica has a share of the sets."""
+    router, preamble = Router(seed=1), write(999, CHARS // 2)
+    sets = [mark_text(f"{preamble}\n\n{write(seed)}", "t") for seed in range(12)]
+    places: dict[int, set[str]] = {n: set() for n in range(12)}
+    for _ in range(5):
+        for number, marks in enumerate(sets):
+            first = router.rank(candidates(0, 0), marks)[0]
+            router.note(first, marks)
+            places[number].add(first)
+    assert all(len(places[number]) == 1 for number in places), "a set moved"
+    shares = Counter(place for found in places.values() for place in found)
+    assert min(shares["0"], shares["1"]) >= 4
 
 
 def test_what_was_sent_is_known_before_a_sketch_shows_it() -> None:

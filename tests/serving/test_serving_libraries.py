@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from libraries import DOCUMENTS, open_engine, save_model, warm, write_documents
 from running_server import KEYS, Serve
 from semsharekv_integrations.cli import serve as command
-from semsharekv_integrations.cli.main import _make_parser
+from semsharekv_integrations.cli.main import _make_parser, main
 from semsharekv_integrations.terminal import make_engine
 
 pytestmark = pytest.mark.enable_socket
@@ -42,3 +43,12 @@ def test_the_command_takes_libraries(tmp_path: Path) -> None:
     args = _make_parser().parse_args(["serve", "--library", "one", "--library", str(tmp_path)])
     assert args.run is command.run
     assert make_engine(args).config.store.libraries == ("one", str(tmp_path))
+
+
+def test_several_replicas_need_ray(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "semsharekv_integrations.serving.ray", raising=False)
+    assert main(["serve", "--replicas", "2"]) == 2
+    assert '".[ray]"' in capsys.readouterr().err
+    assert main(["serve", "--replicas", "0"]) == 2
+    assert "--replicas is 0; accepted is 1 or more" in capsys.readouterr().err
