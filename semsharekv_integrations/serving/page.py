@@ -133,7 +133,7 @@ def _admit(visitor: Visitor, request: gr.Request) -> str:
 
 def _add_documents(blocks: gr.Blocks, parts: _Parts) -> None:
     """Have the list of documents do what it is told. Events change no part but their own: they may overlap."""
-    several = {**_QUIET, "trigger_mode": "multiple"}
+    several = {**_QUIET, "trigger_mode": "multiple", "concurrency_id": "documents", "concurrency_limit": 1}  # in order
 
     async def greet(visitor: Visitor) -> str:
         return render_documents(visitor.documents)

@@ -171,6 +171,12 @@ def test_a_phone_needs_no_scrolling_sideways(moving: RunningServer, look: Visit)
         turn.locator(".skv-legend").scroll_into_view_if_needed()
         save(page, "page-phone-dark")
         page.page.get_by_role("button", name="Paste a text").click()
+        page.upload(f"{'A-long-name-' * 6}.txt", b"Long" * 200)
+        page.ask("Who? " * 60, beside=True)
+        page.upload(f"{'B-long-name-' * 6}.png", b"")
+        assert page.overflow <= 0
+        page.page.get_by_role("button", name="New", exact=True).click()
+        page.page.locator(".skv-empty").wait_for()
         assert page.overflow <= 0
 
 

@@ -145,8 +145,12 @@ class PageVisit:
 
     @property
     def overflow(self) -> int:
-        """By how many pixels the page is wider than the window."""
-        return self.page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
+        """By how many pixels the page, or anything on it that scrolls by itself not, is wider than the window."""
+        return self.page.evaluate(
+            "() => Math.max(document.documentElement.scrollWidth, ...[...document.querySelectorAll('main *')]"
+            ".filter((each) => each.checkVisibility() && !each.closest('.skv-scroll, .skv-hide'))"
+            ".map((each) => each.getBoundingClientRect().right)) - window.innerWidth"
+        )
 
 
 def count_origins(turn: Locator) -> dict[str, int]:
