@@ -7,6 +7,7 @@ about chat templates, nor about how KV is reused.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -257,7 +258,7 @@ class LocalModel(SamplingFields, BaseLanguageModel):
             "device": None if self.device is None else str(self.device),
             "dtype": _make_plain(self.dtype),
             "model_kwargs": loading,
-            "config": asdict(self.config),
+            "config": json.loads(json.dumps(asdict(self.config), default=os.fspath)),
             "stop_strings": sampling.pop("stop"),  # LangChain overwrites "stop" with that of the call
             **sampling,
         }

@@ -484,7 +484,7 @@ NO_QUERIES = {
     "go_on_in_child",
     "collect_left",
 }
-NO_QUERIES |= {"require_gone", "between_writes", "free_device", "write_waiting"}
+NO_QUERIES |= {"require_gone", "between_writes", "free_device", "write_waiting", "mount", "list_libraries"}
 ADMINISTRATIVE = {"references", "fetch_all"}
 HOUSEKEEPING = {"collect_left"}  # tells the engine, and nobody else, which names, texts and vectors are still needed
 QUERIES = {

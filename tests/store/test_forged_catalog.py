@@ -68,7 +68,8 @@ def assert_harmless(path: Path) -> None:
     entries = peek(path / FINGERPRINT).entries
     for as_json in (False, True):
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            store_command.run_inspect(Namespace(directory=path, namespace=None, document=None, json=as_json))
+            asked = Namespace(directory=path, namespace=None, document=None, json=as_json, last=False)
+            store_command.run_inspect(asked)
     clock = Clock()
     store = opened(config_of(0, directory=path), clock)
     assert len(store.references()) <= len(entries)

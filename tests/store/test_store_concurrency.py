@@ -318,7 +318,7 @@ def test_threads_and_tasks_on_one_store_with_all_tiers(tmp_path: Path) -> None:
     for trouble in ("damaged", "foreign", "vanished", "write_failed"):
         assert stats[f"disk_{trouble}"] == 0, trouble
     assert not list((tmp_path / "kv").glob("*/*.safetensors"))
-    assert (after.handles, after.maps, after.objects) == (before.handles, 0, before.objects)
+    assert (after.handles, after.objects) == (before.handles, before.objects) and after.maps <= before.maps
     assert marks[1].handles == marks[0].handles and marks[1].threads <= before.threads
     assert after.resident_bytes - marks[0].resident_bytes < MOST_GROWTH_BYTES
 
@@ -405,4 +405,4 @@ def test_threads_and_tasks_on_one_engine_with_all_tiers(make_engine: EngineMaker
     assert not list((tmp_path / "kv").glob("*/*.safetensors"))
     after = Footprint()
     print("", *told, f"after: {after}", sep="\n")  # noqa: T201
-    assert (after.handles, after.maps, after.objects) == (before.handles, 0, before.objects)
+    assert (after.handles, after.objects) == (before.handles, before.objects) and after.maps <= before.maps

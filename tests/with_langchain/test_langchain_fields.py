@@ -145,6 +145,7 @@ def test_an_instance_goes_into_other_pydantic_models_as_it_is(cls: ModelClass) -
         {"mode": "off"},
         {"config": EngineConfig(ReuseConfig(min_prefix_tokens=5))},
         {"config": EngineConfig(max_context_tokens=99)},
+        {"config": EngineConfig(store=StoreConfig(directory=Path("kv"), libraries=[Path("library"), "other"]))},
         {"dtype": "float16"},
         {"device": "cuda"},
         {"model_kwargs": {"revision": "abc"}},
