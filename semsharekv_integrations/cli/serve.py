@@ -85,6 +85,7 @@ def _serve_replicas(args: argparse.Namespace, config: ServerConfig) -> int:
     except ImportError as error:
         raise SemShareError(f'several replicas need {error.name}: pip install -e ".[ray]"') from error
     of_all = {"store": args.store, "libraries": tuple(args.library), "device": args.device, "dtype": args.dtype}
+    of_all |= {"drain_s": args.drain_s}
     settings = ReplicaSettings(args.model, args.replicas, args.mode, args.budget, server=config, **of_all)
     serve_replicas(settings, args.host, args.port)
     return 0

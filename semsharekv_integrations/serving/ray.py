@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.errors import StoreLockedError, is_whole, require
+from semsharekv_integrations.errors import StoreLockedError, is_number, is_whole, require
 from semsharekv_integrations.serving.app import create_app
 from semsharekv_integrations.serving.gates import Gate
 from semsharekv_integrations.serving.relaying import (
@@ -63,6 +63,7 @@ class ReplicaSettings:
         copies: replicas that compute a document which is warmed.
         period_s: seconds between two sketches of a replica.
         device, dtype: as ``SemShareEngine.from_pretrained`` takes them.
+        drain_s: seconds that answers get to end when a replica or the server stops.
         server: who may call, and how much. There is no chat page, whose visitors would change replicas.
     """
 
@@ -76,11 +77,13 @@ class ReplicaSettings:
     period_s: float = 2.0
     device: str | None = None
     dtype: str = "auto"
+    drain_s: float = 30.0
     server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         for name in ("replicas", "copies"):
             require(is_whole(getattr(self, name), 1), name, getattr(self, name), "1 or more")
+        require(is_number(self.drain_s) and self.drain_s >= 0, "drain_s", self.drain_s, "0 or more seconds")
         require(self.copies <= self.replicas, "copies", self.copies, f"at most {self.replicas}, the replicas")
         object.__setattr__(self, "server", replace(self.server, page=False))
 
@@ -277,12 +280,14 @@ def app(args: Mapping[str, Any] | ReplicaSettings) -> serve.Application:
         num_replicas=settings.replicas,
         max_ongoing_requests=2 * settings.server.max_requests,
         request_router_config=router,
+        graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": 0, "num_gpus": devices},
     )
     gateway = serve.deployment(
         Gateway,
         name="gateway",
         max_ongoing_requests=2 * settings.replicas * settings.server.max_requests,
+        graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": 0},
     )
     return gateway.bind(replica.bind(settings), settings)
@@ -290,8 +295,13 @@ def app(args: Mapping[str, Any] | ReplicaSettings) -> serve.Application:
 
 def serve_replicas(settings: ReplicaSettings, host: str, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C; replicas let their answers end, and close their stores."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the shutdown
+        raise KeyboardInterrupt
+
     serve.start(http_options={"host": host, "port": port})
+    signal.signal(signal.SIGTERM, stop)  # only now: Ray sets a handler of its own, which aborts
     try:
         serve.run(app(settings), blocking=True)
     except KeyboardInterrupt:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +25,7 @@ from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from semsharekv_integrations.serving import ServerConfig
 from semsharekv_integrations.serving.relaying import HEADER
+from semsharekv_integrations.store.directory import find_directories, peek
 from tiny_models import make_model
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
@@ -133,3 +137,30 @@ def test_a_killed_replica_costs_its_own_requests_only(url: str) -> None:
     wait_until(lambda: ask(url, write(3)).status_code == 200, BEGINS_S)
     new = (write(seed) for seed in itertools.count(10_000))
     wait_until(lambda: len({ask(url, next(new)).headers.get(HEADER) for _ in range(8)}) == 2, BEGINS_S)
+
+
+def test_the_command_ends_in_order_at_sigterm_however_often_it_comes(tmp_path: Path) -> None:
+    """Answers were given until then, and what they left is in the store."""
+    line = ["serve", "--model", REFERENCE_MODEL, "--replicas", "2", "--port", "8478", "--store", str(tmp_path / "kv")]
+    own = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[2])}
+    own.pop("RAY_ADDRESS", None)
+    server = subprocess.Popen([sys.executable, "-m", "semsharekv_integrations", *line], env=own)
+    try:
+        wait_until(lambda: is_healthy("http://127.0.0.1:8478"), BEGINS_S)
+        body = {"model": REFERENCE_MODEL, "prompt": write(9), "max_tokens": 1}
+        assert httpx.post("http://127.0.0.1:8478/v1/completions", json=body, timeout=120).status_code == 200
+        server.terminate()
+        time.sleep(0.2)
+        server.terminate()
+        assert server.wait(120) == 0
+    finally:
+        server.kill()
+    left = [peek(path).entries for kept in (tmp_path / "kv").iterdir() for path in find_directories(kept)]
+    assert sum(map(len, left)) == 1 and not list((tmp_path / "kv").rglob("*-wal"))
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
