@@ -50,10 +50,16 @@ class LastReport:
         """Delete it, if it is there; return whether it is gone."""
         try:
             if self.path is not None:
-                self.path.unlink(missing_ok=True)
+                remove_last_report(self.path.parent)
         except OSError:
             return False
         return True
+
+
+def remove_last_report(directory: Path) -> None:
+    """Delete the report in a store's directory, if there is one, and what a killed writer left of another."""
+    for path in directory.glob(f"{LAST_REPORT}*"):
+        path.unlink(missing_ok=True)
 
 
 def read_last_report(directory: Path) -> tuple[ReuseReport, ReuseConfig]:

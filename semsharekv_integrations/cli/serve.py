@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve_replicas(args: argparse.Namespace, config: ServerConfig) -> int:
+    require(args.port > 0, "--port", args.port, "1 to 65535 with --replicas")
     try:
         from semsharekv_integrations.serving.ray import ReplicaSettings, serve_replicas
     except ImportError as error:

@@ -23,7 +23,7 @@ from rich.text import Text
 from semsharekv_integrations.config import StoreConfig
 from semsharekv_integrations.errors import StoreFileError, require
 from semsharekv_integrations.explaining import explain_report
-from semsharekv_integrations.last_report import LAST_REPORT, read_last_report
+from semsharekv_integrations.last_report import read_last_report, remove_last_report
 from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
@@ -128,7 +128,7 @@ def run_clear(args: argparse.Namespace) -> int:
         whole = args.namespace is None
         removed = sum(store.clear() if whole else store.forget(args.namespace, **chosen) for store in stores)
         unusable = sum(store.stats()[f"{DISK}_{name}"] for store in stores for name in _UNUSABLE)
-    args.directory.joinpath(LAST_REPORT).unlink(missing_ok=True)  # it may name what is gone
+    remove_last_report(args.directory)  # it may name what is gone
     console = Console(highlight=False, markup=False)
     console.print(f"{removed} entries deleted from {args.directory}.")
     if unusable:

@@ -3,9 +3,8 @@
     semsharekv warm FOLDER --model X --to DIR
 
 FOLDER's files that end in .txt or .md, at any depth, become documents, named by their path in it. Links to folders are
-not followed. Run it again after
-changes: only what is new or changed is computed, and what is gone is dropped. Engines mount DIR with
-StoreConfig(libraries=[DIR]), servers with --library DIR.
+not followed. Run it again after changes: only what is new or changed is computed, and what is gone is dropped. Engines
+mount DIR with StoreConfig(libraries=[DIR]), servers with --library DIR.
 
 Files that cannot be read, or whose KV cannot be computed, are named and left out; the exit code is 1 then.
 """

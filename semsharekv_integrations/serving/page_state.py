@@ -82,7 +82,7 @@ class Conversation:
 
 @dataclass
 class Visitor:
-    """One visitor's documents and conversations; ``notice`` is what the page has to say about the last thing done.
+    """One visitor's documents and conversations.
 
     Attributes:
         tenant: whose KV the visitor's calls read, once known.
@@ -93,7 +93,6 @@ class Visitor:
     documents: list[Document] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=lambda: [Conversation()])
     current: int = 0
-    notice: str = ""
 
     @property
     def conversation(self) -> Conversation:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from semsharekv_integrations.config import EngineConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.engine import SemShareEngine
-from semsharekv_integrations.errors import StoreLockedError, is_number, is_whole, require
+from semsharekv_integrations.errors import SemShareError, StoreLockedError, is_number, is_whole, require
 from semsharekv_integrations.serving.app import create_app
 from semsharekv_integrations.serving.gates import Gate
 from semsharekv_integrations.serving.relaying import (
@@ -45,6 +45,7 @@ from semsharekv_integrations.serving.relaying import (
 from semsharekv_integrations.serving.routing import NOTHING, Candidate, Holdings, Router, Sketch, mark_text
 from semsharekv_integrations.serving.settings import ServerConfig
 from semsharekv_integrations.store.directory import DirectoryLock
+from semsharekv_integrations.store.mounting import check_libraries
 
 SKETCH = "sketch"
 DOCUMENTS = "/v1/documents"
@@ -84,8 +85,15 @@ class ReplicaSettings:
         for name in ("replicas", "copies"):
             require(is_whole(getattr(self, name), 1), name, getattr(self, name), "1 or more")
         require(is_number(self.drain_s) and self.drain_s >= 0, "drain_s", self.drain_s, "0 or more seconds")
+        require(is_number(self.period_s) and self.period_s > 0, "period_s", self.period_s, "seconds above 0")
         require(self.copies <= self.replicas, "copies", self.copies, f"at most {self.replicas}, the replicas")
         object.__setattr__(self, "server", replace(self.server, page=False))
+
+    def make_engine(self, directory: Path | None) -> SemShareEngine:
+        """Return one replica's engine, with a store in ``directory``; its weights are not loaded yet."""
+        store = StoreConfig(directory=directory, libraries=tuple(self.libraries))
+        config = EngineConfig(ReuseConfig(self.mode, budget=self.budget), store)
+        return SemShareEngine.from_pretrained(self.model, config, self.device, self.dtype)
 
 
 class ContentRouter(RequestRouter):
@@ -141,9 +149,7 @@ class Replica:
     async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc] # Ray awaits it
         self._id = serve.get_replica_context().replica_id.unique_id
         self._lock, directory = _claim_directory(settings)
-        store = StoreConfig(directory=directory, libraries=tuple(settings.libraries))
-        config = EngineConfig(ReuseConfig(settings.mode, budget=settings.budget), store)
-        self._engine = SemShareEngine.from_pretrained(settings.model, config, settings.device, settings.dtype)
+        self._engine = settings.make_engine(directory)
         self._app = create_app(self._engine, settings.server)
         self._holdings = Holdings()
         self._life = self._app.router.lifespan_context(self._app)
@@ -190,10 +196,16 @@ def _read_about(pending: PendingRequest | None) -> Mapping[str, Any]:
 
 def _read_settings(args: Mapping[str, Any]) -> ReplicaSettings:
     """Return the settings of a command line, where everything is text."""
-    numbers = {name: int(args[name]) for name in ("replicas", "copies") if name in args}
-    lists = {name: str(args[name]).split(",") for name in ("libraries",) if name in args}
-    period = {"period_s": float(args["period_s"])} if "period_s" in args else {}
-    return ReplicaSettings(**{**args, **numbers, **lists, **period})
+    readers: dict[str, Callable[[str], Any]] = {
+        **dict.fromkeys(("replicas", "copies"), int),
+        **dict.fromkeys(("budget", "period_s", "drain_s"), float),
+        "libraries": lambda told: told.split(","),
+    }
+    try:
+        return ReplicaSettings(**{name: readers.get(name, str)(value) for name, value in args.items()})
+    except TypeError as error:
+        known = ", ".join(each.name for each in fields(ReplicaSettings))
+        raise ValueError(f"{error}; accepted are {known}") from error
 
 
 def _claim_directory(settings: ReplicaSettings) -> tuple[DirectoryLock | None, Path | None]:
@@ -300,11 +312,21 @@ def serve_replicas(settings: ReplicaSettings, host: str, port: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the shutdown
         raise KeyboardInterrupt
 
+    _check_model(settings)
     serve.start(http_options={"host": host, "port": port})
     signal.signal(signal.SIGTERM, stop)  # only now: Ray sets a handler of its own, which aborts
     try:
         serve.run(app(settings), blocking=True)
     except KeyboardInterrupt:
         pass
+    except RuntimeError as error:
+        raise SemShareError(f"the replicas could not be started: {error}") from error
     finally:
         serve.shutdown()
+
+
+def _check_model(settings: ReplicaSettings) -> None:
+    """Raise what every replica would fail with, as far as that shows in configuration, tokenizer and libraries."""
+    engine = settings.make_engine(None)
+    check_libraries(engine.config.store)
+    _ = engine.tokenizer, engine.context_window

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from libraries import save_model
 from running_server import KEYS, wait_until
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
+from semsharekv_integrations.cli.main import main
 from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from semsharekv_integrations.serving import ServerConfig
 from semsharekv_integrations.serving.relaying import HEADER
@@ -157,6 +158,36 @@ def test_the_command_ends_in_order_at_sigterm_however_often_it_comes(tmp_path: P
         server.kill()
     left = [peek(path).entries for kept in (tmp_path / "kv").iterdir() for path in find_directories(kept)]
     assert sum(map(len, left)) == 1 and not list((tmp_path / "kv").rglob("*-wal"))
+
+
+def test_settings_of_a_command_line_are_read_as_what_they_are() -> None:
+    from semsharekv_integrations.serving.ray import ReplicaSettings, _read_settings
+
+    told = {"model": "m", "replicas": "3", "copies": "2", "mode": "identical", "budget": "0.5", "store": "kv"}
+    found = _read_settings({**told, "libraries": "a,b", "period_s": "1.5", "device": "cpu", "drain_s": "7"})
+    more = {"store": "kv", "libraries": ["a", "b"], "copies": 2, "period_s": 1.5, "device": "cpu", "drain_s": 7.0}
+    assert found == ReplicaSettings("m", 3, "identical", 0.5, **more)
+    bad = [{"replicas": "no"}, {"drain_s": "-1"}, {"period_s": "0"}, {"copies": "3"}, {"colour": "red"}]
+    for one in bad:
+        with pytest.raises(ValueError, match=next(iter(one.values())) if "colour" not in one else "colour"):
+            _read_settings(one)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--library", "/no/such/library"], "/no/such/library"),
+        (["--port", "0"], "--port is 0"),
+    ],
+)
+def test_what_no_replica_could_serve_is_told_before_ray_begins(
+    line: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.serve.start", lambda **_: pytest.fail("Ray was begun"))
+    assert main(["serve", "--replicas", "2", *line]) == 2
+    told = capsys.readouterr().err
+    assert named in told and "Traceback" not in told
 
 
 def is_healthy(url: str) -> bool:
