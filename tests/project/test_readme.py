@@ -12,26 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from documentation import ELSEWHERE, PAGES, README, ROOT, find_blocks, find_unrun
 from semsharekv_integrations.cli.main import main
 
-ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-PAGES = [
-    README,
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    ROOT / "SECURITY.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
-ELSEWHERE = {"serving"}  # whose blocks need a server: ``tests/serving`` runs them
 LANGUAGES = {"python", "bash", "text"}
+ABROAD = {"questions": "https://github.com/"}  # pages that name where what they say comes from
 MADE_UP = {"new.md", "examples/lab/results/NAME.md"}
 ANSWERS = {"mayor of Velmar?": "Anna Kelsen", "cost in Velmar?": "42 million", "cost in Osteck?": "17 million"}
-
-
-def find_blocks(page: Path) -> list[tuple[str, str]]:
-    """The language and the text of each fenced block; the language is empty where none is named."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def find_anchors(page: Path) -> set[str]:
@@ -46,7 +33,8 @@ def find_code(folder: str) -> list[Path]:
 
 def cases(language: str) -> list[object]:
     pages = [page for page in PAGES if page.stem not in ELSEWHERE]
-    found = [(page, code) for page in pages for name, code in find_blocks(page) if name == language]
+    blocks = [(page, name, code) for page in pages for name, code in find_blocks(page) if code not in find_unrun(page)]
+    found = [(page, code) for page, name, code in blocks if name == language]
     return [pytest.param(page, code, id=f"{page.stem}-{code.splitlines()[0][:40]}") for page, code in found]
 
 
@@ -68,19 +56,18 @@ def test_python_block_runs_and_answers(page: Path, code: str, capsys: pytest.Cap
 def test_shell_block(
     page: Path, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    command = code.strip().split("&&")[-1].split("#")[0].strip()
-    program, *arguments = shlex.split(command)
-    if program.endswith("pytest") and page == README:  # this very run
-        return
-    assert program in ("semsharekv", ".venv/bin/semsharekv")
     monkeypatch.setattr("sys.stdin.readline", lambda: "")
-    if "warm" in arguments:
-        (tmp_path / "articles").mkdir()
-        (tmp_path / "articles" / "velmar.txt").write_text("The mayor of Velmar is Anna Kelsen.")
-        monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--json"]) == 0
-    if "demo" in arguments:
-        assert '"same_as_off": true' in capsys.readouterr().out
+    (tmp_path / "articles").mkdir()
+    (tmp_path / "articles" / "velmar.txt").write_text("The mayor of Velmar is Anna Kelsen.")
+    monkeypatch.chdir(tmp_path)
+    for line in filter(str.strip, code.splitlines()):
+        program, *arguments = shlex.split(line.split("&&")[-1], comments=True)
+        if program.endswith("pytest") and page == README:  # this very run
+            return
+        assert program in ("semsharekv", ".venv/bin/semsharekv")
+        assert main([*arguments, "--json"]) == 0
+        if "demo" in arguments:
+            assert '"same_as_off": true' in capsys.readouterr().out
 
 
 def test_setup_commands_begin_alike() -> None:
@@ -92,7 +79,9 @@ def test_setup_commands_begin_alike() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        assert "://" not in target, "what is needed lies in the repository"
+        if "://" in target:
+            assert target.startswith(ABROAD.get(page.stem, " ")), "what is needed lies in the repository"
+            continue
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
         assert file.exists(), target
