@@ -24,13 +24,16 @@ _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<t
 
 
 def list_pages() -> dict[str, str]:
-    """Return where the site has each file of the repository that it shows, by path."""
+    """Return where the site has each file of the repository that it shows, by path.
+
+    ``results.md`` and ``results/index.md`` would have one address, so the overview of ``results/`` is no index.
+    """
     own = {
         f"docs/{path.relative_to(ROOT / 'docs').as_posix()}" for path in (ROOT / "docs").rglob("*") if path.is_file()
     }
     results = {path.name: f"{RESULTS}/{path.name}" for path in (ROOT / RESULTS).iterdir()}
     pages = TOP | {path: path.removeprefix("docs/") for path in own}
-    return pages | {path: f"results/{name.replace('README', 'index')}" for name, path in results.items()}
+    return pages | {path: f"results/{name.replace('README', 'overview')}" for name, path in results.items()}
 
 
 def on_files(files: Files, config: Any) -> Files:

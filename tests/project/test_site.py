@@ -24,14 +24,14 @@ FOREIGN |= {"SummarizationMiddleware", "FunctionAgent"}
 ENDING = re.compile(r"^\[.+?\]\(https://github\.com/[\w.-]+/[\w.-]+/(?:issues|pull)/\d+\)", flags=re.MULTILINE)
 
 
-def list_site() -> list[Path]:
-    """The pages of the site, wherever they lie."""
+def list_places() -> dict[str, Path]:
+    """Where the site has each page, and where that lies."""
     sys.path.insert(0, str(DOCS))
     try:
         shown = import_module("site_pages").list_pages()
     finally:
         sys.path.remove(str(DOCS))
-    return [ROOT / path for path in shown if path.endswith(".md")]
+    return {place: ROOT / path for path, place in shown.items() if path.endswith(".md")}
 
 
 def list_options() -> dict[str, set[str]]:
@@ -65,7 +65,7 @@ def split_questions() -> dict[str, str]:
     return {question: answer for question, _, answer in (part.partition("\n") for part in alone)}
 
 
-@pytest.mark.parametrize("page", list_site(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", list_places().values(), ids=lambda page: page.stem)
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     unrun = find_unrun(page)
     assert all(len(reason.split()) > 3 for reason in unrun.values()), "a reason is a sentence"
@@ -125,3 +125,8 @@ def test_an_answer_names_its_source_and_leads_on(question: str) -> None:
     assert re.search(r"\]\((?!https?:)[^)]+\)", answer), "leads nowhere"
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", answer)
     assert 5 <= len(plain.split()) <= 80, "an answer is one to three sentences"
+
+
+def test_every_page_has_an_address_of_its_own() -> None:
+    addresses = [re.sub(r"(^|/)index$", r"\1", page.removesuffix(".md")) for page in list_places()]
+    assert len(set(address.rstrip("/") for address in addresses)) == len(addresses)
