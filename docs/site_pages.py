@@ -29,11 +29,15 @@ def list_pages() -> dict[str, str]:
     ``results.md`` and ``results/index.md`` would have one address, so the overview of ``results/`` is no index.
     """
     own = {
-        f"docs/{path.relative_to(ROOT / 'docs').as_posix()}" for path in (ROOT / "docs").rglob("*") if path.is_file()
+        f"docs/{path.relative_to(ROOT / 'docs').as_posix()}" for path in (ROOT / "docs").rglob("*") if _is_shown(path)
     }
     results = {path.name: f"{RESULTS}/{path.name}" for path in (ROOT / RESULTS).iterdir()}
     pages = TOP | {path: path.removeprefix("docs/") for path in own}
     return pages | {path: f"results/{name.replace('README', 'overview')}" for name, path in results.items()}
+
+
+def _is_shown(path: Path) -> bool:
+    return path.is_file() and path.parent.name != "integrations"  # which holds texts for other projects' sites
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 
-from documentation import ELSEWHERE, PAGES, ROOT, find_blocks, find_unrun
+from documentation import ELSEWHERE, PAGES, ROOT, TO_SUBMIT, find_blocks, find_unrun
 from semsharekv_integrations import SemShareEngine
 from semsharekv_integrations.cli.main import COMMANDS
 from semsharekv_integrations.explaining import ADVICE
@@ -19,6 +20,8 @@ from semsharekv_integrations.explaining import ADVICE
 DOCS = ROOT / "docs"
 RUN = {"python", "bash"}
 NAMING = ("documents", "how_it_works", "questions", "troubleshooting")  # pages that name what is in code
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DATA = {".safetensors", ".xz", ".sqlite", ".json", ".jsonl", ".jinja", ".png", ".js", ".gguf", ".csv", ".ttf", ".svg"}
 FOREIGN = {"thread_id", "session_id", "chat_store_key", "cache_control", "past_key_values"}  # of other packages
 FOREIGN |= {"SummarizationMiddleware", "FunctionAgent"}
 ENDING = re.compile(r"^\[.+?\]\(https://github\.com/[\w.-]+/[\w.-]+/(?:issues|pull)/\d+\)", flags=re.MULTILINE)
@@ -107,7 +110,8 @@ def test_every_reason_to_decline_has_a_row() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(list_nav(nav))
+    own = {path.relative_to(DOCS).as_posix() for path in PAGES if path.is_relative_to(DOCS)}
+    assert own <= set(list_nav(nav))
     first = [page for entry in nav for page in entry.values()]
     assert {"index.md", "questions.md", "troubleshooting.md"} <= {page for page in first if isinstance(page, str)}
 
@@ -129,4 +133,36 @@ def test_an_answer_names_its_source_and_leads_on(question: str) -> None:
 
 def test_every_page_has_an_address_of_its_own() -> None:
     addresses = [re.sub(r"(^|/)index$", r"\1", page.removesuffix(".md")) for page in list_places()]
-    assert len(set(address.rstrip("/") for address in addresses)) == len(addresses)
+    assert len({address.rstrip("/") for address in addresses}) == len(addresses)
+
+
+@pytest.mark.parametrize("page", TO_SUBMIT, ids=lambda page: page.stem)
+def test_a_text_to_submit_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = find_blocks(page)
+    assert [code.strip() for language, code in blocks if language == "bash"] == [f"pip install -U {PROJECT['name']}"]
+    exec(compile("".join(code for language, code in blocks if language == "python"), str(page), "exec"), {})
+    printed = capsys.readouterr().out
+    assert "Anna Kelsen" in printed and "42 million" in printed
+    reused = re.findall(r"(\d+) (?:of \d+ tokens reused|tokens moved)", printed)
+    assert reused and int(reused[-1]) > 0
+
+
+def test_rows_to_submit_name_public_classes() -> None:
+    rows = yaml.safe_load((DOCS / "integrations" / "langchain.yaml").read_text(encoding="utf-8"))["python"]
+    classes = import_module("semsharekv_integrations.langchain")
+    for row in [row for group in rows.values() for row in group]:
+        assert (
+            hasattr(classes, row["name"]) and row["pypi"] == PROJECT["name"] and row["docs_url"].startswith("https://")
+        )
+
+
+def test_every_file_of_data_has_a_licence() -> None:
+    page = (DOCS / "licences.md").read_text(encoding="utf-8")
+    names = ("semsharekv_integrations", "docs", "examples", "tests")
+    folders = [ROOT / name for name in names]
+    named = [ROOT / path for path in re.findall(r"`([\w./-]+/[\w./-]+)`", page) if path.split("/")[0] in names]
+    found = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix in DATA]
+    assert len(found) > 20
+    for path in found:
+        assert any(path.is_relative_to(place) for place in named), path
+    assert all(place.exists() for place in named)

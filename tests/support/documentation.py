@@ -12,8 +12,9 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "SECURITY.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "integrations"),
 ]
+TO_SUBMIT = sorted((ROOT / "docs" / "integrations").glob("*.md*"))  # pages of other projects' sites, in their form
 ELSEWHERE = {"serving"}  # whose blocks need a server: ``tests/serving`` runs them
 _UNRUN = r"<!-- not run: (?P<reason>[^>]*?) -->\s*"  # stands right before a block that no test runs
 
