@@ -1,10 +1,11 @@
-"""What the site shows beside this folder: README, results and other pages, with links that lead there.
+"""What the site shows beside this folder: README, results, tutorials and other pages, with links that lead there.
 
 MkDocs calls these functions (``hooks`` in ``mkdocs.yml``). A link to what the site does not show becomes plain text.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "examples/lab/results"
+TUTORIALS = "examples/tutorials"
 TOP = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -32,7 +34,9 @@ def list_pages() -> dict[str, str]:
         f"docs/{path.relative_to(ROOT / 'docs').as_posix()}" for path in (ROOT / "docs").rglob("*") if _is_shown(path)
     }
     results = {path.name: f"{RESULTS}/{path.name}" for path in (ROOT / RESULTS).iterdir()}
-    pages = TOP | {path: path.removeprefix("docs/") for path in own}
+    pages = TOP | {path: path.removeprefix("docs/") for path in own} | {f"{TUTORIALS}/README.md": "tutorials/index.md"}
+    for path in (ROOT / TUTORIALS).glob("*.ipynb"):
+        pages[f"{TUTORIALS}/{path.name}"] = f"tutorials/{path.stem}.md"
     return pages | {path: f"results/{name.replace('README', 'overview')}" for name, path in results.items()}
 
 
@@ -43,9 +47,21 @@ def _is_shown(path: Path) -> bool:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and pictures that lie outside of this folder."""
     for path, page in list_pages().items():
-        if not path.startswith("docs/"):
+        if path.endswith(".ipynb"):
+            files.append(File.generated(config, page, content=render_notebook(ROOT / path)))
+        elif not path.startswith("docs/"):
             files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
     return files
+
+
+def render_notebook(path: Path) -> str:
+    """Return a notebook as Markdown: its text, its code, and what that printed."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [f"```text\n{''.join(output['text'])}```" for output in cell.get("outputs", ())]
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -141,6 +141,29 @@ def find_gguf() -> Path | None:
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
+def prepare_model(given: str | None = None) -> str:
+    """Return what ``from_pretrained`` takes: ``given``, or for None the demo's model, converted if that is to be done.
+
+    ``SemShareError`` if it cannot be converted.
+    """
+    choice = choose_model(given)
+    _convert_chosen(choice)
+    return choice.name
+
+
+def _convert_chosen(choice: Choice) -> None:
+    """Convert the model into its folder, unless it is there or needs no conversion; ``SemShareError`` if that fails."""
+    if choice.gguf is None:
+        return
+    from semsharekv_integrations.model.loading import convert, hide_progress_bars
+
+    hide_progress_bars()
+    try:
+        convert(choice.gguf, Path(choice.name))
+    except Exception as error:  # a damaged file makes its readers stumble over whatever comes next
+        raise SemShareError(f"{choice.gguf.name} could not be converted: {error}") from error
+
+
 def _load_chosen(args: argparse.Namespace, choice: Choice) -> SemShareEngine:
     """Convert the model if that is still to be done, load it, and return its engine. Changes ``args``.
 
@@ -148,14 +171,7 @@ def _load_chosen(args: argparse.Namespace, choice: Choice) -> SemShareEngine:
     """
     import torch
 
-    from semsharekv_integrations.model.loading import convert, hide_progress_bars
-
-    if choice.gguf is not None:
-        hide_progress_bars()
-        try:
-            convert(choice.gguf, Path(choice.name))
-        except Exception as error:  # a damaged file makes its readers stumble over whatever comes next
-            raise SemShareError(f"{choice.gguf.name} could not be converted: {error}") from error
+    _convert_chosen(choice)
     args.model = choice.name
     on_cpu = args.device == "cpu" if args.device else not torch.cuda.is_available()
     if args.dtype == "auto" and on_cpu:
