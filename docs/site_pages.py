@@ -9,9 +9,10 @@ import json
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:  # what lists the pages needs no MkDocs
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "examples/lab/results"
@@ -46,6 +47,8 @@ def _is_shown(path: Path) -> bool:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and pictures that lie outside of this folder."""
+    from mkdocs.structure.files import File
+
     for path, page in list_pages().items():
         if path.endswith(".ipynb"):
             files.append(File.generated(config, page, content=render_notebook(ROOT / path)))
