@@ -60,6 +60,7 @@ class ReplicaSettings:
         replicas: how many.
         mode, budget: what may be reused, as ``ReuseConfig`` takes them.
         store: folder in which each replica has a directory of its own, or None.
+        max_bytes: bound on the KV in each replica's memory, as ``StoreConfig`` has it.
         libraries: folders of KV that all of them mount.
         copies: replicas that compute a document which is warmed.
         period_s: seconds between two sketches of a replica.
@@ -73,6 +74,7 @@ class ReplicaSettings:
     mode: Any = "auto"
     budget: float | None = None
     store: str | None = None
+    max_bytes: int = StoreConfig.max_bytes
     libraries: Sequence[str] = ()
     copies: int = 1
     period_s: float = 2.0
@@ -86,12 +88,13 @@ class ReplicaSettings:
             require(is_whole(getattr(self, name), 1), name, getattr(self, name), "1 or more")
         require(is_number(self.drain_s) and self.drain_s >= 0, "drain_s", self.drain_s, "0 or more seconds")
         require(is_number(self.period_s) and self.period_s > 0, "period_s", self.period_s, "seconds above 0")
+        require(is_whole(self.max_bytes, 0), "max_bytes", self.max_bytes, "0 or more bytes")
         require(self.copies <= self.replicas, "copies", self.copies, f"at most {self.replicas}, the replicas")
         object.__setattr__(self, "server", replace(self.server, page=False))
 
     def make_engine(self, directory: Path | None) -> SemShareEngine:
         """Return one replica's engine, with a store in ``directory``; its weights are not loaded yet."""
-        store = StoreConfig(directory=directory, libraries=tuple(self.libraries))
+        store = StoreConfig(self.max_bytes, directory=directory, libraries=tuple(self.libraries))
         config = EngineConfig(ReuseConfig(self.mode, budget=self.budget), store)
         return SemShareEngine.from_pretrained(self.model, config, self.device, self.dtype)
 
@@ -197,7 +200,7 @@ def _read_about(pending: PendingRequest | None) -> Mapping[str, Any]:
 def _read_settings(args: Mapping[str, Any]) -> ReplicaSettings:
     """Return the settings of a command line, where everything is text."""
     readers: dict[str, Callable[[str], Any]] = {
-        **dict.fromkeys(("replicas", "copies"), int),
+        **dict.fromkeys(("replicas", "copies", "max_bytes"), int),
         **dict.fromkeys(("budget", "period_s", "drain_s"), float),
         "libraries": lambda told: told.split(","),
     }
@@ -283,15 +286,19 @@ class Gateway:
 
 def app(args: Mapping[str, Any] | ReplicaSettings) -> serve.Application:
     """Return the application for ``serve run``, of ``ReplicaSettings`` or their fields."""
-    settings = args if isinstance(args, ReplicaSettings) else _read_settings(args)
-    router = RequestRouterConfig(request_router_class=ContentRouter, request_routing_stats_period_s=settings.period_s)
+    return build_application(args if isinstance(args, ReplicaSettings) else _read_settings(args))
+
+
+def build_application(settings: ReplicaSettings, router: type[RequestRouter] = ContentRouter) -> serve.Application:
+    """Return the application, with another router of Ray's if one is given."""
+    routing = RequestRouterConfig(request_router_class=router, request_routing_stats_period_s=settings.period_s)
     devices = 1 if settings.device is None and torch.cuda.is_available() else 0
     replica = serve.deployment(
         Replica,
         name="replica",
         num_replicas=settings.replicas,
         max_ongoing_requests=2 * settings.server.max_requests,
-        request_router_config=router,
+        request_router_config=routing,
         graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": 0, "num_gpus": devices},
     )
