@@ -10,6 +10,7 @@ extra ``ray``. Knows nothing about how replicas are ranked: see ``routing``.
 from __future__ import annotations
 
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -40,6 +41,7 @@ from semsharekv_integrations.serving.relaying import (
     collect,
     find_text,
     join_documents,
+    join_metrics,
     run_app,
 )
 from semsharekv_integrations.serving.routing import NOTHING, Candidate, Holdings, Router, Sketch, mark_text
@@ -48,7 +50,10 @@ from semsharekv_integrations.store.directory import DirectoryLock
 from semsharekv_integrations.store.mounting import check_libraries
 
 SKETCH = "sketch"
-DOCUMENTS = "/v1/documents"
+DOCUMENTS, METRICS = "/v1/documents", "/metrics"
+NAME = "default"  # of the application, as ``serve run`` has it
+WAIT_LOOP_S = 0.5  # between two looks whether answers have ended
+CLOSES_S = 10.0  # at most, for stores to be closed behind the last answer
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,8 @@ class Gateway:
             answer: Response = (await self._ask_several(request, body, self._settings.copies))[0]
         elif request.url.path.startswith(DOCUMENTS):
             answer = join_documents(await self._ask_several(request, body, self._settings.replicas))
+        elif request.url.path == METRICS:
+            answer = join_metrics(await self._ask_several(request, body, self._settings.replicas))
         else:
             answer = Relayed(self._ask(request, body, ()))
         await answer(scope, receive, send)
@@ -300,6 +307,7 @@ def build_application(settings: ReplicaSettings, router: type[RequestRouter] = C
         max_ongoing_requests=2 * settings.server.max_requests,
         request_router_config=routing,
         graceful_shutdown_timeout_s=settings.drain_s,
+        graceful_shutdown_wait_loop_s=WAIT_LOOP_S,
         ray_actor_options={"num_cpus": 0, "num_gpus": devices},
     )
     gateway = serve.deployment(
@@ -307,6 +315,7 @@ def build_application(settings: ReplicaSettings, router: type[RequestRouter] = C
         name="gateway",
         max_ongoing_requests=2 * settings.replicas * settings.server.max_requests,
         graceful_shutdown_timeout_s=settings.drain_s,
+        graceful_shutdown_wait_loop_s=WAIT_LOOP_S,
         ray_actor_options={"num_cpus": 0},
     )
     return gateway.bind(replica.bind(settings), settings)
@@ -329,7 +338,19 @@ def serve_replicas(settings: ReplicaSettings, host: str, port: int) -> None:
     except RuntimeError as error:
         raise SemShareError(f"the replicas could not be started: {error}") from error
     finally:
+        _end_answers(settings.drain_s)
         serve.shutdown()
+
+
+def _end_answers(drain_s: float) -> None:
+    """Take on nothing new, and return when all answers have ended and stores are closed, or it takes too long.
+
+    ``serve.shutdown`` would end the proxy at once, and so cut the answers that pass it.
+    """
+    serve.delete(NAME, _blocking=False)
+    end = time.monotonic() + drain_s + CLOSES_S
+    while NAME in serve.status().applications and time.monotonic() < end:
+        time.sleep(WAIT_LOOP_S)
 
 
 def _check_model(settings: ReplicaSettings) -> None:

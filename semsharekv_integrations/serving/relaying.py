@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, MutableMapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 HEADER = "x-semsharekv-replica"
+REPLICA_LABEL = "replica"
 MOST_NESTED = 6
 Message = MutableMapping[str, Any]
 PLAIN = (  # what of a request's scope goes to a replica
@@ -150,3 +154,30 @@ def join_documents(answers: Sequence[Collected]) -> Response:
     headers = {HEADER: ", ".join(answer.replica for answer in done)}
     body = json.dumps({**found[0], "data": [joined[key] for key in sorted(joined)]})
     return Response(body, media_type="application/json", headers=headers)
+
+
+def join_metrics(answers: Sequence[Collected]) -> Response:
+    """Return the series of all replicas, each under its replica's name in the label ``replica``, or the first error."""
+    done = [answer for answer in answers if answer.status_code == 200]
+    if not done:
+        return answers[0]
+    families: dict[str, Metric] = {}
+    for answer in done:
+        for told in text_string_to_metric_families(bytes(answer.body).decode()):
+            family = families.setdefault(told.name, Metric(told.name, told.documentation, told.type))
+            for sample in told.samples:
+                family.samples.append(sample._replace(labels={**sample.labels, REPLICA_LABEL: answer.replica}))
+    registry = CollectorRegistry()
+    registry.register(_Joined(families.values()))
+    headers = {HEADER: ", ".join(answer.replica for answer in done)}
+    return Response(generate_latest(registry), headers=headers, media_type=CONTENT_TYPE_LATEST)
+
+
+class _Joined(Collector):
+    """Metrics as they are."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

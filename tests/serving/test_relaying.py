@@ -9,7 +9,10 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from semsharekv_integrations.metrics import EngineCollector
 from semsharekv_integrations.serving.relaying import (
     HEADER,
     Collected,
@@ -18,8 +21,10 @@ from semsharekv_integrations.serving.relaying import (
     collect,
     find_text,
     join_documents,
+    join_metrics,
     run_app,
 )
+from tiny_models import EngineMaker
 
 SCOPE: Message = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -117,3 +122,29 @@ def test_what_one_replica_deleted_is_deleted() -> None:
     missing, done = answer_with({"error": {}}, "0", 404), answer_with({"deleted": True}, "1")
     assert join_documents([missing, done]).status_code == 200
     assert join_documents([missing, missing]).status_code == 404
+
+
+def test_series_of_all_replicas_are_told_apart_and_add_up(make_engine: EngineMaker) -> None:
+    told, whole = [], []
+    for name, prompts in (("one", ["a b c"]), ("two", ["a b c", "d e f"])):
+        engine, registry = make_engine(), CollectorRegistry()
+        registry.register(EngineCollector(engine))
+        whole += [engine.generate(prompt, max_new_tokens=2).report for prompt in prompts]
+        told.append(asyncio.run(collect(tell(generate_latest(registry), name=name))))
+    joined = join_metrics(told)
+    assert joined.headers[HEADER] == "one, two"
+    families = list(text_string_to_metric_families(bytes(joined.body).decode()))
+    alone = list(text_string_to_metric_families(bytes(told[1].body).decode()))
+    assert [(one.name, one.type) for one in families] == [(one.name, one.type) for one in alone]
+    series = [sample for family in families for sample in family.samples]
+    of_two = [sample for sample in series if sample.labels["replica"] == "two"]
+    named = [one._replace(labels={**one.labels, "replica": "two"}) for family in alone for one in family.samples]
+    assert of_two == named
+    counted = [sample.value for sample in series if sample.name == "semsharekv_prompt_tokens_total"]
+    assert sum(counted) == sum(report.prompt_tokens for report in whole) and len(counted) == 2
+
+
+def test_an_error_of_all_replicas_is_told_in_place_of_metrics() -> None:
+    refused, done = answer_with({"error": {}}, "0", 401), asyncio.run(collect(tell(b"a 1\n", name="1")))
+    assert join_metrics([refused, refused]).status_code == 401
+    assert b'a{replica="1"} 1.0' in bytes(join_metrics([refused, done]).body)
