@@ -84,9 +84,8 @@ def serve_replicas(settings: ReplicaSettings, *, by_chance: bool = False) -> Ite
 
 
 def find_processes() -> list[psutil.Process]:
-    """Return the processes of the replicas."""
-    found = psutil.process_iter(["cmdline"])
-    return [one for one in found if "".join(one.info["cmdline"] or ()).startswith(REPLICA)]
+    """Return the processes of the replicas, which this one's Ray began."""
+    return [one for one in psutil.Process().children(recursive=True) if "".join(one.cmdline()).startswith(REPLICA)]
 
 
 def count_replicas() -> int:

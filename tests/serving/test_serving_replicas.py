@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import subprocess
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from libraries import save_model
@@ -29,10 +30,23 @@ from semsharekv_integrations.serving.relaying import HEADER
 from semsharekv_integrations.store.directory import find_directories, peek
 from tiny_models import make_model
 
-ray = pytest.importorskip("ray", reason="needs the extra ray")
+pytest.importorskip("ray", reason="needs the extra ray")
 pytestmark = pytest.mark.enable_socket
 WORDS = "mayor flood bridge council crowns schools storm harbour police market tower garden winter station"
 SETS, PER_SET = 12, 3
+LONG = 400  # tokens of an answer that goes on meanwhile
+PORT, REPLICA = 8479, "ray::ServeReplica:default:replica"
+URL = f"http://127.0.0.1:{PORT}"
+SERVE = """
+import ray
+from semsharekv_integrations.serving import ServerConfig
+from semsharekv_integrations.serving.ray import ReplicaSettings, serve_replicas
+
+ray.init(num_cpus=2, include_dashboard=False)
+server = ServerConfig(api_keys={keys!r}, model="tiny", max_requests=64)
+more = dict(store={store!r}, copies=2, period_s=0.5, device="cpu", drain_s=120, server=server)
+serve_replicas(ReplicaSettings({model!r}, 2, "identical", **more), "127.0.0.1", {port})
+"""
 BEGINS_S = 300  # at most, for a new replica on a busy machine
 OWN = {"Authorization": f"Bearer {KEYS[0]}"}
 
@@ -56,30 +70,40 @@ def draw_prompts(rounds: int) -> list[str]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokens = AutoTokenizer.from_pretrained(resolve(REFERENCE_MODEL))
     made = make_model("llama", len(tokens), max_position_embeddings=4096)
+    made.config.eos_token_id = made.generation_config.eos_token_id = None  # answers are as long as they may be
     return save_model(tmp_path_factory.mktemp("model"), made, tokens)
 
 
 @pytest.fixture(scope="module")
-def url(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from ray import serve
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
 
-    from semsharekv_integrations.serving.ray import ReplicaSettings, app
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+@pytest.fixture(scope="module")
+def server(model: str, store: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """What serves two replicas, as the command does, in a Ray of its own."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    own = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    own["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"
+    own.pop("RAY_ADDRESS", None)
+    code = SERVE.format(model=model, store=str(store), keys=KEYS, port=PORT)
+    serving = subprocess.Popen([sys.executable, "-c", code], env=own)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": 8479})
-        store = str(tmp_path_factory.mktemp("store"))
-        server = ServerConfig(api_keys=KEYS, model="tiny", max_requests=64)
-        of_all = {"store": store, "copies": 2, "period_s": 0.5, "device": "cpu", "server": server}
-        settings = ReplicaSettings(model, 2, "identical", **of_all)
-        serve.run(app(settings))
-        yield "http://127.0.0.1:8479"
+        wait_until(lambda: serving.poll() is not None or is_healthy(URL), BEGINS_S)
+        assert serving.poll() is None, "it serves"
+        yield serving
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        serving.terminate()
+        try:
+            serving.wait(BEGINS_S)
+        finally:
+            serving.kill()
+
+
+@pytest.fixture
+def url(server: subprocess.Popen[bytes]) -> str:
+    assert server.poll() is None
+    return URL
 
 
 def ask(url: str, prompt: str, **options: Any) -> httpx.Response:
@@ -125,49 +149,97 @@ def test_documents_are_warmed_in_several_replicas_and_forgotten_in_all(url: str)
     assert httpx.delete(f"{url}/v1/documents/a/b", headers=OWN, timeout=60).status_code == 404
 
 
+def read_metrics(url: str) -> dict[str, float]:
+    """The requests that each replica counts."""
+    told = httpx.get(f"{url}/metrics", headers=OWN, timeout=60)
+    samples = [one for family in text_string_to_metric_families(told.text) for one in family.samples]
+    counts = {one.labels["replica"]: one.value for one in samples if one.name == "semsharekv_requests_total"}
+    assert told.headers[HEADER].split(", ") == list(counts)
+    return counts
+
+
+def test_metrics_are_those_of_all_replicas(url: str) -> None:
+    before = read_metrics(url)
+    served = Counter(ask(url, write(600 + number)).headers[HEADER] for number in range(4))
+    assert len(before) == 2 and read_metrics(url) == {name: count + served[name] for name, count in before.items()}
+
+
 def test_a_killed_replica_costs_its_own_requests_only(url: str) -> None:
-    names = Counter(ask(url, write(number)).headers[HEADER] for number in range(20))
-    doomed = names.most_common(1)[0][0]
+    before = read_metrics(url).keys()
+    doomed = next(one for one in psutil.process_iter(["cmdline"]) if REPLICA in "".join(one.info["cmdline"] or ()))
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, url, write(1000 + number), max_tokens=40) for number in range(24)]
-        ray.kill(ray.get_actor(f"SERVE_REPLICA::default#replica#{doomed}", namespace="serve"))
+        doomed.kill()
         answers = [one.result() for one in asked]
     lost = [answer for answer in answers if answer.status_code != 200]
     assert len(lost) <= len(answers) / 2 and all(answer.status_code >= 500 for answer in lost)
     assert all(answer.headers[HEADER] for answer in answers if answer.status_code == 200)
-    wait_until(lambda: ask(url, write(3)).status_code == 200, BEGINS_S)
-    new = (write(seed) for seed in itertools.count(10_000))
-    wait_until(lambda: len({ask(url, next(new)).headers.get(HEADER) for _ in range(8)}) == 2, BEGINS_S)
+    wait_until(lambda: len(read_metrics(url)) == 2, BEGINS_S)
+    assert len(before & read_metrics(url).keys()) == 1, "the other one lives, and another has come"
 
 
-def test_the_command_ends_in_order_at_sigterm_however_often_it_comes(tmp_path: Path) -> None:
-    """Answers were given until then, and what they left is in the store."""
-    line = ["serve", "--model", REFERENCE_MODEL, "--replicas", "2", "--port", "8478", "--store", str(tmp_path / "kv")]
-    own = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[2])}
-    own.pop("RAY_ADDRESS", None)
-    server = subprocess.Popen([sys.executable, "-m", "semsharekv_integrations", *line], env=own)
-    try:
-        wait_until(lambda: is_healthy("http://127.0.0.1:8478"), BEGINS_S)
-        body = {"model": REFERENCE_MODEL, "prompt": write(9), "max_tokens": 1}
-        assert httpx.post("http://127.0.0.1:8478/v1/completions", json=body, timeout=120).status_code == 200
+def test_sigterm_lets_answers_end_and_closes_stores_however_often_it_comes(
+    url: str, server: subprocess.Popen[bytes], store: Path
+) -> None:
+    body = {"model": "tiny", "prompt": write(9), "max_tokens": LONG, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=OWN, timeout=120) as answer:
+        lines = answer.iter_lines()
+        next(lines)
         server.terminate()
         time.sleep(0.2)
         server.terminate()
-        assert server.wait(120) == 0
-    finally:
-        server.kill()
-    left = [peek(path).entries for kept in (tmp_path / "kv").iterdir() for path in find_directories(kept)]
-    assert sum(map(len, left)) == 1 and not list((tmp_path / "kv").rglob("*-wal"))
+        told = [line for line in lines if line]
+    assert told[-1] == "data: [DONE]" and len(told) > LONG / 2
+    assert server.wait(120) == 0
+    left = [peek(path).entries for kept in store.iterdir() for path in find_directories(kept)]
+    assert len(left) >= 2 and all(left) and not list(store.rglob("*-wal"))
+
+
+def test_the_command_line_is_handed_to_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    from semsharekv_integrations.serving import ray as replicas
+
+    found: list[Any] = []
+    monkeypatch.setattr(replicas, "serve_replicas", lambda *given: found.append(given))
+    line = ["--model", "m", "--replicas", "3", "--mode", "identical", "--budget", "0.5", "--store", "kv"]
+    line += ["--library", "a", "--library", "b", "--device", "cpu", "--dtype", "float32", "--drain-s", "7"]
+    assert main(["serve", *line, "--port", "8477", "--api-key", "k"]) == 0
+    more = {"store": "kv", "libraries": ("a", "b"), "device": "cpu", "dtype": "float32", "drain_s": 7}
+    config = ServerConfig(api_keys=("k",))
+    settings = replicas.ReplicaSettings("m", 3, "identical", 0.5, server=config, **more)
+    assert found == [(settings, "127.0.0.1", 8477)]
 
 
 def test_settings_of_a_command_line_are_read_as_what_they_are() -> None:
     from semsharekv_integrations.serving.ray import ReplicaSettings, _read_settings
 
-    told = {"model": "m", "replicas": "3", "copies": "2", "mode": "identical", "budget": "0.5", "store": "kv"}
+    told = {
+        "model": "m",
+        "replicas": "3",
+        "copies": "2",
+        "max_bytes": "9",
+        "mode": "identical",
+        "budget": "0.5",
+        "store": "kv",
+    }
     found = _read_settings({**told, "libraries": "a,b", "period_s": "1.5", "device": "cpu", "drain_s": "7"})
-    more = {"store": "kv", "libraries": ["a", "b"], "copies": 2, "period_s": 1.5, "device": "cpu", "drain_s": 7.0}
+    more = {
+        "store": "kv",
+        "max_bytes": 9,
+        "libraries": ["a", "b"],
+        "copies": 2,
+        "period_s": 1.5,
+        "device": "cpu",
+        "drain_s": 7.0,
+    }
     assert found == ReplicaSettings("m", 3, "identical", 0.5, **more)
-    bad = [{"replicas": "no"}, {"drain_s": "-1"}, {"period_s": "0"}, {"copies": "3"}, {"colour": "red"}]
+    bad = [
+        {"replicas": "no"},
+        {"drain_s": "-1"},
+        {"period_s": "0"},
+        {"copies": "3"},
+        {"max_bytes": "-1"},
+        {"colour": "red"},
+    ]
     for one in bad:
         with pytest.raises(ValueError, match=next(iter(one.values())) if "colour" not in one else "colour"):
             _read_settings(one)
