@@ -60,7 +60,7 @@ def serve_alone(settings: ReplicaSettings) -> Iterator[list[psutil.Process]]:
 @contextmanager
 def begin_ray() -> Iterator[None]:
     """Begin a Ray of this machine, with one thread for each engine and this folder's modules."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}  # else all other work comes first
     paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
     variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     ray.init("local", num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)

@@ -84,7 +84,7 @@ def server(model: str, store: Path) -> Iterator[subprocess.Popen[bytes]]:
     """What serves two replicas, as the command does, in a Ray of its own."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     own = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    own["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"
+    own |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_worker_niceness": "0"}
     own.pop("RAY_ADDRESS", None)
     code = SERVE.format(model=model, store=str(store), keys=KEYS, port=PORT)
     serving = subprocess.Popen([sys.executable, "-c", code], env=own)
@@ -164,9 +164,10 @@ def test_metrics_are_those_of_all_replicas(url: str) -> None:
     assert len(before) == 2 and read_metrics(url) == {name: count + served[name] for name, count in before.items()}
 
 
-def test_a_killed_replica_costs_its_own_requests_only(url: str) -> None:
+def test_a_killed_replica_costs_its_own_requests_only(url: str, server: subprocess.Popen[bytes]) -> None:
     before = read_metrics(url).keys()
-    doomed = next(one for one in psutil.process_iter(["cmdline"]) if REPLICA in "".join(one.info["cmdline"] or ()))
+    begun = psutil.Process(server.pid).children(recursive=True)
+    doomed = next(one for one in begun if "".join(one.cmdline()).startswith(REPLICA))
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, url, write(1000 + number), max_tokens=40) for number in range(24)]
         doomed.kill()
@@ -212,34 +213,12 @@ def test_the_command_line_is_handed_to_all_replicas(monkeypatch: pytest.MonkeyPa
 def test_settings_of_a_command_line_are_read_as_what_they_are() -> None:
     from semsharekv_integrations.serving.ray import ReplicaSettings, _read_settings
 
-    told = {
-        "model": "m",
-        "replicas": "3",
-        "copies": "2",
-        "max_bytes": "9",
-        "mode": "identical",
-        "budget": "0.5",
-        "store": "kv",
-    }
-    found = _read_settings({**told, "libraries": "a,b", "period_s": "1.5", "device": "cpu", "drain_s": "7"})
-    more = {
-        "store": "kv",
-        "max_bytes": 9,
-        "libraries": ["a", "b"],
-        "copies": 2,
-        "period_s": 1.5,
-        "device": "cpu",
-        "drain_s": 7.0,
-    }
-    assert found == ReplicaSettings("m", 3, "identical", 0.5, **more)
-    bad = [
-        {"replicas": "no"},
-        {"drain_s": "-1"},
-        {"period_s": "0"},
-        {"copies": "3"},
-        {"max_bytes": "-1"},
-        {"colour": "red"},
-    ]
+    told = {"model": "m", "replicas": "3", "copies": "2", "mode": "identical", "budget": "0.5", "store": "kv"}
+    told |= {"max_bytes": "9", "libraries": "a,b", "period_s": "1.5", "device": "cpu", "drain_s": "7"}
+    more = {"store": "kv", "libraries": ["a", "b"], "copies": 2, "period_s": 1.5, "device": "cpu", "drain_s": 7.0}
+    assert _read_settings(told) == ReplicaSettings("m", 3, "identical", 0.5, max_bytes=9, **more)
+    bad = [{"replicas": "no"}, {"drain_s": "-1"}, {"period_s": "0"}, {"copies": "3"}, {"colour": "red"}]
+    bad.append({"max_bytes": "-1"})
     for one in bad:
         with pytest.raises(ValueError, match=next(iter(one.values())) if "colour" not in one else "colour"):
             _read_settings(one)
