@@ -6,6 +6,9 @@ FOLDER's files that end in .txt or .md, at any depth, become documents, named by
 not followed. Run it again after changes: only what is new or changed is computed, and what is gone is dropped. Engines
 mount DIR with StoreConfig(libraries=[DIR]), servers with --library DIR.
 
+On a Ray cluster, workers get the texts and give back KV; this process reads FOLDER and writes DIR. X must mean the same
+model to all of them.
+
 Files that cannot be read, or whose KV cannot be computed, are named and left out; the exit code is 1 then.
 """
 
@@ -13,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -34,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", type=Path, required=True, metavar="DIR", help="the library: new, or made by this command"
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder or hub id (default: {DEFAULT_MODEL})")
-    several = "processes that compute, each with a copy of the model (default: 1)"
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help=several)
+    several = "processes that compute, each with a copy of the model (default: 1; on Ray one for each GPU, or machine)"
+    parser.add_argument("--workers", type=int, metavar="N", help=several)
+    cluster = "workers are those of a Ray cluster (default: if RAY_ADDRESS names one, and the extra ray is installed)"
+    parser.add_argument("--ray", action=argparse.BooleanOptionalAction, help=cluster)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
@@ -49,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from semsharekv_integrations.warming import ModelSpec, warm_folder
 
     spec = ModelSpec(args.model, args.device, args.dtype)
-    summary = warm_folder(args.folder, args.to, spec, args.workers, partial(_show_progress, is_shown=not args.json))
+    on_ray = _is_on_cluster() if args.ray is None else args.ray
+    watch = partial(_show_progress, is_shown=not args.json)
+    summary = warm_folder(args.folder, args.to, spec, args.workers, watch, on_ray=on_ray)
     for key, reason in sorted(summary.skipped.items()):
         sys.stderr.write(f"{fold_error(f'left out {key!a}: {reason}')}\n")
     if args.json:
@@ -64,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     left_out = f", {len(summary.skipped)} left out" if summary.skipped else ""
     console.print(f"{summary.computed} computed, {summary.kept} kept, {summary.dropped} dropped{blank}{left_out}")
     return int(bool(summary.skipped))
+
+
+def _is_on_cluster() -> bool:
+    """Return whether there is a Ray cluster that workers can be on."""
+    return bool(os.environ.get("RAY_ADDRESS")) and find_spec("ray") is not None
 
 
 def _show_progress(total: int, *, is_shown: bool) -> Callable[[], object]:

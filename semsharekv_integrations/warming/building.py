@@ -58,8 +58,10 @@ def warm_folder(
     folder: Path,
     to: Path,
     spec: ModelSpec,
-    workers: int = 1,
+    workers: int | None = None,
     watch: Callable[[int], Callable[[], object]] = lambda total: lambda: None,
+    *,
+    on_ray: bool = False,
 ) -> Summary:
     """Compute the KV of the documents of ``folder`` into the library ``to``, as far as it is not there.
 
@@ -67,8 +69,11 @@ def warm_folder(
         folder: with texts in UTF-8, at any depth.
         to: a folder that is missing, empty or a library of this model.
         spec: the model.
-        workers: processes that compute, each with a model of its own.
+        workers: processes that compute, each with a model of its own. None for one; with ``on_ray``, for one on each
+            GPU, or on each machine if there are none.
         watch: is told how many documents are to be computed; what it returns is called for each.
+        on_ray: whether workers are those of a Ray cluster: the one that this process is connected to, or that
+            ``RAY_ADDRESS`` names.
 
     Returns:
         What was done. Documents that could not be read or computed are ``skipped``, and not in the library.
@@ -78,18 +83,19 @@ def warm_folder(
         StoreFileError: if ``to`` is another model's library, or something else.
         StoreLockedError: if another process writes to it.
         StoreWriteError: if it cannot be written; what was stored until then is kept.
+        SemShareError: if Ray is asked for and not installed.
         OSError: if the folder cannot be read, or a worker ended before its time. Others: if the model does not load.
     """
     began, folder, to = time.monotonic(), folder.resolve(), to.resolve()
     require(folder.is_dir(), "folder", str(folder), "a folder of documents")
-    require(workers >= 1, "workers", workers, "1 or more processes")
+    require(workers is None or workers >= 1, "workers", workers, "1 or more processes")
     tasks = dict(find_documents(folder, to))
     require(bool(tasks), "folder", str(folder), f"a folder with files that end in {' or '.join(SUFFIXES)}")
     summary = Summary()
     digests = {key: digest_text(text) for key, text in _read_all(tasks, summary)}
     with ExitStack() as stack:
         former = _take_over(to, stack)
-        computing = stack.enter_context(open_computing(spec, workers, to))
+        computing = stack.enter_context(open_computing(spec, workers, to, on_ray=on_ray))
         facts = computing.describe()
         if former is not None:
             require_same_model(to, former.facts, facts)

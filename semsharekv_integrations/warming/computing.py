@@ -81,12 +81,16 @@ class Computer:
 
     def compute_one(self, key: str, path: Path) -> Computed:
         """Read a document and compute its KV. Only the latest document's stays here."""
-        self._engine.clear()
         try:
-            text = read_document(key, path)
-            self._engine.warm({key: text}, namespace=NAMESPACE)
+            return self.compute_text(key, read_document(key, path))
         except UnusableDocumentError as error:
             return Computed(key, reason=str(error))
+
+    def compute_text(self, key: str, text: str) -> Computed:
+        """Compute the KV of a document. Only the latest document's stays here."""
+        self._engine.clear()
+        try:
+            self._engine.warm({key: text}, namespace=NAMESPACE)
         except (SemShareError, ValueError) as error:  # too long, too large for the device, beyond the vocabulary
             return Computed(key, reason=f"its KV cannot be computed: {error}")
         references = self._engine.store.fetch_all(NAMESPACE)
@@ -160,24 +164,39 @@ class Pool:
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                yield self._take(future.result())
+                handed = future.result()
+                is_done = bool(handed.computed.reason)
+                yield handed.computed if is_done else take_handed(handed.computed, handed.path, self._facts)
 
-    def _take(self, handed: _Handed) -> Computed:
-        """Return what a worker computed, with its KV."""
-        if handed.computed.reason:
-            return handed.computed
-        assert self._facts is not None
+
+def take_handed(computed: Computed, path: Path, facts: KVFacts | None) -> Computed:
+    """Return what a worker computed, with the KV in a file of its, which is deleted. ``facts`` are the first worker's.
+
+    Raises ``SemShareError`` if the KV is of a model in another state.
+    """
+    assert facts is not None
+    try:
+        found = read_references(path, facts.fingerprint, torch.device("cpu"))
+    except StoreFileError as error:
+        raise SemShareError(f"a worker's model is in another state than the first one's: {error}") from error
+    path.unlink()
+    return computed._replace(references=found)
+
+
+def open_computing(
+    spec: ModelSpec, workers: int | None, folder: Path, *, on_ray: bool = False
+) -> AbstractContextManager[Computing]:
+    """Return a context in which documents are computed: here for one worker, else in so many processes, or on Ray.
+
+    Raises ``SemShareError`` if Ray is asked for, and not installed.
+    """
+    if on_ray:
         try:
-            found = read_references(handed.path, self._facts.fingerprint, torch.device("cpu"))
-        except StoreFileError as error:
-            raise SemShareError(f"a worker's model is in another state than the first one's: {error}") from error
-        handed.path.unlink()
-        return handed.computed._replace(references=found)
-
-
-def open_computing(spec: ModelSpec, workers: int, folder: Path) -> AbstractContextManager[Computing]:
-    """Return a context in which documents are computed: here for one worker, else in so many processes."""
-    return _open_pool(spec, workers, folder) if workers > 1 else _open_here(spec)
+            from semsharekv_integrations.warming.cluster import open_cluster
+        except ImportError as error:
+            raise SemShareError(f'Ray needs {error.name}: pip install -e ".[ray]"') from error
+        return open_cluster(spec, workers, folder)
+    return _open_pool(spec, workers, folder) if workers and workers > 1 else _open_here(spec)
 
 
 @contextmanager

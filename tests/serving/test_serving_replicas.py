@@ -1,4 +1,7 @@
-"""Two replicas behind one address keep what one would reuse, share the work, and outlive each other. Needs Ray."""
+"""Two replicas behind one address keep what one would reuse, share the work, and outlive each other. Needs Ray.
+
+The same Ray computes a library.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from libraries import save_model
+from libraries import DOCUMENTS, answer, open_engine, save_model, warm, write_documents
 from running_server import KEYS, wait_until
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine
 from semsharekv_integrations.cli.main import main
@@ -28,6 +31,7 @@ from semsharekv_integrations.model.loading import REFERENCE_MODEL, resolve
 from semsharekv_integrations.serving import ServerConfig
 from semsharekv_integrations.serving.relaying import HEADER
 from semsharekv_integrations.store.directory import find_directories, peek
+from semsharekv_integrations.store.library import read_manifest
 from tiny_models import make_model
 
 pytest.importorskip("ray", reason="needs the extra ray")
@@ -37,12 +41,16 @@ SETS, PER_SET = 12, 3
 LONG = 400  # tokens of an answer that goes on meanwhile
 PORT, REPLICA = 8479, "ray::ServeReplica:default:replica"
 URL = f"http://127.0.0.1:{PORT}"
+ADDRESS = "address of the Ray that serves"
 SERVE = """
+from pathlib import Path
+
 import ray
 from semsharekv_integrations.serving import ServerConfig
 from semsharekv_integrations.serving.ray import ReplicaSettings, serve_replicas
 
-ray.init(num_cpus=2, include_dashboard=False)
+ray.init("local", num_cpus=2, include_dashboard=False)
+Path({address!r}).write_text(ray.get_runtime_context().gcs_address)
 server = ServerConfig(api_keys={keys!r}, model="tiny", max_requests=64)
 more = dict(store={store!r}, copies=2, period_s=0.5, device="cpu", drain_s=120, server=server)
 serve_replicas(ReplicaSettings({model!r}, 2, "identical", **more), "127.0.0.1", {port})
@@ -86,7 +94,8 @@ def server(model: str, store: Path) -> Iterator[subprocess.Popen[bytes]]:
     own = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     own |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_worker_niceness": "0"}
     own.pop("RAY_ADDRESS", None)
-    code = SERVE.format(model=model, store=str(store), keys=KEYS, port=PORT)
+    address = str(store.with_name(ADDRESS))
+    code = SERVE.format(model=model, store=str(store), keys=KEYS, port=PORT, address=address)
     serving = subprocess.Popen([sys.executable, "-c", code], env=own)
     try:
         wait_until(lambda: serving.poll() is not None or is_healthy(URL), BEGINS_S)
@@ -162,6 +171,21 @@ def test_metrics_are_those_of_all_replicas(url: str) -> None:
     before = read_metrics(url)
     served = Counter(ask(url, write(600 + number)).headers[HEADER] for number in range(4))
     assert len(before) == 2 and read_metrics(url) == {name: count + served[name] for name, count in before.items()}
+
+
+def test_a_folder_is_warmed_by_the_workers_of_a_cluster(
+    url: str, model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They find nothing of it on their disks, and need not."""
+    documents = write_documents(tmp_path / "documents", {**DOCUMENTS, "long.txt": "No end of it. " * 5000})
+    warm(model, documents, tmp_path / "here")
+    monkeypatch.setenv("RAY_ADDRESS", store.with_name(ADDRESS).read_text())
+    line = ["warm", str(documents), "--model", model, "--device", "cpu", "--to", str(tmp_path / "kv")]
+    assert main([*line, "--workers", "2"]) == 1, "one document is too long"
+    assert set(read_manifest(tmp_path / "kv").documents) == set(DOCUMENTS)
+    engines = [open_engine(model, "identical", libraries=[tmp_path / name]) for name in ("kv", "here")]
+    assert answer(engines[0]) == answer(engines[1])
+    assert {path.name for path in (tmp_path / "kv").iterdir()} == {path.name for path in (tmp_path / "here").iterdir()}
 
 
 def test_a_killed_replica_costs_its_own_requests_only(url: str, server: subprocess.Popen[bytes]) -> None:
