@@ -110,11 +110,10 @@ def send(request: Request, url: str, model: str, began: float) -> Answer:
     try:
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as answer:
             found["replica"] = answer.headers.get(HEADER, "")
-            for line in answer.iter_lines():
+            if answer.status_code != 200:
+                problem = f"{answer.status_code} {answer.read().decode()[:100]}"
+            for line in answer.iter_lines() if answer.status_code == 200 else ():
                 told = line.removeprefix("data: ")
-                if answer.status_code != 200 or '"error"' in told[:10]:
-                    problem = f"{answer.status_code} {told[:100]}"
-                    break
                 if told == "[DONE]":
                     problem = ""
                 elif told:
