@@ -22,6 +22,8 @@ TOP = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
+    "semsharekv_integrations/assets/reference/README.md": "model_card.md",
+    "semsharekv_integrations/assets/texts/README.md": "texts.md",
 }
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<to>[^)\s]+)\)")
 

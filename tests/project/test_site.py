@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 RUN = {"python", "bash"}
 NAMING = ("documents", "how_it_works", "questions", "troubleshooting")  # pages that name what is in code
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DATA = {".safetensors", ".xz", ".sqlite", ".json", ".jsonl", ".jinja", ".png", ".js", ".gguf", ".csv", ".ttf", ".svg"}
+DATA = {".safetensors", ".xz", ".sqlite", ".json", ".jsonl", ".jinja", ".png", ".js", ".csv", ".svg", ".txt", ".ipynb"}
 FOREIGN = {"thread_id", "session_id", "chat_store_key", "cache_control", "past_key_values"}  # of other packages
 FOREIGN |= {"SummarizationMiddleware", "FunctionAgent"}
 ENDING = re.compile(r"^\[.+?\]\(https://github\.com/[\w.-]+/[\w.-]+/(?:issues|pull)/\d+\)", flags=re.MULTILINE)
@@ -160,9 +160,9 @@ def test_every_file_of_data_has_a_licence() -> None:
     page = (DOCS / "licences.md").read_text(encoding="utf-8")
     names = ("semsharekv_integrations", "docs", "examples", "tests")
     folders = [ROOT / name for name in names]
-    named = [ROOT / path for path in re.findall(r"`([\w./-]+/[\w./-]+)`", page) if path.split("/")[0] in names]
+    paths = [path for path in re.findall(r"`([\w./-]+/[\w./-]+)`", page) if not path.startswith("semsharekv/")]
+    named = [next(place / path for place in (ROOT, ROOT / names[0]) if (place / path).exists()) for path in paths]
     found = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix in DATA]
     assert len(found) > 20
     for path in found:
         assert any(path.is_relative_to(place) for place in named), path
-    assert all(place.exists() for place in named)
