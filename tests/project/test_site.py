@@ -22,6 +22,7 @@ RUN = {"python", "bash"}
 NAMING = ("documents", "how_it_works", "questions", "troubleshooting")  # pages that name what is in code
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DATA = {".safetensors", ".xz", ".sqlite", ".json", ".jsonl", ".jinja", ".png", ".js", ".csv", ".svg", ".txt", ".ipynb"}
+OF_PIP = {"--group"}
 FOREIGN = {"thread_id", "session_id", "chat_store_key", "cache_control", "past_key_values"}  # of other packages
 FOREIGN |= {"SummarizationMiddleware", "FunctionAgent"}
 ENDING = re.compile(r"^\[.+?\]\(https://github\.com/[\w.-]+/[\w.-]+/(?:issues|pull)/\d+\)", flags=re.MULTILINE)
@@ -89,7 +90,7 @@ def test_every_option_is_there(page: Path) -> None:
         if command:
             assert named <= known[command[1]], code
         elif code.startswith("--"):
-            assert named <= set.union(of_scripts, *known.values()), code
+            assert named <= set.union(of_scripts, OF_PIP, *known.values()), code
 
 
 @pytest.mark.parametrize("name", NAMING)
