@@ -92,6 +92,27 @@ def test_how_much_logits_may_differ_does_not_depend_on_how_many_there_are(
         assert not adapter.is_close(scale * (logits + 1e-2 * noise), scale * logits)
 
 
+@pytest.mark.parametrize(("rounds", "allowed"), [(0.0, 0.1), (0.04, 0.1), (0.07, 0.14), (0.5, 0.2)])
+def test_a_model_that_rounds_much_is_allowed_twice_what_it_rounds_in_transformers_itself(
+    rounds: float, allowed: float, make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision alone, and never so much as a lost token makes."""
+    adapter = make_engine("off")._load().adapter
+    monkeypatch.setitem(vars(adapter), "_rounding", rounds)
+    logits, noise = torch.randn(2, 1, 1000, generator=torch.Generator().manual_seed(0))
+    wanted = logits.bfloat16()
+    for share in (0.9 * allowed, 1.1 * allowed):
+        found = wanted.float() + share * wanted.float().std() * noise / noise.square().mean().sqrt()
+        assert adapter.is_close(found, wanted) == (share < allowed)
+        assert not adapter.is_close(found, wanted.float())
+
+
+def test_what_a_model_rounds_is_measured_between_its_own_two_pieces(tokenizer) -> None:
+    plain, deep = (make_model("llama", len(tokenizer), **more) for more in ({}, {"num_hidden_layers": 30}))
+    found = [engine_of(model, tokenizer, "off")._load().adapter._rounding for model in (plain, deep.bfloat16())]
+    assert found[0] < 1e-5 < 1e-3 < found[1]
+
+
 def test_auto_reuses_exact_prefixes_where_no_more_is_allowed_and_says_why(tokenizer) -> None:
     model = make_model("gpt2", len(tokenizer))
     with pytest.raises(UnsupportedModelError, match="mode='exact'"):
