@@ -1,6 +1,6 @@
 """Measure on drawn prompts of the synthetic news world, each like an earlier one in a way of its own.
 
-    PYTHONPATH=. python examples/lab/drawn.py --scenarios reordered edited --cases 200 --documents 6 30 --out reuse.md
+    PYTHONPATH=. python examples/lab/drawn.py --scenarios reordered edited --cases 200 --sizes 6 30 --out reuse.md
 
 Takes what ``semsharekv bench`` takes, whose scenarios can stand beside these. A case has its own number of documents,
 template and question. No document of a target stands whole in the exact prefix that it shares with an earlier prompt:
@@ -274,7 +274,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layouts = f"where documents stand: {', '.join(world.LAYOUTS)}"
     drawn.add_argument("--cases", type=command.parse_count, metavar="N", help=f"of each scenario ({CASES})")
     drawn.add_argument(
-        "--documents", type=command.parse_count, nargs=2, metavar=("FROM", "TO"), help=f"default: {few} {many}"
+        "--sizes",
+        type=command.parse_count,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help=f"documents in a prompt ({few} {many})",
     )
     drawn.add_argument("--layouts", nargs="+", choices=world.LAYOUTS, metavar="NAME", help=layouts)
 
@@ -287,7 +291,7 @@ def choose_layouts(args: argparse.Namespace, subject: Subject) -> Sequence[Layou
 def find_scenarios(args: argparse.Namespace, subject: Subject) -> list[Scenario]:
     """The scenarios asked for, by default all drawn ones."""
     count = args.cases or (QUICK_CASES if args.quick else CASES)
-    few, many = args.documents or (QUICK_DOCUMENTS if args.quick else DEFAULT_DOCUMENTS)
+    few, many = args.sizes or (QUICK_DOCUMENTS if args.quick else DEFAULT_DOCUMENTS)
     if args.data:
         return command.find_scenarios(args, subject)
     names, found = args.scenarios or DRAWN, []

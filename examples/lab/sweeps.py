@@ -1,6 +1,6 @@
 """Sweeps: one thing is varied, and everything else stays; each is a study with its own axis.
 
-    PYTHONPATH=. python examples/lab/sweeps.py budget --cases 100 --documents 6 30 --threads 1 --out budget.md
+    PYTHONPATH=. python examples/lab/sweeps.py budget --cases 100 --sizes 6 30 --threads 1 --out budget.md
 
 Takes what ``drawn.py`` takes but for scenarios and policies, and draws plots beside the tables.
 

@@ -57,6 +57,7 @@ class Study:
     # moves outcomes to other scenarios before they are counted
     regroup: Callable[[Sequence[Outcome]], list[Outcome]] = list
     about: Mapping[str, str] = field(default_factory=dict)  # a line on each policy that has one
+    conclude: Callable[[Sequence[Outcome]], str] = lambda outcomes: ""  # what the outcomes come to, if anything
 
 
 @dataclass

@@ -5,6 +5,8 @@
     semsharekv bench --model folder --scenarios text_reordered --groups 40 --questions 16 --policies off exact order \
       --policy wide=identical,boundary_tokens=16 --processes 2 --out reordered.md
       questions over real text, in two processes
+    semsharekv bench --model path-or-hub-id --documents folder
+      your own documents, without gold answers; ends with the mode and budget that it recommends
     semsharekv bench --model path-or-hub-id --data questions.jsonl
       own documents and questions
 
@@ -23,6 +25,7 @@ import argparse
 import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,22 @@ from rich.console import Console
 
 from semsharekv_integrations.config import MODES, AuditConfig, ReuseConfig
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.lab import dataset
+from semsharekv_integrations.lab import dataset, folder
+from semsharekv_integrations.lab.advice import recommend
 from semsharekv_integrations.lab.answers import Judging
 from semsharekv_integrations.lab.bench import Study
-from semsharekv_integrations.lab.policies import FULL, POLICIES, SETTINGS, UNBOUNDED, Policy, Subject, make_configs
+from semsharekv_integrations.lab.policies import (
+    CHUNKS,
+    EXACT,
+    FULL,
+    ORDER,
+    POLICIES,
+    SETTINGS,
+    UNBOUNDED,
+    Policy,
+    Subject,
+    make_configs,
+)
 from semsharekv_integrations.lab.policies import load_subject as load_model
 from semsharekv_integrations.lab.running import run_study
 from semsharekv_integrations.lab.scenarios import Case, Scenario
@@ -54,7 +69,9 @@ from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress
 DEFAULT_POLICIES = (FULL, "exact", "identical", "semantic", "retained")
 QUICK_POLICIES = DEFAULT_POLICIES[:-1]
 QUICK_SCENARIOS = ("text_reordered", "text_edited", "text_next_turn", "text_unlike")
+DOCUMENTS_POLICIES = (FULL, EXACT, "identical-0.15", "identical", "identical-0.5", CHUNKS, ORDER)
 GROUPS, QUESTIONS, QUICK_GROUPS, QUICK_QUESTIONS = 20, 8, 2, 4
+DOCUMENTS_GROUPS, DOCUMENTS_QUESTIONS = 8, 3
 TEXT_TOKENS, OWN_TOKENS = 24, 64  # of an answer, its end included
 
 FindScenarios = Callable[[argparse.Namespace, Subject], list[Scenario]]
@@ -76,6 +93,8 @@ def add_arguments(
     what = parser.add_argument_group("what is measured")
     what.add_argument("--quick", action="store_true", help=f"few prompts of {', '.join(QUICK_SCENARIOS)}")
     what.add_argument("--scenarios", "--workloads", nargs="+", choices=scenarios, metavar="NAME", help=names)
+    what.add_argument("--documents", type=Path, metavar="FOLDER", help="own texts (.md, .txt), asked general questions")
+    what.add_argument("--ask", action="append", metavar="QUESTION", help="of --documents instead; can be given again")
     what.add_argument("--data", type=Path, metavar="FILE.jsonl", help="own documents and questions, see below")
     what.add_argument("--policies", nargs="+", choices=policies, metavar="NAME", help=about)
     what.add_argument(
@@ -85,8 +104,8 @@ def add_arguments(
     what.add_argument("--kl", action="store_true", help="also how far the distributions of first tokens are apart")
     size = parser.add_argument_group("how much")
     for name, said in (
-        ("--groups", f"of questions ({GROUPS}); of own data at most so many lines"),
-        ("--questions", f"in a group, at most ({QUESTIONS})"),
+        ("--groups", f"of questions ({GROUPS}, of --documents {DOCUMENTS_GROUPS}); of own data at most so many lines"),
+        ("--questions", f"in a group, at most ({QUESTIONS}, of --documents {DOCUMENTS_QUESTIONS})"),
         ("--passages", f"paragraphs in a prompt ({SIZE}); 30 of real text are about 5,000 tokens"),
     ):
         size.add_argument(name, type=parse_count, metavar="N", help=said)
@@ -114,19 +133,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_scenarios(args: argparse.Namespace, subject: Subject) -> list[Scenario]:
-    """The scenarios asked for: on own data, on the news for the built-in model, else on real text."""
-    made = _ask_about_own(args) if args.data else _ask_about_text(args, subject)
+    """The scenarios asked for: on own data or documents, on the news for the built-in model, else on real text."""
+    asks = _ask_about_own if args.data else _ask_about_folder if args.documents else _ask_about_text
+    made = asks(args, subject)
     found = {name: list(cases) for name, cases in made.items()}
     if not subject.tokenizer.chat_template:
         found = {name: [complete(case) for case in cases] for name, cases in found.items()}
     judging: Judging = "mentions" if args.data else "gold"
-    room = args.max_new_tokens or (OWN_TOKENS if args.data else TEXT_TOKENS)
+    room = args.max_new_tokens or (OWN_TOKENS if args.data or args.documents else TEXT_TOKENS)
     return [Scenario(name, cases, len(cases), room, judging) for name, cases in found.items() if cases]
 
 
-def _ask_about_own(args: argparse.Namespace) -> dict[str, Iterator[Case]]:
+def _ask_about_own(args: argparse.Namespace, subject: Subject) -> dict[str, Iterator[Case]]:
     examples = dataset.read_examples(args.data)[: args.groups]
     return {name: dataset.make_own_cases(name, examples, args.seed) for name in (dataset.DATA, dataset.UNLIKE)}
+
+
+def _ask_about_folder(args: argparse.Namespace, subject: Subject) -> dict[str, Iterator[Case]]:
+    groups, questions = (QUICK_GROUPS, QUICK_QUESTIONS) if args.quick else (DOCUMENTS_GROUPS, DOCUMENTS_QUESTIONS)
+    passages = folder.read_folder(args.documents, args.ask or ())
+    size = folder.choose_size(passages, args.passages)
+    sizes = args.groups or groups, args.questions or questions, args.seed, passages, size
+    names = args.scenarios or (folder.QUICK if args.quick else folder.USUAL)
+    return {name: make_text_cases(name, *sizes) for name in names}
 
 
 def _ask_about_text(args: argparse.Namespace, subject: Subject) -> dict[str, Iterator[Case]]:
@@ -151,8 +180,7 @@ def prepare(
     """What the arguments ask for, and the model it is measured on."""
     _check(args)
     policies = _add_own(policies, args.policy)
-    usual = () if args.policy else QUICK_POLICIES if args.quick else DEFAULT_POLICIES
-    chosen = list(dict.fromkeys([FULL, *(args.policies or usual), *dict(args.policy)]))
+    chosen = _choose_policies(args)
     configs = make_configs(chosen, dict(args.set), policies)
     if args.kl:
         audit = AuditConfig(sample_ratio=1.0, min_agreement=0.0)
@@ -168,22 +196,48 @@ def prepare(
         configs,
         about={name: policies[name].about for name in chosen},
     )
+    if args.documents:
+        study = replace(
+            study, title=f"Reuse on the documents of {args.documents}", conclude=partial(recommend, configs)
+        )
     return study, subject
+
+
+def _choose_policies(args: argparse.Namespace) -> list[str]:
+    """Those asked for, else the usual ones; always a full prefill, and for a recommendation exact reuse."""
+    usual = DOCUMENTS_POLICIES if args.documents else QUICK_POLICIES if args.quick else DEFAULT_POLICIES
+    asked = args.policies or (() if args.policy else usual)
+    return list(dict.fromkeys([FULL, *([EXACT] if args.documents else ()), *asked, *dict(args.policy)]))
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what does not go together, before anything is loaded."""
     require(args.out is None or args.out.suffix == ".md", "--out", str(args.out), "a file name ending in .md")
-    if args.data and args.scenarios:
-        raise ValueError("--scenarios and --data are given; accepted is one of them")
+    for one, other in (("data", "scenarios"), ("data", "documents")):
+        if getattr(args, one) and getattr(args, other):
+            raise ValueError(f"--{other} and --{one} are given; accepted is one of them")
+    require(args.documents is not None or not args.ask, "--ask", args.ask, "nothing without --documents")
+    if args.documents is not None:
+        _check_folder(args)
     for name, known in (("questions", TEXTS), ("passages", CHANGES)):
         size, names = getattr(args, name), args.scenarios or (() if args.data else CHANGES)
         is_used = size is None or not set(known).isdisjoint(names)
         require(is_used, f"--{name}", size, f"nothing without --scenarios of {', '.join(known)}")
-    if args.passages is not None:
+    if args.passages is not None and args.documents is None:
         check_size(args.passages)
     if args.data:
         dataset.read_examples(args.data)
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    """Refuse documents that nothing can be measured on."""
+    said = "a folder or hub id of a model: the built-in one reads made-up news alone"
+    require(args.model is not None, "--model", args.model, said)
+    unknown = [name for name in args.scenarios or () if name not in folder.SCENARIOS]
+    require(not unknown, "--scenarios", ", ".join(unknown), f"one of {', '.join(folder.SCENARIOS)} with --documents")
+    blank = [question for question in args.ask or () if not question.strip()]
+    require(not blank, "--ask", blank, "a question that is not blank")
+    folder.choose_size(folder.read_folder(args.documents), args.passages)
 
 
 def _add_own(policies: Mapping[str, Policy], own: Sequence[tuple[str, Policy]]) -> Mapping[str, Policy]:

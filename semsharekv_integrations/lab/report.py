@@ -122,7 +122,8 @@ def make_page(about: Mapping[str, Any], rows: Sequence[Row], figures: Sequence[F
     """All figures as Markdown, with where they come from and a line on each policy that has one."""
     tables = (f"## {name}\n\n{make_table(shown, figures)}" for name, shown in _split_rows(rows))
     policies = "\n".join(f"- {name}: {said}" for name, said in about["about_policies"].items())
-    return "\n\n".join([f"# {about['title']}", make_headline(about), LEGEND, *tables, policies]).rstrip() + "\n"
+    opening = [f"# {about['title']}", make_headline(about), *filter(None, [about.get("conclusion")]), LEGEND]
+    return "\n\n".join([*opening, *tables, policies]).rstrip() + "\n"
 
 
 def _split_rows(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -22,6 +22,7 @@ from semsharekv_integrations.errors import SemShareError
 from semsharekv_integrations.lab import report
 from semsharekv_integrations.lab.bench import Bench, Results, Study
 from semsharekv_integrations.lab.figures import Row, summarize
+from semsharekv_integrations.lab.folder import digest_folder
 from semsharekv_integrations.lab.journal import Entry, Journal
 from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case, Scenario
@@ -29,7 +30,7 @@ from semsharekv_integrations.lab.scenarios import Case, Scenario
 WRITE_EVERY_S = 300.0  # while cases are measured; and at the end
 POLL_EVERY_S = 5.0
 # arguments that cases and figures depend on, of this command and of scripts that take more
-_DRAWING = ("documents", "layouts", "passages", "questions", "quick", "kl", "repeats")
+_DRAWING = ("documents", "ask", "sizes", "layouts", "passages", "questions", "quick", "kl", "repeats")
 
 MakeBench = Callable[[Subject, Study], Bench]
 Prepare = Callable[[argparse.Namespace], tuple[Study, Subject]]
@@ -42,6 +43,13 @@ def find_journal(args: argparse.Namespace) -> Path | None:
     path: Path = args.out.with_suffix(".jsonl")
     is_data = args.data is not None and path.resolve() == args.data.resolve()
     return path.with_suffix(".journal.jsonl") if is_data else path
+
+
+def _digest_data(args: argparse.Namespace) -> str | None:
+    """What names the content of the user's own data or documents; None if there are none."""
+    if args.documents is not None:
+        return digest_folder(args.documents)
+    return blake2b(args.data.read_bytes()).hexdigest()[:16] if args.data else None
 
 
 class Run:
@@ -69,11 +77,11 @@ class Run:
     def _make_header(self) -> dict[str, Any]:
         """What outcomes depend on, but for how many cases there are."""
         named = {name: self.about[name] for name in ("title", "model", "dtype", "seed", "judging", "policies")}
-        drawing = {name: getattr(self.args, name, None) for name in _DRAWING}
-        data = blake2b(self.args.data.read_bytes()).hexdigest()[:16] if self.args.data else None
+        asked = {name: getattr(self.args, name, None) for name in _DRAWING}
+        drawing = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
         # None and 1 are what journals of earlier versions hold of such scenarios: no length, and one round
         scenarios = [[s.name, None, s.max_new_tokens, 1] for s in self.study.scenarios]
-        return {**named, **drawing, "data": data, "scenarios": scenarios}
+        return {**named, **drawing, "data": _digest_data(self.args), "scenarios": scenarios}
 
     def summarize(self) -> None:
         """Set ``results`` and ``rows`` to what the journal holds, and write the report if it has a place."""
@@ -84,6 +92,7 @@ class Run:
             self.results.add(Results(list(entry.outcomes), list(entry.failures)))
         outcomes = self.study.regroup(self.results.outcomes)
         self.rows = summarize(outcomes, self.results.failures, self.study.figures)
+        self.about["conclusion"] = self.study.conclude(outcomes)
         self.about["seconds"] = round(sum(entry.seconds for entry in entries), 1)
         if self.args.out is not None:
             report.write_files(self.args.out, self.about, self.rows, self.results, self.study.figures)
@@ -131,6 +140,8 @@ def run_study(
         sys.stdout.write(f"{report.make_json(run.about, run.rows)}\n")
         return run.results
     report.print_rows(Console(), run.rows, run.study.figures)
+    if run.about["conclusion"]:
+        Console().print(f"\n{run.about['conclusion']}", style="bold", highlight=False, markup=False)
     Console().print(f"\n{report.make_headline(run.about)}", highlight=False, markup=False)
     if args.out is not None:
         console.print(f"Written: {args.out}, and every outcome to {args.out.with_suffix('.json')}", markup=False)

@@ -33,11 +33,12 @@ SIZE = 6  # paragraphs in a prompt, where nothing else is asked for
 SYSTEM = "Answer the question from the passages. Give the shortest answer that is right."
 NEWS = 120  # reports; as many as there are paragraphs of XQuAD
 OTHER_SYSTEM = "You are a careful assistant. Read the passages, then reply in a few words, from them alone."
+_TOLD_WORDS = 24  # of a passage, where no answer is known that could have been told
 _NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
 
 
 class Question(NamedTuple):
-    """What is asked, and the answers that are right."""
+    """What is asked, and the answers that are right; none where they are not known."""
 
     text: str
     golds: tuple[str, ...]
@@ -131,7 +132,7 @@ class Group(NamedTuple):
             self.name,
             (ask(collect_texts(self.own), self.stored_question.text),),
             target,
-            question.golds[0],
+            question.golds[0] if question.golds else None,
             stale[0] if stale else None,
             values=question.golds,
             stale_values=tuple(stale),
@@ -153,7 +154,7 @@ class Group(NamedTuple):
 
 
 def _is_answered(question: Question, texts: Any) -> bool:
-    return any(holds_answer(text, gold) for text in texts for gold in question.golds)
+    return not question.golds or any(holds_answer(text, gold) for text in texts for gold in question.golds)
 
 
 def collect_texts(passages: Sequence[Passage]) -> dict[str, str]:
@@ -221,8 +222,9 @@ def _change_system(group: Group) -> Iterator[Case]:
 def _continue(group: Group) -> Iterator[Case]:
     """The conversation goes on behind the answer to the stored question."""
     texts, first = collect_texts(group.own), group.stored_question
+    told = first.golds[0] if first.golds else " ".join(group.own[0].text.split()[:_TOLD_WORDS])
     for question in group.ask_all(group.own, texts):
-        yield group.make_case(ask(texts, question.text, earlier=[(first.text, first.golds[0])]), question)
+        yield group.make_case(ask(texts, question.text, earlier=[(first.text, told)]), question)
 
 
 def _reword(group: Group) -> Iterator[Case]:

@@ -357,7 +357,9 @@ class ModelAdapter:
         In half precision that is much in deep, narrow models: 0.1 in SmolLM2-135M. 0 where the model refuses.
         """
         ids, cache = self.probe_ids(), DynamicCache(config=self.model.config)
-        pieces = [torch.from_numpy(piece)[None].to(self.device) for piece in (ids[: len(ids) // 2], ids[len(ids) // 2 :])]
+        pieces = [
+            torch.from_numpy(piece)[None].to(self.device) for piece in (ids[: len(ids) // 2], ids[len(ids) // 2 :])
+        ]
         with self._lock, torch.inference_mode():
             try:
                 whole = self.model(input_ids=torch.cat(pieces, 1), use_cache=False).logits[:, -1].float()

@@ -78,7 +78,7 @@ def test_methods_of_the_field_compute_what_they_say(
 
 def test_the_script_measures_them_beside_the_modes(tmp_path: Path) -> None:
     out = tmp_path / "methods.md"
-    few = ["--scenarios", "edited", "--cases", "1", "--documents", "2", "2", "--max-new-tokens", "2"]
+    few = ["--scenarios", "edited", "--cases", "1", "--sizes", "2", "2", "--max-new-tokens", "2"]
     methods.main([*few, "--policies", "raw", "zeroed", "--out", str(out)])
     text = out.read_text()
     assert "| edited | raw |" in text and "| edited | zeroed |" in text and "Prompt Cache" in text

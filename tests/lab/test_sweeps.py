@@ -114,7 +114,7 @@ def test_every_sweep_has_its_controls_and_runs(name: str, subject: Subject, tmp_
 
 def test_a_sweep_is_a_command_that_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "budget.md"
-    few = ["--quick", "--cases", "1", "--documents", "2", "2", "--max-new-tokens", "2", "--out", str(out)]
+    few = ["--quick", "--cases", "1", "--sizes", "2", "2", "--max-new-tokens", "2", "--out", str(out)]
     sweeps.main(["budget", *few])
     assert {path.suffix for path in tmp_path.iterdir()} >= {".md", ".json"}
     assert "Quality against compute" in out.read_text() and "| relevance 0.1 |" in out.read_text()
