@@ -39,6 +39,7 @@ from semsharekv_integrations.lab.advice import recommend
 from semsharekv_integrations.lab.answers import Judging
 from semsharekv_integrations.lab.bench import Study
 from semsharekv_integrations.lab.policies import (
+    BUDGETS,
     CHUNKS,
     EXACT,
     FULL,
@@ -69,7 +70,7 @@ from semsharekv_integrations.model.loading import REFERENCE_MODEL, hide_progress
 DEFAULT_POLICIES = (FULL, "exact", "identical", "semantic", "retained")
 QUICK_POLICIES = DEFAULT_POLICIES[:-1]
 QUICK_SCENARIOS = ("text_reordered", "text_edited", "text_next_turn", "text_unlike")
-DOCUMENTS_POLICIES = (FULL, EXACT, "identical-0.15", "identical", "identical-0.5", CHUNKS, ORDER)
+DOCUMENTS_POLICIES = (FULL, EXACT, "identical", *BUDGETS, CHUNKS, ORDER)
 GROUPS, QUESTIONS, QUICK_GROUPS, QUICK_QUESTIONS = 20, 8, 2, 4
 DOCUMENTS_GROUPS, DOCUMENTS_QUESTIONS = 8, 3
 TEXT_TOKENS, OWN_TOKENS = 24, 64  # of an answer, its end included
@@ -179,7 +180,7 @@ def prepare(
 ) -> tuple[Study, Subject]:
     """What the arguments ask for, and the model it is measured on."""
     _check(args)
-    policies = _add_own(policies, args.policy)
+    policies = _add_own({**policies, **BUDGETS} if args.documents else policies, args.policy)
     chosen = _choose_policies(args)
     configs = make_configs(chosen, dict(args.set), policies)
     if args.kl:

@@ -35,14 +35,18 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         "rerun": Policy("A second full prefill: what differs from the first one is noise.", ReuseConfig(mode="off")),
         EXACT: Policy("The longest exact prefix, as every serving engine reuses it.", ReuseConfig(mode="exact")),
         "identical": Policy("This package's mode of that name, with its budget of 0.3.", ReuseConfig(mode="identical")),
-        "identical-0.15": Policy("As identical, with a budget of 0.15.", ReuseConfig(mode="identical", budget=0.15)),
-        "identical-0.5": Policy("As identical, with a budget of 0.5.", ReuseConfig(mode="identical", budget=0.5)),
         "semantic": Policy("This package's mode of that name.", ReuseConfig(mode="semantic")),
         RETAINED: Policy("As semantic, with 42% less KV kept for decoding.", _RETAINING),
         "packed": Policy("As identical, over KV stored in 8 bits.", ReuseConfig(mode="identical"), _PACKED),
         "paper": Policy("SemShareKV as far as it is known (arXiv 2509.24832).", ReuseConfig(mode="paper")),
         CHUNKS: Policy("A floor: a full prefill of the same prompt in two chunks.", ReuseConfig(mode="exact")),
         ORDER: Policy("A floor: a full prefill of the same documents in the stored order.", ReuseConfig(mode="off")),
+    }
+)
+BUDGETS: Mapping[str, Policy] = MappingProxyType(
+    {
+        f"identical-{budget}": Policy(f"As identical, with {budget}.", ReuseConfig(mode="identical", budget=budget))
+        for budget in (0.15, 0.5)
     }
 )
 SETTINGS = tuple(field.name for field in fields(ReuseConfig) if field.name != "mode")
