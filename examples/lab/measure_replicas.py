@@ -244,12 +244,6 @@ def count_hits(answers: Sequence[Answer]) -> float:
     return sum(answer.cached_tokens for answer in whole) / sum(answer.prompt_tokens for answer in whole)
 
 
-def list_later(answers: Sequence[Answer]) -> list[Answer]:
-    """Return the answers about sets that an earlier request was about."""
-    seen = [answer.set for answer in answers]
-    return [answer for place, answer in enumerate(answers) if answer.set in seen[:place]]
-
-
 def compare_hits(own: Sequence[Run], one: Sequence[Run]) -> Estimate:
     """Return the tokens that were not computed as a share of those of one engine, on requests that both answered.
 
@@ -275,7 +269,6 @@ def compare_hits(own: Sequence[Run], one: Sequence[Run]) -> Estimate:
 def describe_way(runs: Sequence[Run], one: Sequence[Run]) -> list[str]:
     """Return the cells of a way to serve, over all its runs."""
     answers = [answer for run in runs for answer in run.answers]
-    later = [answer for run in runs for answer in list_later(run.answers)]
     served = [sorted(Counter(answer.replica for answer in run.answers).values()) for run in runs]
     share = "-" if runs[0].way in ("one", "gateway") else f"{sum(map(min, served)) / len(answers):.0%}"
     compared = compare_hits(runs, one)
@@ -286,7 +279,6 @@ def describe_way(runs: Sequence[Run], one: Sequence[Run]) -> list[str]:
         str(len(answers)),
         f"{count_hits(answers):.3f}",
         f"{compared.value:.1%} [{compared.low:.1%}, {compared.high:.1%}]",
-        f"{count_hits(later):.3f}",
         share,
         f"{median(answer.first_s - answer.began_s for answer in answers if answer.first_s is not None):.1f}",
         f"{len(answers) / seconds:.3f}",
@@ -309,7 +301,7 @@ def describe_killing(run: Run) -> list[str]:
         str(len(failed)),
         str(len(failed) - len(own)),
         back,
-        f"{count_hits(list_later(run.answers)):.3f}",
+        f"{count_hits(run.answers):.3f}",
         f"{count_hits(run.again):.3f}",
         str(sum(bool(answer.problem) for answer in run.again)),
     ]
@@ -341,7 +333,6 @@ TITLES = (
     "n",
     "hit rate",
     "of one's [95%]",
-    "hit rate, set seen before",
     "the lesser replica's share",
     "first token, s",
     "requests a second",
@@ -357,7 +348,7 @@ KILLED_TITLES = (
     "failed",
     "of these, not its own",
     "two again after, s",
-    "hit rate, set seen before",
+    "hit rate",
     "hit rate of the next turn",
     "failed then",
 )

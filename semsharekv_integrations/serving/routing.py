@@ -172,8 +172,9 @@ class Router:
         return sorted(chosen, key=lambda id: (costs[id], -scores[id]))
 
     def note(self, replica: str, marks: Marks) -> None:
-        """Remember that a request was sent to a replica, which holds its content soon."""
-        self._sent.setdefault(replica, _Sent()).add(marks)
+        """Remember that a request was sent to a replica, which holds its content soon, if it has any."""
+        if len(marks.marks):
+            self._sent.setdefault(replica, _Sent()).add(marks)
 
     def refresh(self, replica: str) -> None:
         """Note that a new sketch of a replica has come. What was sent before the last one is forgotten: it shows."""

@@ -170,6 +170,15 @@ def test_what_is_remembered_is_bounded() -> None:
     assert {router.rank(candidates(0, 0, 0), mark_text(write(1), "t"))[0] for _ in range(50)} != {"1"}
 
 
+def test_requests_without_content_push_nothing_out() -> None:
+    """As probes of health and scrapes of metrics come."""
+    router, marks = Router(seed=1), mark_text(write(1), "t")
+    router.note("1", marks)
+    for _ in range(MOST_REMEMBERED):
+        router.note("1", mark_text("", "t"))
+    assert {router.rank(candidates(0, 0, 0), marks)[0] for _ in range(50)} == {"1"}
+
+
 def test_nobody_and_nothing_are_no_errors() -> None:
     router = Router(seed=1)
     assert router.rank([], mark_text(write(1), "t")) == []
