@@ -81,6 +81,7 @@ class Run:
     back_s: float | None = None  # from then until there were two again
     again: Sequence[Answer] = ()  # of another turn, when there were
     engines_cpu_s: float = 0.0  # processor time of the engines' processes
+    ray_cpu_s: float = 0.0  # of all else that Ray runs
     machine_cpu_s: float = 0.0  # of everything on the machine
     origin: Mapping[str, Any] = field(default_factory=dict)
 
@@ -182,20 +183,26 @@ def measure(way: str, model: str, mode: str, seed: int, rounds: int) -> Run:
     requests = draw_requests(seed, rounds)
     with open_way(way, model, mode) as (servers, processes):
         began, busy_s = time.monotonic(), _count_busy(psutil)
-        before_s = sum(sum(one.cpu_times()[:2]) for one in processes)
+        besides = [one for one in psutil.Process().children(recursive=True) if one not in processes]
+        before_s, ray_before_s = _count_cpu(processes), _count_cpu(besides)
         killing = Killing(servers, began, len(requests) // 3 if way == "killed" else None)
         send_one = partial(send, url=servers.URL, model=servers.MODEL, began=began)
         answers = send_all(requests, send_one, killing.watch)
         seconds, machine_s = time.monotonic() - began, _count_busy(psutil) - busy_s
-        engines_s = sum(sum(one.cpu_times()[:2]) for one in processes if one.is_running()) - before_s
+        engines_s, ray_s = _count_cpu(processes) - before_s, _count_cpu(besides) - ray_before_s
         again = []
         if way == "killed":
             killing.wait()
             again = send_all(draw_requests(seed, rounds, turn=1), send_one, lambda _: None)
     told: dict[str, Any] = {"killed": killing.name, "killed_s": killing.at_s, "working": killing.working}
-    told |= {"back_s": killing.back_s, "again": again, "engines_cpu_s": engines_s, "machine_cpu_s": machine_s}
-    told["origin"] = describe_origin("")
+    told |= {"back_s": killing.back_s, "again": again, "engines_cpu_s": engines_s, "ray_cpu_s": ray_s}
+    told |= {"machine_cpu_s": machine_s, "origin": describe_origin("")}
     return Run(way, mode, seed, seconds, answers, **told)
+
+
+def _count_cpu(processes: Sequence[Any]) -> float:
+    """Return the processor seconds of the processes that run still."""
+    return float(sum(sum(one.cpu_times()[:2]) for one in processes if one.is_running()))
 
 
 def _count_busy(psutil: Any) -> float:
@@ -285,7 +292,8 @@ def describe_way(runs: Sequence[Run], one: Sequence[Run]) -> list[str]:
         f"{sum(alone[run.seed] for run in runs) / seconds:.2f}",
         f"{sum(run.engines_cpu_s for run in runs) / len(answers):.2f}",
         f"{sum(run.engines_cpu_s for run in runs) / seconds:.2f}",
-        f"{sum(run.machine_cpu_s - run.engines_cpu_s for run in runs) / seconds:.2f}",
+        f"{sum(run.ray_cpu_s for run in runs) / seconds:.2f}",
+        f"{sum(run.machine_cpu_s - run.engines_cpu_s - run.ray_cpu_s for run in runs) / seconds:.2f}",
     ]
 
 
@@ -339,6 +347,7 @@ TITLES = (
     "times one's",
     "engines' processor s a request",
     "cores that engines had",
+    "cores that Ray took besides",
     "cores that all else had",
 )
 KILLED_TITLES = (
