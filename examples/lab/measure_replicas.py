@@ -281,6 +281,7 @@ def describe_way(runs: Sequence[Run], one: Sequence[Run]) -> list[str]:
     compared = compare_hits(runs, one)
     seconds = sum(run.seconds for run in runs)
     alone = {run.seed: run.seconds for run in one}
+    timed = [run for run in runs if run.ray_cpu_s]
     return [
         runs[0].way,
         str(len(answers)),
@@ -292,8 +293,8 @@ def describe_way(runs: Sequence[Run], one: Sequence[Run]) -> list[str]:
         f"{sum(alone[run.seed] for run in runs) / seconds:.2f}",
         f"{sum(run.engines_cpu_s for run in runs) / len(answers):.2f}",
         f"{sum(run.engines_cpu_s for run in runs) / seconds:.2f}",
-        f"{sum(run.ray_cpu_s for run in runs) / seconds:.2f}",
-        f"{sum(run.machine_cpu_s - run.engines_cpu_s - run.ray_cpu_s for run in runs) / seconds:.2f}",
+        f"{sum(run.machine_cpu_s - run.engines_cpu_s for run in runs) / seconds:.2f}",
+        f"{sum(run.ray_cpu_s for run in timed) / sum(run.seconds for run in timed):.2f}" if timed else "-",
     ]
 
 
@@ -347,8 +348,8 @@ TITLES = (
     "times one's",
     "engines' processor s a request",
     "cores that engines had",
-    "cores that Ray took besides",
     "cores that all else had",
+    "of these, Ray",
 )
 KILLED_TITLES = (
     "seed",
