@@ -35,7 +35,7 @@ def list_places() -> dict[str, Path]:
         shown = import_module("site_pages").list_pages()
     finally:
         sys.path.remove(str(DOCS))
-    return {place: ROOT / path for path, place in shown.items() if path.endswith(".md")}
+    return {place: ROOT / path for path, place in sorted(shown.items()) if path.endswith(".md")}
 
 
 def list_options() -> dict[str, set[str]]:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,14 @@ def level(name: str) -> int:
     return next(index for index, layer in enumerate(LAYERS) if name in layer)
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, runtime_only: bool = False) -> Iterator[str]:
     """Dotted names that a file imports, at any depth; without those for type checking alone if so asked."""
-    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    nodes: list[ast.AST] = [parse(path)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
@@ -130,7 +136,7 @@ def test_public_names_are_there() -> None:
 def test_files_and_functions_stay_short() -> None:
     lengths = []
     for path in FILES:
-        tree = ast.parse(path.read_text())
+        tree = parse(path)
         assert ast.get_docstring(tree) or not path.read_text().strip(), f"{path} has no docstring"
         if name_of(path) not in LAB:
             assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path
