@@ -18,14 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from statistics import median
+from threading import Thread
 from typing import Any, NamedTuple
 
 import psutil
 
+from semsharekv_integrations import EngineConfig, ReuseConfig, StoreConfig
 from semsharekv_integrations.lab.answers import holds_answer, is_answer
 from semsharekv_integrations.lab.figures import estimate_mean, estimate_median
 from semsharekv_integrations.lab.report import describe_origin, write_whole
@@ -147,10 +151,6 @@ def _make_llama_index(kind: str, model: str) -> Callable[[Asked], Iterator[str]]
 
 
 def _make_ours(framework: str, settings: str, model: str) -> Any:
-    from importlib import import_module
-
-    from semsharekv_integrations import EngineConfig, ReuseConfig, StoreConfig
-
     mode, *budget = settings.removesuffix("arranged").split()
     reuse = ReuseConfig(mode=mode, budget=float(budget[0]) if budget else None)  # type: ignore[arg-type]
     config = EngineConfig(reuse=reuse, store=StoreConfig(max_bytes=STORE_BYTES))
@@ -185,9 +185,6 @@ def _make_cached_prefix(model: str) -> Stream:
     kept: dict[str, Any] = {"ids": torch.zeros(0, dtype=torch.int64), "cache": DynamicCache()}
 
     def stream(prompt: str) -> Iterator[str]:
-        from copy import deepcopy
-        from threading import Thread
-
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         most = min(len(kept["ids"]), ids.shape[1] - 1)
         same = int((kept["ids"][:most] == ids[0, :most]).cumprod(0).sum())

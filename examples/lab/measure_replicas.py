@@ -5,7 +5,7 @@
 The mix has twelve sets of XQuAD's paragraphs. Each is asked about several times; requests come in random order, and
 each has the paragraphs of its set in random order. Four callers ask, each its next request once it has its answer.
 Every way to serve gets the same requests. Each run is a line of ``--out``, and a later call goes on behind the lines
-that are there; the page stands beside it, as Markdown.
+that are there. What is printed is the tables of ``results/replicas.md``.
 
 ``one``: one engine's server, without Ray. ``gateway``: one replica. ``content``: two, by the package's router.
 ``random``: two, by chance. ``killed``: as ``content``, but that a replica is killed when a third is answered; once

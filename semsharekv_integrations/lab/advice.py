@@ -7,11 +7,11 @@ up to .02 nats a token lost less than a point of right answers in 591 questions,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from semsharekv_integrations.config import EngineConfig
+from semsharekv_integrations.config import EngineConfig, ReuseConfig
 from semsharekv_integrations.lab.figures import Outcome, Row, summarize
-from semsharekv_integrations.lab.policies import EXACT, FLOORS, FULL
+from semsharekv_integrations.lab.policies import EXACT, FLOORS, FULL, UNBOUNDED
 
 MOST_KL = 0.02  # nats a token
 LEAST_GAIN = 1.2  # times as fast as `exact`, below which an approximation is not worth it
@@ -30,9 +30,20 @@ def recommend(configs: Mapping[str, EngineConfig], outcomes: Sequence[Outcome]) 
     best = max(gains, key=lambda name: gains[name], default=None)
     if best is None or gains[best] < LEAST_GAIN:
         return f'Recommended: ReuseConfig(mode="exact"). {_explain_exact(rows, best, gains)}'
-    reuse, row = configs[best].reuse, rows[best]
-    setting = f'ReuseConfig(mode="{reuse.mode}"' + (f", budget={reuse.budget})" if reuse.budget is not None else ")")
-    return f"Recommended: {setting}. {_explain_gain(row, gains[best])}"
+    return f"Recommended: {_write_settings(configs[best])}. {_explain_gain(rows[best], gains[best])}"
+
+
+def _write_settings(config: EngineConfig) -> str:
+    """Return what a user writes for these settings: all that they change, but for the bench's bound on the store."""
+    parts = []
+    for own, usual in ((config.reuse, ReuseConfig()), (config.store, UNBOUNDED)):
+        given = {field.name: getattr(own, field.name) for field in fields(own)}
+        changed = {name: value for name, value in given.items() if value != getattr(usual, name)}
+        told = (
+            f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}" for name, value in changed.items()
+        )
+        parts += [f"{type(own).__name__}({', '.join(told)})"] if changed else []
+    return " with ".join(parts)
 
 
 def _pool(outcomes: Sequence[Outcome]) -> list[Outcome]:

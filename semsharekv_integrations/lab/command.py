@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
         require(args.out is not None, "--out", args.out, "a file name ending in .md where there are several processes")
         args.threads = args.threads or 1
     study, subject = prepare(args)
+    for key, why in folder.find_unusable(args.documents) if args.documents else ():
+        Console(stderr=True).print(f"{key} is left out: {why}", highlight=False, markup=False)
     run_study(study, subject, args, prepare=prepare)
     return 0
 

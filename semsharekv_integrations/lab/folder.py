@@ -55,13 +55,22 @@ def digest_folder(folder: Path) -> str:
     return blake2b(repr(list(_cut_all(folder))).encode(), digest_size=8).hexdigest()
 
 
+def find_unusable(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the id of every file that should be a document and cannot be one, and why."""
+    for key, path in find_documents(folder):
+        try:
+            read_document(key, path)
+        except UnusableDocumentError as error:
+            yield key, str(error)
+
+
 def _cut_all(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the passages of every document, by document and number. What cannot be read is passed over."""
+    """Yield the passages of every document that is not unusable, by document and number."""
     from llama_index.core.node_parser import SentenceSplitter  # seconds, which other commands do not wait for
 
     splitter = SentenceSplitter(chunk_size=PASSAGE_WORDS, chunk_overlap=0, tokenizer=str.split)
     seen: set[str] = set()
-    for key, path in find_documents(folder, leave_out=Path()):
+    for key, path in find_documents(folder):
         try:
             text = read_document(key, path)
         except UnusableDocumentError:

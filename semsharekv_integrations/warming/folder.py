@@ -16,7 +16,7 @@ class UnusableDocumentError(Exception):
     """A file that cannot be a document; its text says why."""
 
 
-def find_documents(folder: Path, leave_out: Path) -> Iterator[tuple[str, Path]]:
+def find_documents(folder: Path, leave_out: Path | None = None) -> Iterator[tuple[str, Path]]:
     """Yield the id and path of every file with one of ``SUFFIXES``, at any depth, in order of ids.
 
     Follows no links to folders, and leaves out all that is in ``leave_out``.
@@ -29,7 +29,7 @@ def find_documents(folder: Path, leave_out: Path) -> Iterator[tuple[str, Path]]:
         raise error
 
     found: list[tuple[str, Path]] = []
-    left_out = os.path.realpath(leave_out)
+    left_out = None if leave_out is None else os.path.realpath(leave_out)
     for above, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(above, name)) != left_out]
         paths = (Path(above, name) for name in names if name.lower().endswith(SUFFIXES))

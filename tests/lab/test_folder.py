@@ -20,6 +20,7 @@ from semsharekv_integrations.lab.folder import (
     digest_folder,
     read_folder,
 )
+from semsharekv_integrations.lab.policies import UNBOUNDED
 from semsharekv_integrations.lab.texts import make_text_cases
 from semsharekv_integrations.report import ReuseReport
 
@@ -81,6 +82,12 @@ def test_what_a_folder_holds_decides_how_many_passages_stand_in_a_prompt(texts: 
         choose_size(passages, 6)
 
 
+def test_a_folder_around_the_working_directory_is_read_whole(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_folder(texts)
+    monkeypatch.chdir(texts / "deep")
+    assert read_folder(texts) == read_folder(Path("..")) == before
+
+
 def test_a_folders_digest_follows_its_texts_alone(texts: Path) -> None:
     before = digest_folder(texts)
     (texts / "picture.png").write_bytes(b"other")
@@ -131,7 +138,9 @@ def test_a_run_over_a_folder_ends_with_a_recommendation(
     assert all(o["right"] is None for o in written["outcomes"])
     assert written["conclusion"].startswith("Recommended: ReuseConfig(mode=")
     assert written["conclusion"] in out.read_text()
-    assert "Recommended: ReuseConfig" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Recommended: ReuseConfig" in printed.out
+    assert "binary.txt is left out: it is binary" in printed.err and "picture" not in printed.err
 
 
 CONFIGS = {
@@ -173,6 +182,14 @@ def test_the_fastest_setting_that_stays_near_a_full_prefill_is_recommended(
     near: tuple[float, float], fast: tuple[float, float], expected: str
 ) -> None:
     assert recommend(CONFIGS, outcomes_of(near, fast)).startswith(f"Recommended: ReuseConfig({expected}")
+
+
+def test_a_recommendation_names_all_that_a_user_must_set() -> None:
+    """Else what they set would not be what was measured."""
+    wide = {**CONFIGS, "fast": EngineConfig(ReuseConfig("semantic", boundary_tokens=9), replace(UNBOUNDED, kv_bits=8))}
+    said = recommend(wide, outcomes_of((0.5, 2.0), (0.0, 1.0)))
+    written = 'ReuseConfig(mode="semantic", boundary_tokens=9) with StoreConfig(kv_bits=8)'
+    assert said.startswith(f"Recommended: {written}.")
 
 
 def test_prompts_that_a_setting_answers_as_exact_does_say_nothing_of_it() -> None:
