@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from documentation import ELSEWHERE, PAGES, README, ROOT, find_blocks, find_unrun
+from semsharekv_integrations import ReuseReport
 from semsharekv_integrations.cli.main import main
 
 LANGUAGES = {"python", "bash", "text"}
@@ -103,7 +105,7 @@ def test_recipes_name_what_is_there() -> None:
             assert set(named.split(".")) <= words, named
 
 
-@pytest.mark.parametrize("module", ["", ".langchain", ".llama_index", ".serving"])
+@pytest.mark.parametrize("module", ["", ".langchain", ".llama_index", ".serving", ".warming"])
 def test_the_api_page_has_every_public_name(module: str) -> None:
     """And each of them as what it is where it stands."""
     named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.M)
@@ -112,6 +114,22 @@ def test_the_api_page_has_every_public_name(module: str) -> None:
     for path in named:
         place, _, name = path.rpartition(".")
         assert getattr(import_module(place), name).__module__ == place, path
+
+
+def test_the_api_page_has_what_other_pages_show() -> None:
+    """It says that all else may change, so what readers are told to import or to catch stands there."""
+    named = set(re.findall(r"^::: \S+\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.M))
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    imported = re.findall(r"^from semsharekv_integrations\S* import (.+)$", text, flags=re.M)
+    shown = {name for names in imported for name in names.split(", ")}
+    shown |= set(re.findall(r"^\| `(\w+Error)`", text, flags=re.M)) - {"ValueError"}
+    assert len(shown) > 15 and shown <= named
+
+
+def test_the_guide_has_every_field_of_a_report() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|((?: `\w+`,?)+) \|", guide.partition("| field | meaning |")[2], flags=re.M)
+    assert {name for row in rows for name in re.findall(r"\w+", row)} == {field.name for field in fields(ReuseReport)}
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
