@@ -41,8 +41,8 @@ from semsharekv_integrations.text.answer_stream import AnswerReader
 from semsharekv_integrations.text.tool_calls import AnswerPart
 
 _ORIGINS: tuple[Origin, ...] = ("computed", "identical", "fuzzy", "prefix")
-# Of stored texts, where drafts are looked up: so many, so much of their ends, and before what the prompt lacks
-_MOST_SOURCES, _MOST_LOOKED_UP, _CONTEXT_TOKENS = 8, 4096, 32
+_MOST_SOURCES, _MOST_LOOKED_UP = 8, 4096  # stored texts that drafts are looked up in, and last tokens of each
+_CONTEXT_TOKENS = 32  # of the reused prefix, before what its stored text has and the prompt lacks
 
 
 @dataclass

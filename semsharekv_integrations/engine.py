@@ -1,7 +1,9 @@
-"""The engine: one prompt's way from text to text, one line per phase, and what a caller may do with the store.
+"""The engine: ``_run`` leads one prompt from text to text, a line per phase; the other methods are what callers may do.
 
-The flow is that of SemShareKV (arXiv 2509.24832, section 3), with exact prefixes and identical runs as more sources.
-Knows nothing about LangChain, LlamaIndex or the terminal, nor about transformers' internals (see ``model``).
+A ``Call`` carries what the phases find. ``Runtime`` renders, plans, executes, decodes and audits it, on one model in
+one mode; ``Memory`` keeps its KV in the store. The flow is that of SemShareKV (arXiv 2509.24832, section 3), with exact
+prefixes and identical runs as more sources. Knows nothing about LangChain, LlamaIndex or the terminal, nor about
+transformers' internals (see ``model``).
 """
 
 from __future__ import annotations
@@ -178,7 +180,7 @@ class SemShareEngine(ModelHolder):
             runtime.plan(call, is_suspended=self.auditor.suspends(call.request.namespace))
             runtime.execute(call)
             if self._scheduler.has_concurrent_calls:
-                self._memory.keep(call, runtime, writes=False)  # nor before the first token to the disk
+                self._memory.keep(call, runtime, writes=False)  # for these calls to reuse; files follow the answer
         try:
             yield from runtime.decode(call)
         except JobLeft:
@@ -267,9 +269,7 @@ class SemShareEngine(ModelHolder):
         return reorder_documents(documents, order)
 
     def forget(self, document_id: str, namespace: str = "default") -> int:
-        """Drop every entry of ``namespace`` that holds the document; return how many. Calls under way store none.
-
-        Libraries stay.
+        """Drop entries of ``namespace`` with the document; return how many. Libraries stay; calls under way store none.
 
         Raises:
             StoreWriteError: if some of it could not be removed from the store's directory.

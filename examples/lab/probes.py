@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lengths import UNTIMED
 from semsharekv_integrations import EngineConfig
@@ -26,7 +26,7 @@ from semsharekv_integrations.lab.policies import Subject
 from semsharekv_integrations.lab.scenarios import Case
 from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.model.views import find_layers
+from semsharekv_integrations.model.views import watch_layers
 from semsharekv_integrations.reuse.matching import LONGEST_EXACT_TOKENS, find_nearest_tokens, rotate_embeddings
 from semsharekv_integrations.reuse.similarity import PooledEmbedder
 
@@ -136,6 +136,13 @@ class LayerUse(NamedTuple):
 
     seconds: float
     rows: int
+
+
+def find_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers that run in a pass of one token through ``model``."""
+    with watch_layers(model) as calls, torch.inference_mode():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=True)
+    return [call.module for call in calls]
 
 
 class LayerClock:

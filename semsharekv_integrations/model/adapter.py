@@ -303,7 +303,7 @@ class ModelAdapter:
             return Homes((self.device,))
         layers = self.prefill(self.probe_ids()[:1]).cache.layers
         kept = ([t.device for _, t in list_tensors(layer) if t.ndim] for layer in layers)
-        return Homes.list_up([devices[0] if devices else self.device for devices in kept])
+        return Homes.from_devices([devices[0] if devices else self.device for devices in kept])
 
     @property
     def end_ids(self) -> list[int]:

@@ -38,11 +38,11 @@ class PassCosts:
     def __init__(self, *, on_cpu: bool) -> None:
         self._base, self._slope = (1.5, 0.06) if on_cpu else (1.1, 0.01)
         self._single_s = 0.0
-        self._ratios: dict[int, float] = {}  # by size, see ``_sort``
+        self._ratios: dict[int, float] = {}  # by size, see ``_find_size_class``
 
     def estimate(self, rows: int) -> float:
         """Return the time of a pass of ``rows`` tokens in passes of one; 1 for one."""
-        return 1.0 if rows == 1 else self._ratios.get(_sort(rows), self._base + self._slope * rows)
+        return 1.0 if rows == 1 else self._ratios.get(_find_size_class(rows), self._base + self._slope * rows)
 
     def note(self, rows: int, seconds: float) -> None:
         """Take in how long a pass of ``rows`` tokens took."""
@@ -52,11 +52,11 @@ class PassCosts:
         elif self._single_s:
             ratio = min(max(1.0, seconds / self._single_s), rows + 1.0)
             before = self.estimate(rows)
-            self._ratios[_sort(rows)] = before + 0.2 * (ratio - before)
+            self._ratios[_find_size_class(rows)] = before + 0.2 * (ratio - before)
 
 
-def _sort(rows: int) -> int:
-    """Return the number of a size: 2, 3 to 4, 5 to 8 and so on."""
+def _find_size_class(rows: int) -> int:
+    """Return the number of the class of sizes: 1 for 2 rows, 2 for 3 to 4, 3 for 5 to 8, and so on."""
     return (rows - 1).bit_length()
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig
 
 from semsharekv_integrations.errors import UnsupportedModelError
 
@@ -198,13 +198,6 @@ def find_unseen(rows: Tensor, num_tokens: int, window: Window | None, first: int
 def _hides(mask: Tensor | None) -> bool:
     """Return True if the mask [B, 1, T, T] of a causal pass is boolean and True at what the first token cannot see."""
     return mask is not None and mask.dtype == torch.bool and bool(mask[0, 0, 0, -1])
-
-
-def find_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers that run in a pass of one token through ``model``."""
-    with watch_layers(model) as calls, torch.inference_mode():
-        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=True)
-    return [call.module for call in calls]
 
 
 def list_windows(config: PreTrainedConfig) -> tuple[Window | None, ...]:

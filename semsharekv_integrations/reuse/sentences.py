@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from semsharekv_integrations.reuse.facts import FUNCTION_WORDS
 from semsharekv_integrations.reuse.wording import find_forms
 
-# Cosine of the pooled embedder below which no pair was accepted (examples/lab/judge_rewordings.py); it judges nothing.
-LEAST_SIMILARITY = 0.7
 _CLOSERS = "\"')\\]”’»}"
 # What may end a sentence, with closing quotes and notes such as [5], and the blanks behind it.
 _END = re.compile(rf"(?:[.!?…]+[{_CLOSERS}]*(?:\[[^\]\n]{{1,24}}\])*(?=\s|$)|[。！？]+[{_CLOSERS}」』）]*)\s*")

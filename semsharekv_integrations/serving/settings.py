@@ -21,7 +21,7 @@ class ServerConfig:
 
     Attributes:
         model: the name that the model goes by, or None for the engine's.
-        api_keys: any of them lets a caller in; each is a tenant of its own. None lets everyone in, as one tenant.
+        api_keys: each lets a caller in, and is a tenant of its own; without any, everyone may call, as one tenant.
         hosts: names that the server is called by, beside those of this machine alone; a page that was sent under
             another name could otherwise reach a server without keys through a reader's browser.
         cors_origins: origins whose pages may call, such as ``https://chat.example.org``.

@@ -20,12 +20,12 @@ class Homes(NamedTuple):
 
     @classmethod
     def of(cls, where: Homes | torch.device) -> Homes:
-        """Return homes as they are; those of all layers on one device."""
+        """Return homes as they are; for a device, those of layers that all lie there."""
         return where if isinstance(where, Homes) else cls((where,))
 
     @classmethod
-    def list_up(cls, devices: Sequence[torch.device]) -> Homes:
-        """Return homes of layers on ``devices``, at least one."""
+    def from_devices(cls, devices: Sequence[torch.device]) -> Homes:
+        """Return the homes of layers that lie on ``devices``, one for each layer and at least one."""
         return cls(tuple(devices) if len(set(devices)) > 1 else (devices[0],))
 
     @classmethod
@@ -37,7 +37,7 @@ class Homes(NamedTuple):
             index = int(name.partition("/")[0])
             if tensor.ndim and not layers[index].keys.shape[1]:
                 devices[index] = tensor.device
-        return cls.list_up(devices)
+        return cls.from_devices(devices)
 
     def get(self, name: str) -> torch.device:
         """Return the device of the tensor ``name`` of a ``PackedKV``."""

@@ -74,11 +74,6 @@ def name_library(number: int) -> str:
     return f"{_MARK}{number}"
 
 
-def names_library(namespace: str) -> bool:
-    """Return whether ``name_library`` made a namespace's name."""
-    return namespace.startswith(_MARK)
-
-
 def is_library(path: Path) -> bool:
     """Return whether a folder has a manifest, sound or not."""
     return os.path.lexists(path / MANIFEST)

@@ -9,9 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 import profile_calls
-from probes import LayerClock, LayerUse, watch_peak
+from probes import LayerClock, LayerUse, find_layers, watch_peak
 from semsharekv_integrations.lab.figures import Outcome
-from semsharekv_integrations.model.views import find_layers
 from semsharekv_integrations.report import ReuseReport
 from tiny_models import make_model
 

@@ -21,7 +21,7 @@ from semsharekv_integrations.model.adapter import ModelAdapter
 from semsharekv_integrations.model.gathering import gather
 from semsharekv_integrations.model.layers import require_reuse_off_prefix
 from semsharekv_integrations.model.selective import SelectivePrefill
-from semsharekv_integrations.model.views import Window, find_layers
+from semsharekv_integrations.model.views import Window, watch_layers
 from semsharekv_integrations.reuse.plan import ReusePlan, build_plan
 from survey_models import build_tiny_model
 from tiny_models import make_model
@@ -207,7 +207,9 @@ def test_layers_are_the_text_decoders_among_lists_of_the_same_length(family: str
     decoder = model.get_decoder()
     others = torch.nn.ModuleList(torch.nn.LayerNorm(4) for _ in decoder.layers)
     model._modules = {"norms": others, **model._modules}
-    assert find_layers(model) == list(decoder.layers)
+    with watch_layers(model) as calls, torch.inference_mode():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=True)
+    assert [call.module for call in calls] == list(decoder.layers)
 
 
 @pytest.mark.parametrize("part", LayerKV._fields)
