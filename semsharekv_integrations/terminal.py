@@ -26,13 +26,17 @@ _UNBOUNDED = 10_000  # columns
 def add_engine_arguments(
     parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL, about_default: str = DEFAULT_MODEL
 ) -> None:
-    """Add the arguments that ``load_engine`` reads, and ``--json``; the help of ``--model`` shows ``about_default``."""
+    """Add the arguments that ``make_engine`` reads; the help of ``--model`` shows ``about_default``."""
     parser.add_argument("--model", default=default, help=f"folder or hub id (default: {about_default})")
     parser.add_argument("--mode", choices=MODE_SETTINGS, default="auto", help="what may be reused (default: auto)")
     dial = "of what is reused approximately, the share computed again, 0 to 1 (default: the mode's; in auto none is)"
     parser.add_argument("--budget", type=float, metavar="SHARE", help=dial)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, which ``load_engine`` reads too."""
     parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
 
 
@@ -98,9 +102,12 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, width=MAX_COLUMNS - 2, **kwargs)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Return a description wrapped to ``width``: paragraphs without indented lines are joined and refilled."""
+        """Return a description wrapped to ``width``: paragraphs without indented lines are joined and refilled.
+
+        Docstrings mark code, which a terminal need not.
+        """
         paragraphs = []
-        for paragraph in text.strip().split("\n\n"):
+        for paragraph in text.replace("``", "").strip().split("\n\n"):
             lines = paragraph.splitlines()
             if not any(line.startswith(" ") for line in lines):
                 lines = [" ".join(lines)]

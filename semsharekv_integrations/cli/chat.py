@@ -20,7 +20,7 @@ from rich.console import Console
 from semsharekv_integrations.errors import SemShareError, require
 from semsharekv_integrations.report import Generation
 from semsharekv_integrations.sampling import SamplingConfig
-from semsharekv_integrations.terminal import WordWrap, add_engine_arguments, load_engine
+from semsharekv_integrations.terminal import WordWrap, add_engine_arguments, add_json_argument, load_engine
 
 if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
@@ -32,8 +32,11 @@ _SPEAKER = "model "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``semsharekv chat``."""
     add_engine_arguments(parser)
+    add_json_argument(parser)
     parser.add_argument("--system", default="You are a helpful assistant.", help="system message; empty for none")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer (default: 256)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="load stored KV from FILE if there; write it back")
 

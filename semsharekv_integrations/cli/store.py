@@ -28,20 +28,21 @@ from semsharekv_integrations.store import KVStore
 from semsharekv_integrations.store.directory import PeekedEntry, find_directories, peek
 from semsharekv_integrations.store.disk import DISK
 from semsharekv_integrations.store.library import is_library, read_manifest
-from semsharekv_integrations.terminal import fold_error, print_table
+from semsharekv_integrations.terminal import add_json_argument, fold_error, print_table
 
 _COLUMNS = ("namespace", "entry", "tokens", "KV", "documents", "session", "pinned", "uses", "last used")
 _NUMBERS = ("tokens", "KV", "uses", "last used")
 _SHOWN_DIGITS = 12  # of a model's fingerprint
+_DIRECTORY = "what StoreConfig(directory=...) or semsharekv serve --store named"
 _UNUSABLE = ("damaged", "foreign", "vanished", "orphans")
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``semsharekv inspect``."""
-    parser.add_argument("directory", type=Path, help="StoreConfig.directory")
+    parser.add_argument("directory", type=Path, help=f"{_DIRECTORY}, or a library")
     parser.add_argument("--namespace", help="only entries of this one")
     parser.add_argument("--document", metavar="ID", help="only entries that carry this document")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+    add_json_argument(parser)
     parser.add_argument(
         "--last",
         action="store_true",
@@ -51,7 +52,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_clear_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``semsharekv clear``."""
-    parser.add_argument("directory", type=Path, help="StoreConfig.directory")
+    parser.add_argument("directory", type=Path, help=_DIRECTORY)
     parser.add_argument("--namespace", help="only entries of this one (default: all)")
     parser.add_argument("--document", metavar="ID", help="only entries of the namespace that carry this document")
     parser.add_argument("--session", metavar="NAME", help="only entries of the namespace and of this session")

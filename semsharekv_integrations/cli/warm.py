@@ -27,14 +27,15 @@ from pathlib import Path
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from semsharekv_integrations.terminal import DEFAULT_MODEL, fold_error
+from semsharekv_integrations.terminal import DEFAULT_MODEL, add_json_argument, fold_error
 
 _MIB = 1024**2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``semsharekv warm``."""
-    parser.add_argument("folder", type=Path, help="of documents: .txt and .md in UTF-8")
+    """Add the arguments of ``semsharekv warm``, and this module's text for its help."""
+    parser.description = __doc__
+    parser.add_argument("folder", type=Path, help="a folder of documents: .txt and .md files in UTF-8")
     parser.add_argument(
         "--to", type=Path, required=True, metavar="DIR", help="the library: new, or made by this command"
     )
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", action=argparse.BooleanOptionalAction, help=cluster)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="torch dtype, or auto for that of the weights (default)")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
