@@ -340,7 +340,7 @@ class Runtime:
 
     def _begin_reader(self, request: Request) -> AnswerReader:
         """Return a new reader of the answer: one that parses tool calls if it may hold any, else a plain one."""
-        stop = request.sampling.stop + self.renderer.get_stops(request.prompt)
+        stop = request.sampling.stop + self.renderer.get_stops(request.prompt) + self.adapter.stop_strings
         if not request.may_call:
             return self._readers.begin_plain(stop, request.json_schema)
         return self._readers.begin_calling(stop, self.renderer.tool_format, request.tools, request.tool_choice)

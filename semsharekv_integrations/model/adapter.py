@@ -34,7 +34,7 @@ from semsharekv_integrations.model.layers import (
     make_cache,
     read_embeddings,
     require_decoder,
-    require_no_prompt_learning,
+    require_plain_adapters,
     require_text_alone,
 )
 from semsharekv_integrations.model.sight import Block, Rows, blocks_of
@@ -47,6 +47,7 @@ _PROBE_TOKENS = 12
 # most, in models that round much. A token or a window that is missing makes 0.3 to 2.
 _ROUNDING, _HALF_ROUNDING, _MOST_ROUNDING = 2.5e-4, 0.1, 0.2
 _KEEP_IN_MODULES, _READ_WHOLE = "recurrent_gemma", "cpmant"  # types
+_SCALE_BY_SLOTS = "llama4_text"  # far in a text, and no probe is so long
 _OFF_ALONE = {
     _KEEP_IN_MODULES: "keeps the state of the text that it read last in its modules, and in no cache",
     _READ_WHOLE: "takes the whole text in every pass, cached or not",
@@ -68,8 +69,8 @@ class ModelAdapter:
     Sets the model to eval mode. ``watch`` tells the model's state; None makes a new one.
 
     Raises:
-        UnsupportedModelError: if the model is no decoder, takes no cache, has prompt learning or no weights, or, unless
-            ``mode`` is ``off``, cannot go on from a stored prefix (which a probe tries).
+        UnsupportedModelError: if the model is no decoder, takes no cache, or has an unfit adapter or no weights; unless
+            ``mode`` is ``off`` also if it cannot go on from a stored prefix (which a probe tries).
     """
 
     def __init__(self, model: PreTrainedModel, mode: Mode, watch: StateWatch | None = None) -> None:
@@ -79,7 +80,7 @@ class ModelAdapter:
         self.watch = watch or StateWatch(model)
         self._lock = _LOCKS.setdefault(model, free_in_children(threading.RLock()))
         require_decoder(model.config, type(model).__name__)
-        require_no_prompt_learning(model)
+        require_plain_adapters(model)
         if not model.can_generate():
             raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         find_input_device(model)  # a model without weights is refused here
@@ -89,8 +90,10 @@ class ModelAdapter:
         own = frozenset(inspect.signature(type(base).forward).parameters)
         self._accepts = (own | list_handed_on(base)) - list_left_out(base)
         self.takes_positions = "position_ids" in self._accepts
+        # Whether queries are scaled by how many slots the cache has, whatever is in them
+        self.counts_slots = self.config.model_type == _SCALE_BY_SLOTS and bool(self.config.attn_temperature_tuning)
         # Whether a pass can be told which slots of a batch are padding, and each row's position
-        self.accepts_padding = {"attention_mask", "position_ids"} <= own
+        self.accepts_padding = {"attention_mask", "position_ids"} <= own and not self.counts_slots
         self._cache_argument = find_cache_argument(type(base))
         self.way = Continuation() if mode == "off" else find_continuation(self, _OFF_ALONE.get(self.config.model_type))
 
@@ -313,6 +316,12 @@ class ModelAdapter:
         accepted = "a token id, a list of them, or None"
         require(all(is_whole(end, -1) for end in found), "eos_token_id of the generation config", ends, accepted)
         return found
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Return the texts that end every answer by the generation config."""
+        stops = self.model.generation_config.stop_strings or ()
+        return (stops,) if isinstance(stops, str) else tuple(stops)
 
     @cached_property
     def stable_positions(self) -> int | None:

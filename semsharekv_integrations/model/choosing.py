@@ -142,6 +142,8 @@ class TokenChooser:
         def hand_back(*_: Any, logits_processor: Any, stopping_criteria: Any, **__: Any) -> tuple[Any, Any]:
             return logits_processor, stopping_criteria
 
+        # which puts the model's own in place of None, unless that is said apart from the configuration
+        apart = {"stop_strings": None} if self._adapter.stop_strings else {}
         return self._adapter.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -149,6 +151,7 @@ class TokenChooser:
             logits_processor=LogitsProcessorList([ConstraintProcessor(self._constraint)] if self._constraint else []),
             stopping_criteria=StoppingCriteriaList([ConstraintCriterion(self._constraint)] if self._constraint else []),
             generation_config=self._configure(sampling),
+            **apart,
         )
 
     def _configure(self, sampling: SamplingConfig) -> GenerationConfig:

@@ -27,10 +27,8 @@ from semsharekv_integrations.errors import UnsupportedModelError, is_whole
 from semsharekv_integrations.kv import LayerKV
 from semsharekv_integrations.model.packing import is_packed, is_wrapped
 
-PROMPT_LEARNING = (
-    "a PEFT adapter of prompt learning ({}), whose virtual tokens stand before every pass; accepted are adapters of "
-    "the layers, such as LoRA"
-)
+_PROMPT_LEARNING = "of prompt learning ({}), whose virtual tokens stand before every pass"
+_BY_TEXT = "({}) that looks for its cue in the whole text, of which a pass behind a prefix sees the end alone"
 INSTEAD = "use mode='exact', with engine.arrange to bring documents into the stored order"
 _LAYER_TYPES = {
     "full_attention",
@@ -97,12 +95,25 @@ def _name_kind(config: PreTrainedConfig) -> str:
     return " or ".join(getattr(config, "architectures", None) or [config.model_type])
 
 
-def require_no_prompt_learning(model: PreTrainedModel) -> None:
-    """Raise ``UnsupportedModelError`` if any PEFT adapter of the model, active or not, is one of prompt learning."""
+def require_plain_adapters(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` if ``describe_unfit_adapter`` rules out a PEFT adapter, active or not."""
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
-        if getattr(config, "is_prompt_learning", False):
-            raise UnsupportedModelError(f"{type(model).__name__} has {PROMPT_LEARNING.format(config.peft_type.value)}")
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        invocation = getattr(config, "alora_invocation_tokens", None)
+        unfit = describe_unfit_adapter(kind, invocation, learns_prompt=getattr(config, "is_prompt_learning", False))
+        if unfit:
+            raise UnsupportedModelError(f"{type(model).__name__} has {unfit}")
+
+
+def describe_unfit_adapter(kind: str, invocation: object, *, learns_prompt: bool) -> str:
+    """Return why a PEFT adapter of type ``kind`` cannot be used; "" for one that changes layers, whatever the text.
+
+    ``invocation`` are the tokens from which on an activated LoRA has an effect, if any.
+    """
+    why = _PROMPT_LEARNING if learns_prompt else _BY_TEXT if invocation or kind == "XLORA" else ""
+    name = "alora_invocation_tokens" if invocation and not learns_prompt else kind
+    return f"a PEFT adapter {why.format(name)}; accepted are adapters of the layers, such as LoRA" if why else ""
 
 
 def require_reuse_off_prefix(model: PreTrainedModel, config: PreTrainedConfig, mode: str) -> None:

@@ -39,7 +39,7 @@ from semsharekv_integrations.model.files import (
     resolve,
     shorten_reason,
 )
-from semsharekv_integrations.model.layers import PROMPT_LEARNING, choose_auto_class, is_multimodal
+from semsharekv_integrations.model.layers import choose_auto_class, describe_unfit_adapter, is_multimodal
 from semsharekv_integrations.versions import require_tested_transformers
 
 __all__ = ["REFERENCE_MODEL", "GivenModel", "ModelSource", "NamedModel", "get_window", "hide_progress_bars", "resolve"]
@@ -270,7 +270,7 @@ def _read_by_peft(model: PreTrainedModel, files: ModelFiles, missing: Collection
 
 
 def _require_peft(files: ModelFiles) -> None:
-    """Raise ``ModelLoadError`` without the package peft, ``UnsupportedModelError`` for prompt learning."""
+    """Raise ``ModelLoadError`` without the package peft, ``UnsupportedModelError`` for an unfit adapter."""
     assert files.adapter is not None
     if not is_peft_available():
         raise files.explain("it is a PEFT adapter; loading it needs the package peft: pip install peft")
@@ -278,9 +278,11 @@ def _require_peft(files: ModelFiles) -> None:
 
     kind = str(files.adapter.get("peft_type"))
     configs: Mapping[Any, type] = peft.PEFT_TYPE_TO_CONFIG_MAPPING
-    config = configs.get(kind)
-    if config is not None and issubclass(config, peft.PromptLearningConfig):
-        raise UnsupportedModelError(f"model {files.name!r} is {PROMPT_LEARNING.format(kind)}")
+    learns_prompt = issubclass(configs.get(kind, object), peft.PromptLearningConfig)
+    invocation = files.adapter.get("alora_invocation_tokens")
+    unfit = describe_unfit_adapter(kind, invocation, learns_prompt=learns_prompt)
+    if unfit:
+        raise UnsupportedModelError(f"model {files.name!r} is {unfit}")
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:

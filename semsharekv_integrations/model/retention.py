@@ -37,9 +37,9 @@ class Retainer:
                 f"{name} has sliding windows or attn_implementation {attention!r}; "
                 f"reuse.retention_ratio needs full attention and 'sdpa'"
             )
-        if not adapter.takes_positions or selective.counts_tokens:
+        if not adapter.takes_positions or selective.counts_tokens or adapter.counts_slots:
             raise UnsupportedModelError(
-                f"{name} counts tokens in its cache to tell how far apart they are; reuse.retention_ratio drops some"
+                f"{name} counts tokens in its cache to tell where they are; reuse.retention_ratio drops some"
             )
         self._adapter = adapter
         self._selective = selective

@@ -5,8 +5,9 @@ tensor's version and place, and a few of its values, as writes through ``.data``
 tensors that a pass reads, classes, attributes and configuration, anew after a change. Inactive adapters are left out.
 
 Not seen: a write through ``.data`` (or another alias that counts no version) that leaves all sampled values as they
-were; changes inside of objects that are neither modules nor plain values; and what forward hooks close over. A state
-with hooks of others is known in this process alone. (Knows PEFT's adapters, accelerate's offloading, changing rope.)
+were; changes inside of objects that are neither modules nor plain values; functions replaced elsewhere than in modules
+and their classes; what forward hooks close over. A state with hooks of others is known in this process alone. (Knows
+PEFT's adapters, accelerate's offloading, changing rope.)
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ class _Snapshot:
             (attrgetter("dtype"), tracked),
             (methodcaller("stride"), tracked),
             (type, modules),
+            (_get_forward, modules),
         )
         self._looks = [(look, things, list(map(look, things))) for look, things in looks]
         self._samples = Samples(tracked)
@@ -249,6 +251,8 @@ class Part(NamedTuple):
         if chosen is not None:
             by_adapter = {name: value for name, value in values.items() if isinstance(value, dict)}
             values |= {name: {key: value[key] for key in chosen if key in value} for name, value in by_adapter.items()}
+        if self.name and (replaced := _find_replaced_forward(module)) is not None:
+            values["forward of its class"] = replaced
         told = {name: _tell(value, in_this_process, _DEEPEST) for name, value in values.items()}
         return repr((self.name, _name(type(module)), self.active, sorted(told.items())))
 
@@ -286,6 +290,18 @@ def _is_container(module: nn.Module) -> bool:
     """Return True if ``module`` only holds things by name, as PEFT does by adapter, and computes nothing itself."""
     holds = isinstance(module, nn.ModuleDict | nn.ParameterDict) or type(module).__name__ == "BufferDict"
     return holds and type(module).forward is nn.Module.forward
+
+
+def _get_forward(module: nn.Module) -> object:
+    return type(module).forward
+
+
+def _find_replaced_forward(module: nn.Module) -> object | None:
+    """Return the function that somebody put in place of the class's own ``forward``; None if nobody did."""
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    found = vars(owner)["forward"]
+    named = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    return None if owner is nn.Module or named == (owner.__module__, f"{owner.__qualname__}.forward") else found
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -92,6 +92,14 @@ def test_a_batch_gives_what_each_gives_alone_in_order_and_in_fewer_passes(make_e
         assert again.token_ids == ids and again.report.prefix_tokens == again.report.prompt_tokens - 1
 
 
+def test_queries_that_are_scaled_by_slots_of_the_cache_are_as_alone(tokenizer) -> None:
+    sizes = {"head_dim": 8, "intermediate_size_mlp": 36, "num_local_experts": 2, "no_rope_layers": [1, 0, 1]}
+    model = make_model("llama4_text", len(tokenizer), **sizes, floor_scale=16, attn_scale=2.0)
+    alone, together = (SemShareEngine(model, tokenizer) for _ in range(2))
+    wanted = [alone.generate(prompt, max_new_tokens=6).token_ids for prompt in PROMPTS[:3]]
+    assert [found.token_ids for found in together.generate_batch(PROMPTS[:3], max_new_tokens=6)] == wanted
+
+
 def test_batches_no_larger_than_asked_for(llama, tokenizer) -> None:
     for size in (1, 2):
         engine = SemShareEngine(llama, tokenizer, EngineConfig(max_batch_size=size))

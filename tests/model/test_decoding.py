@@ -120,6 +120,14 @@ def test_the_models_own_settings_count_as_in_generate(make_engine, llama, tokeni
     assert make_engine(model=model).generate(PROMPT, max_new_tokens=8).token_ids == wanted
 
 
+def test_stop_strings_of_the_models_own_settings_end_its_answers(make_engine: EngineMaker, llama) -> None:
+    whole = make_engine().generate(PROMPT, max_new_tokens=12).text
+    stop = whole[len(whole) // 2 :][:4]
+    for given in (stop, ["never", stop]):
+        found = make_engine(model=with_defaults(llama, stop_strings=given)).generate(PROMPT, max_new_tokens=12)
+        assert (found.text, found.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
 def test_generating_changes_no_setting_of_the_model(make_engine: EngineMaker, llama) -> None:
     before = llama.generation_config.to_dict()
     make_engine().generate(PROMPT, max_new_tokens=2, temperature=0.5, top_k=3, repetition_penalty=2.0)

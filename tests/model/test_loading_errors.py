@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -296,19 +296,30 @@ def test_a_transformers_that_was_tested_is_taken(version: str, monkeypatch: pyte
     assert not SemShareEngine.from_pretrained("some/model").is_loaded
 
 
+UNFIT = {  # adapters, and by what each is named
+    **{
+        f"prompt learning ({kind(num_virtual_tokens=1).peft_type.value})": (kind, {"num_virtual_tokens": 3})
+        for kind in (PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig)
+    },
+    "(alora_invocation_tokens)": (LoraConfig, {"alora_invocation_tokens": [3, 4], "target_modules": ["k_proj"]}),
+}
+
+
 @pytest.mark.parametrize("mode", ["off", "exact"])
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
-def test_prompt_learning_is_refused_in_every_mode(
-    kind: Any, mode: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+@pytest.mark.parametrize("named", UNFIT)
+def test_adapters_that_do_more_than_change_layers_are_refused_in_every_mode(
+    named: str, mode: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    model = get_peft_model(make_model("llama", len(tokenizer)), kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    kind, fields = UNFIT[named]
+    model = get_peft_model(make_model("llama", len(tokenizer)), kind(**fields, task_type="CAUSAL_LM"))
     config = EngineConfig(ReuseConfig(mode))
-    with pytest.raises(UnsupportedModelError, match=f"prompt learning .{model.peft_config['default'].peft_type.value}"):
+    with pytest.raises(UnsupportedModelError, match=re.escape(named)):
         SemShareEngine(model, tokenizer, config)
     model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": "acme/news"}))
-    assert "prompt learning" in failure(tmp_path, UnsupportedModelError, config=config)
+    written = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "acme/news"}
+    for changes, said in (({}, named), ({"peft_type": "XLORA", "alora_invocation_tokens": None}, "(XLORA)")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(written | changes))
+        assert said in failure(tmp_path, UnsupportedModelError, config=config)
 
 
 def test_a_folder_that_was_mended_loads(folder: Path) -> None:

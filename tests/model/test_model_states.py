@@ -419,6 +419,17 @@ def test_every_value_counts(tokenizer: Any, dtype: torch.dtype) -> None:
     assert len(seen) == 41
 
 
+def test_a_forward_that_is_replaced_in_its_class_counts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = StateWatch(model)
+    first = watch.get_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, states: -states)
+        other = watch.get_state()
+        assert other.key != first.key and other.fingerprint != first.fingerprint
+        assert StateWatch(model).get_state()[:2] == other[:2]
+    assert watch.get_state()[:2] == first[:2]
+
+
 def test_looking_costs_no_change(model: Any, tokenizer: Any) -> None:
     """Nothing that the engine itself does, nor another one at the same time, looks like a change."""
     watch = StateWatch(model)
