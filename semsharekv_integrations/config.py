@@ -131,8 +131,8 @@ class ReuseConfig:
         require(told, "reuse.report_origins", self.report_origins, "True or False")
         shared = self.budget is None or (self.attention_ratio is None and self.mode != "paper")
         require(shared, "reuse.budget", self.budget, "None with attention_ratio, and in mode 'paper'")
-        given = self._list_given()
-        require(self.is_approximate or not given, "reuse", ", ".join(given), f"nothing of it in mode {self.mode!r}")
+        accepted = f"None in mode {self.mode!r}"
+        check_fields(self, "reuse.", accepted, lambda _: self.is_approximate, *self._list_given())
         if self.is_approximate and self.resolve() is self:
             _check_rules(self)
 

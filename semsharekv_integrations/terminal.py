@@ -1,8 +1,9 @@
-"""What the commands share: the arguments that name an engine, and output that fits a terminal."""
+"""What the commands share: arguments that name an engine or an address, and output that fits a terminal."""
 
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from textwrap import TextWrapper, wrap
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from semsharekv_integrations.config import MODE_SETTINGS, EngineConfig, ReuseConfig, StoreConfig
+from semsharekv_integrations.errors import SemShareError
 
 if TYPE_CHECKING:
     from semsharekv_integrations.engine import SemShareEngine
@@ -63,6 +65,20 @@ def make_engine(args: argparse.Namespace, *, report_origins: bool = False) -> Se
     reuse = ReuseConfig(mode=args.mode, budget=args.budget, report_origins=report_origins)
     config = EngineConfig(reuse=reuse, store=store)
     return SemShareEngine.from_pretrained(args.model, config, device=args.device, dtype=args.dtype)
+
+
+def require_address(host: str, port: int) -> None:
+    """Raise an error unless a server can listen at ``host`` and ``port``, 0 for a free one.
+
+    So a command says so before it loads a model. Others may still take the port until then.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except OSError as error:
+        raise SemShareError(f"nothing can listen at host {host!r} and port {port}: {error.strerror}") from error
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -29,6 +29,7 @@ from semsharekv_integrations.terminal import (
     add_engine_arguments,
     add_json_argument,
     load_engine,
+    require_address,
 )
 from semsharekv_integrations.world import TOWNS
 
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in _OF_THE_PAGE if args.web and util.find_spec(name) is None]
     if missing:
         raise SemShareError(f'the chat page needs {", ".join(missing)}: pip install -e ".[web]"')
+    if args.web:
+        require_address("127.0.0.1", args.port)
     choice = choose_model(args.model)
     if not args.json:
         _print_lines(f"Loading {choice.title} ...", *choice.notes)

@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 from semsharekv_integrations.errors import SemShareError, require
-from semsharekv_integrations.terminal import add_engine_arguments, make_engine
+from semsharekv_integrations.terminal import add_engine_arguments, make_engine, require_address
 
 if TYPE_CHECKING:
     from semsharekv_integrations.serving.settings import ServerConfig
@@ -62,12 +62,14 @@ def run(args: argparse.Namespace) -> int:
         missing = f'serving needs {error.name}: pip install -e ".[serve]"'
         raise SemShareError(missing) from error
     require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
+    require(args.max_body_mib >= 1, "--max-body-mib", args.max_body_mib, "1 or more")
     config = _read_config(args, ServerConfig)
     guarded = bool(config.api_keys) or is_local(args.host)
     require(guarded, "--host", args.host, f"an address of this machine alone, or --api-key or {KEYS} beside it")
     require(args.replicas >= 1, "--replicas", args.replicas, "1 or more")
     if args.replicas > 1:
         return _serve_replicas(args, config)
+    require_address(args.host, args.port)
     server: Server
 
     def stop() -> None:

@@ -10,7 +10,8 @@ import os
 import stat
 from pathlib import Path
 
-_KINDS = {  # but for plain files
+_KINDS = {
+    stat.S_IFREG: "a plain file",
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -60,7 +61,7 @@ def require_plain(path: Path, *, own: bool = True) -> None:
         found = path.lstat()
     except FileNotFoundError:
         return
-    if (kind := _KINDS.get(stat.S_IFMT(found.st_mode))) is not None:
+    if (kind := _KINDS.get(stat.S_IFMT(found.st_mode))) != "a plain file":
         raise OSError(f"{path} is {kind}; accepted is a plain file")
     if own:
         _require_own(path, found)

@@ -340,7 +340,7 @@ RULES = {field.name for field in fields(ReuseConfig)} - OF_EVERY_MODE
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_settings_of_other_modes_are_refused_by_name(mode: str, name: str) -> None:
     value, _, _ = EFFECTS[ReuseConfig, name]
-    with pytest.raises(ValueError, match=rf"reuse is '{name}'; accepted is nothing of it in mode '{mode}'"):
+    with pytest.raises(ValueError, match=rf"reuse\.{name} is .*; accepted is None in mode '{mode}'"):
         ReuseConfig(mode=mode, **{name: value})  # type: ignore[arg-type]
 
 
@@ -379,7 +379,7 @@ def test_a_budget_is_refused_where_it_would_say_nothing() -> None:
         with pytest.raises(ValueError, match=r"reuse.budget is 0.2; accepted is None with attention_ratio, and"):
             ReuseConfig(budget=0.2, **settings)
     for mode in ("off", "exact"):
-        with pytest.raises(ValueError, match=rf"reuse is 'budget'; accepted is nothing of it in mode '{mode}'"):
+        with pytest.raises(ValueError, match=rf"reuse\.budget is 0.2; accepted is None in mode '{mode}'"):
             ReuseConfig(mode=mode, budget=0.2)
 
 

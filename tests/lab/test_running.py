@@ -186,7 +186,7 @@ def test_any_policy_can_be_named(folder: str) -> None:
         ("wide=identical,boundary=16", "sets boundary; accepted is min_prefix_tokens"),
         ("wide=identical,boundary_tokens=-1", "reuse.boundary_tokens is -1"),
         ("wide=identical,boundary_tokens", "has no '='"),
-        ("wide=exact,boundary_tokens=3", "nothing of it in mode 'exact'"),
+        ("wide=exact,boundary_tokens=3", "reuse.boundary_tokens is 3; accepted is None in mode 'exact'"),
     ],
 )
 def test_a_bad_policy_is_refused(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

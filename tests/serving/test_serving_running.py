@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -219,6 +220,8 @@ def test_sigterm_lets_answers_end_and_keeps_the_store(tmp_path: Path) -> None:
         (["--host", "192.168.1.5"], "--api-key"),
         (["--port", "70000"], "--port is 70000"),
         (["--max-requests", "0"], "max_requests is 0"),
+        (["--max-body-mib", "0"], "--max-body-mib is 0"),
+        (["--host", "no such host", "--api-key", "k"], "nothing can listen at host 'no such host'"),
         (["--api-key", " a"], "api_keys"),
         (["--model", "no-such-folder"], "no-such-folder"),
     ],
@@ -229,3 +232,14 @@ def test_bad_arguments_start_no_server(
     monkeypatch.delenv("SEMSHAREKV_API_KEYS", raising=False)
     assert main(["serve", "--port", "0", *arguments]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["serve", "demo --web"])
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([*command.split(), "--port", str(port)]) == 2
+    told = capsys.readouterr()
+    assert f"nothing can listen at host '127.0.0.1' and port {port}: " in " ".join(told.err.split()) and not told.out
