@@ -27,8 +27,8 @@ ADVICE = {
     "longest stored prefix": "So short a beginning costs more than it saves. Put what changes from call to call at "
     "the prompt's end.",
     "stored prefix of": "This model goes on token by token, which takes longer than computing the prompt at once.",
-    "nothing similar enough": "No stored text of this namespace shares enough with the prompt. Warm its documents "
-    "(engine.warm), or name them (documents=).",
+    "nothing similar enough": "No stored text of this namespace shares enough with what stands behind the reused "
+    "beginning, if there is one. Documents that stand there can be warmed (engine.warm) or named (documents=).",
     "predicted to compute": "Too little of the prompt is stored for a selective pass to be faster than a whole one.",
     "deviation of": "What was stored is too far from what this prompt would compute, so all of it was computed.",
 }

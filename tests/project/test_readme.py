@@ -52,6 +52,8 @@ def test_python_block_runs_and_answers(page: Path, code: str, capsys: pytest.Cap
     printed = capsys.readouterr().out
     asked = [question for question in ANSWERS if question in code]
     assert asked and all(ANSWERS[question] in printed for question in asked), printed
+    if "arm" in code and "reused_tokens" in code:  # what was warmed is shown to be reused
+        assert any(map(int, re.findall(r"[,:] (\d+)[)}]", printed))), printed
 
 
 @pytest.mark.parametrize(("page", "code"), cases("bash"))
