@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, Unpack, get_type_hints
 from uuid import uuid4
 
 from pydantic import Field
@@ -22,8 +22,9 @@ from semsharekv_integrations.engine import SemShareEngine
 from semsharekv_integrations.errors import IN_UTF8, is_utf8, is_whole, require
 from semsharekv_integrations.model.loading import merge_arguments
 from semsharekv_integrations.report import ReuseReport
-from semsharekv_integrations.request import GenerateOptions, make_document_id
+from semsharekv_integrations.request import GenerateOptions, Request, check_prompt, make_document_id
 from semsharekv_integrations.sampling import SamplingConfig
+from semsharekv_integrations.text.prompt import PromptRenderer
 
 T = TypeVar("T")
 ENGINE_FIELDS = ("model", "mode", "config", "device", "dtype", "model_kwargs")
@@ -94,6 +95,26 @@ def require_agreement(own: Mapping[str, Any], given: Mapping[str, Any], names: I
         value = given.get(name)
         accepted = f"{own[name]!r} or nothing" if name in own else "nothing"
         require(value is None or value == own.get(name), name, value, f"{accepted} beside engine=")
+
+
+def require_same_engine(model: object, update: Mapping[str, Any] | None) -> None:
+    """Raise ``ValueError`` if ``update`` would give a copy of ``model`` fields that its engine was not made of."""
+    for name in ENGINE_FIELDS:
+        own = getattr(model, name)
+        value = (update or {}).get(name, own)
+        require(value == own, name, value, f"{own!r}, since a copy has the same engine; make a new one for another")
+
+
+def count_prompt_tokens(
+    engine: SemShareEngine, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]
+) -> int:
+    """Return how many tokens the prompt of a call has, 0 for no messages; loads no weights. Errors: ``generate``'s."""
+    if not messages:
+        return 0
+    request = Request.of(check_prompt(messages), options)
+    variables = request.chat_template_kwargs
+    rendered = PromptRenderer(engine.tokenizer).render(messages, {}, tools=request.tools, template_kwargs=variables)
+    return len(rendered.token_ids)
 
 
 def tokenize(engine: SemShareEngine, text: str) -> list[int]:

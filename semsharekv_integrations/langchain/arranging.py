@@ -13,7 +13,6 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import Document
 from langchain_core.documents.compressor import BaseDocumentCompressor
 from langchain_core.messages import BaseMessage
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, field_validator, model_validator
 
 from semsharekv_integrations.engine import SemShareEngine
@@ -21,6 +20,7 @@ from semsharekv_integrations.errors import require
 from semsharekv_integrations.frameworks import arrange_items
 from semsharekv_integrations.langchain.documents import name_document
 from semsharekv_integrations.langchain.messages import translate_messages
+from semsharekv_integrations.langchain.tools import convert_tool
 from semsharekv_integrations.request import check_optional_name, make_document_id
 
 _PARAGRAPH = "\n\n"
@@ -98,7 +98,7 @@ def arrange_messages(
         options: of ``engine.arrange``, but for ``before``; ``tools`` in any form that LangChain takes.
     """
     known = sorted({text.strip() for text in texts} - {""}, key=len, reverse=True)
-    tools = list(map(convert_to_openai_tool, options.pop("tools", None) or ()))
+    tools = list(map(convert_tool, options.pop("tools", None) or ()))
     done: list[BaseMessage] = []
     for message in messages:
         row = _find_row(message.content, known) if isinstance(message.content, str) else None

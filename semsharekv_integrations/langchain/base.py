@@ -19,7 +19,7 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from pydantic import ConfigDict, Field, create_model, model_validator
+from pydantic import ConfigDict, Field, create_model, field_serializer, model_validator
 
 from semsharekv_integrations import frameworks
 from semsharekv_integrations.concurrency.streams import raise_first_error
@@ -240,6 +240,15 @@ class LocalModel(SamplingFields, BaseLanguageModel):
         with self.engine.sharing():
             done = await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
         return done if return_exceptions else raise_first_error(done)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, with the same engine; ``ValueError`` for an ``update`` that needs another."""
+        frameworks.require_same_engine(self, update)
+        return super().model_copy(update=update, deep=deep)
+
+    @field_serializer("device", "dtype", when_used="json-unless-none")
+    def _name_plainly(self, value: Any) -> str:
+        return str(value).removeprefix("torch.")
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the text's token ids, without special tokens, by the model's own tokenizer; loads no weights."""

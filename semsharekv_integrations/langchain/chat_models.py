@@ -13,11 +13,11 @@ from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field, SecretStr
 
+from semsharekv_integrations import frameworks
 from semsharekv_integrations.concurrency.streams import raise_first_error, run_each
-from semsharekv_integrations.errors import ModelLoadError, UnsupportedModelError
+from semsharekv_integrations.errors import ModelLoadError, PromptError, UnsupportedModelError
 from semsharekv_integrations.langchain.base import AsyncRun, LocalModel, Run, Stop
 from semsharekv_integrations.langchain.messages import (
     astream_pieces,
@@ -32,6 +32,7 @@ from semsharekv_integrations.langchain.tools import (
     Tool,
     ToolCallChunks,
     add_parser,
+    convert_tool,
     make_json_schema,
     translate_choice,
 )
@@ -128,6 +129,18 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         with self.engine.sharing():
             return await super().agenerate(messages, stop, callbacks, **self._add_tracked(callbacks, kwargs))
 
+    def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
+        """Return how many tokens these messages and tools make as a prompt, by the chat template; loads no weights.
+
+        Messages that no prompt can be of, such as part of a conversation, are counted as LangChain does by default.
+        """
+        shown = list(map(convert_tool, tools or ())) or None
+        options = GenerateOptions(tools=shown, chat_template_kwargs=self.chat_template_kwargs)
+        if self.custom_get_token_ids is None:
+            with suppress(PromptError):
+                return frameworks.count_prompt_tokens(self.engine, translate_messages(messages), **options)
+        return super().get_num_tokens_from_messages(list(messages), tools)
+
     def _prepare(
         self, messages: list[BaseMessage], stop: Stop, call: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], GenerateOptions, Callable[[GenerationChunk], ChatGenerationChunk]]:
@@ -174,7 +187,7 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         choice = translate_choice(tool_choice)
         if isinstance(tool_choice, Mapping) and tool_choice.get("disable_parallel_tool_use"):  # as Anthropic has it
             kwargs.setdefault("parallel_tool_calls", False)
-        bound: dict[str, Any] = {"tools": list(map(convert_to_openai_tool, tools))} if tools else {}
+        bound: dict[str, Any] = {"tools": list(map(convert_tool, tools))} if tools else {}
         return self.bind(**bound, **({} if choice is None else {"tool_choice": choice}), **kwargs)
 
     def with_structured_output(
@@ -189,7 +202,8 @@ class ChatSemShareKV(LocalModel, BaseChatModel):
         """Return this model with a parser behind it: sampling is held to a schema, and answers are objects of it.
 
         Args:
-            schema: a pydantic class, whose objects are returned; else a TypedDict or a JSON schema, for dictionaries.
+            schema: a pydantic class, whose objects are returned; else a TypedDict or a JSON schema, for dictionaries,
+                also in the form of OpenAI's answer formats.
             method: ``json_schema`` and ``json_mode`` hold the text to the schema (``json_mode`` also goes without one:
                 any JSON object); ``function_calling`` makes it the arguments of a tool, which the model is shown.
             include_raw: whether to return a dictionary with ``raw``, ``parsed`` and ``parsing_error``.

@@ -218,7 +218,7 @@ def stream_pieces(
         for chunk in chunks:
             piece = make_piece(chunk)
             if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=piece)
+                run_manager.on_llm_new_token(piece.text, chunk=piece)
             yield piece
 
 
@@ -231,5 +231,5 @@ async def astream_pieces(
             async for chunk in chunks:
                 piece = make_piece(chunk)
                 if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=piece)
+                    await run_manager.on_llm_new_token(piece.text, chunk=piece)
                 yield piece

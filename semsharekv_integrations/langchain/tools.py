@@ -6,9 +6,11 @@ If a call has both tools and a schema for the answer, the schema becomes one mor
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from operator import itemgetter
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
@@ -19,6 +21,7 @@ from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel,
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
 
 from semsharekv_integrations.errors import require
 from semsharekv_integrations.langchain.base import CallOptions
@@ -30,6 +33,8 @@ Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 Method = Literal["json_schema", "function_calling", "json_mode"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _OPENAI_CHOICES = {"required": "any", True: "any", False: "none"}
+_JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_SCHEMA_KEYS = {"properties", "items", "prefixItems", "anyOf", "oneOf", "allOf", "enum", "const", "$ref"}
 _CHOICES = "None, 'auto', 'none', 'any', 'required', True, False, a tool's name, or a dict that names one"
 
 
@@ -115,22 +120,39 @@ class ToolCallChunks:
 
 
 class _RequireComplete:
-    """Has a parser refuse an answer that the token limit cut, as it may parse as something shorter."""
+    """Has a parser refuse an answer that was cut, as it may parse as something shorter."""
+
+    is_text: ClassVar[bool] = False
+    """Whether the answer is the JSON text itself, and not a call."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """Return what the parser returns; ``OutputParserException`` for a chat answer that was cut."""
+        """Return what the parser returns; ``OutputParserException`` for an answer that was cut."""
         first = result[0]
         message = first.message if isinstance(first, ChatGeneration) else None
-        if message is not None and message.response_metadata.get("finish_reason") == "length":
+        reason = None if message is None else message.response_metadata.get("finish_reason")
+        if reason == "length":
             needed = "max_tokens is too small for the answer: it was cut before its JSON ended"
+            raise OutputParserException(needed, llm_output=first.text)
+        if reason is not None and self.is_text and not _is_json(first.text):
+            needed = "a stop string ended the answer before its JSON did: call without stop"
             raise OutputParserException(needed, llm_output=first.text)
         return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class _Json(_RequireComplete, JsonOutputParser): ...
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
-class _Object(_RequireComplete, PydanticOutputParser[Any]): ...
+class _Json(_RequireComplete, JsonOutputParser):
+    is_text: ClassVar[bool] = True
+
+
+class _Object(_RequireComplete, PydanticOutputParser[Any]):
+    is_text: ClassVar[bool] = True
 
 
 class _Call(_RequireComplete, JsonOutputKeyToolsParser): ...
@@ -145,7 +167,61 @@ def make_json_schema(schema: Any, method: Method) -> dict[str, Any]:
     if schema is None and method == "json_mode":
         return {"type": "object"}
     require(schema is not None, "schema", schema, "a pydantic class, a TypedDict, or a JSON schema")
-    return convert_to_json_schema(schema)
+    own = _find_own_schema(schema)
+    return convert_to_json_schema(schema) if own is None else own
+
+
+def convert_tool(tool: Tool) -> dict[str, Any]:
+    """Return a tool in OpenAI's form. A JSON schema is named by its title; ``ValueError`` without one."""
+    own = _find_own_schema(tool)
+    if own is None:
+        return convert_to_openai_tool(tool)
+    parameters = {key: value for key, value in own.items() if key not in ("title", "description")}
+    if not isinstance(tool, Mapping):
+        return {"type": "function", "function": convert_to_openai_tool(tool)["function"] | {"parameters": parameters}}
+    name = own.get("title")
+    require(isinstance(name, str), "title of a JSON schema", name, "a text, which names the tool")
+    described = {"name": name, "description": own.get("description", "")}
+    return {"type": "function", "function": described | {"parameters": parameters}}
+
+
+def _find_own_schema(given: Any) -> dict[str, Any] | None:
+    """Return the JSON schema of what LangChain's conversion would leave parts out of; None for all else.
+
+    That is a mapping that is a JSON schema, or has one as OpenAI's answer formats do; a class or a tool, if its schema
+    refers to itself.
+    """
+    if isinstance(given, Mapping):
+        form = given.get("json_schema", given)
+        inner = form.get("schema") if isinstance(form, Mapping) else None
+        if isinstance(inner, Mapping):
+            return _unfold({**inner, **({"title": form["name"]} if "name" in form else {})})
+        is_schema = bool(given.keys() & _SCHEMA_KEYS) or given.get("type") in _JSON_TYPES
+        return _unfold(given) if is_schema and "name" not in given else None
+    source = given.tool_call_schema if isinstance(given, BaseTool) else given
+    if isinstance(source, type) and issubclass(source, BaseModel):
+        source = source.model_json_schema()
+    return _unfold(source) if isinstance(source, Mapping) and _refers_to_itself(source) else None
+
+
+def _unfold(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema that is but a reference to one of its ``$defs`` as that one."""
+    name = str(schema.get("$ref")).removeprefix("#/$defs/")
+    if name not in schema.get("$defs", {}):
+        return dict(schema)
+    return {**schema["$defs"][name], **{key: value for key, value in schema.items() if key != "$ref"}}
+
+
+def _refers_to_itself(schema: Mapping[str, Any]) -> bool:
+    """Return whether a ``$ref`` in a part of the schema leads back to that part."""
+    inner = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+    parts = {f"#/{key}/{name}": part for key in schema.keys() - inner for name, part in schema[key].items()}
+    named = {at: set(re.findall(r'"\$ref": "(.*?)"', json.dumps(part))) for at, part in {"#": inner, **parts}.items()}
+    try:
+        TopologicalSorter(named).prepare()
+    except CycleError:
+        return True
+    return False
 
 
 def _make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
@@ -154,7 +230,7 @@ def _make_parser(schema: Any, method: Method) -> Runnable[Any, Any]:
     if method == "function_calling":
         if is_class:
             return _ObjectOfCall(tools=[schema], first_tool_only=True)
-        return _Call(key_name=convert_to_openai_tool(schema)["function"]["name"], first_tool_only=True)
+        return _Call(key_name=convert_tool(schema)["function"]["name"], first_tool_only=True)
     return _Object(pydantic_object=schema) if is_class else _Json()
 
 

@@ -123,6 +123,11 @@ class EngineLLM(_Fields, FunctionCallingLLM):
         """A random name that this object and its copies alone have; not serialized."""
         return self._object_name
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, with the same engine; ``ValueError`` for an ``update`` that needs another."""
+        frameworks.require_same_engine(self, update)
+        return super().model_copy(update=update, deep=deep)
+
     def scoped(self, *, namespace: str | None = None, session: str | None = None) -> Self:
         """Return a copy of this LLM for one tenant or one conversation, with the same engine.
 

@@ -6,9 +6,10 @@ A call becomes one prompt and one set of options for the engine. Knows nothing a
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.output_parsers import PydanticOutputParser
-from llama_index.core.program.utils import process_streaming_objects
+from llama_index.core.program.utils import get_program_for_llm, process_streaming_objects
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import Model, PydanticProgramMode
 
@@ -236,7 +237,8 @@ class SemShareKVLLM(EngineLLM):
     ) -> Objects:
         """Return a generator of growing objects; set the template's output parser. Other modes: as the base class."""
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
-            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+            program = self._make_program(output_cls, prompt)
+            return _require_object(output_cls, program.stream_call(llm_kwargs=llm_kwargs, **prompt_args))
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
         if isinstance(asked, str):
             return self._read_objects(output_cls, self.stream_complete(asked, formatted=True, **options))
@@ -247,11 +249,18 @@ class SemShareKVLLM(EngineLLM):
     ) -> AsyncObjects:
         """As ``_structured_stream_call``, without blocking the event loop."""
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
-            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+            program = self._make_program(output_cls, prompt)
+            return _arequire_object(output_cls, await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args))
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
         if isinstance(asked, str):
             return self._aread_objects(output_cls, await self.astream_complete(asked, formatted=True, **options))
         return self._aread_objects(output_cls, await self.astream_chat(asked, **options))
+
+    def _make_program(self, output_cls: type[Model], prompt: Any) -> Any:
+        """Return LlamaIndex's program for the mode, told to force the tool call, which it does not when it streams."""
+        mode = self.pydantic_program_mode
+        forced = {"tool_choice": "any"} if mode in (PydanticProgramMode.DEFAULT, PydanticProgramMode.FUNCTION) else {}
+        return get_program_for_llm(output_cls, prompt, self, mode, **forced)
 
     def _fill_prompt(self, output_cls: type[Model], prompt: Any, args: dict[str, Any]) -> str | list[ChatMessage]:
         """Set the template's output parser; return prompt text or messages, filled in, with the schema in words."""
@@ -265,6 +274,7 @@ class SemShareKVLLM(EngineLLM):
             for response in responses:
                 found = self._read_object(output_cls, response, found)
                 yield found
+        _require_whole(response)
 
     async def _aread_objects(self, output_cls: type[Model], responses: AsyncObjects) -> AsyncObjects:
         found: Any = None
@@ -272,9 +282,37 @@ class SemShareKVLLM(EngineLLM):
             async for response in responses:
                 found = self._read_object(output_cls, response, found)
                 yield found
+        _require_whole(response)
 
     def _read_object(self, output_cls: type[Model], response: ChatResponse | CompletionResponse, before: Any) -> Any:
         """Return the object as far as the answer goes: while fields are missing, of a lenient class without checks."""
-        text = response.text if isinstance(response, CompletionResponse) else response.message.content
-        answer = ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text or ""))
+        answer = ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=_get_text(response)))
         return process_streaming_objects(answer, output_cls, cur_objects=before and [before], llm=self)
+
+
+def _get_text(response: ChatResponse | CompletionResponse) -> str:
+    return (response.text if isinstance(response, CompletionResponse) else response.message.content) or ""
+
+
+def _require_whole(response: ChatResponse | CompletionResponse) -> None:
+    """Raise ``ValueError`` if the answer, now at its end, is no JSON, as a cut one that made an object all the same."""
+    text, is_json = _get_text(response), False
+    with suppress(ValueError):
+        json.loads(text)
+        is_json = True
+    require(is_json, "answer", text, "whole json, which max_tokens or a stop string cut")
+
+
+def _require_object(output_cls: type[Model], objects: Objects) -> Objects:
+    """Yield the objects; ``ValueError`` at the end if the last is none of ``output_cls``, as where the call was cut."""
+    found: Any = None
+    for found in objects:
+        yield found
+    require(isinstance(found, output_cls), "answer", found, f"a whole {output_cls.__name__}")
+
+
+async def _arequire_object(output_cls: type[Model], objects: AsyncObjects) -> AsyncObjects:
+    found: Any = None
+    async for found in objects:
+        yield found
+    require(isinstance(found, output_cls), "answer", found, f"a whole {output_cls.__name__}")

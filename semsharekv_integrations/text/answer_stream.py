@@ -54,7 +54,7 @@ class AnswerReader:
 
     Args:
         stream: turns tokens into text; where calls may come, it ends only at stop strings that name special tokens.
-        stop: strings that end the visible text where calls may come; within a call they mean nothing.
+        stop: strings that end the visible text where calls may come; within a call, a cut one too, they mean nothing.
     """
 
     def __init__(
@@ -89,8 +89,13 @@ class AnswerReader:
         rest = self._stream.finish()
         if self._parser is None:
             return AnswerPart(rest)
-        first, last = self._parser.push(rest), self._parser.finish()
-        return AnswerPart(self._stop.push(first.text + last.text, final=True), first.tool_calls + last.tool_calls)
+        first = self._parser.push(rest)
+        is_cut, last = self._parser.holds_call, self._parser.finish()
+        calls = first.tool_calls + last.tool_calls
+        if not is_cut:
+            return AnswerPart(self._stop.push(first.text + last.text, final=True), calls)
+        text = self._stop.push(first.text, final=True)
+        return AnswerPart(text if self._stop.stopped else text + last.text, calls)
 
 
 class TextStream:

@@ -61,6 +61,11 @@ class ToolCallParser:
         self._after_call = False  # what separates calls is no text
         self._is_first = True  # whether only space and calls stand before the held text
 
+    @property
+    def holds_call(self) -> bool:
+        """Whether what is held back has begun a call, which is not complete."""
+        return self._find_opening(final=False)[1] is not None
+
     def push(self, text: str) -> AnswerPart:
         """Take more text. Return the text and the calls that became certain with it."""
         self._held += text
@@ -150,7 +155,7 @@ class ToolCallParser:
         if calls and closing and not behind.startswith(closing) and not final and closing.startswith(behind):
             return None
         if calls:
-            self._held, self._after_call = behind.removeprefix(closing), True
+            self._held, self._after_call = "" if closing.startswith(behind) else behind.removeprefix(closing), True
         return calls
 
     def _read_bare_calls(

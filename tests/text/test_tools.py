@@ -107,6 +107,15 @@ def test_stop_strings_end_visible_text_alone(template: str) -> None:
     assert (generation.text, len(generation.tool_calls)) == ("I look.\n", 1)
     generation = speaker.says(text).generate(ASK, tools=TOOLS, stop=["ok."])
     assert (generation.text, generation.tool_calls, generation.finish_reason) == ("I lo", (), "stop")
+    ids = speaker.tokenizer.encode(text, add_special_tokens=False)
+    behind = len(speaker.tokenizer.encode(text.partition("Stop")[2], add_special_tokens=False))
+    cut, stop = ids[: 3 - behind], ["Stop", "{"]  # in a call, a cut one too, they mean nothing
+    generation = speaker.says(text).generate(ASK, tools=TOOLS, stop=stop, max_new_tokens=len(cut))
+    assert (generation.text, generation.finish_reason) == (speaker.tokenizer.decode(cut), "length")
+    assert "Stop" in generation.text
+    if template == "tagged":  # of its end alone
+        generation = speaker.says(text).generate(ASK, tools=TOOLS, stop=stop, max_new_tokens=len(ids) - 1)
+        assert (generation.text, len(generation.tool_calls)) == ("I look.\n", 1)
     assert speaker.says("I <|user|> x").generate(ASK, tools=TOOLS, stop=["<|user|>"]).text == "I "
 
 

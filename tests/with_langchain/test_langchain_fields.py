@@ -70,6 +70,8 @@ def test_an_engine_brings_its_name_and_settings(cls: ModelClass, make_engine: En
     model = cls(engine=engine)
     assert (model.engine, model.model, model.mode, model.config) == (engine, engine.name, "off", engine.config)
     assert cls(engine=engine, mode="off", config=engine.config, model=engine.name).engine is engine
+    written = json.loads(model.model_dump_json())
+    assert (written["device"], written["dtype"], written["mode"]) == ("cpu", "float32", "off")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,9 @@ def test_fields_that_contradict_the_engine_are_refused(
 def test_what_was_loaded_cannot_be_renamed(cls: ModelClass, name: str) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         setattr(cls(model="m"), name, None)
+    if name != "engine":
+        with pytest.raises(ValueError, match=f"^{name} is 'x'; accepted is .*a copy has the same engine"):
+            cls(model="m").model_copy(update={name: "x"})
 
 
 def test_rebuilding_with_another_field_keeps_the_engine(cls: ModelClass, saved: str) -> None:

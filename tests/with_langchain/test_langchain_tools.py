@@ -9,11 +9,12 @@ from typing import Any, Literal, TypedDict
 import pytest
 from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.exceptions import OutputParserException
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model
 
 from semsharekv_integrations import GenerationChunk, SemShareEngine, ToolCall
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
@@ -33,6 +34,13 @@ class Weather(BaseModel):
 
     town: str = Field(max_length=6)
     days: int = Field(ge=0, le=9)
+
+
+class Tree(BaseModel):
+    """A tree of towns."""
+
+    town: str
+    inner: list[Tree]
 
 
 class WeatherDict(TypedDict):
@@ -72,6 +80,15 @@ class Scripted:
 
         monkeypatch.setattr(engine, "stream", stream)
         monkeypatch.setattr(engine, "astream", astream)
+
+
+class Heard(BaseCallbackHandler):
+    """The tokens that a callback handler is told."""
+
+    text = ""
+
+    def on_llm_new_token(self, token: str, **_: Any) -> None:
+        self.text += token
 
 
 @pytest.fixture
@@ -209,6 +226,42 @@ def test_structured_streams_end_with_the_whole(random_chat: ChatSemShareKV) -> N
     assert last == structured.invoke("Weather ?")
 
 
+def test_no_part_of_a_schema_is_lost(chat: ChatSemShareKV, scripted: Scripted) -> None:
+    def ask(given: Any) -> list[Any]:
+        """The schemas that text and the arguments of a call are held to."""
+        for method in ("json_schema", "function_calling"):
+            chat.with_structured_output(given, method=method, include_raw=True).invoke("?")  # type: ignore[arg-type]
+        text, call = scripted.options[-2:]
+        return [text["json_schema"], call["tools"][0]["function"]["parameters"]]
+
+    own, named = Weather.model_json_schema(), {"name": "Weather", "schema": Weather.model_json_schema()}
+    referring = {"title": "Weather", "$ref": "#/$defs/w", "$defs": {"w": own}}
+    for form in (own, named, {"type": "json_schema", "json_schema": named}, referring):
+        assert all(held["properties"] == own["properties"] and held["required"] for held in ask(form))
+    for form in (Tree, Tree.model_json_schema()):
+        for held in ask(form):
+            assert held["properties"]["inner"]["items"] == {"$ref": "#/$defs/Tree"} and "Tree" in held["$defs"]
+    chat.bind_tools([tool(lambda tree: "", args_schema=create_model("Plant", tree=Tree), description="a")]).invoke("?")
+    assert "Tree" in scripted.options[-1]["tools"][0]["function"]["parameters"]["$defs"]
+    towns = {"type": "array", "items": {"enum": ["Velmar"]}}
+    chat.with_structured_output(towns, include_raw=True).invoke("?")
+    assert scripted.options[-1]["json_schema"] == towns
+    with pytest.raises(ValueError, match="title of a JSON schema is None"):
+        chat.bind_tools([towns])
+
+
+def test_counted_tokens_are_those_of_the_prompt(random_chat: ChatSemShareKV) -> None:
+    call = {"name": "get_news", "args": {"town": "Prorna"}, "id": "1", "type": "tool_call"}
+    talk = [SystemMessage("Be brief."), HumanMessage("?"), AIMessage("", tool_calls=[call])]
+    talk += [ToolMessage("A flood.", tool_call_id="1"), HumanMessage("Where?")]
+    count = random_chat.get_num_tokens_from_messages
+    for length, tools in ((2, []), (5, []), (2, [get_news])):
+        answer = random_chat.bind_tools(tools, max_tokens=1).invoke(talk[:length])
+        assert answer.usage_metadata and answer.usage_metadata["input_tokens"] == count(talk[:length], tools)
+    kept = trim_messages(talk * 9, max_tokens=2 * count(talk), token_counter=random_chat, start_on="human")
+    assert count(talk) / 2 < count(kept) <= 2 * count(talk) and count([]) == 0
+
+
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_answers_that_were_cut_are_refused(make_engine: EngineMaker, method: Any) -> None:
     structured = ChatSemShareKV(engine=make_engine(), max_tokens=5).with_structured_output(Weather, method=method)
@@ -216,6 +269,14 @@ def test_answers_that_were_cut_are_refused(make_engine: EngineMaker, method: Any
         structured.invoke("Weather ?")
     with pytest.raises(OutputParserException, match="max_tokens is too small"):
         list(structured.stream("Weather ?"))
+    stopping = ChatSemShareKV(engine=structured.first.bound.engine, max_tokens=200, stop=["own"])  # type: ignore[attr-defined]
+    structured = stopping.with_structured_output(WeatherDict, method=method)
+    if method == "function_calling":  # in a call, stop strings mean nothing
+        assert structured.invoke("Weather ?")
+        return
+    for ask in (structured.invoke, lambda text: list(structured.stream(text))):
+        with pytest.raises(OutputParserException, match="a stop string ended the answer"):
+            ask("Weather ?")
 
 
 def test_bad_structures_are_named(chat: ChatSemShareKV) -> None:
@@ -245,10 +306,11 @@ def test_an_agent_with_tools_and_an_answer_format(chat: ChatSemShareKV, scripted
         [GenerationChunk("", tool_calls=(ToolCall("call_3", "final_answer", {"town": "Prorna", "days": 3}),))],
     ]
     agent = create_agent(chat, [get_news], response_format=Weather, system_prompt="Be brief.")
-    done = agent.invoke({"messages": [("user", "?")]}, {"recursion_limit": 10})
+    heard = Heard()
+    done = agent.invoke({"messages": [("user", "?")]}, {"recursion_limit": 10, "callbacks": [heard]})
     assert done["structured_response"] == Weather(town="Prorna", days=3)
     result, answer = done["messages"][-2:]
-    assert result.content == "A flood hit Prorna." and answer.text == '{"town": "Prorna", "days": 3}'
+    assert result.content == "A flood hit Prorna." and answer.text == '{"town": "Prorna", "days": 3}' == heard.text
     assert answer.response_metadata["finish_reason"] == "stop" and not answer.tool_calls
     assert all(options["tool_choice"] == "any" and len(options["tools"]) == 2 for options in scripted.options)
     assert scripted.prompts[0][0] == {"role": "system", "content": "Be brief."}

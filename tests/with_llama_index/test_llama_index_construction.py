@@ -164,6 +164,8 @@ def test_a_shared_engine_is_shared(make_engine: Callable[..., SemShareEngine]) -
 def test_what_the_engine_was_made_of_cannot_be_changed(llm: SemShareKVLLM, field: str) -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(llm, field, None)
+    with pytest.raises(ValueError, match=f"^{field} is 'x'; accepted is .*a copy has the same engine"):
+        llm.model_copy(update={field: "x"})
 
 
 def test_settings_survive_serialization_and_secrets_do_not(model_path: Path) -> None:

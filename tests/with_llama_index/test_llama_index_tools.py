@@ -174,12 +174,12 @@ class News(BaseModel):
 TEMPLATE = PromptTemplate("What happened : {text}")
 
 
-async def _all_objects(llm: SemShareKVLLM) -> list[Any]:
-    *_, streamed = llm.stream_structured_predict(News, TEMPLATE, text="A flood .")
-    astream = await llm.astream_structured_predict(News, TEMPLATE, text="A flood .")
+async def _all_objects(llm: SemShareKVLLM, kind: Any = News) -> list[Any]:
+    *_, streamed = llm.stream_structured_predict(kind, TEMPLATE, text="A flood .")
+    astream = await llm.astream_structured_predict(kind, TEMPLATE, text="A flood .")
     return [
-        llm.structured_predict(News, TEMPLATE, text="A flood ."),
-        await llm.astructured_predict(News, TEMPLATE, text="A flood ."),
+        llm.structured_predict(kind, TEMPLATE, text="A flood ."),
+        await llm.astructured_predict(kind, TEMPLATE, text="A flood ."),
         streamed,
         [partial async for partial in astream][-1],
     ]
@@ -195,9 +195,14 @@ async def test_structured_output_is_what_was_asked_for(make_engine: Callable[...
     assert TEMPLATE.output_parser is None, "the caller's template is as it was"
     by_tool = llm.model_copy(update={"pydantic_program_mode": PydanticProgramMode.DEFAULT})
     if chat:
-        assert isinstance(by_tool.structured_predict(Place, TEMPLATE, text="A flood ."), Place)
+        first, *others = await _all_objects(by_tool, Place)
+        assert isinstance(first, Place) and all(other == first for other in others)
+        with pytest.raises(ValueError, match="accepted is a whole Place"):
+            list(by_tool.stream_structured_predict(Place, TEMPLATE, {"max_tokens": 3}, text="A flood ."))
     with pytest.raises(ValueError, match="json"):
         llm.structured_predict(News, TEMPLATE, llm_kwargs={"max_tokens": 3}, text="A flood .")
+    with pytest.raises(ValueError, match="whole json"):
+        list(llm.stream_structured_predict(News, TEMPLATE, llm_kwargs={"stop": ["losed"]}, text="A flood ."))
 
 
 async def test_structured_llms_answer_in_query_engines(settings: Any) -> None:
