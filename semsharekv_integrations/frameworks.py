@@ -129,13 +129,18 @@ def merge_turns(turns: Iterable[dict[str, Any]], roles: Collection[str] | None =
     Turns that hold more than ``role`` and ``content``, such as tool calls, or a role not in ``roles``, stay apart.
     """
     merged: list[dict[str, Any]] = []
+    said: list[list[str]] = []  # by turn, since to append to a text copies it
     for turn in turns:
         last = merged[-1] if merged else {}
         plain = last.keys() == turn.keys() == {"role", "content"}
         if plain and last["role"] == turn["role"] and (roles is None or turn["role"] in roles):
-            last["content"] += f"\n\n{turn['content']}"
+            said[-1].append(turn["content"])
         else:
             merged.append(turn)
+            said.append([])
+    for turn, more in zip(merged, said, strict=True):
+        if more:
+            turn["content"] = "\n\n".join([turn["content"], *more])
     return merged
 
 
@@ -171,7 +176,7 @@ def arrange_items(
 def parse_arguments(arguments: Any) -> dict[str, Any] | None:
     """Return a tool call's arguments, given as a mapping or JSON text of one ("" is {}); None for anything else."""
     if isinstance(arguments, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}", strict=False)
     return dict(arguments) if isinstance(arguments, Mapping) else None
 

@@ -247,9 +247,9 @@ def _check_schema(schema: object, tools: Sequence[Tool], choice: str) -> Mapping
     return schema  # type: ignore[return-value]
 
 
-def _check_nesting(field: str, schema: object) -> None:
-    accepted = f"None or a schema of up to {MOST_NESTED} mappings and lists in each other"
-    require(count_nesting(schema) <= MOST_NESTED, field, schema, accepted)
+def _check_nesting(field: str, value: object) -> None:
+    accepted = f"None or up to {MOST_NESTED} mappings and lists in each other"
+    require(count_nesting(value) <= MOST_NESTED, field, value, accepted)
 
 
 def _check_variables(variables: object) -> dict[str, Any]:
@@ -258,6 +258,7 @@ def _check_variables(variables: object) -> dict[str, Any]:
         return {}
     named = isinstance(variables, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in variables)
     require(named, "chat_template_kwargs", variables, "None or values by name, such as {'enable_thinking': False}")
+    _check_nesting("chat_template_kwargs", variables)
     found = dict(cast(Mapping[str, Any], variables))
     taken = sorted(found.keys() & RENDERING_OPTIONS)
     require(not taken, "chat_template_kwargs", taken, "names other than those that rendering sets itself")
@@ -306,13 +307,14 @@ def read_documents(documents: object, accepted: str = DOCUMENTS) -> dict[str, st
     if isinstance(documents, Mapping):
         for key in documents:
             require(is_name(key), "documents", key, f"ids that are non-empty strings{IN_UTF8}")
-        return {make_plain(key): _check_text(f"documents[{show_value(key)}]", text) for key, text in documents.items()}
+        return {make_plain(key): check_text(f"documents[{show_value(key)}]", text) for key, text in documents.items()}
     a_list = isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray))
     require(a_list, "documents", documents, accepted)
     return {make_document_id(text): text for text in cast(Sequence[Any], documents)}
 
 
-def _check_text(field: str, text: object) -> str:
+def check_text(field: str, text: object) -> str:
+    """Return the text as a plain string. Raises ``ValueError`` unless it is text fit for UTF-8 that is not blank."""
     accepted = isinstance(text, str) and bool(text.strip()) and is_utf8(text)
     require(accepted, field, text, f"a text that is not blank{IN_UTF8}")
     return make_plain(cast(str, text))
@@ -321,7 +323,7 @@ def _check_text(field: str, text: object) -> str:
 def make_document_id(text: object) -> str:
     """Return 12 hexadecimal digits of the stripped text's digest. Raises ``ValueError`` if it is no text or blank."""
     require(isinstance(text, str), "documents", text, DOCUMENTS)
-    _check_text("documents", text)
+    check_text("documents", text)
     return hashlib.blake2b(str(text).strip().encode(), digest_size=6).hexdigest()
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from semsharekv_integrations.errors import check_fields, check_stop, is_number, is_share, is_whole, take_plain_numbers
 
 MOST_DRAFT_TOKENS = 64
+_LEAST_TEMPERATURE, _MOST_PENALTY = 1e-20, 1e10  # beyond, float32 has no room for logits any more
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,17 @@ class SamplingConfig:
         check = partial(check_fields, self, "")
         check("1 or more", lambda value: is_whole(value, 1), "max_new_tokens")
         check_stop(self.stop)
-        check("0 or more", lambda value: is_number(value) and value >= 0, "temperature")
+        accepted = f"0 or more, but nothing between 0 and {_LEAST_TEMPERATURE:g}"
+        check(accepted, lambda value: is_number(value) and (value == 0 or value >= _LEAST_TEMPERATURE), "temperature")
         check("above 0, up to 1", lambda value: is_share(value) and value != 0, "top_p")
         check("None or 1 or more", lambda value: value is None or is_whole(value, 1), "top_k")
-        check("None or above 0", lambda value: value is None or (is_number(value) and value > 0), "repetition_penalty")
+        accepted = f"None or {1 / _MOST_PENALTY:g} to {_MOST_PENALTY:g}"
+        check(accepted, lambda value: value is None or _is_penalty(value), "repetition_penalty")
         accepted = "None or an integer from 0 to 2**63 - 1"
         check(accepted, lambda value: value is None or (is_whole(value, 0) and value < 2**63), "seed")
         accepted = f"True, False, or 1 to {MOST_DRAFT_TOKENS} tokens"
         check(accepted, lambda v: isinstance(v, bool) or (is_whole(v, 1) and v <= MOST_DRAFT_TOKENS), "prompt_lookup")
+
+
+def _is_penalty(value: object) -> bool:
+    return is_number(value) and 1 / _MOST_PENALTY <= value <= _MOST_PENALTY  # type: ignore[operator]

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise SemShareError(missing) from error
     require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
     require(args.max_body_mib >= 1, "--max-body-mib", args.max_body_mib, "1 or more")
+    require(args.drain_s >= 0, "--drain-s", args.drain_s, "0 or more seconds")
     config = _read_config(args, ServerConfig)
     guarded = bool(config.api_keys) or is_local(args.host)
     require(guarded, "--host", args.host, f"an address of this machine alone, or --api-key or {KEYS} beside it")

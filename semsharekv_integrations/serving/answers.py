@@ -13,6 +13,9 @@ from semsharekv_integrations.frameworks import count_tokens
 from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport, ToolCall
 
 END = "data: [DONE]\n\n"
+_LINE_ENDS = {
+    ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"
+}  # to Python's ``splitlines``; strings alone have them
 
 
 def describe_usage(report: ReuseReport) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def describe_reuse(report: ReuseReport) -> dict[str, Any]:
 
 def format_event(body: object) -> str:
     """Return one server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False).translate(_LINE_ENDS)}\n\n"
 
 
 class Form(NamedTuple):

@@ -25,7 +25,7 @@ from semsharekv_integrations.serving.answers import Events, Form, format_event
 from semsharekv_integrations.serving.documents import list_all_documents, stands_in_library
 from semsharekv_integrations.serving.gates import Gate
 from semsharekv_integrations.serving.hosting import Host, wait_for
-from semsharekv_integrations.serving.problems import ServingError, add_handlers, describe_error, make_body
+from semsharekv_integrations.serving.problems import ServingError, add_handlers, describe_error, make_body, name_prompt
 from semsharekv_integrations.serving.schemas import ChatBody, CompletionBody, DocumentBody
 from semsharekv_integrations.serving.settings import ServerConfig
 
@@ -62,8 +62,8 @@ def create_app(
     app.state.host = host
     app.add_middleware(Gate, config=config)
     if config.cors_origins:
-        names = ["Authorization", "Content-Type"]
-        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=names)
+        every = ["*"]  # OpenAI's own client sends headers of its own
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=every, allow_headers=every)
     add_handlers(app)
     _add_answers(app, host)
     _add_documents(app, host)
@@ -104,7 +104,7 @@ def _add_answers(app: FastAPI, host: Host) -> None:
 
 async def _answer(host: Host, request: Request, body: ChatBody | CompletionBody, tenant: str, form: Form) -> Response:
     prompt, options = host.read_body(body, tenant)
-    with ExitStack() as place:
+    with name_prompt(body.prompt_field), ExitStack() as place:
         place.enter_context(host.take_place())
         if not body.stream:
             generation = await wait_for(request, host.engine.agenerate(prompt, **options))
@@ -157,7 +157,7 @@ def _add_documents(app: FastAPI, host: Host) -> None:
     async def warm(body: DocumentBody, tenant: Tenant) -> dict[str, Any]:
         """Compute and keep the KV of a text before prompts contain it."""
         host.require_loaded()
-        with host.take_place():
+        with name_prompt("text"), host.take_place():
             labels: dict[str, Any] = {"namespace": tenant, "pinned": body.pinned, "ttl_s": body.ttl_s}
             stored = await run_in_threadpool(partial(host.engine.warm, {body.id: body.text}, **labels))
         return {"id": body.id, "object": "document", "stored": bool(stored)}
@@ -201,7 +201,7 @@ def _add_page(app: FastAPI, host: Host, documents: Mapping[str, str] | None) -> 
     from semsharekv_integrations.serving.page import make_page
 
     page, entrance = make_page(host, documents)
-    app.mount("/", entrance)
+    app.router.default = entrance  # no mount, which would also take what a route refuses, such as other methods
     return [page]
 
 

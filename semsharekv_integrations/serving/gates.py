@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from semsharekv_integrations.errors import show_value
 from semsharekv_integrations.serving.problems import ServingError, answer_error
-from semsharekv_integrations.serving.settings import ServerConfig
+from semsharekv_integrations.serving.settings import ServerConfig, strip_port
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -34,6 +33,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET, of which servers leave out the body
+            scope = {**scope, "method": "GET"}
         has_begun = False
 
         async def note(message: Message) -> None:
@@ -52,11 +53,12 @@ class Gate:
 
     def _find_problem(self, headers: Headers) -> ServingError | None:
         host = headers.get("host", "")
-        if not self._config.is_called_by(_strip_port(host)):
+        if not self._config.is_called_by(strip_port(host)):
             message = f"host is {show_value(host)}; accepted is a name that the server was given"
             return ServingError(403, "wrong_host", message)
         origin = headers.get("origin")
-        if origin is not None and origin not in self._config.cors_origins and urlsplit(origin).netloc != host:
+        known = (None, f"http://{host}", f"https://{host}", *self._config.cors_origins)
+        if origin not in known:
             message = f"origin is {show_value(origin)}; accepted is none, the server's own, or one it was started with"
             return ServingError(403, "wrong_origin", message)
         length = headers.get("content-length", "")
@@ -82,8 +84,3 @@ class Gate:
             return message
 
         return count
-
-
-def _strip_port(host: str) -> str:
-    """Return ``host`` without its port, and an IPv6 address without its brackets."""
-    return urlsplit(f"//{host}").hostname or ""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from semsharekv_integrations import frameworks
-from semsharekv_integrations.errors import require
+from semsharekv_integrations.errors import is_json, is_name, require
 from semsharekv_integrations.request import make_document_id
 
 _ROLES = {"developer": "system", "function": "tool"} | {role: role for role in ("system", "user", "assistant", "tool")}
@@ -14,6 +14,7 @@ _SAID = {"role", "content", "name", "tool_calls", "tool_call_id"}
 _LEFT_OUT = {"reasoning", "reasoning_content", "annotations", "kv_cache"}  # of an answer that comes back in a history
 _TEXTS = ("text", "input_text", "output_text")
 _CHOICES = {"none": "none", "auto": "auto", "required": "any"}
+_FORMATS = {"text": ("type",), "json_object": ("type",), "json_schema": ("type", "json_schema")}  # with their fields
 PARTS_BETWEEN = "\n"  # what stands between a message's text parts
 
 
@@ -38,11 +39,13 @@ def find_parts(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def _read_turn(field: str, message: Mapping[str, Any]) -> dict[str, Any]:
     role = message.get("role")
-    require(role in _ROLES, f"{field}.role", role, ", ".join(_ROLES))
+    require(isinstance(role, str) and role in _ROLES, f"{field}.role", role, ", ".join(_ROLES))
     for key, value in message.items():
         known = key in _SAID or key in _LEFT_OUT or value in (None, [], {}, "")
         require(known, f"{field}.{key}", value, f"nothing; a message has {', '.join(sorted(_SAID))}")
-    calls = [_read_call(f"{field}.tool_calls[{at}]", call) for at, call in enumerate(message.get("tool_calls") or ())]
+    for key in ("name", "tool_call_id"):
+        require(isinstance(message.get(key), str | None), f"{field}.{key}", message.get(key), "None or a text")
+    calls = _read_calls(f"{field}.tool_calls", message.get("tool_calls"), may_call=role == "assistant")
     content = _read_content(f"{field}.content", message.get("content"), has_calls=bool(calls))
     turn: dict[str, Any] = {"role": _ROLES[str(role)], "content": content}
     if calls:
@@ -70,39 +73,63 @@ def _read_parts(field: str, parts: Sequence[Any]) -> Iterator[str]:
         yield part["text"]
 
 
+def _read_calls(field: str, calls: Any, *, may_call: bool) -> list[dict[str, Any]]:
+    require(calls is None or isinstance(calls, list), field, calls, "None or a list of calls")
+    require(may_call or not calls, field, calls, "none but in a message of the assistant")
+    return [_read_call(f"{field}[{at}]", call) for at, call in enumerate(calls or ())]
+
+
 def _read_call(field: str, call: Any) -> dict[str, Any]:
     is_call = isinstance(call, Mapping) and call.get("type") == "function"
     function = call["function"] if is_call and isinstance(call.get("function"), Mapping) else {}
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
-    require(bool(function.get("name")), field, call, form)
+    require(is_name(function.get("name")), field, call, form)
     arguments = frameworks.parse_arguments(function.get("arguments"))
-    require(arguments is not None, f"{field}.function.arguments", function.get("arguments"), "JSON text of an object")
+    is_known = arguments is not None and is_json(arguments)
+    require(is_known, f"{field}.function.arguments", function.get("arguments"), "JSON text of an object")
     named = {"name": function["name"], "arguments": arguments}
     return {"id": str(call.get("id") or ""), "type": "function", "function": named}
 
 
-def translate_choice(choice: Any) -> str | None:
-    """Return which tool the model may or must call as the engine says it; ``ValueError`` for what is no choice."""
-    if choice is None or isinstance(choice, str):
-        require(choice is None or choice in _CHOICES, "tool_choice", choice, f"{', '.join(_CHOICES)}, or a function")
-        return None if choice is None else _CHOICES[choice]
-    name = choice["function"].get("name") if isinstance(choice.get("function"), Mapping) else None
-    accepted = '{"type": "function", "function": {"name": ...}}'
-    require(choice.get("type") == "function" and isinstance(name, str), "tool_choice", choice, accepted)
-    return str(name)
+def translate_choice(choice: Any, tools: Sequence[Mapping[str, Any]] = ()) -> str | None:
+    """Return which of ``tools`` the model may or must call as the engine says it; ``ValueError`` for no such choice."""
+    if choice is None:
+        return None
+    functions = [tool.get("function") for tool in tools]
+    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+    kinds = tuple(_CHOICES) if tools else ("none", "auto")
+    accepted = f"{', '.join(kinds)}, or {{'type': 'function', 'function': {{'name': ...}}}} with a name of tools"
+    if isinstance(choice, str):
+        require(choice in kinds, "tool_choice", choice, accepted)
+        return _CHOICES[choice]
+    function = choice["function"] if isinstance(choice.get("function"), Mapping) else {}
+    is_there = choice.get("type") == "function" and isinstance(function.get("name"), str) and function["name"] in names
+    require(is_there, "tool_choice", choice, accepted)
+    return str(function["name"])
 
 
-def translate_format(wanted: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the JSON schema that a ``response_format`` asks for, or None for text; ``ValueError`` for others."""
+def translate_format(wanted: Mapping[str, Any] | None, *, may_call: bool = False) -> Mapping[str, Any] | None:
+    """Return the JSON schema that a ``response_format`` asks for, or None for text; ``ValueError`` for others.
+
+    Where the model ``may_call`` tools, only text is accepted.
+    """
     kind = "text" if wanted is None else wanted.get("type")
-    require(
-        kind in ("text", "json_object", "json_schema"), "response_format.type", kind, "text, json_object, json_schema"
-    )
+    require(isinstance(kind, str) and kind in _FORMATS, "response_format.type", kind, ", ".join(_FORMATS))
     if wanted is None or kind == "text":
         return None
+    require(not may_call, "response_format", wanted, "text with tools, unless tool_choice is none")
+    _refuse_more("response_format", wanted, _FORMATS[str(kind)])
+    named = {} if wanted.get("json_schema") is None else wanted["json_schema"]
+    require(isinstance(named, Mapping), "response_format.json_schema", named, '{"name": ..., "schema": ...}')
+    _refuse_more("response_format.json_schema", named, ("name", "description", "schema", "strict"))
     if kind == "json_object":
         return {"type": "object"}
-    named = wanted.get("json_schema")
-    schema = named.get("schema") if isinstance(named, Mapping) else None
+    schema = named.get("schema")
     require(isinstance(schema, Mapping), "response_format.json_schema.schema", schema, "a JSON schema")
     return schema
+
+
+def _refuse_more(field: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for the first key that is not among ``names``, and says something."""
+    for name, value in given.items():
+        require(name in names or value is None, f"{field}.{name}", value, f"nothing; there are {', '.join(names)}")

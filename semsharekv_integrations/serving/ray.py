@@ -51,6 +51,7 @@ from semsharekv_integrations.store.mounting import check_libraries
 
 SKETCH = "sketch"
 DOCUMENTS, METRICS = "/v1/documents", "/metrics"
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # replicas say which of them they take
 NAME = "default"  # of the application, as ``serve run`` has it
 WAIT_LOOP_S = 0.5  # between two looks whether answers have ended
 CLOSES_S = 10.0  # at most, for stores to be closed behind the last answer
@@ -250,7 +251,7 @@ class Gateway:
         self._settings = settings
         self._gate = Gate(self._forward, settings.server)
 
-    @api.api_route("/{path:path}", methods=["GET", "POST", "DELETE", "OPTIONS"])
+    @api.api_route("/{path:path}", methods=METHODS)
     async def pass_on(self) -> Response:
         """Hand a request to the gate, which looks at it before its body is read."""
         return _Passed(self._gate)
@@ -259,7 +260,8 @@ class Gateway:
         request = Request(scope, receive)
         body = await request.body()
         if request.url.path == DOCUMENTS and request.method == "POST":
-            answer: Response = (await self._ask_several(request, body, self._settings.copies))[0]
+            warmed = await self._ask_several(request, body, self._settings.copies)
+            answer: Response = next((one for one in warmed if one.status_code != 200), warmed[0])
         elif request.url.path.startswith(DOCUMENTS):
             answer = join_documents(await self._ask_several(request, body, self._settings.replicas))
         elif request.url.path == METRICS:

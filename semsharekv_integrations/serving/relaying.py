@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 HEADER = "x-semsharekv-replica"
 REPLICA_LABEL = "replica"
 MOST_NESTED = 6
+_HAD_NONE = (404, 409)  # of a document that is not here, or in a library
 Message = MutableMapping[str, Any]
 PLAIN = (  # what of a request's scope goes to a replica
     "type",
@@ -143,17 +144,33 @@ async def collect(messages: AsyncGenerator[Message, None]) -> Collected:
 
 
 def join_documents(answers: Sequence[Collected]) -> Response:
-    """Return one answer for several: the documents of all of them, or the first that found what was to be deleted."""
+    """Return one answer for several: the documents of all of them, or how much all have deleted.
+
+    If one failed, that is the answer; a replica that had nothing to delete has not failed.
+    """
     done = [answer for answer in answers if answer.status_code == 200]
-    if not done:
-        return answers[0]
-    found = [json.loads(bytes(answer.body)) for answer in done]
-    if "data" not in found[0]:
-        return done[0]
-    joined = {(one["id"], one["library"]): one for told in found for one in told["data"]}
+    failed = [answer for answer in answers if answer.status_code not in (200, *_HAD_NONE)]
+    if failed or not done:
+        return (failed or answers)[0]
+    told = [json.loads(bytes(answer.body)) for answer in done]
+    if "data" in told[0]:
+        whole = {"data": _join_lists([one["data"] for one in told])}
+    else:
+        whole = {"entries": sum(one["entries"] for one in told)}
     headers = {HEADER: ", ".join(answer.replica for answer in done)}
-    body = json.dumps({**found[0], "data": [joined[key] for key in sorted(joined)]})
-    return Response(body, media_type="application/json", headers=headers)
+    return Response(json.dumps({**told[0], **whole}), media_type="application/json", headers=headers)
+
+
+def _join_lists(lists: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return each document once, with the entries of all replicas; those of a library are the same in each."""
+    joined: dict[tuple[str, bool], dict[str, Any]] = {}
+    for one in (one for documents in lists for one in documents):
+        known = joined.setdefault((one["id"], one["library"]), one)
+        if known is not one and not one["library"]:
+            known["entries"] += one["entries"]
+            known["pinned"] |= one["pinned"]
+            known["tokens"] = one["tokens"] if known["tokens"] is None else known["tokens"]
+    return [joined[key] for key in sorted(joined)]
 
 
 def join_metrics(answers: Sequence[Collected]) -> Response:

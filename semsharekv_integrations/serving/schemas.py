@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from semsharekv_integrations.errors import require
-from semsharekv_integrations.request import DocumentNotes, GenerateOptions, check_optional_name
+from semsharekv_integrations.request import (
+    DocumentNotes,
+    GenerateOptions,
+    check_name,
+    check_optional_name,
+    check_text,
+)
 from semsharekv_integrations.serving.messages import find_parts, translate_choice, translate_format, translate_messages
 
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {  # the values that ask for nothing; None always does
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
@@ -83,7 +89,9 @@ class _Sampled(_Body):
             return body
         for name, values in _NO_EFFECT.items():
             value, accepted = body.get(name), ", ".join(map(repr, (None, *values)))
-            require(value is None or value in values, name, value, accepted)
+            kind = isinstance(value, bool)  # else 0 would be False, and a completion's logprobs: 0 asks for some
+            asks = all(value != each or kind != isinstance(each, bool) for each in values)
+            require(value is None or not asks, name, value, accepted)
         return {name: value for name, value in body.items() if name not in _NO_EFFECT and name not in _CALLER}
 
     @model_validator(mode="after")
@@ -113,7 +121,8 @@ class _Sampled(_Body):
         for document in self.documents or ():
             require(document.id not in own, "documents", document.id, "each id once")
             own[document.id] = document.text
-        parts = {key: text for key, text in self._find_parts().items() if text not in own.values()}
+        named = set(own.values())
+        parts = {key: text for key, text in self._find_parts().items() if text not in named}
         return DocumentNotes({**parts, **own}, required=own)
 
     def _find_parts(self) -> dict[str, str]:
@@ -123,6 +132,7 @@ class _Sampled(_Body):
 class ChatBody(_Sampled):
     """The body of ``POST /v1/chat/completions``."""
 
+    prompt_field: ClassVar[str] = "messages"
     messages: list[dict[str, Any]] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -137,10 +147,12 @@ class ChatBody(_Sampled):
 
     def make_options(self, namespace: str, most: int | None) -> GenerateOptions:
         """As for a completion, and what goes with a chat."""
+        tools = self.tools or ()
+        choice = translate_choice(self.tool_choice, tools)
         return super().make_options(namespace, most) | GenerateOptions(
-            tools=self.tools or None,
-            tool_choice=translate_choice(self.tool_choice),
-            json_schema=translate_format(self.response_format),
+            tools=tools or None,
+            tool_choice=choice,
+            json_schema=translate_format(self.response_format, may_call=bool(tools) and choice != "none"),
             chat_template_kwargs=self.chat_template_kwargs,
         )
 
@@ -151,6 +163,7 @@ class ChatBody(_Sampled):
 class CompletionBody(_Sampled):
     """The body of ``POST /v1/completions``: one prompt."""
 
+    prompt_field: ClassVar[str] = "prompt"
     prompt: str | list[str]
 
     @model_validator(mode="after")
@@ -168,3 +181,9 @@ class DocumentBody(_Body):
     text: str
     pinned: bool = False
     ttl_s: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_name("id", self.id)
+        check_text("text", self.text)
+        return self

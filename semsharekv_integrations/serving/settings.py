@@ -8,11 +8,41 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from urllib.parse import urlsplit
 
 from semsharekv_integrations.errors import check_fields, is_name, is_whole, require
 
 OPEN = "served"  # the tenant of all callers where no key is asked for
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def strip_port(host: str) -> str:
+    """Return ``host`` in small letters, without its port, or brackets of an IPv6 address; "" if it is no host."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_host(name: str) -> bool:
+    return "*" not in name and name.lower() in (strip_port(name), strip_port(f"[{name}]"))
+
+
+def _is_origin(name: str) -> bool:
+    """Return whether browsers may send ``name`` as a page's origin."""
+    scheme, found, host = name.partition("://")
+    is_written_so = name == name.lower() and bool(scheme and found and strip_port(host))
+    return name == "null" or (is_written_so and not set(host) & set("/?#@*"))
+
+
+_LISTS = (  # what cannot match any request is a mistake
+    ("hosts", _is_host, "names without scheme and port, such as chat.example.org"),
+    (
+        "cors_origins",
+        _is_origin,
+        "origins as browsers send them, such as https://chat.example.org: no path, no wildcard",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +75,11 @@ class ServerConfig:
         check_fields(self, "", "None or 1 or more", lambda value: value is None or is_whole(value, 1), "max_tokens")
         check_fields(self, "", "None or a name", lambda value: value is None or is_name(value), "model")
         check_fields(self, "", "True or False", lambda value: isinstance(value, bool), "page")
-        for name in ("hosts", "cors_origins"):
+        for name, fits, accepted in _LISTS:
             values = getattr(self, name)
             require(not isinstance(values, str) and all(map(is_name, values)), name, values, "a list of names")
+            for value in values:
+                require(fits(value), name, value, accepted)
         proper = all(is_name(key) and key.isascii() and key == key.strip() for key in self.api_keys)
         several = not isinstance(self.api_keys, str)
         require(several and proper, "api_keys", f"{len(self.api_keys)} keys", "a list of keys in ASCII, without spaces")
@@ -68,7 +100,7 @@ class ServerConfig:
 
     def is_called_by(self, host: str) -> bool:
         """Return whether a request may name ``host``, without its port, as where it goes to."""
-        return bool(self.api_keys) or host in self.hosts or is_local(host)
+        return bool(self.api_keys) or host in map(str.lower, self.hosts) or is_local(host)
 
 
 def _digest(key: str) -> bytes:

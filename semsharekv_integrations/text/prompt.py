@@ -11,6 +11,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -87,13 +88,14 @@ class PromptRenderer:
             raise PromptError("prompt is empty; accepted is text or messages of at least one token")
         require_room(len(token_ids), window)
         starts = list(accumulate(offsets, max))
-        named = _find_documents(text, starts, documents, loosely=True)
+        searched = SearchedText(text, loosely=True)
+        named = _find_documents(searched, starts, documents)
         return Rendered(
             np.array(token_ids, dtype=np.int64),
-            _add_hints(named, _find_documents(text, starts, hints or {})),
+            _add_hints(named, _find_documents(SearchedText(text, loosely=False), starts, hints or {})),
             _find_passages(text, starts),
             None if messages is None else _find_question(text, starts, messages),
-            self._find_unplaced(text, starts, messages or [], documents),
+            self._find_unplaced(text, searched, starts, messages or [], documents),
         )
 
     def decode(self, token_ids: TokenIds) -> str:
@@ -117,7 +119,12 @@ class PromptRenderer:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_unplaced(
-        self, text: str, starts: list[int], messages: Sequence[Message], documents: Mapping[str, str]
+        self,
+        text: str,
+        searched: SearchedText,
+        starts: list[int],
+        messages: Sequence[Message],
+        documents: Mapping[str, str],
     ) -> dict[str, int]:
         """Return, by id, how many tokens surely come before each document of the prompt whose place cannot be told.
 
@@ -125,7 +132,7 @@ class PromptRenderer:
         """
         found = {}
         for key, content in ((key, content.strip()) for key, content in documents.items()):
-            at, _ = _find_text(text, content, loosely=True)
+            at, _ = searched.find(content)
             if not content or (at >= 0 and starts):
                 continue
             before = text[:at] if at >= 0 else _find_text_before(text, messages, content)
@@ -213,18 +220,15 @@ def _check_call(field: str, call: object) -> dict[str, Any]:
     return {"id": id_, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
-def _find_documents(
-    text: str, starts: list[int], documents: Mapping[str, str], *, loosely: bool = False
-) -> list[Segment]:
+def _find_documents(text: SearchedText, starts: list[int], documents: Mapping[str, str]) -> list[Segment]:
     """Return where each document's text first stands, in tokens; documents that are not in the text are left out.
 
-    ``loosely``: space within it may be another, as where lines are broken anew.
     ``starts`` is where each token starts, in characters; special tokens put behind the text claim the last place.
     If ``starts`` is empty, nothing is found.
     """
     found = []
     for document_id, content in documents.items():
-        at, stop = _find_text(text, content.strip(), loosely=loosely)
+        at, stop = text.find(content.strip())
         if at >= 0 and starts and stop > at:
             found.append(Segment(document_id, *_find_tokens(starts, at, stop)))
     return found
@@ -253,13 +257,37 @@ def _find_question(text: str, starts: list[int], messages: Sequence[Message]) ->
     return None if at < 0 else _find_tokens(starts, at, at + len(contents[-1]))
 
 
-def _find_text(text: str, content: str, *, loosely: bool) -> tuple[int, int]:
-    """Return start, -1 if there is none, and stop of the first ``content``; if ``loosely``, its spacing may differ."""
-    at = text.find(content)
-    if at >= 0 or not loosely:
-        return at, at + len(content)
-    match = re.search(r"\s+".join(map(re.escape, content.split())), text)
-    return match.span() if match else (-1, -1)
+class SearchedText:
+    """A text that others are looked for in. That takes time by its length, whatever stands in them.
+
+    Args:
+        text: where to look.
+        loosely: whether space within what is looked for may be another than in ``text``.
+    """
+
+    def __init__(self, text: str, *, loosely: bool) -> None:
+        self._text = text
+        self._loosely = loosely
+
+    def find(self, content: str) -> tuple[int, int]:
+        """Return start, -1 if there is none, and stop of the first ``content``."""
+        at = self._text.find(content)
+        if at >= 0 or not self._loosely:
+            return at, at + len(content)
+        plain = " ".join(content.split())
+        spaced, words, starts = self._spaced
+        at = spaced.find(plain)
+        if at < 0:
+            return -1, -1
+        first, last = (bisect_right(starts, place) - 1 for place in (at, at + len(plain) - 1))
+        return words[first] + at - starts[first], words[last] + at + len(plain) - starts[last]
+
+    @cached_property
+    def _spaced(self) -> tuple[str, list[int], list[int]]:
+        """The text with one space between words, and where each word starts: in the text, and in that."""
+        found = list(re.finditer(r"\S+", self._text))
+        starts = [0, *accumulate(len(word[0]) + 1 for word in found)]
+        return " ".join(word[0] for word in found), [word.start() for word in found], starts[:-1]
 
 
 def _find_text_before(text: str, messages: Sequence[Message], content: str) -> str | None:

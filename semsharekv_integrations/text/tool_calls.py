@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from semsharekv_integrations.errors import is_json
 from semsharekv_integrations.report import ToolCall
 from semsharekv_integrations.text.tool_format import SHORT_ID_CHARS, Tool, ToolFormat
 
@@ -214,6 +215,8 @@ class ToolCallParser:
             except ValueError:
                 return None
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+            return None
+        if not is_json(arguments):  # nor could they be sent, or come back in a history
             return None
         return ToolCall.of(name, arguments)
 

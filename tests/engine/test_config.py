@@ -312,10 +312,10 @@ BAD = {
     SamplingConfig: {
         "max_new_tokens": [0, -1, 1.5, "3", None],
         "stop": [("",), ("a", 3), (None,)],
-        "temperature": [-0.1, float("nan"), float("inf"), "1", None],
+        "temperature": [-0.1, float("nan"), float("inf"), "1", None, 1e-40],
         "top_p": [0, 1.5, -1, "1", None],
         "top_k": [0, -1, 2.5, "4"],
-        "repetition_penalty": [0, -1, "2", float("inf")],
+        "repetition_penalty": [0, -1, "2", float("inf"), 1e-300, 1e300],
         "seed": [-1, 1.5, "7", 2**64],
         "prompt_lookup": [0, -1, 65, 1.5, "4", None],
     },

@@ -78,6 +78,8 @@ class TestPage:
             answer = client.get("/")
             assert answer.status_code == 200 and "gradio" in answer.text and ask_queue(client) == 200
             assert client.get("/login").status_code == 404
+            assert client.get("/v1/completions").status_code == 405, "not the page's"
+            assert client.head("/health").status_code in (200, 503)
             assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
 
     def test_with_keys_nobody_gets_in_without_one(self, serve: Serve) -> None:

@@ -113,15 +113,23 @@ def answer_with(body: Any, name: str, status: int = 200) -> Collected:
 
 
 def test_documents_of_all_replicas_are_listed_once() -> None:
-    found = [{"id": key, "library": False} for key in ("a", "b", "c")]
-    told = [answer_with({"object": "list", "data": part}, str(n)) for n, part in enumerate((found[:2], found[1:]))]
-    assert json.loads(bytes(join_documents(told).body))["data"] == found
+    def describe(key: str, entries: int, library: bool = False, **more: Any) -> dict[str, Any]:
+        return {"id": key, "library": library, "entries": entries, "pinned": False, "tokens": None, **more}
+
+    one = [describe("a", 1), describe("b", 2, pinned=True), describe("c", 3, library=True)]
+    other = [describe("b", 4, tokens=9), describe("c", 3, library=True), describe("d", 5)]
+    told = [answer_with({"object": "list", "data": part}, str(n)) for n, part in enumerate((one, other))]
+    found = json.loads(bytes(join_documents(told).body))["data"]
+    assert found == [one[0], describe("b", 6, pinned=True, tokens=9), one[2], other[2]]
 
 
-def test_what_one_replica_deleted_is_deleted() -> None:
-    missing, done = answer_with({"error": {}}, "0", 404), answer_with({"deleted": True}, "1")
-    assert join_documents([missing, done]).status_code == 200
+def test_what_replicas_deleted_is_deleted_unless_one_failed() -> None:
+    missing, failed = (answer_with({"error": {}}, "0", status) for status in (404, 500))
+    done = [answer_with({"deleted": True, "entries": entries}, str(entries)) for entries in (1, 2)]
+    assert json.loads(bytes(join_documents([missing, *done]).body)) == {"deleted": True, "entries": 3}
     assert join_documents([missing, missing]).status_code == 404
+    for some in ([*done, failed], [failed, missing], [missing, failed]):
+        assert join_documents(some).status_code == 500, "some of it is still there"
 
 
 def test_series_of_all_replicas_are_told_apart_and_add_up(make_engine: EngineMaker) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from running_server import KEYS, RunningServer, Serve
 from semsharekv_integrations import SemShareEngine
+from semsharekv_integrations.report import GenerationChunk
+from semsharekv_integrations.serving.answers import Form
 
 pytestmark = pytest.mark.enable_socket
 ARTICLES = [
@@ -73,6 +75,14 @@ def test_a_stream_says_what_the_whole_answer_says(trained: RunningServer, kind: 
     assert last.kv_cache["output_tokens"] == whole.usage.completion_tokens
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in create(**given, stream=True)), "only where it is asked for"
+
+
+def test_an_event_is_one_line_whatever_the_answer_says() -> None:
+    """Clients that cut lines as Python does would else read half of it."""
+    said = "one\x85two\u2028three\u2029four\nfive"
+    (_, event) = Form(is_chat=True, model="m").begin(with_usage=False).tell(GenerationChunk(said))
+    line, end = event.splitlines()
+    assert end == "" and json.loads(line.removeprefix("data: "))["choices"][0]["delta"] == {"content": said}
 
 
 def test_a_session_goes_on_by_its_key(trained: RunningServer) -> None:

@@ -118,8 +118,8 @@ def test_documents_are_warmed_listed_and_forgotten_within_their_tenant(serve: Se
         assert httpx.delete(f"{server.url}{DOCUMENTS}/notes/1", headers=headers).status_code == status
     assert httpx.get(f"{server.url}{DOCUMENTS}", headers=own).json()["data"] == []
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"id": "", "text": text}, "documents"),
-        ({"id": "a", "text": " "}, "documents['a']"),
+        ({"id": "", "text": text}, "id"),
+        ({"id": "a", "text": " "}, "text"),
         ({"id": "a", "text": text, "ttl_s": 0}, "ttl_s"),
         ({"id": "a"}, "text"),
     ]
@@ -224,6 +224,10 @@ def test_sigterm_lets_answers_end_and_keeps_the_store(tmp_path: Path) -> None:
         (["--host", "no such host", "--api-key", "k"], "nothing can listen at host 'no such host'"),
         (["--api-key", " a"], "api_keys"),
         (["--model", "no-such-folder"], "no-such-folder"),
+        (["--drain-s", "-1"], "--drain-s is -1"),
+        (["--cors-origin", "*"], "cors_origins is '*'"),
+        (["--cors-origin", "https://a.example/"], "cors_origins is"),
+        (["--allow-host", "a.example:8000"], "hosts is"),
     ],
 )
 def test_bad_arguments_start_no_server(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from rendered_chats import render_chat
 from semsharekv_integrations import PromptError
-from semsharekv_integrations.text.prompt import PromptRenderer
+from semsharekv_integrations.text.prompt import PromptRenderer, SearchedText
 from tiny_models import EngineMaker
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 USER = {"role": "user", "content": "What happened in Prorna?"}
 REPLY = {"role": "assistant", "content": "A flood."}
+DEEP: list = []
+for _ in range(900):
+    DEEP = [DEEP]
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ class TestChatTemplateKwargs:
 
     @pytest.mark.parametrize(
         ("given", "named"),
-        [("x", "is 'x'"), ([1], r"is \[1\]"), ({1: 2}, "is {1: 2}"), ({"a b": 1}, "a b")]
+        [("x", "is 'x'"), ([1], r"is \[1\]"), ({1: 2}, "is {1: 2}"), ({"a b": 1}, "a b"), ({"a": DEEP}, "up to 64")]
         + [({name: None}, name) for name in ("tokenize", "messages", "tools", "chat_template", "conversation")]
         + [({name: 1}, name) for name in ("add_generation_prompt", "continue_final_message", "return_dict", "self")],
     )
@@ -180,6 +187,17 @@ class TestSegments:
         (segment,) = rendered.segments
         found = tokenizer.decode(rendered.token_ids[segment.start : segment.stop], skip_special_tokens=True)
         assert found == " flood hit."
+
+    @given(st.lists(st.sampled_from(["a", "b", "a b"]), min_size=1), st.lists(st.sampled_from([" ", "\n", " \u00a0"])))
+    @settings(max_examples=60)
+    def test_space_within_a_document_may_be_another(self, words: list[str], spaces: list[str]) -> None:
+        text = "".join(map("".join, zip_longest(words, spaces, fillvalue="b ")))
+        content = " ".join(words[1:])
+        found = re.search(r"\s+".join(map(re.escape, content.split())), text)
+        wanted = text.find(content), text.find(content) + len(content)
+        if content not in text:
+            wanted = found.span() if found else (-1, -1)
+        assert SearchedText(text, loosely=True).find(content) == wanted
 
     def test_what_is_not_there_is_left_out(self, renderer) -> None:
         assert not renderer.render("A flood.", {"d": "A fire.", "e": " "}).segments

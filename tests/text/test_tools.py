@@ -86,7 +86,9 @@ def test_streams_hold_calls_back_and_agree_with_the_whole(special: bool) -> None
 
 def test_what_is_no_call_is_text() -> None:
     speaker = Speaker("bare")
-    for text in ('{"name": "unknown", "parameters": {}}', '{"name": "get_news", "parameters": {"town"', '{"a": 1}'):
+    call = '{"name": "get_news", "parameters": {"town": %s}}'
+    no_json = (call % r'"\ud83d"', call % "NaN")  # half a character, and no number of JSON's
+    for text in ('{"name": "unknown", "parameters": {}}', call[:42], '{"a": 1}', *no_json):
         generation = speaker.says(text).generate(ASK, tools=TOOLS)
         assert (generation.text, generation.tool_calls, generation.finish_reason) == (text, (), "stop")
 
