@@ -88,6 +88,9 @@ def run_inspect(args: argparse.Namespace) -> int:
             print_table(console, _make_table(model, entries))
         if not found and not troubles:
             console.print(f"Nothing is stored in {args.directory}.")
+        elif not any(found.values()) and not troubles:
+            is_chosen = args.namespace is not None or args.document is not None
+            console.print("No entry fits." if is_chosen else "There are no entries.")
     if troubles:
         raise StoreFileError("; ".join(troubles))
     return 0

@@ -34,7 +34,7 @@ def read_folder(folder: Path, questions: Sequence[str] = ()) -> tuple[Passage, .
     """
     require(folder.is_dir(), "--documents", str(folder), "a folder of documents")
     cut = dict(_cut_all(folder))
-    said = f"a folder with files that end in {' or '.join(SUFFIXES)}, of 4 passages of {PASSAGE_WORDS} words or more"
+    said = f"a folder whose files ({', '.join(SUFFIXES)}) make 4 or more passages of up to {PASSAGE_WORDS} words"
     require(len(cut) >= 4, "--documents", f"{folder} ({len(cut)} passages)", said)
     asked = tuple(questions) or GENERAL
     first = next(question for question in STORED if question not in asked)

@@ -38,6 +38,7 @@ _MISSING = ("gated_repo", "missing_entries", "connection_errors")  # what ``cach
 LOADING = free_in_children(threading.RLock())
 _this_thread = threading.local()
 _ASKED_WITHIN_S = 10.0
+_MOST_REASON_CHARS = 300  # of another library's error
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
@@ -213,8 +214,8 @@ def _can_reach_hub() -> bool:
     return True
 
 
-def shorten_reason(reason: object, most: int = 300) -> str:
-    """Return ``reason`` in one line of about ``most`` characters, in our words where its own would mislead.
+def shorten_reason(reason: object) -> str:
+    """Return ``reason`` in one short line, in our words where its own would mislead.
 
     An error's class comes first, unless it is an ``OSError`` or ``ValueError`` with a text.
     """
@@ -225,7 +226,7 @@ def shorten_reason(reason: object, most: int = 300) -> str:
         return "some of them have other sizes than the configuration says"
     if isinstance(reason, Exception) and not (text and isinstance(reason, OSError | ValueError)):
         text = f"{type(reason).__name__}: {text}"
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= _MOST_REASON_CHARS else f"{text[:_MOST_REASON_CHARS]}..."
 
 
 @contextmanager

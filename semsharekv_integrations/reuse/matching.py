@@ -184,9 +184,9 @@ def find_nearest_tokens(
     return TokenMatches(positions.cpu().numpy(), cosine.clamp(-1, 1).cpu().numpy())
 
 
-def measure_hamming_distance(target: torch.Tensor, reference: torch.Tensor, *, bits: int = PAPER_BITS) -> float:
-    """Return in how many of ``bits`` hash bits, on average, a target token differs from its nearest reference token."""
-    distances, _ = _search(normalize(target.float(), dim=1), normalize(reference.float(), dim=1), bits, 1)
+def measure_hamming_distance(target: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return in how many of ``PAPER_BITS`` bits a target token differs from its nearest reference token, on average."""
+    distances, _ = _search(normalize(target.float(), dim=1), normalize(reference.float(), dim=1), PAPER_BITS, 1)
     return float(distances.mean())
 
 

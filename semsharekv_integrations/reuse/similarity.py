@@ -68,11 +68,11 @@ class PooledEmbedder:
 
     Args:
         embedding_matrix: [V, hidden], of the model's input embedding layer; read, never written or copied.
-        threshold: see ``Embedder``; the default is calibrated.
     """
 
-    def __init__(self, embedding_matrix: torch.Tensor, threshold: float = POOLED_THRESHOLD) -> None:
-        self.threshold = threshold
+    threshold = POOLED_THRESHOLD
+
+    def __init__(self, embedding_matrix: torch.Tensor) -> None:
         self._matrix = embedding_matrix.detach()
         self._centre, self._whitening = compute_whitening(self._matrix)
         self._counts: Counter[int] = Counter()  # token -> number of stored segments that have it
@@ -110,20 +110,15 @@ class SentenceEmbedder:
     Such models read the first tokens only (256 for all-MiniLM-L6-v2) and ignore what follows.
 
     Args:
+        name_or_path: hub id or folder.
         decode: returns the text of token ids.
-        threshold: see ``Embedder``; the default is calibrated for all-MiniLM-L6-v2.
         device: where the model goes, or None for CUDA if there is one, else the CPU.
     """
 
-    def __init__(
-        self,
-        name_or_path: str,
-        decode: Callable[[TokenIds], str],
-        threshold: float = SENTENCE_THRESHOLD,
-        device: str | None = None,
-    ) -> None:
+    threshold = SENTENCE_THRESHOLD  # calibrated for all-MiniLM-L6-v2
+
+    def __init__(self, name_or_path: str, decode: Callable[[TokenIds], str], device: str | None = None) -> None:
         self.name_or_path = name_or_path
-        self.threshold = threshold
         self._decode = decode
         self._device = device
 

@@ -122,9 +122,9 @@ class Holdings:
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
-    def sketch(self, most_bytes: int = SKETCH_BYTES) -> Sketch:
+    def sketch(self) -> Sketch:
         """Return a sketch of everything."""
-        return sketch_marks(join_marks(self._entries.values()), most_bytes)
+        return sketch_marks(join_marks(self._entries.values()))
 
 
 class Candidate(NamedTuple):

@@ -143,6 +143,8 @@ class TestInspect:
     )
     def test_filters(self, capsys: Captured, directory: Path, options: tuple[str, ...], left: list[str]) -> None:
         assert names(listed(capsys, directory, *options)) == left
+        assert run("inspect", directory, *options) == 0
+        assert ("No entry fits." in capsys.readouterr().out) == (not left)
 
     def test_neither_text_nor_tokens_are_shown(self, capsys: Captured, directory: Path) -> None:
         for options in ((), ("--json",)):

@@ -100,7 +100,7 @@ def test_a_folders_digest_follows_its_texts_alone(texts: Path) -> None:
     ("line", "message"),
     [
         (["--documents", "nowhere"], "--documents is 'nowhere'; accepted is a folder of documents"),
-        (["--documents", "few"], "few (1 passages)'; accepted is a folder with files that end in .md or .txt"),
+        (["--documents", "few"], "few (1 passages)'; accepted is a folder whose files (.md, .txt) make 4"),
         (["--documents", "texts", "--data", "x.jsonl"], "--documents and --data are given; accepted is one of them"),
         (
             ["--documents", "texts", "--scenarios", "text_edited"],
