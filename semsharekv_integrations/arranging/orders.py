@@ -31,7 +31,7 @@ class Text(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Tokens ``start`` to ``stop`` of a prompt are the text of index ``text``, but perhaps for its ends."""
+    """Where the text of index ``text`` stands in a prompt: tokens ``start`` to ``stop``, the outermost perhaps not."""
 
     start: int
     stop: int

@@ -220,7 +220,7 @@ def _attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
 
 
 def _find_sight(mask: Tensor, num_rows: int) -> tuple[Sight | None, bool]:
-    """Return what this context's rows see, None if ``mask`` says it all; and whether ``mask`` says anything.
+    """Return what this context's rows see, and whether ``mask`` restricts it further; None and True if only it tells.
 
     Raises:
         RuntimeError: if other rows come with the mask that stands for what those rows see.

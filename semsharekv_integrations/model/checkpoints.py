@@ -69,7 +69,7 @@ class StateCache(DynamicCache):
 
 
 class OwnCache(DynamicCache):
-    """Stands for the cache of a class of its own that a model makes in its first pass; for mode ``off`` alone."""
+    """Holds, in mode ``off``, the cache of a class of its own that a model makes in its first pass."""
 
     own: Any = None
 

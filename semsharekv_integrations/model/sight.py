@@ -90,7 +90,7 @@ class Sight:
 
     @cached_property
     def blocks(self) -> Sequence[Block]:
-        """The blocks; reading them sets them."""
+        """The rows in blocks, split when they are first asked for."""
         return blocks_of(self.rows.positions, self.rows.on_device.device.type, self.window)
 
     def get_mask(self, block: Block, dtype: torch.dtype, device: torch.device) -> Tensor:

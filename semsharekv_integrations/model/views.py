@@ -106,7 +106,7 @@ def watch_layers(model: nn.Module) -> Iterator[list[LayerCall]]:
 
 
 class _Watch:
-    """Notes the calls of layers. While one runs, those inside of it are its own affair."""
+    """Notes the calls of layers, but none of those that run inside of another layer."""
 
     def __init__(self) -> None:
         self.calls: list[LayerCall] = []

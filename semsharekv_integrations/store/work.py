@@ -11,7 +11,7 @@ from semsharekv_integrations.store.entries import Entries
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Look for no garbage inside: where much is made that stays, looking through it takes as long as making it."""
+    """Pause the garbage collector inside: of many objects that all stay, a search takes as long as making them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
