@@ -332,8 +332,13 @@ class ModelAdapter:
         rope = getattr(self.config, "rope_parameters", None) or {}
         groups = [rope, *(group for group in rope.values() if isinstance(group, dict))]
         changing = [group for group in groups if group.get("rope_type") in LENGTH_DEPENDENT_ROPE]
-        limits = (group.get("original_max_position_embeddings") for group in changing)
-        return min((limit or self.config.max_position_embeddings for limit in limits), default=None)
+        # a text just as long as the original length does not bring dynamic rope back from that of a longer one
+        limits = (
+            (group.get("original_max_position_embeddings") or self.config.max_position_embeddings)
+            - (group["rope_type"] == "dynamic")
+            for group in changing
+        )
+        return min(limits, default=None)
 
     def settle(self, cache: DynamicCache) -> None:
         """Wait until what was begun on the devices of ``cache`` is done, so that a clock may be read; on CUDA alone."""

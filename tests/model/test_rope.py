@@ -68,6 +68,18 @@ def test_every_rope_type_turns_by_its_own_frequencies(rope: dict[str, Any]) -> N
         torch.testing.assert_close(back, here[index].keys, atol=1e-4, rtol=1e-3)
 
 
+def test_kv_within_the_stable_positions_is_the_same_behind_any_longer_text() -> None:
+    adapter = ModelAdapter(
+        make_model("llama", VOCAB, rope_parameters=ROPES["dynamic"], max_position_embeddings=24), "off"
+    )
+    assert adapter.stable_positions is not None
+    ids = ids_of(adapter.stable_positions)
+    before = adapter.compute_kv(ids, 0)
+    adapter.prefill(ids_of(60))
+    for layer, known in zip(adapter.compute_kv(ids, 0), before, strict=True):
+        torch.testing.assert_close(layer.keys, known.keys)
+
+
 def test_layer_0_is_exact_for_an_identical_token_behind_another_context() -> None:
     adapter = ModelAdapter(make_model("llama", VOCAB), "identical")
     here, there = (adapter.compute_kv(ids_of(), start) for start in (0, SHIFT))
