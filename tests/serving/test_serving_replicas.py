@@ -57,6 +57,7 @@ serve_replicas(ReplicaSettings({model!r}, 2, "identical", **more), "127.0.0.1", 
 """
 BEGINS_S = 300  # at most, for a new replica on a busy machine
 OWN = {"Authorization": f"Bearer {KEYS[0]}"}
+JSON = {"Content-Type": "application/json"}
 
 
 def write(seed: int) -> str:
@@ -145,7 +146,10 @@ def test_a_stream_comes_in_pieces_and_errors_keep_their_shape(url: str) -> None:
         assert answer.headers[HEADER] and lines[-1] == "data: [DONE]" and len(lines) > 3
     assert httpx.get(f"{url}/v1/models", timeout=60).status_code == 401
     assert ask(url, "x", n=2).status_code == 400 and ask(url, "x", model="other").status_code == 404
-    assert httpx.post(f"{url}/v1/completions", content=b"{", headers=OWN, timeout=60).status_code == 400
+    cut = httpx.post(f"{url}/v1/completions", content=b"{", headers=OWN | JSON, timeout=60)
+    assert (cut.status_code, cut.json()["error"]["param"]) == (400, "body")
+    put = httpx.put(f"{url}/v1/models", headers=OWN, timeout=60)
+    assert (put.status_code, put.headers["allow"], put.json()["error"]["code"]) == (405, "GET", "method_not_allowed")
 
 
 def test_documents_are_warmed_in_several_replicas_and_forgotten_in_all(url: str) -> None:
