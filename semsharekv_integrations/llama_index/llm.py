@@ -25,7 +25,8 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.output_parsers import PydanticOutputParser
-from llama_index.core.program.utils import get_program_for_llm, process_streaming_objects
+from llama_index.core.program.function_program import get_function_tool
+from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import Model, PydanticProgramMode
 
@@ -236,9 +237,11 @@ class SemShareKVLLM(EngineLLM):
         self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
     ) -> Objects:
         """Return a generator of growing objects; set the template's output parser. Other modes: as the base class."""
+        if self._forces_call:
+            call = self._force(output_cls, prompt, llm_kwargs, prompt_args)
+            return self._read_called(output_cls, self.stream_chat_with_tools(**call))
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
-            program = self._make_program(output_cls, prompt)
-            return _require_object(output_cls, program.stream_call(llm_kwargs=llm_kwargs, **prompt_args))
+            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
         if isinstance(asked, str):
             return self._read_objects(output_cls, self.stream_complete(asked, formatted=True, **options))
@@ -248,19 +251,44 @@ class SemShareKVLLM(EngineLLM):
         self, output_cls: type[Model], prompt: Any, llm_kwargs: Options = None, **prompt_args: Any
     ) -> AsyncObjects:
         """As ``_structured_stream_call``, without blocking the event loop."""
+        if self._forces_call:
+            call = self._force(output_cls, prompt, llm_kwargs, prompt_args)
+            return self._aread_called(output_cls, await self.astream_chat_with_tools(**call))
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
-            program = self._make_program(output_cls, prompt)
-            return _arequire_object(output_cls, await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args))
+            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         asked, options = self._fill_prompt(output_cls, prompt, prompt_args), llm_kwargs or {}
         if isinstance(asked, str):
             return self._aread_objects(output_cls, await self.astream_complete(asked, formatted=True, **options))
         return self._aread_objects(output_cls, await self.astream_chat(asked, **options))
 
-    def _make_program(self, output_cls: type[Model], prompt: Any) -> Any:
-        """Return LlamaIndex's program for the mode, told to force the tool call, which it does not when it streams."""
-        mode = self.pydantic_program_mode
-        forced = {"tool_choice": "any"} if mode in (PydanticProgramMode.DEFAULT, PydanticProgramMode.FUNCTION) else {}
-        return get_program_for_llm(output_cls, prompt, self, mode, **forced)
+    @property
+    def _forces_call(self) -> bool:
+        """Whether objects are the arguments of a forced tool call, which LlamaIndex's own streams do not force."""
+        by_call = self.pydantic_program_mode in (PydanticProgramMode.DEFAULT, PydanticProgramMode.FUNCTION)
+        return by_call and self.metadata.is_function_calling_model
+
+    def _force(self, output_cls: type[Model], prompt: Any, llm_kwargs: Options, args: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments for ``stream_chat_with_tools`` that force a call with those of an object."""
+        messages = self._extend_messages(prompt.format_messages(llm=self, **args))
+        forced = {"tools": [get_function_tool(output_cls)], "tool_choice": "any", "allow_parallel_tool_calls": False}
+        return {**(llm_kwargs or {}), "chat_history": messages, **forced}
+
+    def _read_called(self, output_cls: type[Model], responses: Objects) -> Objects:
+        """As ``_read_objects``, of tool calls; ``ValueError`` at the end if the call was cut."""
+        found: Any = None
+        with closing(responses):
+            for response in responses:
+                found = process_streaming_objects(response, output_cls, llm=self)
+                yield found
+        _require_object(output_cls, found)
+
+    async def _aread_called(self, output_cls: type[Model], responses: AsyncObjects) -> AsyncObjects:
+        found: Any = None
+        async with aclosing(responses):
+            async for response in responses:
+                found = process_streaming_objects(response, output_cls, llm=self)
+                yield found
+        _require_object(output_cls, found)
 
     def _fill_prompt(self, output_cls: type[Model], prompt: Any, args: dict[str, Any]) -> str | list[ChatMessage]:
         """Set the template's output parser; return prompt text or messages, filled in, with the schema in words."""
@@ -303,16 +331,5 @@ def _require_whole(response: ChatResponse | CompletionResponse) -> None:
     require(is_json, "answer", text, "whole json, which max_tokens or a stop string cut")
 
 
-def _require_object(output_cls: type[Model], objects: Objects) -> Objects:
-    """Yield the objects; ``ValueError`` at the end if the last is none of ``output_cls``, as where the call was cut."""
-    found: Any = None
-    for found in objects:
-        yield found
-    require(isinstance(found, output_cls), "answer", found, f"a whole {output_cls.__name__}")
-
-
-async def _arequire_object(output_cls: type[Model], objects: AsyncObjects) -> AsyncObjects:
-    found: Any = None
-    async for found in objects:
-        yield found
+def _require_object(output_cls: type[Model], found: Any) -> None:
     require(isinstance(found, output_cls), "answer", found, f"a whole {output_cls.__name__}")
