@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     require(args.runs >= 1, "runs", args.runs, "1 or more")
     require(1 <= args.documents <= len(TOWNS), "documents", args.documents, f"1 to {len(TOWNS)}")
     require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
+    require(args.web or not args.port, "--port", args.port, "nothing without --web")
     missing = [name for name in _OF_THE_PAGE if args.web and util.find_spec(name) is None]
     if missing:
         raise SemShareError(f'the chat page needs {", ".join(missing)}: pip install -e ".[web]"')

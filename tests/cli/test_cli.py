@@ -163,6 +163,7 @@ def test_whatever_ends_the_chat_what_it_holds_is_saved(
         (("demo", "--mode", "magic"), 2, "see semsharekv demo --help"),
         (("demo", "--documents", "0"), 2, "documents is 0"),
         (("demo", "--runs", "0"), 2, "runs is 0"),
+        (("demo", "--port", "80"), 2, "--port is 80; accepted is nothing without --web"),
         (("demo", "--model", "semsharekv/reference", "--dtype", "float99"), 2, "float99"),
         (("demo", "--model", "no/such/folder"), 2, "no/such/folder"),
         (("chat", "--model", "no/such/folder"), 2, "no/such/folder"),
