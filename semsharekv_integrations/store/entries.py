@@ -197,7 +197,11 @@ class Entries:
         entry.reference = reference
         space.label(entry)
         self._set_deadline(entry)
-        if entry.node.on_disk is not None:
+        self.note_written([entry.node])
+
+    def note_written(self, nodes: Iterable[Node]) -> None:
+        """Have the next commit write the entries that end with ``nodes``, where these are on disk."""
+        for entry in [self.by_key[key] for node in nodes if node.on_disk is not None for key in node.entries]:
             self.tiers.disk.change({}, {entry.key: self._make_record(entry)})
 
     def remove(self, entry: Entry) -> None:
@@ -354,6 +358,8 @@ class Entries:
                 beginning = Entry(reference, before, entry.last_used_s, before.hits)
                 self.add(beginning)
                 self.relabel(beginning, reference)
+                if entry.key in self.waiting:
+                    self.waiting[beginning.key] = None
             self.remove(entry)
 
     def _drop_namespace(self, name: SpaceName) -> None:

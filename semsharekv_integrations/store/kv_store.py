@@ -344,7 +344,10 @@ class KVStore:
             make = partial(PackedKV.pack, layers, self.config.kv_bits, node.start, checkpoints)
             packed = self._entries.tiers.make(make, node.path() if frees else None)
             owner = None if reference.state else reference.namespace  # None: not on disk
-            if packed is None or not self._entries.tiers.place(node, packed, owner):
+            new_on_disk = [before for before in node.path() if before.on_disk is None]
+            placed = packed is not None and self._entries.tiers.place(node, packed, owner)
+            self._entries.note_written(new_on_disk)
+            if not placed:
                 return self._refuse(entry)
         self._entries.tiers.add_checkpoints(node.path(), checkpoints)
         if node.on_disk is None and not reference.state:

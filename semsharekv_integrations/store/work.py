@@ -64,10 +64,13 @@ def write_waiting(entries: Entries) -> None:
             entry, writing = begun
             writing.run()
             with Work(entries):
+                stays = entries.by_key.get(entry.key) is entry  # not gone, and none like it came in its place
                 if entries.tiers.disk.end(writing, entry.reference.namespace):
-                    if entry.key in entries.by_key and entry.node.on_disk is not None:
+                    if stays and entry.node.on_disk is not None:
                         entries.absorb(entry)
-                elif len(writing.node.token_ids) == writing.num_tokens:  # else it was divided meanwhile
+                    else:
+                        entries.note_written([writing.node])
+                elif stays and len(writing.node.token_ids) == writing.num_tokens:  # else it was divided meanwhile
                     entries.waiting.pop(entry.key, None)
         with Work(entries):  # which commits what was left
             pass

@@ -86,6 +86,45 @@ def test_what_is_pushed_out_meanwhile_is_not_there(tmp_path: Path, monkeypatch: 
     assert len(kv_files(tmp_path / FINGERPRINT)) == 1
 
 
+def test_a_beginning_that_is_left_meanwhile_is_written_with_its_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(config_of(6, directory=tmp_path))
+    assert store.put(reference((1, 2)), writes=False) and lookup(store, (1, 2)) == 2
+    with held_up(monkeypatch, lambda: store.put(reference((1, 2, 3, 4)))):  # its first file is that of (1, 2)
+        assert store.put(reference((5, 6, 7)), writes=False), "for which (3, 4) has to go"
+    assert found_again(store, (1, 2, 3, 4), (5, 6, 7)) == [2, 3]
+
+
+def test_a_beginning_that_is_left_before_it_is_written_waits_in_its_place(tmp_path: Path) -> None:
+    store = opened(config_of(6, directory=tmp_path))
+    assert store.put(reference((1, 2, 9), session="s"), writes=False)
+    assert store.put(reference((1, 2, 3, 4)), writes=False) and lookup(store, (1, 2, 3, 4)) == 4
+    assert store.forget("a", session="s") == 1 and store.put(reference((5, 6, 7)), writes=False), "(3, 4) has to go"
+    assert found_again(store, (1, 2, 3, 4), (5, 6, 7)) == [2, 3]
+
+
+@pytest.mark.parametrize("num_more", [2, 100])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_written_for_a_longer_one_is_written_with_its_entry(
+    tmp_path: Path, pinned: bool, num_more: int
+) -> None:
+    """Memory has no room for the longer one; nor has the disk, where it is much longer."""
+    store = opened(config_of(3, directory=tmp_path, disk_max_bytes=6000))
+    assert store.put(reference((1, 2), pinned=pinned), writes=False)
+    longer = (1, 2, *range(5, 5 + num_more))
+    assert store.put(reference(longer)) == (num_more == 2)
+    assert found_again(store, (1, 2), longer) == [2, 4 if num_more == 2 else 2]
+
+
+def test_what_is_forgotten_and_stored_anew_meanwhile_is_written(
+    store: KVStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held_up(monkeypatch, lambda: store.put(reference((1, 2, 3, 4)))):
+        assert store.forget("a") == 1 and store.put(reference((1, 2, 3, 4)), writes=False)
+    assert found_again(store, (1, 2, 3, 4)) == [4]
+
+
 def test_closing_meanwhile_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(config_of(directory=tmp_path))
     with held_up(monkeypatch, lambda: store.put(reference((1, 2, 3, 4)))):
