@@ -162,13 +162,19 @@ def keep_sound(found: Contents, sizes: Mapping[str, int]) -> Contents:
 
 
 def keep_rooted(nodes: Iterable[NodeRecord]) -> list[NodeRecord]:
-    """Return the nodes whose ancestors are all there, in the same namespace; parents stand before children."""
+    """Return the nodes whose ancestors are all there, in the same namespace; parents stand before children.
+
+    A node lies right behind its parent, where that is in the same file; else it begins a file.
+    """
     children: dict[str | None, list[NodeRecord]] = defaultdict(list)
     for node in nodes:
         children[node.parent].append(node)
-    order = list(children[None])
+    order = [node for node in children[None] if node.first == 0]
     for node in order:  # which grows meanwhile
-        order += [child for child in children.get(node.id, ()) if child.namespace == node.namespace]
+        for child in children.get(node.id, ()):
+            first = node.first + len(node.token_ids) if child.file == node.file else 0
+            if child.namespace == node.namespace and child.first == first:
+                order.append(child)
     return order
 
 

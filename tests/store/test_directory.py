@@ -242,7 +242,7 @@ def test_a_failed_opening_lets_go_of_the_lock(directory: KVDirectory, monkeypatc
 
 def test_opening_reads_no_kv(directory: KVDirectory, monkeypatch) -> None:
     shared = directory.contents().nodes[0].file
-    many = [node(f"n{i}", f"n{i - 1}" if i % 10 else None, [i], shared, i % 6) for i in range(1000)]
+    many = [node(f"n{i}", f"n{i - 1}" if i % 6 else None, [i], shared, i % 6) for i in range(1000)]
     bare = {**entry("e", "n").labels, "segments": []}
     directory.record(nodes=many, entries=[entry(f"e{i}", f"n{i}")._replace(labels=bare) for i in range(1000)])
     directory.close()

@@ -20,7 +20,8 @@ from kept_prompts import FINGERPRINT, Clock, config_of, lookup, opened, put_all,
 from semsharekv_integrations.cli import store as store_command
 from semsharekv_integrations.kv import Segment
 from semsharekv_integrations.store.catalog import _TABLES, CATALOG, _digest
-from semsharekv_integrations.store.directory import peek
+from semsharekv_integrations.store.directory import KVDirectory, peek
+from semsharekv_integrations.store.records import keep_rooted
 
 PROMPTS = [(1, 2, 3, 4, 5), (1, 2, 3, 6), (9, 9, 9)]
 COLUMNS = {table.name: [part.split()[0] for part in table.columns.split(", ")] for table in _TABLES}
@@ -110,6 +111,18 @@ def test_odd_values_in_any_column(base: Path, data: st.DataObject, rows: int) ->
 def test_odd_labels(base: Path, label: tuple[str, Any], rows: int) -> None:
     name, value = label
     harmed(base, "entries", "labels", lambda old: json.dumps({**json.loads(old), name: value}), rows)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_node_lies_in_a_file_behind_its_parent_and_nowhere_else(base: Path, first: int) -> None:
+    """Else it would have the KV of other tokens. Whichever nodes come first in the table, and whatever begins there."""
+    with closing(KVDirectory(Path(shutil.copytree(base, base.parent / f"first {first}")), FINGERPRINT)) as directory:
+        nodes = directory.contents().nodes
+    for node in nodes:
+        kept = keep_rooted([each._replace(first=first) if each is node else each for each in nodes])
+        assert (len(kept) == len(nodes)) == (node.first == first), "with no change there is none"
+        assert node.first == first or node.id not in {each.id for each in kept}
+    assert any(node.first for node in nodes), "a file of several nodes"
 
 
 @pytest.mark.parametrize(
