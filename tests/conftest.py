@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,12 @@ settings.register_profile(  # a busy machine is no failure; in CI the same examp
 )
 settings.load_profile("unhurried")
 torch.set_num_threads(1)  # on models this small, more threads only get in each other's way
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported and collected, which stays, from what each collection of garbage looks through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -37,6 +38,24 @@ def run(out: Path, folder: str, *arguments: str) -> dict[str, Any]:
     return json.loads(out.with_suffix(".json").read_text())
 
 
+@pytest.fixture(scope="module")
+def whole(folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run in one piece finds."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(texts, "read_passages", lambda: PASSAGES)
+        return run(tmp_path_factory.mktemp("whole") / "whole.md", folder, *TEXT)
+
+
+@pytest.fixture(scope="module")
+def begun(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run over the first group of cases; its journal lies beside it."""
+    out = tmp_path_factory.mktemp("begun") / "x.md"
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(texts, "read_passages", lambda: PASSAGES)
+        run(out, folder, *TEXT, "--groups", "1")
+    return out
+
+
 def said_in(written: dict[str, Any]) -> list[tuple[Any, ...]]:
     """All that does not depend on the clock, or on whether a full prefill was shared."""
     return [
@@ -55,9 +74,8 @@ def figures_in(written: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("torn", ["", '{"scenario": "text_reordered", "leng'])
 def test_a_run_that_was_ended_goes_on_to_the_same_results(
-    torn: str, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+    torn: str, tmp_path: Path, folder: str, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tmp_path / "whole.md", folder, *TEXT)
     measured: list[int] = []
     measure = Bench._measure_case
 
@@ -82,11 +100,11 @@ def test_a_run_that_was_ended_goes_on_to_the_same_results(
     assert len(measured) == 6, "all of them are there"
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, folder: str) -> None:
-    out = tmp_path / "x.md"
-    run(out, folder, *TEXT, "--groups", "1")
-    found = run(out, folder, *TEXT)
-    assert said_in(found) == said_in(run(tmp_path / "at_once.md", folder, *TEXT))
+def test_a_longer_run_goes_on_from_a_shorter_one(
+    tmp_path: Path, folder: str, begun: Path, whole: dict[str, Any]
+) -> None:
+    copytree(begun.parent, tmp_path, dirs_exist_ok=True)
+    assert said_in(run(tmp_path / begun.name, folder, *TEXT)) == said_in(whole)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +121,12 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, folder: str) ->
     ],
 )
 def test_a_journal_of_other_arguments_is_refused_and_kept(
-    change: list[str], message: str, tmp_path: Path, folder: str
+    change: list[str], message: str, folder: str, begun: Path
 ) -> None:
-    out = tmp_path / "x.md"
-    run(out, folder, *TEXT, "--groups", "1")
-    before = out.with_suffix(".jsonl").read_bytes()
+    before = begun.with_suffix(".jsonl").read_bytes()
     with pytest.raises(ValueError, match=message):
-        run(out, folder, *TEXT, *change)
-    assert out.with_suffix(".jsonl").read_bytes() == before
+        run(begun, folder, *TEXT, *change)
+    assert begun.with_suffix(".jsonl").read_bytes() == before
 
 
 def test_what_is_no_journal_is_left_as_it_is(tmp_path: Path, folder: str) -> None:
@@ -121,10 +137,9 @@ def test_what_is_no_journal_is_left_as_it_is(tmp_path: Path, folder: str) -> Non
     assert other.read_text() == "some notes\nwithout an end"
 
 
-def test_processes_give_the_rows_of_one(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    one = run(tmp_path / "one.md", folder, *TEXT)
+def test_processes_give_the_rows_of_one(tmp_path: Path, folder: str, whole: dict[str, Any]) -> None:
     two = run(tmp_path / "two.md", folder, *TEXT, "--processes", "2")
-    assert said_in(one) == said_in(two) and figures_in(one) == figures_in(two) and two["threads"] == 1
+    assert said_in(whole) == said_in(two) and figures_in(whole) == figures_in(two) and two["threads"] == 1
 
 
 def test_a_process_that_fails_is_told_and_the_rest_is_kept(tmp_path: Path, folder: str) -> None:

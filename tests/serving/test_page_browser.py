@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from page_visit import CHROMIUM, PageVisit, count_origins, count_reused, visit
+from page_visit import CHROMIUM, PageVisit, count_origins, count_reused, launch, visit
 from running_server import KEYS, RunningServer, Serve, wait_until
 from semsharekv_integrations import EngineConfig, ReuseConfig, SemShareEngine, world
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.serving import ServerConfig
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserType
+    from playwright.sync_api import Browser
 
 pytest.importorskip("gradio", reason="the extra web is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -40,13 +40,13 @@ WHO = f"Who is the mayor of {TOWNS[0]}?"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[BrowserType]:
-    with playwright.sync_playwright() as running:
-        yield running.chromium
+def browser() -> Iterator[Browser]:
+    with playwright.sync_playwright() as running, launch(running.chromium) as browser:
+        yield browser
 
 
 @pytest.fixture
-def look(browser: BrowserType) -> Visit:
+def look(browser: Browser) -> Visit:
     return partial(visit, browser)
 
 

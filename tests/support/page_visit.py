@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserType, Locator, Page
+    from playwright.sync_api import Browser, BrowserType, Locator, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
 _FLAGS = (
@@ -163,21 +162,18 @@ def count_reused(turn: Locator) -> int:
     return int(turn.locator("[data-reused]").get_attribute("data-reused") or -1)
 
 
+def launch(chromium: BrowserType) -> Browser:
+    return chromium.launch(executable_path=CHROMIUM, args=list(_FLAGS))
+
+
 @contextmanager
-def visit(browser: BrowserType, width: int = 1440, height: int = 900, **options: Any) -> Iterator[PageVisit]:
-    """A visitor of their own, with a window of this size; nothing of other visits is known to the browser."""
-    with TemporaryDirectory() as folder:
-        context = browser.launch_persistent_context(
-            folder,
-            executable_path=CHROMIUM,
-            args=list(_FLAGS),
-            viewport={"width": width, "height": height},
-            **options,
-        )
-        try:
-            yield PageVisit(context.pages[0])
-        finally:
-            context.close()
+def visit(browser: Browser, width: int = 1440, height: int = 900, **options: Any) -> Iterator[PageVisit]:
+    """A visitor of their own, with a window of this size; nothing of other visits is known to the browser's context."""
+    context = browser.new_context(viewport={"width": width, "height": height}, **options)
+    try:
+        yield PageVisit(context.new_page())
+    finally:
+        context.close()
 
 
 def list_texts(locators: Sequence[Locator]) -> list[str]:
