@@ -28,14 +28,14 @@ class Full:
 
     def __init__(self, layer: nn.Module, fails: Callable[[int], bool], error: Exception) -> None:
         self.calls, self.layer, self.fails, self.error = 0, layer, fails, error
-        self.forward = type(layer).forward
+        self.call = type(layer).__call__
 
     def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if layer is self.layer:
             self.calls += 1
             if self.fails(self.calls - 1):
                 raise type(self.error)(*self.error.args)
-        return self.forward(layer, *args, **kwargs)
+        return self.call(layer, *args, **kwargs)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def full(engine: SemShareEngine, fails: Callable[[int], bool], error: Exception 
     model = engine._load().adapter.model
     layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[-1]
     runs = Full(layer, fails, error)
-    with patch.object(type(layer), "forward", lambda self, *args, **kwargs: runs.run(self, *args, **kwargs)):
+    with patch.object(type(layer), "__call__", lambda self, *args, **kwargs: runs.run(self, *args, **kwargs)):
         yield runs
 
 
