@@ -79,7 +79,7 @@ ENDS: dict[str, Callable[[SemShareEngine], object]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["exact", "identical", "semantic", "paper"])
+@pytest.mark.parametrize("mode", ["exact", "semantic"])
 @pytest.mark.parametrize("end", ENDS)
 def test_nothing_of_a_tenant_is_left_without_its_kv(make_engine: EngineMaker, mode: str, end: str) -> None:
     small = end == "evicted"

@@ -185,8 +185,10 @@ def test_a_minute_in_small_leaks_nothing(serve: Serve, endless: SemShareEngine) 
 
 
 def test_sigterm_lets_answers_end_and_keeps_the_store(tmp_path: Path) -> None:
+    """A page that is open does not hold it up."""
     command = [sys.executable, "-m", "semsharekv_integrations", "serve", "--port", "0", "--mode", "exact"]
-    process = subprocess.Popen([*command, "--store", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    options = ["--store", str(tmp_path), "--drain-s", "90"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://127\S+", line)))
@@ -197,11 +199,14 @@ def test_sigterm_lets_answers_end_and_keeps_the_store(tmp_path: Path) -> None:
             "messages": [{"role": "user", "content": "Who is the mayor of Velmar?"}],
             "max_tokens": 99,
         }
-        with httpx.stream("POST", f"{url}{CHAT}", json={**asked, "stream": True}, timeout=60) as response:
-            lines = response.iter_lines()
+        answer = httpx.stream("POST", f"{url}{CHAT}", json={**asked, "stream": True}, timeout=60)
+        with answer as response, httpx.stream("GET", f"{url}/gradio_api/heartbeat/abc", timeout=60) as page:
+            lines, beats = response.iter_lines(), page.iter_lines()
             first = next(lines)
+            assert page.status_code == 404 or "ALIVE" in next(beats), "where there is a page"
             process.send_signal(signal.SIGTERM)
             rest = list(lines)
+            list(beats)
         assert first.startswith("data: ") and rest[-2] == "data: [DONE]"
         process.stderr.read()
         assert process.wait(60) in (0, -signal.SIGTERM)

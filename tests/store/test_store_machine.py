@@ -478,13 +478,13 @@ def _no_syncing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MACHINES = {
-    StoreMachine: 60,
-    LeastRecent: 60,
-    TwoTiers: 60,
-    OnDisk: 25,
-    AllTiers: 25,
-    AllTiersEightBits: 25,
-    SmallDisk: 25,
+    StoreMachine: 40,
+    LeastRecent: 40,
+    TwoTiers: 40,
+    OnDisk: 18,
+    AllTiers: 18,
+    AllTiersEightBits: 18,
+    SmallDisk: 18,
 }
 
 
