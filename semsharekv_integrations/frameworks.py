@@ -173,6 +173,14 @@ def arrange_items(
     return [items[index] for index in (*order, *sorted(set(range(len(items))) - set(order)))]
 
 
+def is_json_text(text: str) -> bool:
+    """Return whether ``text`` is JSON, whole and not too deep to be read."""
+    with suppress(ValueError, RecursionError):
+        json.loads(text)
+        return True
+    return False
+
+
 def parse_arguments(arguments: Any) -> dict[str, Any] | None:
     """Return a tool call's arguments, given as a mapping or JSON text of one ("" is {}); None for anything else."""
     if isinstance(arguments, str):

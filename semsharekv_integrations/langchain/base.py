@@ -12,6 +12,7 @@ import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -44,6 +45,8 @@ _ONE_MEANING: dict[str, tuple[Any, ...]] = {
 }
 _SESSION_NAMES = ("thread_id", "session_id")  # LangGraph's, and RunnableWithMessageHistory's
 _SECRETS = {"token"}
+# By engine, the fields that said how to load it
+_loaded_as: WeakKeyDictionary[SemShareEngine, dict[str, Any]] = WeakKeyDictionary()
 _Fields: Any = create_model("_Fields", __module__=__name__, **frameworks.make_sampling_fields(stop=list[str] | None))
 
 
@@ -283,7 +286,8 @@ def _read_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     engine = given["engine"]
     own = frameworks.describe_engine(engine)
     if "model" in given:  # a model rebuilt from the fields of another: they describe how its engine was made
-        frameworks.require_agreement(own, given, own)
+        fields = own | _loaded_as.get(engine, {})
+        frameworks.require_agreement(fields, given, fields)
         return own
     frameworks.require_agreement(own, given)
     return own | ({"device": engine.model.device, "dtype": engine.model.dtype} if engine.is_loaded else {})
@@ -299,6 +303,7 @@ def _make_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     require(isinstance(options, Mapping), "model_kwargs", options, "None or a dict")
     loading = given.get("device"), given.get("dtype", "auto"), options
     engine = frameworks.make_engine(str(name), given.get("mode"), config, *loading)
+    _loaded_as[engine] = dict(zip(("device", "dtype", "model_kwargs"), loading, strict=True))
     return {"engine": engine, "model": name, "mode": engine.config.reuse.mode, "config": engine.config}
 
 

@@ -24,6 +24,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
 from semsharekv_integrations.errors import require
+from semsharekv_integrations.frameworks import is_json_text
 from semsharekv_integrations.langchain.base import CallOptions
 from semsharekv_integrations.report import GenerationChunk
 from semsharekv_integrations.request import GenerateOptions
@@ -133,18 +134,10 @@ class _RequireComplete:
         if reason == "length":
             needed = "max_tokens is too small for the answer: it was cut before its JSON ended"
             raise OutputParserException(needed, llm_output=first.text)
-        if reason is not None and self.is_text and not _is_json(first.text):
+        if reason is not None and self.is_text and not is_json_text(first.text):
             needed = "a stop string ended the answer before its JSON did: call without stop"
             raise OutputParserException(needed, llm_output=first.text)
         return super().parse_result(result, partial=partial)  # type: ignore[misc]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 class _Json(_RequireComplete, JsonOutputParser):

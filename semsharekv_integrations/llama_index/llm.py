@@ -6,10 +6,9 @@ A call becomes one prompt and one set of options for the engine. Knows nothing a
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
@@ -324,11 +323,8 @@ def _get_text(response: ChatResponse | CompletionResponse) -> str:
 
 def _require_whole(response: ChatResponse | CompletionResponse) -> None:
     """Raise ``ValueError`` if the answer, now at its end, is no JSON, as a cut one that made an object all the same."""
-    text, is_json = _get_text(response), False
-    with suppress(ValueError):
-        json.loads(text)
-        is_json = True
-    require(is_json, "answer", text, "whole json, which max_tokens or a stop string cut")
+    text = _get_text(response)
+    require(frameworks.is_json_text(text), "answer", text, "whole json, which max_tokens or a stop string cut")
 
 
 def _require_object(output_cls: type[Model], found: Any) -> None:

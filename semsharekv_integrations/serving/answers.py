@@ -13,9 +13,8 @@ from semsharekv_integrations.frameworks import count_tokens
 from semsharekv_integrations.report import Generation, GenerationChunk, ReuseReport, ToolCall
 
 END = "data: [DONE]\n\n"
-_LINE_ENDS = {
-    ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"
-}  # to Python's ``splitlines``; strings alone have them
+# What ends a line to Python's ``splitlines``, as escapes; in JSON, strings alone have it
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 def describe_usage(report: ReuseReport) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_odd_labels(base: Path, label: tuple[str, Any], rows: int) -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_node_lies_in_a_file_behind_its_parent_and_nowhere_else(base: Path, first: int) -> None:
-    """Else it would have the KV of other tokens. Whichever nodes come first in the table, and whatever begins there."""
+    """Else it would have the KV of other tokens."""
     with closing(KVDirectory(Path(shutil.copytree(base, base.parent / f"first {first}")), FINGERPRINT)) as directory:
         nodes = directory.contents().nodes
     for node in nodes:

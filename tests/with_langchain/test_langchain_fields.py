@@ -135,6 +135,15 @@ def test_rebuilding_with_another_field_keeps_the_engine(cls: ModelClass, saved: 
     assert model.engine.stats()["requests"] == 2
 
 
+@pytest.mark.parametrize(("name", "value"), [("device", "meta"), ("dtype", "float16"), ("model_kwargs", {"a": 1})])
+def test_rebuilding_with_another_way_to_load_is_refused(cls: ModelClass, name: str, value: Any) -> None:
+    """It would have no effect."""
+    model = cls(model="m", dtype="float32", device="cpu", model_kwargs={"revision": "main"})
+    configurable = model.configurable_fields(**{name: ConfigurableField(id=name)})
+    with pytest.raises(ValueError, match=f"{name} is .*beside engine="):
+        configurable.invoke(PROMPT, config={"configurable": {name: value}})
+
+
 def test_an_instance_goes_into_other_pydantic_models_as_it_is(cls: ModelClass) -> None:
     class Holder(BaseModel):
         llm: cls  # type: ignore[valid-type]

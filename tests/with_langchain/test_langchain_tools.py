@@ -17,6 +17,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, Field, create_model
 
 from semsharekv_integrations import GenerationChunk, SemShareEngine, ToolCall
+from semsharekv_integrations.frameworks import is_json_text
 from semsharekv_integrations.langchain import ChatSemShareKV, SemShareKVLLM
 from semsharekv_integrations.langchain.messages import translate_messages
 
@@ -345,3 +346,7 @@ def test_tools_are_part_of_the_question(chat: ChatSemShareKV, scripted: Scripted
     assert len(scripted.options) == 3
     asyncio.run(cached.bind_tools([get_news]).ainvoke([SystemMessage("a"), HumanMessage("b")]))
     assert len(scripted.options) == 3
+
+
+def test_an_answer_that_is_no_json_is_told_whatever_stands_in_it() -> None:
+    assert [is_json_text(text) for text in ("{}", "{", "[" * 100_000, "")] == [True, False, False, False]
